@@ -1,0 +1,1 @@
+"""Llama 2, whole: run, change, train, align, measure and serve Llama-family models."""

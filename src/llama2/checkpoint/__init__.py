@@ -1,0 +1,11 @@
+"""A model on disk ⇄ Checkpoint(config, tokenizer, tensors): memory-mapped, lazy, every size checked before use.
+
+Names are Meta's (`layers.0.attention.wq.weight`); rows of wq and wk stand in Meta's interleaved rotary order. Each
+public format is one file in this package that adapts to that.
+"""
+
+from __future__ import annotations
+
+from llama2.checkpoint.checkpoint import Checkpoint, Tensor, open
+
+__all__ = ["Checkpoint", "Tensor", "open"]

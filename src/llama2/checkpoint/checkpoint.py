@@ -1,0 +1,83 @@
+"""The seam between learning and using: a Checkpoint and its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2.config import ModelConfig
+from llama2.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llama2.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One named tensor, still in its file's number format.
+
+    `shape` is PyTorch's order, (rows, columns) or (n,). `data` is a read-only uint8 view of exactly the tensor's bytes
+    in the mapped file; nothing is read until it is touched.
+    """
+
+    name: str
+    format: str  # "F32", "F16", "BF16", "Q8_0", "Q4_0", … as in quantize.FORMATS
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The tensor's values in float32, in `shape`."""
+        from llama2.checkpoint import quantize
+
+        return quantize.dequantize(self.data, self.format, self.shape)
+
+
+@dataclass
+class Checkpoint:
+    """A model on disk: configuration, tokenizer, named tensors, chat template and licence.
+
+    `tensors` holds every name of `config.tensor_shapes()` and no other. `metadata` is what the file says of itself,
+    for display. The tokenizer is built on first use.
+    """
+
+    path: Path
+    format: str  # "gguf", later "huggingface", "meta", "llama2c"
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, Any]
+    template: str | None = None  # Jinja source of the chat template
+    licence: str | None = None
+    name: str = ""
+    _build_tokenizer: Any = field(default=None, repr=False)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's own tokenizer. Raises TokenizerError when its vocabulary is damaged or unsupported."""
+        tokenizer: Tokenizer = self._build_tokenizer()
+        return tokenizer
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the mapping. Views that are still in use keep their pages until they die."""
+        self.tensors = {}
+
+
+def open(path: str | Path) -> Checkpoint:
+    """Open a model file or folder, whichever format it has. Raises CheckpointError with the reason when it cannot."""
+    from llama2.checkpoint import gguf
+
+    path = Path(path)
+    if path.is_file():
+        return gguf.read(path)
+    raise CheckpointError(f"{path}: no such model file; `llama2 list` shows what is here")

@@ -1,0 +1,162 @@
+"""A model's hyperparameters (paper 2.2, table 1). Pure arithmetic: no NumPy, no PyTorch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from llama2.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How a model stretches its rotary embedding beyond the context it was trained on.
+
+    `linear` divides every position by `factor`. `llama3` divides low frequencies by `factor`, leaves high ones alone
+    and blends in between (Llama 3.1's rule). A checkpoint that stores the resulting divisors itself (GGUF's
+    `rope_freqs.weight`) gives them in `divisors`, one for each pair of dimensions, and they win.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+    divisors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"rope scaling {name}={value} must be a positive number")
+        if self.kind == "llama3" and self.divisors is None:
+            if self.high_freq_factor <= self.low_freq_factor:
+                raise ConfigError("rope scaling high_freq_factor must be larger than low_freq_factor")
+            if self.original_context < 1:
+                raise ConfigError(f"rope scaling original_context={self.original_context} must be at least 1")
+        if self.divisors is not None and not all(math.isfinite(d) and d > 0 for d in self.divisors):
+            raise ConfigError("rope scaling divisors must be positive numbers")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Everything that fixes the network's shape and arithmetic.
+
+    Names follow Meta's `params.json` where it has one. Raises ConfigError when the values contradict each other.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    hidden_dim: int
+    vocab_size: int
+    head_dim: int
+    context_length: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {
+            "dim": 1 << 20,
+            "n_layers": 1 << 12,
+            "n_heads": 1 << 14,
+            "n_kv_heads": 1 << 14,
+            "hidden_dim": 1 << 22,
+            "vocab_size": 1 << 26,
+            "head_dim": 1 << 12,
+            "context_length": 1 << 30,
+        }
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if not 1 <= value <= limit:
+                raise ConfigError(f"{name}={value} must be between 1 and {limit}")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} must be even, because rotary embedding turns pairs")
+        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
+            raise ConfigError(f"norm_eps={self.norm_eps} must be a positive number")
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
+            raise ConfigError(f"rope_theta={self.rope_theta} must be a positive number")
+        divisors = self.rope_scaling.divisors if self.rope_scaling else None
+        if divisors is not None and len(divisors) != self.head_dim // 2:
+            raise ConfigError(f"rope scaling has {len(divisors)} divisors, head_dim={self.head_dim} needs half as many")
+
+    def parameters(self) -> int:
+        """Number of parameters; a tied output head counts once (spec 1.1)."""
+        d, kv = self.dim, self.n_kv_heads * self.head_dim
+        layer = 2 * d * self.n_heads * self.head_dim + 2 * d * kv + 3 * d * self.hidden_dim + 2 * d
+        embeddings = self.vocab_size * d * (1 if self.tied_embeddings else 2)
+        return embeddings + d + self.n_layers * layer
+
+    def inverse_frequencies(self) -> list[float]:
+        """Radians a position turns pair i by, `theta ** (-2i / head_dim)` after scaling; head_dim / 2 values."""
+        frequencies = [self.rope_theta ** (-2 * i / self.head_dim) for i in range(self.head_dim // 2)]
+        scaling = self.rope_scaling
+        if scaling is None:
+            return frequencies
+        if scaling.divisors is not None:
+            return [f / d for f, d in zip(frequencies, scaling.divisors, strict=True)]
+        if scaling.kind == "linear":
+            return [f / scaling.factor for f in frequencies]
+        return [_llama3(f, scaling) for f in frequencies]
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Meta's tensor names and their (out, in) shapes: what a complete checkpoint holds (spec 1.4a)."""
+        d, q, kv = self.dim, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, d)}
+        for i in range(self.n_layers):
+            shapes |= {
+                f"layers.{i}.attention_norm.weight": (d,),
+                f"layers.{i}.attention.wq.weight": (q, d),
+                f"layers.{i}.attention.wk.weight": (kv, d),
+                f"layers.{i}.attention.wv.weight": (kv, d),
+                f"layers.{i}.attention.wo.weight": (d, q),
+                f"layers.{i}.ffn_norm.weight": (d,),
+                f"layers.{i}.feed_forward.w1.weight": (self.hidden_dim, d),
+                f"layers.{i}.feed_forward.w2.weight": (d, self.hidden_dim),
+                f"layers.{i}.feed_forward.w3.weight": (self.hidden_dim, d),
+            }
+        shapes["norm.weight"] = (d,)
+        if not self.tied_embeddings:
+            shapes["output.weight"] = (self.vocab_size, d)
+        return shapes
+
+
+def _llama3(frequency: float, scaling: RopeScaling) -> float:
+    turns = scaling.original_context * frequency / (2 * math.pi)  # full turns within the original context
+    if turns < scaling.low_freq_factor:
+        return frequency / scaling.factor
+    if turns > scaling.high_freq_factor:
+        return frequency
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return (1 - blend) * frequency / scaling.factor + blend * frequency
+
+
+def _published(
+    dim: int, layers: int, heads: int, kv_heads: int, hidden: int, context: int, eps: float = 1e-5
+) -> ModelConfig:
+    return ModelConfig(
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        hidden_dim=hidden,
+        vocab_size=32000,
+        head_dim=128,
+        context_length=context,
+        norm_eps=eps,
+    )
+
+
+#: The paper's sizes. 34B was never released; its shape is Code Llama 34B's, which was initialised from it (spec 1.1).
+SIZES: dict[str, ModelConfig] = {
+    "7B": _published(4096, 32, 32, 32, 11008, 4096),
+    "13B": _published(5120, 40, 40, 40, 13824, 4096),
+    "34B": _published(8192, 48, 64, 8, 22016, 4096),
+    "70B": _published(8192, 80, 64, 8, 28672, 4096),
+}

@@ -1,0 +1,99 @@
+"""What a caller asks of the engine, and what it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llama2.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. Order: penalties, logit bias, temperature, top-k, top-p, min-p, draw.
+
+    `temperature` 0 is greedy. `top_p` follows Meta: a token stays while the probability mass before it is ≤ top_p.
+    `repetition_penalty` looks at prompt and answer, `presence_penalty` and `frequency_penalty` at the answer alone.
+    Equal logits are ordered by token id. Random numbers depend on (seed, choice, position) and nothing else.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float]] = {
+            "temperature": (0.0, 100.0),
+            "top_p": (0.0, 1.0),
+            "top_k": (0, 1 << 30),
+            "min_p": (0.0, 1.0),
+            "repetition_penalty": (1e-3, 1e3),
+            "presence_penalty": (-100.0, 100.0),
+            "frequency_penalty": (-100.0, 100.0),
+            "seed": (0, (1 << 64) - 1),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise RequestError(f"{name}={value!r} must be between {low} and {high}")
+        for name in ("top_k", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise RequestError(f"{name}={getattr(self, name)!r} must be a whole number")
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, int) or token < 0:
+                raise RequestError(f"logit_bias: {token!r} is not a token id")
+            if math.isnan(bias) or bias == math.inf:
+                raise RequestError(f"logit_bias: token {token} has bias {bias}, which must be a number or -inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt and the limits of its answer.
+
+    `stop` strings end the answer and are left out of its text; `stop_tokens` likewise by id. `logprobs` asks, for each
+    token of the answer, for its log-probability (of the raw logits) and that of so many likeliest alternatives.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int | None = None  # None: as many as the context holds
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    stop_tokens: frozenset[int] = frozenset()
+    logprobs: int | None = None  # None: none; 0: the drawn token's alone
+    prompt_logprobs: bool = False
+    choice: int = 0  # which of several answers to one prompt; part of the random numbers' key
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural log-probability of a token under the raw logits, and the likeliest alternatives, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One token of one request's answer.
+
+    `text` is what became certain with this token: whole characters, held back while a stop string may be forming.
+    The last event of a request has `finish`. With `finish="error"`, `error` says why.
+    """
+
+    request: int  # the id that Engine.add returned
+    token: int | None
+    text: str
+    finish: FinishReason | None = None
+    logprob: Logprob | None = None
+    error: str | None = None

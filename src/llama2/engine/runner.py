@@ -1,0 +1,41 @@
+"""The seam between the engine and whoever does the arithmetic (native, NumPy, later torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2.config import ModelConfig
+
+#: Tokens in one block of the key/value cache. Attention's tiles stand at absolute positions of this size, so the same
+#: sums are made in the same order whatever else is in the batch (architecture, decision 1).
+BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tokens of one step, from any number of sequences, each at its own position.
+
+    Tokens of one sequence stand together in increasing, gapless positions; what lies before the first of them is in the
+    cache already. N tokens, S sequences, M rows whose logits are wanted.
+    """
+
+    tokens: NDArray[np.int32]  # (N,)
+    positions: NDArray[np.int32]  # (N,) 0 is the sequence's first token
+    sequences: NDArray[np.int32]  # (N,) row of `blocks`, non-decreasing
+    blocks: NDArray[np.int32]  # (S, W) ids of the cache blocks that hold a sequence's positions, −1 past its end
+    outputs: NDArray[np.int32]  # (M,) indices into tokens
+
+
+class Runner(Protocol):
+    """Runs the transformer over a batch and keeps the key/value cache."""
+
+    config: ModelConfig
+    n_blocks: int
+
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
+        """Write keys and values of every token into its block, and return the logits of `outputs`: (M, V) float32."""
+        ...

@@ -1,0 +1,45 @@
+"""What can go wrong for a user: one small exception tree.
+
+A message of these exceptions is one line that says what is wrong, where, and what to do. The command line prints it
+and exits with 1; `--debug` shows the traceback. Anything else that escapes is a mistake of ours.
+"""
+
+
+class Llama2Error(Exception):
+    """Base of everything a user can cause and mend."""
+
+
+class ConfigError(Llama2Error):
+    """A model's hyperparameters contradict each other."""
+
+
+class CheckpointError(Llama2Error):
+    """A model file is damaged, hostile, or of a kind that is not supported."""
+
+
+class TokenizerError(Llama2Error):
+    """A vocabulary is damaged or unsupported, or text or ids cannot be converted."""
+
+
+class DialogError(Llama2Error):
+    """A list of messages breaks the rules of the chat format."""
+
+
+class TemplateError(Llama2Error):
+    """A chat template is malformed, forbidden, or exceeds its limits."""
+
+
+class HubError(Llama2Error):
+    """A model's name cannot be turned into a verified local file."""
+
+
+class RequestError(Llama2Error):
+    """A generation request has a value out of range."""
+
+
+class ContextError(RequestError):
+    """Prompt and answer do not fit the model's context; nothing is ever truncated silently."""
+
+
+class EngineError(Llama2Error):
+    """The forward pass cannot run, or its result is unusable (for example not a number)."""
