@@ -1,0 +1,260 @@
+"""Number formats of Llama weights in GGUF files, each with its layout and its definition in NumPy.
+
+A row is cut into blocks of weights that share their scales. `Format.layout` is a block's bytes as a NumPy record, and
+`Format.dequantize` says what they mean; the kernels are checked against it. Within a K block of 256 weights, groups of
+16 or 32 have their own small integer scale. Layouts are those of ggml (ggml-common.h, ggml-quants.c).
+
+Shapes: n blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llama2.errors import CheckpointError
+
+Blocks = NDArray[np.void]  # (n,) records of a format's layout
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+_CHUNK = 1 << 20  # weights converted at a time, so that temporary arrays stay small
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A number format: `block` weights stand in one record of `layout`, in ggml type `ggml_type`."""
+
+    name: str
+    ggml_type: int
+    block: int
+    layout: np.dtype[np.void]
+    dequantize: Callable[[Blocks], Floats]  # (n,) → (n, block)
+    quantize: Callable[[Floats, Blocks], None] | None = None  # (n, block) → fills (n,)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a block."""
+        return self.layout.itemsize
+
+
+def nbytes(format: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor, exactly. Raises CheckpointError when its rows are not whole blocks."""
+    rule = FORMATS[format]
+    if shape[-1] % rule.block:
+        raise CheckpointError(f"{format} needs rows of a multiple of {rule.block} weights, and has {shape[-1]}")
+    return prod(shape) // rule.block * rule.size
+
+
+def dequantize(data: Bytes, format: str, shape: tuple[int, ...]) -> Floats:
+    """The float32 values of a tensor's bytes, in `shape`."""
+    rule = FORMATS[format]
+    out = np.empty((prod(shape) // rule.block, rule.block), np.float32)
+    for rows, blocks in _chunks(data, rule):
+        out[rows] = rule.dequantize(blocks)
+    return out.reshape(shape)
+
+
+def quantize(values: ArrayLike, format: str) -> Bytes:
+    """The bytes of float32 values (…, columns), flat. K formats cannot be written yet. Raises CheckpointError."""
+    rule = FORMATS[format]
+    values = np.asarray(values, np.float32)
+    if rule.quantize is None:
+        raise CheckpointError(f"{format} can be read but not written; choose one of {', '.join(WRITABLE)}")
+    data = np.empty(nbytes(format, values.shape), np.uint8)
+    x = values.reshape(-1, rule.block)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        for rows, blocks in _chunks(data, rule):
+            rule.quantize(x[rows], blocks)
+    return data
+
+
+def is_finite(data: Bytes, format: str) -> bool:
+    """Whether no weight is NaN or infinite. In a quantised block that is decided by its floating-point scales alone."""
+    rule = FORMATS[format]
+    scales = [name for name in rule.layout.names or () if rule.layout[name].kind == "f"]
+    for _, blocks in _chunks(data, rule):
+        for part in [blocks[name] for name in scales] or [rule.dequantize(blocks)]:
+            if not np.isfinite(part).all():
+                return False
+    return True
+
+
+def _chunks(data: Bytes, rule: Format) -> Iterator[tuple[slice, Blocks]]:
+    blocks: Blocks = data.view(rule.layout)
+    step = _CHUNK // rule.block
+    for start in range(0, len(blocks), step):
+        yield slice(start, start + step), blocks[start : start + step]
+
+
+def _column(scale: NDArray[Any]) -> Floats:
+    return scale.astype(np.float32)[:, None]  # (n, 1)
+
+
+def _bits(packed: Bytes, width: int, run: int) -> Bytes:
+    """Unpack fields of `width` bits: every run of `run` bytes gives its lowest fields, then the next higher ones."""
+    runs = packed.reshape(len(packed), -1, run)
+    planes = [(runs >> shift) & ((1 << width) - 1) for shift in range(0, 8, width)]
+    return np.concatenate(planes, axis=-1).reshape(len(packed), -1)
+
+
+def _scaled(q: NDArray[Any], scale: Floats, minimum: Floats | None = None) -> Floats:
+    """`scale * q − minimum` in groups: q (n, block), scale and minimum (n, groups)."""
+    x = scale[:, :, None] * q.reshape(*scale.shape, -1).astype(np.float32)
+    if minimum is not None:
+        x -= minimum[:, :, None]
+    return x.reshape(q.shape)
+
+
+def _scale_min(packed: Bytes) -> tuple[Bytes, Bytes]:
+    """Eight 6-bit scales and minima of a Q4_K or Q5_K block from 12 bytes: (n, 8) each.
+
+    Bytes 0–3 and 4–7 hold the first four of each and, in their top two bits, those of the last four, whose low nibbles
+    are in bytes 8–11.
+    """
+    a, b, low = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([a & 63, (low & 15) | (a >> 6 << 4)], axis=1)
+    minima = np.concatenate([b & 63, (low >> 4) | (b >> 6 << 4)], axis=1)
+    return scales, minima
+
+
+def _from_float(b: Blocks) -> Floats:
+    return _column(b["x"])
+
+
+def _from_bf16(b: Blocks) -> Floats:
+    values: Floats = (b["bits"].astype(np.uint32) << 16).view(np.float32)
+    return values[:, None]
+
+
+def _from_q8_0(b: Blocks) -> Floats:
+    return _column(b["d"]) * b["q"].astype(np.float32)
+
+
+def _from_q4_0(b: Blocks) -> Floats:
+    return _column(b["d"]) * (_bits(b["q"], 4, 16).astype(np.float32) - 8)
+
+
+def _from_q4_1(b: Blocks) -> Floats:
+    return _column(b["d"]) * _bits(b["q"], 4, 16) + _column(b["m"])
+
+
+def _five_bits(b: Blocks) -> Floats:
+    return (_bits(b["q"], 4, 16) | _bits(b["high"], 1, 1) << 4).astype(np.float32)  # (n, 32)
+
+
+def _from_q5_0(b: Blocks) -> Floats:
+    return _column(b["d"]) * (_five_bits(b) - 16)
+
+
+def _from_q5_1(b: Blocks) -> Floats:
+    return _column(b["d"]) * _five_bits(b) + _column(b["m"])
+
+
+def _from_q2_k(b: Blocks) -> Floats:
+    scale, minimum = b["scales"] & 15, b["scales"] >> 4
+    return _scaled(_bits(b["q"], 2, 32), _column(b["d"]) * scale, _column(b["m"]) * minimum)
+
+
+def _from_q3_k(b: Blocks) -> Floats:
+    packed = b["scales"]
+    scales = (_bits(packed[:, :8], 4, 8) | _bits(packed[:, 8:], 2, 4) << 4).astype(np.float32) - 32
+    q = (_bits(b["q"], 2, 32) | _bits(b["high"], 1, 32) << 2).astype(np.float32) - 4
+    return _scaled(q, _column(b["d"]) * scales)
+
+
+def _from_q4_k(b: Blocks) -> Floats:
+    scale, minimum = _scale_min(b["scales"])
+    return _scaled(_bits(b["q"], 4, 32), _column(b["d"]) * scale, _column(b["m"]) * minimum)
+
+
+def _from_q5_k(b: Blocks) -> Floats:
+    scale, minimum = _scale_min(b["scales"])
+    q = _bits(b["q"], 4, 32) | _bits(b["high"], 1, 32) << 4
+    return _scaled(q, _column(b["d"]) * scale, _column(b["m"]) * minimum)
+
+
+def _from_q6_k(b: Blocks) -> Floats:
+    q = (_bits(b["q"], 4, 64) | _bits(b["high"], 2, 32) << 4).astype(np.float32) - 32
+    return _scaled(q, _column(b["d"]) * b["scales"])
+
+
+def _to_float(x: Floats, b: Blocks) -> None:
+    b["x"] = x[:, 0]
+
+
+def _to_bf16(x: Floats, b: Blocks) -> None:
+    """Round to nearest, ties to even; a NaN stays one (its top payload bit is set)."""
+    bits = np.ascontiguousarray(x[:, 0]).view(np.uint32)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
+    b["bits"] = np.where(np.isnan(x[:, 0]), bits >> 16 | 0x40, rounded)
+
+
+def _inverse(d: Floats) -> Floats:
+    return np.where(d == 0, np.float32(0), np.float32(1) / d)
+
+
+def _to_q8_0(x: Floats, b: Blocks) -> None:
+    d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+    scaled = x * _inverse(d)
+    whole = np.trunc(scaled)
+    b["d"] = d[:, 0]
+    b["q"] = whole + np.trunc(2 * (scaled - whole))  # halves away from zero
+
+
+def _pack(q: Floats, b: Blocks) -> None:
+    """Low nibbles, the first 16 in low and the last 16 in high halves of the bytes; fifth bits, if any, in 4 bytes."""
+    codes = q.astype(np.uint8)
+    b["q"] = codes[:, :16] & 15 | codes[:, 16:] << 4
+    if "high" in (b.dtype.names or ()):
+        b["high"] = np.packbits(codes >> 4, axis=1, bitorder="little")
+
+
+def _to_signed(x: Floats, b: Blocks, half: int) -> None:
+    """Q4_0 and Q5_0: the weight largest in magnitude becomes code 0, which stands for −half (spec 1.4c)."""
+    largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+    d = largest / np.float32(-half)
+    b["d"] = d[:, 0]
+    _pack(np.trunc(x * _inverse(d) + np.float32(half + 0.5)).clip(0, 2 * half - 1), b)
+
+
+def _to_affine(x: Floats, b: Blocks, top: int) -> None:
+    """Q4_1 and Q5_1: the smallest weight becomes code 0, the largest code `top`."""
+    low = x.min(axis=1, keepdims=True)
+    d = (x.max(axis=1, keepdims=True) - low) / np.float32(top)
+    b["d"], b["m"] = d[:, 0], low[:, 0]
+    _pack(np.trunc((x - low) * _inverse(d) + np.float32(0.5)).clip(0, top), b)
+
+
+def _layout(**fields: str) -> np.dtype[np.void]:
+    return np.dtype(list(fields.items()))
+
+
+#: Every supported format by name. d and m are the float16 scale and minimum, q the low and `high` the upper bits.
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        Format("F32", 0, 1, _layout(x="<f4"), _from_float, _to_float),
+        Format("F16", 1, 1, _layout(x="<f2"), _from_float, _to_float),
+        Format("BF16", 30, 1, _layout(bits="<u2"), _from_bf16, _to_bf16),
+        Format("Q8_0", 8, 32, _layout(d="<f2", q="32i1"), _from_q8_0, _to_q8_0),
+        Format("Q4_0", 2, 32, _layout(d="<f2", q="16u1"), _from_q4_0, partial(_to_signed, half=8)),
+        Format("Q4_1", 3, 32, _layout(d="<f2", m="<f2", q="16u1"), _from_q4_1, partial(_to_affine, top=15)),
+        Format("Q5_0", 6, 32, _layout(d="<f2", high="4u1", q="16u1"), _from_q5_0, partial(_to_signed, half=16)),
+        Format("Q5_1", 7, 32, _layout(d="<f2", m="<f2", high="4u1", q="16u1"), _from_q5_1, partial(_to_affine, top=31)),
+        Format("Q2_K", 10, 256, _layout(scales="16u1", q="64u1", d="<f2", m="<f2"), _from_q2_k),
+        Format("Q3_K", 11, 256, _layout(high="32u1", q="64u1", scales="12u1", d="<f2"), _from_q3_k),
+        Format("Q4_K", 12, 256, _layout(d="<f2", m="<f2", scales="12u1", q="128u1"), _from_q4_k),
+        Format("Q5_K", 13, 256, _layout(d="<f2", m="<f2", scales="12u1", high="32u1", q="128u1"), _from_q5_k),
+        Format("Q6_K", 14, 256, _layout(q="128u1", high="64u1", scales="16i1", d="<f2"), _from_q6_k),
+    )
+}
+
+#: The formats that `quantize` can write.
+WRITABLE = tuple(name for name, format in FORMATS.items() if format.quantize)
