@@ -1,0 +1,113 @@
+"""The folder where everything fetched is kept: its place, its locks, and which files are known to be whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llama2.errors import HubError
+from llama2.hub.progress import Progress
+
+_CHUNK = 1 << 20
+
+
+def home() -> Path:
+    """$LLAMA2_HOME, else `llama2` in the platform's cache folder."""
+    if explicit := os.environ.get("LLAMA2_HOME"):
+        return Path(explicit).expanduser().absolute()
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache").absolute() / "llama2"
+
+
+def models() -> Path:
+    """Where registered models lie."""
+    return home() / "models"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`; None when it is not there or not an object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_record(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as JSON, atomically. Records only save work: one that cannot be written is left out."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    except OSError:
+        return
+
+
+def _facts(path: Path, digest: str) -> tuple[Path, dict[str, Any]]:
+    """Where the record of a verified file lies, and what it has to say to count."""
+    path = path.absolute()
+    stat = path.stat()
+    record = home() / "verified" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    return record, {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": digest}
+
+
+def trust(path: Path, digest: str) -> None:
+    """Record that `path` has this digest."""
+    write_record(*_facts(path, digest))
+
+
+def verified(path: Path, digest: str, progress: Progress, algorithm: str = "sha256") -> bool:
+    """Whether `path` has this digest: hashed once, then believed while path, size and modification time stand.
+
+    Raises HubError when the file cannot be read.
+    """
+    try:
+        record, facts = _facts(path, digest)
+        if read_record(record) == facts:
+            return True
+        done, hashing = 0, hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                hashing.update(chunk)
+                done += len(chunk)
+                progress(f"verifying {path.name}", done, facts["size"])
+    except OSError as error:
+        raise HubError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    if hashing.hexdigest() != digest:
+        return False
+    write_record(record, facts)
+    return True
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Create `folder` and turn what may go wrong while files are written below it into HubError with advice."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise HubError(
+                f"{folder}: no room left ({error.strerror}); free some, or set LLAMA2_HOME to a larger disk"
+            ) from error
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
+            raise HubError(
+                f"{folder}: cannot be written ({error.strerror}); set LLAMA2_HOME to a folder of yours"
+            ) from error
+        raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, so that two processes do not fetch the same thing; waits for the other one."""
+    from filelock import FileLock
+
+    with FileLock(path):
+        yield
