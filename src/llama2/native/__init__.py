@@ -1,1 +1,50 @@
+"""The C++ half: one extension module for each instruction set, of which the best that this processor runs is used.
 
+`LLAMA2_ISA` (avx512_vnni, avx2, neon_dotprod or plain) forces one. Results of one instruction set are bitwise
+reproducible; those of two agree within rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+from llama2.errors import EngineError
+
+
+def supported() -> list[str]:
+    """Instruction sets that this machine runs and this build has, best first."""
+    try:
+        cpu = import_module("llama2.native._cpu")
+    except ImportError as error:
+        raise EngineError(f"the native extension is missing ({error}); reinstall with `pip install whole-llama`") from None
+    names: list[str] = cpu.supported()
+    return names
+
+
+@cache
+def _load(isa: str) -> ModuleType:
+    return import_module(f"llama2.native._native_{isa}")
+
+
+def module(isa: str | None = None) -> ModuleType:
+    """The extension module for `isa`, by default `LLAMA2_ISA` or the best. Raises EngineError for one that cannot run."""
+    names = supported()
+    isa = isa or os.environ.get("LLAMA2_ISA") or names[0]
+    if isa not in names:
+        raise EngineError(f"instruction set {isa!r} does not run here; LLAMA2_ISA may be one of {', '.join(names)}")
+    return _load(isa)
+
+
+def default_threads() -> int:
+    """Processors this process may use; `LLAMA2_THREADS` overrides."""
+    forced = os.environ.get("LLAMA2_THREADS")
+    if forced:
+        if not forced.isdigit() or not 1 <= int(forced) <= 1024:
+            raise EngineError(f"LLAMA2_THREADS={forced!r} must be a number from 1 to 1024")
+        return int(forced)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,137 @@
+// Attention over the paged key/value cache.
+//
+// A cache block holds kBlock positions of all layers. For one layer and one key/value head (E = head size):
+//     keys    (E, kBlock)   half precision, so that a vector is kLanes keys
+//     values  (kBlock, E)   half precision, E padded to whole vectors
+// A query's sums are made tile by tile (a tile is a block, at its absolute position) with running maximum and sum
+// (Milakov & Gimelshein 2018); kChunk positions make a partial result, and partial results are merged in order. Nothing
+// of that depends on which other queries are computed beside it.
+#pragma once
+
+#include <limits>
+
+#include "simd.h"
+
+namespace llama2 {
+
+constexpr int kBlock = 32;
+constexpr int kChunk = 512;
+
+// Softmax-weighted sum of values so far: Σ exp(score − maximum) · value, with lane-wise Σ exp(score − maximum).
+// Stored as floats: [maximum, sums (kLanes), values (E padded)]. Below, `head_size` is the padded one.
+inline int64_t partial_size(int64_t head_size) { return 1 + simd::kLanes + head_size; }
+
+// Head sizes are padded to whole vectors; the padding stays zero.
+inline int64_t padded(int64_t head_size) { return (head_size + simd::kLanes - 1) / simd::kLanes * simd::kLanes; }
+
+inline void clear_partial(float* p, int64_t head_size) {
+    p[0] = -std::numeric_limits<float>::infinity();
+    std::memset(p + 1, 0, size_t(simd::kLanes + head_size) * 4);
+}
+
+// One tile for M queries (each of `query_size` floats, scaled by 1/√E) that all see its first `count` keys.
+template <int M>
+void attend_tile(const float* const* queries, float* const* partials, const uint16_t* keys, const uint16_t* values,
+                 int64_t query_size, int64_t head_size, int count) {
+    using namespace simd;
+    constexpr int vectors = kBlock / kLanes;
+    const float infinity = std::numeric_limits<float>::infinity();
+    alignas(64) float weights[M][kBlock];
+    constexpr int strip = vectors * M <= 16 ? vectors : (16 / M > 0 ? 16 / M : 1);  // vectors of keys held at once
+    for (int first = 0; first < vectors; first += strip) {
+        F scores[M][strip];
+        LLAMA2_UNROLL
+        for (int m = 0; m < M; ++m) {
+            LLAMA2_UNROLL
+            for (int v = 0; v < strip; ++v) scores[m][v] = zero();
+        }
+        for (int64_t e = 0; e < query_size; ++e) {
+            F key[strip];
+            LLAMA2_UNROLL
+            for (int v = 0; v < strip; ++v) key[v] = load_f16(keys + e * kBlock + (first + v) * kLanes);
+            LLAMA2_UNROLL
+            for (int m = 0; m < M; ++m) {
+                const F q = set(queries[m][e]);
+                LLAMA2_UNROLL
+                for (int v = 0; v < strip; ++v) scores[m][v] = fma(q, key[v], scores[m][v]);
+            }
+        }
+        LLAMA2_UNROLL
+        for (int m = 0; m < M; ++m) {
+            LLAMA2_UNROLL
+            for (int v = 0; v < strip; ++v) store(weights[m] + (first + v) * kLanes, scores[m][v]);
+        }
+    }
+    for (int m = 0; m < M; ++m) {
+        float* p = partials[m];
+        for (int t = count; t < kBlock; ++t) weights[m][t] = -infinity;
+        float maximum = p[0];
+        for (int t = 0; t < count; ++t) maximum = weights[m][t] > maximum ? weights[m][t] : maximum;
+        if (maximum == -infinity) maximum = 0;
+        const F shrink = exp(set(p[0] - maximum));
+        p[0] = maximum;
+        F sums = mul(load(p + 1), shrink);
+        for (int v = 0; v < vectors; ++v) {
+            const F weight = exp(sub(load(weights[m] + v * kLanes), set(maximum)));
+            store(weights[m] + v * kLanes, weight);
+            sums = add(sums, weight);
+        }
+        store(p + 1, sums);
+        float* out = p + 1 + kLanes;
+        for (int64_t e = 0; e < head_size; e += kLanes) store(out + e, mul(load(out + e), shrink));
+    }
+    constexpr int wide = M * 4 <= 16 ? 4 : (M * 2 <= 16 ? 2 : 1);
+    const auto accumulate = [&](int64_t e, auto width) {
+        constexpr int W = width;
+        F sum[M][W];
+        LLAMA2_UNROLL
+        for (int m = 0; m < M; ++m) {
+            LLAMA2_UNROLL
+            for (int v = 0; v < W; ++v) sum[m][v] = load(partials[m] + 1 + kLanes + e + v * kLanes);
+        }
+        for (int t = 0; t < count; ++t) {
+            F value[W];
+            LLAMA2_UNROLL
+            for (int v = 0; v < W; ++v) value[v] = load_f16(values + t * head_size + e + v * kLanes);
+            LLAMA2_UNROLL
+            for (int m = 0; m < M; ++m) {
+                const F weight = set(weights[m][t]);
+                LLAMA2_UNROLL
+                for (int v = 0; v < W; ++v) sum[m][v] = fma(weight, value[v], sum[m][v]);
+            }
+        }
+        LLAMA2_UNROLL
+        for (int m = 0; m < M; ++m) {
+            LLAMA2_UNROLL
+            for (int v = 0; v < W; ++v) store(partials[m] + 1 + kLanes + e + v * kLanes, sum[m][v]);
+        }
+    };
+    int64_t e = 0;
+    for (; e + wide * kLanes <= head_size; e += wide * kLanes) accumulate(e, std::integral_constant<int, wide>{});
+    for (; e < head_size; e += kLanes) accumulate(e, std::integral_constant<int, 1>{});
+}
+
+// total ← total merged with part, in place. Either may be empty.
+inline void merge_partial(float* total, const float* part, int64_t head_size) {
+    using namespace simd;
+    const float infinity = std::numeric_limits<float>::infinity();
+    if (part[0] == -infinity) return;
+    if (total[0] == -infinity) {
+        std::memcpy(total, part, size_t(partial_size(head_size)) * 4);
+        return;
+    }
+    const float maximum = total[0] > part[0] ? total[0] : part[0];
+    const F a = exp(set(total[0] - maximum)), b = exp(set(part[0] - maximum));
+    total[0] = maximum;
+    for (int64_t i = 1; i < partial_size(head_size); i += kLanes)
+        store(total + i, fma(load(part + i), b, mul(load(total + i), a)));
+}
+
+inline void finish_partial(const float* total, int64_t query_size, float* out) {
+    float sum = 0;
+    for (int i = 0; i < simd::kLanes; ++i) sum += total[1 + i];
+    const float inverse = 1.0f / sum;
+    for (int64_t e = 0; e < query_size; ++e) out[e] = total[1 + simd::kLanes + e] * inverse;
+}
+
+}  // namespace llama2

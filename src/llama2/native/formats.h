@@ -1,0 +1,204 @@
+// GGUF's number formats: how a block of a row is stored, and what its numbers mean.
+//
+// A quantised block becomes Fields: whole numbers q and the scales they are multiplied with. Within a group (32 or 16
+// columns) the value is
+//     plain kinds      d · (q − offset) [+ m]
+//     K kinds          (d · scale) · (q − offset) [− dmin · minimum]
+// checkpoint/quantize.py holds the same definitions in NumPy; tests compare the two bit by bit.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "half.h"
+
+namespace llama2 {
+
+enum class Format { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
+
+enum class Scales {
+    none,         // not quantised
+    half,         // d in half precision for each group
+    half_min,     // d and m
+    super,        // a whole number for each group, d for 256 columns
+    super_min,    // two whole numbers for each group, d and dmin for 256 columns
+};
+
+struct FormatInfo {
+    const char* name;
+    Format format;
+    int block;   // columns
+    int bytes;   // of a block
+    int bits;    // of q when packed: 4 or 8; 0 for floats
+    int group;   // columns that share a scale
+    int offset;  // subtracted from a 4-bit q; an 8-bit q is signed already
+    Scales scales;
+};
+
+inline constexpr FormatInfo kFormats[] = {
+    {"F32", Format::F32, 1, 4, 0, 0, 0, Scales::none},
+    {"F16", Format::F16, 1, 2, 0, 0, 0, Scales::none},
+    {"BF16", Format::BF16, 1, 2, 0, 0, 0, Scales::none},
+    {"Q4_0", Format::Q4_0, 32, 18, 4, 32, 8, Scales::half},
+    {"Q4_1", Format::Q4_1, 32, 20, 4, 32, 0, Scales::half_min},
+    {"Q5_0", Format::Q5_0, 32, 22, 8, 32, 0, Scales::half},
+    {"Q5_1", Format::Q5_1, 32, 24, 8, 32, 0, Scales::half_min},
+    {"Q8_0", Format::Q8_0, 32, 34, 8, 32, 0, Scales::half},
+    {"Q2_K", Format::Q2_K, 256, 84, 4, 16, 0, Scales::super_min},
+    {"Q3_K", Format::Q3_K, 256, 110, 4, 16, 4, Scales::super},
+    {"Q4_K", Format::Q4_K, 256, 144, 4, 32, 0, Scales::super_min},
+    {"Q5_K", Format::Q5_K, 256, 176, 8, 32, 0, Scales::super_min},
+    {"Q6_K", Format::Q6_K, 256, 210, 8, 16, 0, Scales::super},
+};
+
+inline const FormatInfo& info(Format format) { return kFormats[size_t(format)]; }
+
+inline Format format_named(const std::string& name) {
+    for (const auto& f : kFormats)
+        if (name == f.name) return f.format;
+    throw std::invalid_argument("unknown number format " + name);
+}
+
+inline int64_t row_bytes(Format format, int64_t columns) {
+    const auto& f = info(format);
+    if (columns % f.block)
+        throw std::invalid_argument(std::to_string(columns) + " columns do not divide into blocks of " + f.name);
+    return columns / f.block * f.bytes;
+}
+
+struct Fields {
+    int8_t q[256];
+    uint16_t d, m;        // half precision; m is also K's dmin
+    int8_t scale[16];     // K kinds, one a group
+    uint8_t minimum[16];
+};
+
+inline uint16_t load_u16(const uint8_t* p) {
+    uint16_t x;
+    std::memcpy(&x, p, 2);
+    return x;
+}
+
+inline void unpack_nibbles(const uint8_t* p, int8_t* q) {
+    for (int j = 0; j < 16; ++j) q[j] = int8_t(p[j] & 15), q[j + 16] = int8_t(p[j] >> 4);
+}
+
+inline void unpack_fifth_bits(const uint8_t* p, int8_t* q) {
+    for (int j = 0; j < 32; ++j) q[j] = int8_t(q[j] | ((p[j / 8] >> (j % 8)) & 1) << 4);
+}
+
+// Q4_K and Q5_K: eight 6-bit scales and minima in 12 bytes.
+inline void unpack_six_bits(const uint8_t* p, Fields& f) {
+    for (int j = 0; j < 4; ++j) {
+        f.scale[j] = int8_t(p[j] & 63);
+        f.minimum[j] = p[j + 4] & 63;
+        f.scale[j + 4] = int8_t((p[j + 8] & 15) | (p[j] >> 6) << 4);
+        f.minimum[j + 4] = uint8_t((p[j + 8] >> 4) | (p[j + 4] >> 6) << 4);
+    }
+}
+
+inline void unpack(Format format, const uint8_t* p, Fields& f) {
+    switch (format) {
+        case Format::Q4_0:
+            f.d = load_u16(p);
+            unpack_nibbles(p + 2, f.q);
+            return;
+        case Format::Q4_1:
+            f.d = load_u16(p), f.m = load_u16(p + 2);
+            unpack_nibbles(p + 4, f.q);
+            return;
+        case Format::Q5_0:
+            f.d = load_u16(p);
+            unpack_nibbles(p + 6, f.q), unpack_fifth_bits(p + 2, f.q);
+            for (int j = 0; j < 32; ++j) f.q[j] = int8_t(f.q[j] - 16);
+            return;
+        case Format::Q5_1:
+            f.d = load_u16(p), f.m = load_u16(p + 2);
+            unpack_nibbles(p + 8, f.q), unpack_fifth_bits(p + 4, f.q);
+            return;
+        case Format::Q8_0:
+            f.d = load_u16(p);
+            std::memcpy(f.q, p + 2, 32);
+            return;
+        case Format::Q2_K:
+            f.d = load_u16(p + 80), f.m = load_u16(p + 82);
+            for (int g = 0; g < 16; ++g) f.scale[g] = int8_t(p[g] & 15), f.minimum[g] = p[g] >> 4;
+            for (int i = 0; i < 256; ++i) f.q[i] = int8_t((p[16 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2)) & 3);
+            return;
+        case Format::Q3_K: {
+            const uint8_t *high = p, *low = p + 32, *s = p + 96;
+            f.d = load_u16(p + 108);
+            for (int g = 0; g < 16; ++g) {
+                const int four = g < 8 ? s[g] & 15 : s[g - 8] >> 4, two = (s[8 + g % 4] >> (g / 4 * 2)) & 3;
+                f.scale[g] = int8_t((four | two << 4) - 32);
+            }
+            for (int i = 0; i < 256; ++i) {
+                const int two = (low[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2)) & 3;
+                f.q[i] = int8_t(two | ((high[i % 32] >> (i / 32)) & 1) << 2);
+            }
+            return;
+        }
+        case Format::Q4_K:
+            f.d = load_u16(p), f.m = load_u16(p + 2);
+            unpack_six_bits(p + 4, f);
+            for (int i = 0; i < 256; ++i) f.q[i] = int8_t((p[16 + i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4)) & 15);
+            return;
+        case Format::Q5_K:
+            f.d = load_u16(p), f.m = load_u16(p + 2);
+            unpack_six_bits(p + 4, f);
+            for (int i = 0; i < 256; ++i) {
+                const int four = (p[48 + i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4)) & 15;
+                f.q[i] = int8_t(four | ((p[16 + i % 32] >> (i / 32)) & 1) << 4);
+            }
+            return;
+        case Format::Q6_K:
+            f.d = load_u16(p + 208);
+            std::memcpy(f.scale, p + 192, 16);
+            for (int i = 0; i < 256; ++i) {
+                const int half = i / 128, quarter = i / 32 % 4, l = i % 32;
+                const int four = (p[half * 64 + quarter % 2 * 32 + l] >> (quarter / 2 * 4)) & 15;
+                const int two = (p[128 + half * 32 + l] >> (quarter * 2)) & 3;
+                f.q[i] = int8_t((four | two << 4) - 32);
+            }
+            return;
+        default:
+            throw std::invalid_argument("not a quantised format");
+    }
+}
+
+// One stored row to floats. Used for embeddings, which are read where they lie.
+inline void dequantize_row(Format format, const uint8_t* row, int64_t columns, float* out) {
+    if (format == Format::F32) {
+        std::memcpy(out, row, size_t(columns) * 4);
+        return;
+    }
+    if (format == Format::F16 || format == Format::BF16) {
+        for (int64_t i = 0; i < columns; ++i) {
+            const uint16_t h = load_u16(row + 2 * i);
+            out[i] = format == Format::F16 ? f16_to_f32(h) : bf16_to_f32(h);
+        }
+        return;
+    }
+    const auto& f = info(format);
+    Fields fields;
+    for (int64_t start = 0; start < columns; start += f.block, row += f.bytes, out += f.block) {
+        unpack(format, row, fields);
+        const float d = f16_to_f32(fields.d);
+        const bool has_min = f.scales == Scales::half_min || f.scales == Scales::super_min;
+        const float m = has_min ? f16_to_f32(fields.m) : 0.0f;
+        for (int i = 0; i < f.block; ++i) {
+            const int g = i / f.group;
+            const float q = float(fields.q[i] - f.offset);
+            switch (f.scales) {
+                case Scales::half: out[i] = d * q; break;
+                case Scales::half_min: out[i] = d * q + m; break;
+                case Scales::super: out[i] = (d * float(fields.scale[g])) * q; break;
+                default: out[i] = (d * float(fields.scale[g])) * q - m * float(fields.minimum[g]); break;
+            }
+        }
+    }
+}
+
+}  // namespace llama2

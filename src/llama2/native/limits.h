@@ -1,0 +1,116 @@
+// What this machine can do at most: the denominators of `llama2 bench`.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include <vector>
+
+#include "simd.h"
+
+namespace llama2 {
+
+// Runs work(thread) on every thread until `seconds` have passed; work returns its amount. Returns amount a second.
+template <class Work> double rate(int threads, double seconds, Work&& work) {
+    using Clock = std::chrono::steady_clock;
+    std::vector<double> amounts(static_cast<size_t>(threads));
+    std::atomic<int> ready{0};
+    std::vector<std::thread> others;
+    Clock::time_point start, stop;
+    const auto loop = [&](int thread) {
+        ++ready;
+        while (ready.load() < threads) std::this_thread::yield();
+        const auto begin = Clock::now();
+        double amount = 0, elapsed;
+        do {
+            amount += work(thread);
+            elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
+        } while (elapsed < seconds);
+        amounts[size_t(thread)] = amount / elapsed;
+    };
+    for (int t = 1; t < threads; ++t) others.emplace_back(loop, t);
+    loop(0);
+    for (auto& t : others) t.join();
+    double sum = 0;
+    for (const double a : amounts) sum += a;
+    return sum;
+}
+
+// Bytes a second read from memory far larger than the caches, each thread in a stretch of its own.
+inline double read_bandwidth(int threads, double seconds) {
+    constexpr size_t bytes = size_t(256) << 20, piece = size_t(1) << 20;
+    std::vector<std::vector<uint8_t>> memory(static_cast<size_t>(threads));
+    std::vector<size_t> at(static_cast<size_t>(threads));
+    std::atomic<int64_t> sink{0};
+    const size_t each = bytes / size_t(threads) / piece * piece;
+    for (auto& m : memory) m.assign(each, 1);
+    return rate(threads, seconds, [&](int thread) {
+        const uint8_t* p = memory[size_t(thread)].data() + at[size_t(thread)];
+        simd::I sum[4] = {simd::set_int(0), simd::set_int(0), simd::set_int(0), simd::set_int(0)};
+        constexpr size_t vector = 4 * simd::kLanes;
+        for (size_t i = 0; i < piece; i += 4 * vector)
+            for (int k = 0; k < 4; ++k) {
+                simd::I x;
+                std::memcpy(&x, p + i + size_t(k) * vector, sizeof x);
+                sum[k] = simd::add_int(sum[k], x);
+            }
+        int32_t lanes[simd::kLanes];
+        simd::store_int(lanes, simd::add_int(simd::add_int(sum[0], sum[1]), simd::add_int(sum[2], sum[3])));
+        sink += lanes[0];
+        at[size_t(thread)] = (at[size_t(thread)] + piece) % each;
+        return double(piece);
+    });
+}
+
+// Operations a second (a multiplication and an addition are two) of 8-bit dot products with operands in the first cache:
+// a tile of 4 weight vectors by 4 tokens, as an ideal matrix product would run.
+inline double int8_gemm_rate(int threads, double seconds) {
+    constexpr int depth = 64, wide = 4, tall = 4;
+    std::atomic<int64_t> sink{0};
+    return rate(threads, seconds, [&](int) {
+        alignas(64) static thread_local uint8_t weights[depth * wide * 4 * simd::kLanes];
+        alignas(64) static thread_local int32_t tokens[depth * tall];
+        simd::I acc[wide][tall];
+        for (auto& row : acc)
+            for (auto& a : row) a = simd::set_int(0);
+        for (int repeat = 0; repeat < 200; ++repeat)
+            for (int k = 0; k < depth; ++k) {
+                simd::B w[wide];
+                LLAMA2_UNROLL
+                for (int i = 0; i < wide; ++i) w[i] = simd::load_bytes(weights + (k * wide + i) * 4 * simd::kLanes);
+                LLAMA2_UNROLL
+                for (int i = 0; i < wide; ++i) {
+                    LLAMA2_UNROLL
+                    for (int j = 0; j < tall; ++j) acc[i][j] = simd::dot4<8>(acc[i][j], w[i], tokens[k * tall + j]);
+                }
+            }
+        int32_t lanes[simd::kLanes];
+        for (auto& row : acc)
+            for (auto& a : row) {
+                simd::store_int(lanes, a);
+                sink += lanes[0];
+            }
+        return 200.0 * depth * wide * tall * simd::kLanes * 4 * 2;
+    });
+}
+
+// Single-precision operations a second; two threads reach twice one thread's rate only if both have a core.
+inline double fma_rate(int threads, double seconds) {
+    std::atomic<int64_t> sink{0};
+    return rate(threads, seconds, [&](int) {
+        constexpr int chains = 12;
+        simd::F acc[chains];
+        for (auto& a : acc) a = simd::zero();
+        const simd::F a = simd::set(0.999f), b = simd::set(1e-3f);
+        for (int repeat = 0; repeat < 2000; ++repeat) {
+            LLAMA2_UNROLL
+            for (int k = 0; k < chains; ++k) acc[k] = simd::fma(acc[k], a, b);
+        }
+        float lanes[simd::kLanes], sum = 0;
+        for (auto& x : acc) simd::store(lanes, x), sum += lanes[0];
+        sink += int64_t(sum);
+        return 2000.0 * chains * simd::kLanes * 2;
+    });
+}
+
+}  // namespace llama2

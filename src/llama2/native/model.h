@@ -1,0 +1,480 @@
+// The transformer's forward pass (paper 2.2) over a batch of tokens from any number of sequences.
+//
+// N tokens  D width  H heads  G key/value heads  E head size  F hidden width  V vocabulary
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "attention.h"
+#include "matmul.h"
+#include "pool.h"
+
+namespace llama2 {
+
+struct Config {
+    int64_t dim, layers, heads, kv_heads, hidden, vocab, head_size, context;
+    float norm_eps;
+    std::vector<double> inverse_frequencies;  // (E / 2) radians a position
+};
+
+// Tokens of one step; the layout of llama2.engine.runner.Batch.
+struct Step {
+    int64_t tokens_count, sequences_count, width, outputs_count;
+    const int32_t *tokens, *positions, *sequences, *blocks, *outputs;
+};
+
+struct Layer {
+    Weight attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3;
+};
+
+inline void rms_norm(const float* x, const float* weight, int64_t size, float eps, float* out) {
+    using namespace simd;
+    const int64_t whole = size / kLanes * kLanes;
+    F squares = zero();
+    for (int64_t i = 0; i < whole; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+    float lanes[kLanes], sum = 0;
+    store(lanes, squares);
+    for (const float lane : lanes) sum += lane;
+    for (int64_t i = whole; i < size; ++i) sum += x[i] * x[i];
+    const float scale = 1.0f / std::sqrt(sum / float(size) + eps);
+    for (int64_t i = 0; i < whole; i += kLanes)
+        store(out + i, mul(mul(load(x + i), set(scale)), load(weight + i)));
+    for (int64_t i = whole; i < size; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+// Memory that starts at a 64-byte boundary and grows; its content is lost when it does.
+template <class T> class Buffer {
+public:
+    T* reserve(int64_t count) {
+        if (count > count_) {
+            memory_.reset();
+            memory_.reset(static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64))));
+            count_ = count;
+        }
+        return memory_.get();
+    }
+    T* get() const { return memory_.get(); }
+
+private:
+    struct Free {
+        void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T, Free> memory_;
+    int64_t count_ = 0;
+};
+
+class Model {
+public:
+    Model(Config config, int threads, int64_t blocks)
+        : config_(std::move(config)), layers_(size_t(config_.layers)), blocks_(blocks), pool_(threads),
+          private_floats_(size_t(threads)), private_groups_(size_t(threads)), private_partials_(size_t(threads)) {
+        head_bytes_ = kBlock * (config_.head_size + padded(config_.head_size)) * 2;
+        block_bytes_ = config_.layers * config_.kv_heads * head_bytes_;
+        // calloc's pages cost nothing until a block is first written.
+        cache_.reset(static_cast<uint8_t*>(std::calloc(size_t(blocks_) * size_t(block_bytes_) + 64, 1)));
+        if (!cache_) throw std::bad_alloc();
+        cache_start_ = cache_.get() + (64 - reinterpret_cast<uintptr_t>(cache_.get()) % 64) % 64;
+    }
+
+    int threads() const { return pool_.threads(); }
+    int64_t block_bytes() const { return block_bytes_; }
+
+    // `data` must outlive the model: packed panels for quantised formats, row-major numbers otherwise. The embedding is
+    // always given as its file stores it. Shapes are checked by `check`.
+    void set(const std::string& name, Weight weight) {
+        if (name == "tok_embeddings.weight") embedding_ = weight;
+        else if (name == "norm.weight") norm_ = weight;
+        else if (name == "output.weight") output_ = weight;
+        else if (name.rfind("layers.", 0) == 0) {
+            const size_t dot = name.find('.', 7);
+            const int64_t index = dot == std::string::npos ? -1 : std::atoll(name.substr(7, dot - 7).c_str());
+            if (index < 0 || index >= config_.layers) throw std::invalid_argument("no layer for tensor " + name);
+            member(layers_[size_t(index)], name.substr(dot + 1)) = weight;
+        } else throw std::invalid_argument("unknown tensor " + name);
+    }
+
+    // Every tensor is there and has its shape; throws std::invalid_argument otherwise.
+    void check() const {
+        const int64_t D = config_.dim, Q = config_.heads * config_.head_size, K = config_.kv_heads * config_.head_size;
+        const auto expect = [](const Weight& w, int64_t rows, int64_t columns, const char* name, bool is_norm) {
+            if (!w.data || w.rows != rows || w.columns != columns || (is_norm && w.format != Format::F32))
+                throw std::invalid_argument(std::string(name) + " is missing or has a wrong shape or format");
+        };
+        expect(embedding_, config_.vocab, D, "tok_embeddings.weight", false);
+        expect(output_, config_.vocab, D, "output.weight", false);
+        expect(norm_, 1, D, "norm.weight", true);
+        for (const auto& layer : layers_) {
+            expect(layer.attention_norm, 1, D, "attention_norm", true), expect(layer.ffn_norm, 1, D, "ffn_norm", true);
+            expect(layer.wq, Q, D, "wq", false), expect(layer.wk, K, D, "wk", false);
+            expect(layer.wv, K, D, "wv", false), expect(layer.wo, D, Q, "wo", false);
+            expect(layer.w1, config_.hidden, D, "w1", false), expect(layer.w3, config_.hidden, D, "w3", false);
+            expect(layer.w2, D, config_.hidden, "w2", false);
+        }
+    }
+
+    // logits: (outputs, V)
+    void forward(const Step& step, float* logits) {
+        check_step(step);
+        const int64_t N = step.tokens_count, D = config_.dim, E = config_.head_size;
+        const int64_t Q = config_.heads * E, K = config_.kv_heads * E;
+        if (N == 0) return;
+        float* x = residual_.reserve(N * D);
+        float* qkv = qkv_.reserve(N * (Q + 2 * K));
+        float* attended = attended_.reserve(N * Q);
+        float* hidden = hidden_.reserve(N * config_.hidden);
+        make_rotations(step);
+        const int64_t row = row_bytes(embedding_.format, D);
+        for (int64_t t = 0; t < N; ++t)
+            dequantize_row(embedding_.format, embedding_.data + step.tokens[t] * row, D, x + t * D);
+        const auto tiles = query_tiles(step);
+        const auto add = [&](int64_t t, int64_t r, const float* y, int64_t count) {
+            for (int64_t i = 0; i < count; ++i) x[t * D + r + i] += y[i];
+        };
+        for (size_t l = 0; l < layers_.size(); ++l) {
+            const Layer& layer = layers_[l];
+            const auto store_at = [&](int64_t offset) {
+                return [=](int64_t t, int64_t r, const float* y, int64_t count) {
+                    std::memcpy(qkv + t * (Q + 2 * K) + offset + r, y, size_t(count) * 4);
+                };
+            };
+            products({x, D, floats(layer.attention_norm)}, N, part(layer.wq, store_at(0)),
+                     part(layer.wk, store_at(Q)), part(layer.wv, store_at(Q + K)));
+            over_tokens(N, [&](int64_t t) { rotate_and_cache(step, t, int64_t(l), qkv + t * (Q + 2 * K)); });
+            attend(step, tiles, int64_t(l), qkv, attended);
+            products({attended, Q, nullptr}, N, part(layer.wo, add));
+            gated_products({x, D, floats(layer.ffn_norm)}, N, layer.w1, layer.w3, hidden);
+            products({hidden, config_.hidden, nullptr}, N, part(layer.w2, add));
+        }
+        const int64_t M = step.outputs_count;
+        float* last = last_.reserve(M * D);
+        for (int64_t i = 0; i < M; ++i) std::memcpy(last + i * D, x + step.outputs[i] * D, size_t(D) * 4);
+        products({last, D, floats(norm_)}, M, part(output_, [&](int64_t t, int64_t r, const float* y, int64_t count) {
+                     std::memcpy(logits + t * config_.vocab + r, y, size_t(count) * 4);
+                 }));
+    }
+
+private:
+    static const float* floats(const Weight& w) { return reinterpret_cast<const float*>(w.data); }
+
+    static Weight& member(Layer& layer, const std::string& name) {
+        if (name == "attention_norm.weight") return layer.attention_norm;
+        if (name == "attention.wq.weight") return layer.wq;
+        if (name == "attention.wk.weight") return layer.wk;
+        if (name == "attention.wv.weight") return layer.wv;
+        if (name == "attention.wo.weight") return layer.wo;
+        if (name == "ffn_norm.weight") return layer.ffn_norm;
+        if (name == "feed_forward.w1.weight") return layer.w1;
+        if (name == "feed_forward.w2.weight") return layer.w2;
+        if (name == "feed_forward.w3.weight") return layer.w3;
+        throw std::invalid_argument("unknown tensor layers.N." + name);
+    }
+
+    void check_step(const Step& s) const {
+        for (int64_t t = 0; t < s.tokens_count; ++t) {
+            const int64_t position = s.positions[t], sequence = s.sequences[t];
+            if (s.tokens[t] < 0 || s.tokens[t] >= config_.vocab) throw std::invalid_argument("token id out of range");
+            if (sequence < 0 || sequence >= s.sequences_count) throw std::invalid_argument("sequence out of range");
+            if (position < 0 || position >= config_.context || position / kBlock >= s.width)
+                throw std::invalid_argument("position out of range");
+            if (t > 0 && (s.sequences[t] < s.sequences[t - 1] ||
+                          (s.sequences[t] == s.sequences[t - 1] && s.positions[t] != s.positions[t - 1] + 1)))
+                throw std::invalid_argument("tokens of a sequence must stand together at consecutive positions");
+            const bool last = t + 1 == s.tokens_count || s.sequences[t + 1] != sequence;
+            for (int64_t b = 0; last && b <= position / kBlock; ++b) {
+                const int32_t block = s.blocks[sequence * s.width + b];
+                if (block < 0 || block >= blocks_) throw std::invalid_argument("cache block out of range");
+            }
+        }
+        for (int64_t i = 0; i < s.outputs_count; ++i)
+            if (s.outputs[i] < 0 || s.outputs[i] >= s.tokens_count) throw std::invalid_argument("output out of range");
+    }
+
+    // --- products ----------------------------------------------------------------------------------------------------
+
+    // Where a product's activations come from: rows of `columns` floats, normalised first if `norm` is given.
+    struct Source {
+        const float* x;
+        int64_t columns;
+        const float* norm;
+    };
+
+    template <class Write> struct Part {
+        const Weight& weight;
+        Write write;  // (token, first row, results, count)
+    };
+    template <class Write> static Part<Write> part(const Weight& weight, Write write) { return {weight, write}; }
+
+    // Make one token's activations in the given buffers.
+    void activate(const Source& source, const float* x, float* normalised, ActivationGroup* groups) const {
+        if (source.norm) {
+            rms_norm(x, source.norm, source.columns, config_.norm_eps, normalised);
+            x = normalised;
+        }
+        if (source.columns % 32 == 0) quantize_activations(x, source.columns, groups);
+    }
+
+    // Calls body(unit, activations) for every unit, after the activations of all N tokens have been made. A single token
+    // is prepared by every thread for itself, which is cheaper than waiting for one another.
+    template <class Body> void with_activations(const Source& source, int64_t N, int64_t units, Body&& body) {
+        const int64_t columns = source.columns, groups = (columns + 31) / 32;
+        if (N == 1) {
+            for (size_t i = 0; i < private_floats_.size(); ++i)
+                private_floats_[i].reserve(columns), private_groups_[i].reserve(groups);
+            pool_.run(
+                units,
+                [&](int thread) {
+                    activate(source, source.x, private_floats_[size_t(thread)].get(),
+                             private_groups_[size_t(thread)].get());
+                },
+                [&](int64_t unit, int thread) {
+                    const float* x = source.norm ? private_floats_[size_t(thread)].get() : source.x;
+                    body(unit, Activations{x, private_groups_[size_t(thread)].get(), columns});
+                });
+            return;
+        }
+        float* normalised = normalised_.reserve(N * columns);
+        ActivationGroup* quantised = groups_.reserve(N * groups);
+        pool_.run(N, [&](int64_t t, int) {
+            activate(source, source.x + t * columns, normalised + t * columns, quantised + t * groups);
+        });
+        const Activations all{source.norm ? normalised : source.x, quantised, columns};
+        pool_.run(units, [&](int64_t unit, int) { body(unit, all); });
+    }
+
+    // A unit is some panels (about 64 KB of weights) times up to kTokenBlock tokens.
+    static constexpr int64_t kTokenBlock = 64;
+    static int64_t panels_a_unit(const Weight& w) { return std::max<int64_t>(1, (64 << 10) / w.panel_bytes()); }
+    static int64_t token_blocks(int64_t N) { return (N + kTokenBlock - 1) / kTokenBlock; }
+    static int64_t units(const Weight& w, int64_t N) {
+        const int64_t each = panels_a_unit(w);
+        return (panels(w.rows) + each - 1) / each * token_blocks(N);
+    }
+
+    template <class... Writes> void products(const Source& source, int64_t N, Part<Writes>... parts) {
+        const int64_t total = (units(parts.weight, N) + ...);
+        with_activations(source, N, total, [&](int64_t unit, const Activations& x) {
+            (one_product(unit, N, x, parts) || ...);
+        });
+    }
+
+    // Does `unit` if it belongs to this part; otherwise subtracts the part's units from it.
+    template <class Write>
+    static bool one_product(int64_t& unit, int64_t N, const Activations& x, const Part<Write>& p) {
+        const int64_t mine = units(p.weight, N);
+        if (unit >= mine) {
+            unit -= mine;
+            return false;
+        }
+        const int64_t each = panels_a_unit(p.weight), blocks = token_blocks(N);
+        const int64_t first = unit / blocks * each, token = unit % blocks * kTokenBlock;
+        for (int64_t panel = first; panel < std::min(first + each, panels(p.weight.rows)); ++panel) {
+            const int64_t row = panel * simd::kLanes, count = std::min<int64_t>(simd::kLanes, p.weight.rows - row);
+            panel_product(p.weight, panel, x, token, std::min(token + kTokenBlock, N),
+                          [&](int64_t t, const float* y) { p.write(t, row, y, count); });
+        }
+        return true;
+    }
+
+    // out = silu(w1 x) ⊙ w3 x: (N, F)
+    void gated_products(const Source& source, int64_t N, const Weight& w1, const Weight& w3, float* out) {
+        const int64_t each = std::max<int64_t>(1, panels_a_unit(w1) / 2), blocks = token_blocks(N);
+        const int64_t total = (panels(w1.rows) + each - 1) / each * blocks;
+        with_activations(source, N, total, [&](int64_t unit, const Activations& x) {
+            const int64_t first = unit / blocks * each, token = unit % blocks * kTokenBlock;
+            const int64_t end = std::min(token + kTokenBlock, N);
+            for (int64_t panel = first; panel < std::min(first + each, panels(w1.rows)); ++panel) {
+                const int64_t row = panel * simd::kLanes, count = std::min<int64_t>(simd::kLanes, w1.rows - row);
+                alignas(64) float gates[kTokenBlock * simd::kLanes];
+                panel_product(w1, panel, x, token, end, [&](int64_t t, const float* y) {
+                    simd::store(gates + (t - token) * simd::kLanes, simd::silu(simd::load(y)));
+                });
+                panel_product(w3, panel, x, token, end, [&](int64_t t, const float* y) {
+                    alignas(64) float gated[simd::kLanes];
+                    const float* gate = gates + (t - token) * simd::kLanes;
+                    simd::store(gated, simd::mul(simd::load(gate), simd::load(y)));
+                    std::memcpy(out + t * w1.rows + row, gated, size_t(count) * 4);
+                });
+            }
+        });
+    }
+
+    // --- attention ---------------------------------------------------------------------------------------------------
+
+    template <class Body> void over_tokens(int64_t N, Body&& body) {
+        if (N <= 4)
+            for (int64_t t = 0; t < N; ++t) body(t);
+        else
+            pool_.run(N, [&](int64_t t, int) { body(t); });
+    }
+
+    // cos and sin of every token's rotation: (N, E / 2, 2). In double precision, because positions reach thousands.
+    void make_rotations(const Step& step) {
+        const int64_t half = config_.head_size / 2;
+        float* out = rotations_.reserve(step.tokens_count * half * 2);
+        for (int64_t t = 0; t < step.tokens_count; ++t)
+            for (int64_t i = 0; i < half; ++i, out += 2) {
+                const double angle = double(step.positions[t]) * config_.inverse_frequencies[size_t(i)];
+                out[0] = float(std::cos(angle)), out[1] = float(std::sin(angle));
+            }
+    }
+
+    uint16_t* keys(int32_t block, int64_t layer, int64_t head) const {
+        return reinterpret_cast<uint16_t*>(cache_start_ + block * block_bytes_ +
+                                           (layer * config_.kv_heads + head) * head_bytes_);
+    }
+    uint16_t* values(uint16_t* keys) const { return keys + kBlock * config_.head_size; }
+
+    // Rotates a token's queries (scaled by 1/√E) in place, and writes its rotated keys and its values to the cache.
+    void rotate_and_cache(const Step& step, int64_t t, int64_t layer, float* qkv) const {
+        const int64_t E = config_.head_size, stride = padded(E), position = step.positions[t];
+        const int32_t block = step.blocks[step.sequences[t] * step.width + position / kBlock];
+        const float* turn = rotations_.get() + t * E;
+        const float scale = 1.0f / std::sqrt(float(E));
+        for (int64_t h = 0; h < config_.heads; ++h, qkv += E)
+            for (int64_t i = 0; i < E; i += 2) {
+                const float a = qkv[i], b = qkv[i + 1];
+                qkv[i] = (a * turn[i] - b * turn[i + 1]) * scale;
+                qkv[i + 1] = (a * turn[i + 1] + b * turn[i]) * scale;
+            }
+        const float* value = qkv + config_.kv_heads * E;
+        for (int64_t g = 0; g < config_.kv_heads; ++g, qkv += E, value += E) {
+            uint16_t* key = keys(block, layer, g) + position % kBlock;
+            uint16_t* out = values(keys(block, layer, g)) + position % kBlock * stride;
+            for (int64_t i = 0; i < E; i += 2) {
+                const float a = qkv[i], b = qkv[i + 1];
+                key[i * kBlock] = f32_to_f16(a * turn[i] - b * turn[i + 1]);
+                key[(i + 1) * kBlock] = f32_to_f16(a * turn[i + 1] + b * turn[i]);
+            }
+            for (int64_t i = 0; i < E; ++i) out[i] = f32_to_f16(value[i]);
+        }
+    }
+
+    struct QueryTile {
+        int64_t first, count;  // tokens of one sequence
+    };
+    std::vector<QueryTile> query_tiles(const Step& step) const {
+        const int64_t most = std::max<int64_t>(1, 32 / (config_.heads / config_.kv_heads));
+        std::vector<QueryTile> tiles;
+        for (int64_t t = 0; t < step.tokens_count; ++t) {
+            const bool joins = !tiles.empty() && tiles.back().count < most && step.sequences[t] == step.sequences[t - 1];
+            if (joins) ++tiles.back().count;
+            else tiles.push_back({t, 1});
+        }
+        return tiles;
+    }
+
+    // One chunk of positions for one tile and one key/value head. partials: (rows, partial_size), row = token · H/G + head
+    void attend_chunk(const Step& step, const QueryTile& tile, int64_t layer, int64_t head, int64_t chunk,
+                      const float* qkv, float* partials) const {
+        const int64_t E = config_.head_size, share = config_.heads / config_.kv_heads, wide = padded(E);
+        const int64_t token_floats = (config_.heads + 2 * config_.kv_heads) * E, size = partial_size(wide);
+        const int64_t rows = tile.count * share, last = step.positions[tile.first + tile.count - 1];
+        const int32_t* table = step.blocks + step.sequences[tile.first] * step.width;
+        for (int64_t r = 0; r < rows; ++r) clear_partial(partials + r * size, wide);
+        for (int64_t start = chunk * kChunk; start < std::min((chunk + 1) * int64_t(kChunk), last + 1); start += kBlock) {
+            const uint16_t* key = keys(table[start / kBlock], layer, head);
+            const uint16_t* value = key + kBlock * E;
+            const auto attend_rows = [&](auto size_of_tile, int64_t row, int count) {
+                constexpr int M = size_of_tile;
+                const float* queries[M];
+                float* outs[M];
+                for (int m = 0; m < M; ++m) {
+                    const int64_t t = tile.first + (row + m) / share, h = head * share + (row + m) % share;
+                    queries[m] = qkv + t * token_floats + h * E, outs[m] = partials + (row + m) * size;
+                }
+                attend_tile<M>(queries, outs, key, value, E, wide, count);
+            };
+            int64_t row = 0;
+            for (; row < rows; ++row) {  // tokens inside this tile see only part of it
+                const int64_t visible = step.positions[tile.first + row / share] - start + 1;
+                if (visible >= kBlock) break;
+                if (visible > 0) attend_rows(std::integral_constant<int, 1>{}, row, int(visible));
+            }
+            const auto whole = [&](auto m, int64_t r) { attend_rows(m, r, kBlock); };
+            if constexpr (simd::kAttentionRows >= 8)
+                while (tile_of<8>(row, rows, whole)) {}
+            if constexpr (simd::kAttentionRows >= 4)
+                while (tile_of<4>(row, rows, whole)) {}
+            if constexpr (simd::kAttentionRows >= 3)
+                while (tile_of<3>(row, rows, whole)) {}
+            while (tile_of<2>(row, rows, whole)) {}
+            while (tile_of<1>(row, rows, whole)) {}
+        }
+    }
+
+    void finish(const QueryTile& tile, int64_t head, const float* totals, float* out) const {
+        const int64_t E = config_.head_size, share = config_.heads / config_.kv_heads;
+        for (int64_t r = 0; r < tile.count * share; ++r)
+            finish_partial(totals + r * partial_size(padded(E)), E,
+                           out + ((tile.first + r / share) * config_.heads + head * share + r % share) * E);
+    }
+
+    // out: (N, H·E)
+    void attend(const Step& step, const std::vector<QueryTile>& tiles, int64_t layer, const float* qkv, float* out) {
+        const int64_t G = config_.kv_heads, wide = padded(config_.head_size);
+        const auto rows = [&](const QueryTile& tile) { return tile.count * (config_.heads / G); };
+        const auto chunks = [&](const QueryTile& tile) {
+            return step.positions[tile.first + tile.count - 1] / kChunk + 1;
+        };
+        int64_t most_rows = 0, most_chunks = 0;
+        for (const auto& tile : tiles)
+            most_rows = std::max(most_rows, rows(tile)), most_chunks = std::max<int64_t>(most_chunks, chunks(tile));
+        const int64_t size = partial_size(wide) * most_rows, count = int64_t(tiles.size()) * G;
+        if (most_chunks > 1 && count < 4 * pool_.threads()) {  // few queries over many keys: chunks are units of their own
+            float* partials = partials_.reserve(count * most_chunks * size);
+            pool_.run(count * most_chunks, [&](int64_t unit, int) {
+                const QueryTile& tile = tiles[size_t(unit / most_chunks / G)];
+                if (unit % most_chunks < chunks(tile))
+                    attend_chunk(step, tile, layer, unit / most_chunks % G, unit % most_chunks, qkv, partials + unit * size);
+            });
+            for (int64_t i = 0; i < count; ++i) {
+                const QueryTile& tile = tiles[size_t(i / G)];
+                float* totals = partials + i * most_chunks * size;
+                for (int64_t chunk = 1; chunk < chunks(tile); ++chunk) merge(rows(tile), totals, totals + chunk * size);
+                finish(tile, i % G, totals, out);
+            }
+            return;
+        }
+        for (auto& buffer : private_partials_) buffer.reserve(2 * size);
+        pool_.run(count, [&](int64_t unit, int thread) {
+            const QueryTile& tile = tiles[size_t(unit / G)];
+            float *totals = private_partials_[size_t(thread)].get(), *next = totals + size;
+            attend_chunk(step, tile, layer, unit % G, 0, qkv, totals);
+            for (int64_t chunk = 1; chunk < chunks(tile); ++chunk) {
+                attend_chunk(step, tile, layer, unit % G, chunk, qkv, next);
+                merge(rows(tile), totals, next);
+            }
+            finish(tile, unit % G, totals, out);
+        });
+    }
+
+    void merge(int64_t rows, float* totals, const float* parts) const {
+        const int64_t wide = padded(config_.head_size), size = partial_size(wide);
+        for (int64_t r = 0; r < rows; ++r) merge_partial(totals + r * size, parts + r * size, wide);
+    }
+
+    struct Free {
+        void operator()(uint8_t* p) const { std::free(p); }
+    };
+
+    Config config_;
+    std::vector<Layer> layers_;
+    Weight embedding_, norm_, output_;
+    int64_t blocks_, head_bytes_, block_bytes_;
+    std::unique_ptr<uint8_t, Free> cache_;
+    uint8_t* cache_start_;
+    Pool pool_;
+    Buffer<float> residual_, qkv_, attended_, hidden_, last_, normalised_, rotations_, partials_;
+    Buffer<ActivationGroup> groups_;
+    std::vector<Buffer<float>> private_floats_;
+    std::vector<Buffer<ActivationGroup>> private_groups_;
+    std::vector<Buffer<float>> private_partials_;
+};
+
+}  // namespace llama2

@@ -1,0 +1,184 @@
+// The Python module of one instruction set: kernels, the model, sampling and the machine's limits.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "limits.h"
+#include "model.h"
+#include "sampling.h"
+
+namespace nb = nanobind;
+using namespace llama2;
+
+namespace {
+
+template <class T, int dimensions> using In = nb::ndarray<const T, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
+template <class T, int dimensions> using Out = nb::ndarray<T, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
+
+void expect(bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+Weight weight_of(Format format, const In<uint8_t, 1>& data, int64_t rows, int64_t columns, bool stored_rows) {
+    expect(rows > 0 && columns > 0, "rows and columns must be positive");
+    const Weight w{format, rows, columns, data.data()};
+    const int64_t bytes = stored_rows ? rows * row_bytes(format, columns) : w.bytes();
+    expect(int64_t(data.size()) == bytes, "the data's size does not fit its shape and format");
+    return w;
+}
+
+// A model and the arrays that its weights point into.
+class PyModel {
+public:
+    PyModel(int64_t dim, int64_t layers, int64_t heads, int64_t kv_heads, int64_t hidden, int64_t vocab,
+            int64_t head_size, int64_t context, float norm_eps, std::vector<double> inverse_frequencies, int threads,
+            int64_t blocks)
+        : vocab_(vocab), model_(make(dim, layers, heads, kv_heads, hidden, vocab, head_size, context, norm_eps,
+                                     std::move(inverse_frequencies), threads, blocks),
+                                threads, blocks) {}
+
+    void set(const std::string& name, const std::string& format, In<uint8_t, 1> data, int64_t rows, int64_t columns) {
+        const Format f = format_named(format);
+        model_.set(name, weight_of(f, data, rows, columns, name == "tok_embeddings.weight"));
+        kept_.push_back(std::move(data));
+    }
+
+    void forward(const In<int32_t, 1>& tokens, const In<int32_t, 1>& positions, const In<int32_t, 1>& sequences,
+                 const In<int32_t, 2>& blocks, const In<int32_t, 1>& outputs, const Out<float, 2>& logits) {
+        expect(positions.size() == tokens.size() && sequences.size() == tokens.size(), "batch arrays differ in length");
+        expect(logits.shape(0) == outputs.size() && int64_t(logits.shape(1)) == vocab_, "logits must be (outputs, V)");
+        const Step step{int64_t(tokens.size()), int64_t(blocks.shape(0)), int64_t(blocks.shape(1)),
+                        int64_t(outputs.size()), tokens.data(), positions.data(), sequences.data(), blocks.data(),
+                        outputs.data()};
+        float* out = logits.data();
+        nb::gil_scoped_release release;
+        model_.forward(step, out);
+    }
+
+    void check() const { model_.check(); }
+    int64_t block_bytes() const { return model_.block_bytes(); }
+
+private:
+    static Config make(int64_t dim, int64_t layers, int64_t heads, int64_t kv_heads, int64_t hidden, int64_t vocab,
+                       int64_t head_size, int64_t context, float norm_eps, std::vector<double> frequencies, int threads,
+                       int64_t blocks) {
+        expect(dim > 0 && layers > 0 && heads > 0 && kv_heads > 0 && hidden > 0 && vocab > 0 && context > 0,
+               "sizes must be positive");
+        expect(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
+        expect(head_size > 0 && head_size % 2 == 0, "head_size must be even");
+        expect(int64_t(frequencies.size()) == head_size / 2, "one frequency for each pair of a head");
+        expect(threads >= 1 && threads <= 1024 && blocks >= 1, "threads must be 1 to 1024, and blocks at least 1");
+        return {dim, layers, heads, kv_heads, hidden, vocab, head_size, context, norm_eps, std::move(frequencies)};
+    }
+
+    int64_t vocab_;
+    Model model_;
+    std::vector<In<uint8_t, 1>> kept_;
+};
+
+// y = x wᵀ through the kernels that the model uses. data: rows in their stored format; x: (N, columns); y: (N, rows).
+void product(const std::string& name, const In<uint8_t, 1>& data, int64_t rows, int64_t columns,
+             const In<float, 2>& x, const Out<float, 2>& y) {
+    const Format format = format_named(name);
+    Weight w = weight_of(format, data, rows, columns, true);
+    expect(int64_t(x.shape(1)) == columns && x.shape(0) == y.shape(0) && int64_t(y.shape(1)) == rows, "shapes differ");
+    Buffer<uint8_t> packed;
+    if (w.packed()) {
+        pack(format, data.data(), rows, columns, packed.reserve(w.bytes()));
+        w.data = packed.get();
+    }
+    const int64_t N = int64_t(x.shape(0)), groups = columns / 32;
+    Buffer<ActivationGroup> activations;
+    activations.reserve(N * groups + 1);
+    if (columns % 32 == 0)
+        for (int64_t t = 0; t < N; ++t)
+            quantize_activations(x.data() + t * columns, columns, activations.get() + t * groups);
+    for (int64_t p = 0; p < panels(rows); ++p)
+        panel_product(w, p, {x.data(), activations.get(), columns}, 0, N, [&](int64_t t, const float* result) {
+            const int64_t row = p * simd::kLanes, count = std::min<int64_t>(simd::kLanes, rows - row);
+            std::memcpy(y.data() + t * rows + row, result, size_t(count) * 4);
+        });
+}
+
+int64_t sample(const In<float, 1>& logits, const In<int32_t, 1>& history, int64_t prompt_length, float temperature,
+               int64_t top_k, double top_p, double min_p, float repetition_penalty, float presence_penalty,
+               float frequency_penalty, const In<int32_t, 1>& bias_ids, const In<float, 1>& bias_values, uint64_t seed,
+               uint64_t choice, uint64_t position) {
+    const int64_t n = int64_t(logits.size()), length = int64_t(history.size());
+    expect(n > 0 && prompt_length >= 0 && prompt_length <= length, "empty logits, or a prompt longer than its history");
+    expect(bias_ids.size() == bias_values.size(), "bias ids and values differ in length");
+    const SamplingOptions o{temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+                            seed, choice, position};
+    const bool plain = repetition_penalty == 1 && presence_penalty == 0 && frequency_penalty == 0 && !bias_ids.size();
+    if (plain && temperature == 0) return argmax(logits.data(), n);
+    std::vector<float> edited(logits.data(), logits.data() + n);
+    for (int64_t i = 0; i < length; ++i)
+        expect(history.data()[i] >= 0 && history.data()[i] < n, "a token of the history is not in the vocabulary");
+    penalize(edited.data(), history.data(), length, prompt_length, o);
+    for (size_t i = 0; i < bias_ids.size(); ++i) {
+        const int32_t id = bias_ids.data()[i];
+        expect(id >= 0 && id < n, "logit_bias names a token that is not in the vocabulary");
+        edited[size_t(id)] += bias_values.data()[i];
+    }
+    nb::gil_scoped_release release;
+    return draw(edited.data(), n, o);
+}
+
+float logprobs(const In<float, 1>& logits, int64_t token, const Out<int32_t, 1>& top, const Out<float, 1>& values) {
+    const int64_t n = int64_t(logits.size());
+    expect(token >= 0 && token < n, "token is not in the vocabulary");
+    expect(top.size() == values.size() && int64_t(top.size()) <= n, "more alternatives than tokens");
+    return log_probabilities(logits.data(), n, token, int64_t(top.size()), top.data(), values.data());
+}
+
+template <double (*measure)(int, double)> double measured(int threads, double seconds) {
+    expect(threads >= 1 && threads <= 1024 && seconds > 0 && seconds <= 60, "threads 1 to 1024, seconds up to 60");
+    nb::gil_scoped_release release;
+    return measure(threads, seconds);
+}
+
+}  // namespace
+
+NB_MODULE(LLAMA2_MODULE, m) {
+    m.attr("isa") = LLAMA2_ISA_NAME;
+    m.attr("lanes") = simd::kLanes;
+    m.attr("block") = kBlock;
+    m.attr("chunk") = kChunk;
+    m.def("packed_bytes", [](const std::string& format, int64_t rows, int64_t columns) {
+        const Format f = format_named(format);
+        expect(rows > 0 && columns > 0 && info(f).bits, "only quantised formats are packed, of positive shape");
+        return packed_bytes(f, rows, columns);
+    });
+    m.def("pack", [](const std::string& format, const In<uint8_t, 1>& data, int64_t rows, int64_t columns,
+                     const Out<uint8_t, 1>& out) {
+        const Format f = format_named(format);
+        weight_of(f, data, rows, columns, true);
+        expect(info(f).bits && int64_t(out.size()) == packed_bytes(f, rows, columns), "wrong size of the packed output");
+        nb::gil_scoped_release release;
+        pack(f, data.data(), rows, columns, out.data());
+    });
+    m.def("dequantize", [](const std::string& format, const In<uint8_t, 1>& data, int64_t rows, int64_t columns,
+                           const Out<float, 2>& out) {
+        const Format f = format_named(format);
+        weight_of(f, data, rows, columns, true);
+        expect(int64_t(out.shape(0)) == rows && int64_t(out.shape(1)) == columns, "wrong shape of the output");
+        for (int64_t r = 0; r < rows; ++r)
+            dequantize_row(f, data.data() + r * row_bytes(f, columns), columns, out.data() + r * columns);
+    });
+    m.def("product", &product);
+    m.def("sample", &sample);
+    m.def("logprobs", &logprobs);
+    m.def("uniform", &uniform);
+    m.def("read_bandwidth", &measured<read_bandwidth>);
+    m.def("int8_gemm_rate", &measured<int8_gemm_rate>);
+    m.def("fma_rate", &measured<fma_rate>);
+    nb::class_<PyModel>(m, "Model")
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, std::vector<double>,
+                      int, int64_t>())
+        .def("set", &PyModel::set)
+        .def("check", &PyModel::check)
+        .def("forward", &PyModel::forward)
+        .def_prop_ro("block_bytes", &PyModel::block_bytes);
+}

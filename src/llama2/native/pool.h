@@ -1,0 +1,147 @@
+// A thread pool for many short parallel regions that survives losing a core.
+//
+// A region is open while units are left. The caller works on it itself; a worker that comes in time enters and helps;
+// one that comes too late, because another program holds its core, finds the region closed and is not waited for.
+// Each thread starts with a contiguous share of the units, which keeps its memory accesses in one stretch, and then
+// takes from the end of the others' shares. Who computes a unit never changes its result.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace llama2 {
+
+inline void cpu_relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+    asm volatile("yield");
+#endif
+}
+
+// Units begin…end of one thread's share, packed so that owner and thieves can take them with one exchange.
+class alignas(64) Share {
+public:
+    void reset(int64_t begin, int64_t end) { range_.store(pack(begin, end), std::memory_order_relaxed); }
+    bool take_first(int64_t& unit) {
+        return take([](uint64_t begin, uint64_t end) { return std::pair(begin + 1, end); },
+                    [&](uint64_t begin, uint64_t) { unit = int64_t(begin); });
+    }
+    bool take_last(int64_t& unit) {
+        return take([](uint64_t begin, uint64_t end) { return std::pair(begin, end - 1); },
+                    [&](uint64_t, uint64_t end) { unit = int64_t(end) - 1; });
+    }
+
+private:
+    static uint64_t pack(uint64_t begin, uint64_t end) { return begin << 32 | end; }
+    template <class Next, class Found> bool take(Next next, Found found) {
+        uint64_t old = range_.load(std::memory_order_relaxed);
+        for (;;) {
+            const uint64_t begin = old >> 32, end = old & 0xffffffffu;
+            if (begin >= end) return false;
+            const auto [b, e] = next(begin, end);
+            if (range_.compare_exchange_weak(old, pack(b, e), std::memory_order_relaxed)) {
+                found(begin, end);
+                return true;
+            }
+        }
+    }
+    std::atomic<uint64_t> range_{0};
+};
+
+class Pool {
+public:
+    explicit Pool(int threads) : shares_(new Share[size_t(threads)]), threads_(threads) {
+        for (int id = 1; id < threads; ++id) workers_.emplace_back([this, id] { serve(id); });
+    }
+    ~Pool() {
+        stop_.store(true, std::memory_order_relaxed);
+        state_.fetch_add(kEpoch, std::memory_order_release);
+        state_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    }
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int threads() const { return threads_; }
+
+    // Calls prepare(thread) once on every thread that takes part, then body(unit, thread) once for every unit.
+    template <class Prepare, class Body> void run(int64_t units, Prepare&& prepare, Body&& body) {
+        const auto work = [&](int thread) {
+            prepare(thread);
+            int64_t unit;
+            while (shares_[thread].take_first(unit)) body(unit, thread);
+            for (int other = 1; other < threads_; ++other)
+                while (shares_[(thread + other) % threads_].take_last(unit)) body(unit, thread);
+        };
+        if (threads_ == 1 || units <= 1) {
+            prepare(0);
+            for (int64_t unit = 0; unit < units; ++unit) body(unit, 0);
+            return;
+        }
+        for (int t = 0; t < threads_; ++t) shares_[t].reset(units * t / threads_, units * (t + 1) / threads_);
+        using Work = decltype(work);
+        task_ = [](const void* context, int thread) { (*static_cast<const Work*>(context))(thread); };
+        context_ = &work;
+        state_.store((state_.load(std::memory_order_relaxed) & ~(kEpoch - 1)) + kEpoch + kOpen, std::memory_order_release);
+        state_.notify_all();
+        work(0);
+        state_.fetch_and(~kOpen, std::memory_order_relaxed);
+        for (int spins = 0; state_.load(std::memory_order_acquire) & (kOpen - 1); ++spins) pause(spins);
+    }
+    template <class Body> void run(int64_t units, Body&& body) {
+        run(units, [](int) {}, body);
+    }
+
+private:
+    // state: region number · 2^17 + open flag · 2^16 + workers inside
+    static constexpr uint64_t kOpen = 1 << 16, kEpoch = 1 << 17;
+
+    // Spin first, then offer the core to whoever waits for it: the awaited thread may need this very one.
+    static void pause(int spins) {
+        if (spins % 64 != 63)
+            cpu_relax();
+        else
+            std::this_thread::yield();
+    }
+
+    void serve(int id) {
+        uint64_t done = 0;
+        for (int idle = 0;;) {
+            uint64_t state = state_.load(std::memory_order_acquire);
+            if (stop_.load(std::memory_order_relaxed)) return;
+            if (!(state & kOpen) || state / kEpoch == done) {
+                if (++idle < kSpins)
+                    pause(idle);
+                else
+                    state_.wait(state, std::memory_order_acquire);
+                continue;
+            }
+            if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acquire)) continue;
+            task_(context_, id);
+            done = state / kEpoch;
+            state_.fetch_sub(1, std::memory_order_release);
+            idle = 0;
+        }
+    }
+
+    static constexpr int kSpins = 10000;  // some tenths of a millisecond, the time between two steps of the engine
+
+    std::unique_ptr<Share[]> shares_;
+    int threads_;
+    std::vector<std::thread> workers_;
+    alignas(64) std::atomic<uint64_t> state_{0};
+    void (*task_)(const void*, int) = nullptr;
+    const void* context_ = nullptr;
+    std::atomic<bool> stop_{false};
+};
+
+}  // namespace llama2

@@ -1,0 +1,83 @@
+// Any processor: plain C++ over arrays of 4. The compiler may vectorise it; multiply and add stay two roundings.
+#pragma once
+
+namespace llama2::simd {
+
+constexpr int kLanes = 4;
+constexpr int kByteBias = 0;
+constexpr int kTokens = 4;
+constexpr int kAttentionRows = 2;
+struct F {
+    float v[kLanes];
+};
+struct I {
+    int32_t v[kLanes];
+};
+struct B {
+    int8_t v[4 * kLanes];
+};
+
+template <class R, class Op> inline R each(Op op) {
+    R r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = op(i);
+    return r;
+}
+
+inline F set(float x) { return {{x, x, x, x}}; }
+inline F zero() { return set(0); }
+inline F load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline void store(float* p, F x) { std::memcpy(p, x.v, sizeof x.v); }
+inline F add(F a, F b) { return each<F>([&](int i) { return a.v[i] + b.v[i]; }); }
+inline F sub(F a, F b) { return each<F>([&](int i) { return a.v[i] - b.v[i]; }); }
+inline F mul(F a, F b) { return each<F>([&](int i) { return a.v[i] * b.v[i]; }); }
+inline F div(F a, F b) { return each<F>([&](int i) { return a.v[i] / b.v[i]; }); }
+inline F max(F a, F b) { return each<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline F min(F a, F b) { return each<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+inline F fma(F a, F b, F c) { return each<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+inline F round(F x) { return each<F>([&](int i) { return std::nearbyint(x.v[i]); }); }
+inline F scale_by_power_of_two(F x, F n) {
+    return each<F>([&](int i) { return std::ldexp(x.v[i], n.v[i] == n.v[i] ? int(n.v[i]) : 0); });
+}
+inline F zero_where_below(F y, F x, F low) { return each<F>([&](int i) { return x.v[i] < low.v[i] ? 0.0f : y.v[i]; }); }
+inline F from_int(I x) { return each<F>([&](int i) { return float(x.v[i]); }); }
+inline F load_f16(const uint16_t* p) { return each<F>([&](int i) { return f16_to_f32(p[i]); }); }
+inline void store_f16(uint16_t* p, F x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = f32_to_f16(x.v[i]);
+}
+inline F load_bf16(const uint16_t* p) { return each<F>([&](int i) { return bf16_to_f32(p[i]); }); }
+inline F load_i8(const int8_t* p) { return each<F>([&](int i) { return float(p[i]); }); }
+inline F load_u8(const uint8_t* p) { return each<F>([&](int i) { return float(p[i]); }); }
+
+inline I set_int(int32_t x) { return {{x, x, x, x}}; }
+template <int n> inline I shift_left(I x) { return each<I>([&](int i) { return x.v[i] * (1 << n); }); }
+inline I max_int(I a, I b) { return each<I>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline I add_int(I a, I b) { return each<I>([&](int i) { return a.v[i] + b.v[i]; }); }
+inline I magnitude_bits(F x) { return each<I>([&](int i) { return std::bit_cast<int32_t>(x.v[i]) & 0x7fffffff; }); }
+inline I to_int(F x) { return each<I>([&](int i) { return int32_t(std::nearbyint(x.v[i])); }); }
+inline void store_int(int32_t* p, I x) { std::memcpy(p, x.v, sizeof x.v); }
+inline void store_i8(int8_t* p, I x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = int8_t(x.v[i]);
+}
+
+inline B load_bytes(const uint8_t* p) {
+    B b;
+    std::memcpy(b.v, p, sizeof b.v);
+    return b;
+}
+inline B low(B x) {
+    for (auto& b : x.v) b &= 15;
+    return x;
+}
+inline B high(B x) {
+    for (auto& b : x.v) b = int8_t(uint8_t(b) >> 4);
+    return x;
+}
+template <int bits> inline I dot4(I a, B w, int32_t x) {
+    int8_t y[4];
+    std::memcpy(y, &x, 4);
+    for (int i = 0; i < kLanes; ++i)
+        for (int k = 0; k < 4; ++k) a.v[i] += int32_t(w.v[4 * i + k]) * y[k];
+    return a;
+}
+
+}  // namespace llama2::simd
