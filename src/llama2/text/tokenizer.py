@@ -1,47 +1,462 @@
-"""One Tokenizer over SentencePiece models and byte-level BPE; libraries do the work (paper 2.2, spec 2.1–2.2)."""
+"""One Tokenizer over SentencePiece models and byte-level BPE; libraries do the work (paper 2.2, spec 2.1–2.2).
+
+A vocabulary comes from a SentencePiece `tokenizer.model`, a Hugging Face `tokenizer.json`, or a GGUF file's metadata.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import codecs
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from llama2.errors import TokenizerError
+from llama2.text import modelproto
+
+#: Token types as SentencePiece and GGUF number them.
+TYPES = frozenset(range(1, 7))
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+#: Tokens that end an answer besides EOS, where a vocabulary has them as control tokens.
+END_OF_TURN = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>")
+
+#: User-defined tokens of this shape mark roles and turns, so they are control tokens whatever their file says.
+ROLE_TOKEN = re.compile(r"<[|｜][^|｜]+[|｜]>|<(start|end)_of_turn>|</?s>")
+
+#: Byte-level pre-tokenizers by GGUF's names; llama.cpp knows two more names for Llama 3's.
+PRE_TOKENIZERS = {
+    "gpt2": "gpt2",
+    "smollm": "smollm",
+    "llama-bpe": "llama-bpe",
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+}
+
+#: Llama 3's split of text into words: contractions, words, up to three digits, punctuation, line ends, spaces.
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+#: Byte-level BPE works on texts of about this many characters, and refuses a single word longer than the limit.
+_CHUNK, _LONGEST_WORD = 1 << 16, 1 << 20
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """Text ⇄ token ids. Text never yields a control token unless `special=True`, which only templates use."""
 
-    kind: str  # "sentencepiece" or "bpe"
-    pre: str | None  # name of the byte-level pre-tokenizer
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    add_bos: bool  # whether a raw prompt starts with BOS
-    stop_ids: frozenset[int]  # EOS and every end-of-turn token
-    control: dict[str, int]  # control tokens by their text
+    kind: Literal["sentencepiece", "bpe"]
+    pre: str | None = None  # name of the byte-level pre-tokenizer
+    _errors = "replace"  # how broken UTF-8 decodes, as the kind's library does it
+
+    def __init__(
+        self,
+        vocab_size: int,
+        control: dict[str, int],
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        add_bos: bool,
+        add_eos: bool,
+        eot_id: int | None = None,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.control = control  # control tokens by their text
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.add_bos = add_bos  # whether a raw prompt starts with BOS
+        self.add_eos = add_eos
+        ends = {eos_id, eot_id, *(control.get(text) for text in END_OF_TURN)}
+        self.stop_ids = frozenset(token for token in ends if token is not None)  # EOS and every end-of-turn token
+        self._control_ids = frozenset(control.values())
+        self._control_pattern = _any_of(control)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
-        """Token ids of `text`. Raises TokenizerError for a lone surrogate. `special`: control tokens are recognised."""
-        ...
+        """Token ids of `text`; `special`: control tokens in it are recognised, and what lies between is encoded alone.
 
-    def decode(self, ids: Sequence[int]) -> str:
+        Raises TokenizerError for a lone surrogate, and for BOS or EOS where the vocabulary has none.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            surrogate = f"U+{ord(text[error.start]):04X}"
+            raise TokenizerError(f"text: character {error.start} is a lone surrogate, {surrogate}; remove it") from None
+        ids = [self._required(self.bos_id, "BOS")] if bos else []
+        for part in self.split(text) if special else (text,):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encode(part)
+        if eos:
+            ids.append(self._required(self.eos_id, "EOS"))
+        return ids
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """`text` as literal text and the ids of the control tokens between."""
+        return _split(text, self._control_pattern, self.control)
+
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; control tokens give nothing, broken UTF-8 gives U+FFFD."""
-        ...
+        stream = self.stream()
+        return "".join(map(stream.push, ids)) + stream.flush()
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for in the middle of a text; empty for a control token."""
-        ...
+        if not 0 <= token < self.vocab_size:
+            raise TokenizerError(f"token id {token} is outside the vocabulary of {self.vocab_size} tokens")
+        return b"" if token in self._control_ids else self._bytes(int(token))
 
     def stream(self) -> TokenStream:
         """A fresh incremental detokeniser."""
-        ...
+        return TokenStream(self)
+
+    def drops_space(self, token: int) -> bool:
+        """Whether `token` loses its leading space as the first of a text, because encoding put that space there."""
+        return False
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """Ids of literal text without lone surrogates."""
+
+    @abstractmethod
+    def _bytes(self, token: int) -> bytes:
+        """Bytes of a token that is in the vocabulary and not a control token."""
+
+    @staticmethod
+    def _required(token: int | None, name: str) -> int:
+        if token is None:
+            raise TokenizerError(f"this vocabulary has no {name} token")
+        return token
 
 
-class TokenStream(Protocol):
+class TokenStream:
     """Token by token to text; never emits half a character. The pieces joined equal `decode` of all tokens."""
 
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer._errors)
+        self._at_start = True
+
     def push(self, token: int) -> str:
-        """The text that became certain with `token`."""
-        ...
+        """The text that became certain with `token`. Raises TokenizerError for an id outside the vocabulary."""
+        data = self._tokenizer.token_bytes(token)
+        if data and self._at_start:
+            self._at_start = False
+            data = data[self._tokenizer.drops_space(token) :]
+        return self._decoder.decode(data)
 
     def flush(self) -> str:
         """What is left at the end of the answer, broken bytes as U+FFFD."""
-        ...
+        return self._decoder.decode(b"", final=True)
+
+
+class _SentencePiece(Tokenizer):
+    kind = "sentencepiece"
+    _errors = "llama2.replace_each_byte"
+
+    def __init__(self, model: bytes, *, bos_id: int | None, eos_id: int | None, **options: Any) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        codecs.register_error(self._errors, _replace_each_byte)
+        try:
+            self._model = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise TokenizerError(f"the SentencePiece vocabulary is damaged: {_one_line(error)}") from None
+        size: int = self._model.get_piece_size()
+        control = {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)}
+        super().__init__(size, control, bos_id=bos_id, eos_id=eos_id, **options)
+        self._adds_space = self._model.normalize("a").startswith("▁")
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._model.encode(text)
+        return ids
+
+    def _bytes(self, token: int) -> bytes:
+        piece: str = self._model.id_to_piece(token)
+        if self._model.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        if self._model.is_unknown(token):
+            piece = self._model.decode([token])
+        return piece.replace("▁", " ").encode()
+
+    def drops_space(self, token: int) -> bool:
+        return self._adds_space and self._model.id_to_piece(token).startswith("▁")
+
+
+class _ByteLevelBpe(Tokenizer):
+    kind = "bpe"
+
+    def __init__(
+        self, pieces: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str, **options: Any
+    ) -> None:
+        from tokenizers import Tokenizer as Library
+        from tokenizers.models import BPE
+
+        tokens: dict[int, dict[str, int]] = {kind: {} for kind in TYPES}
+        for token, (piece, kind) in enumerate(zip(pieces, types, strict=True)):
+            tokens[kind][piece] = token
+        vocabulary = tokens[NORMAL] | tokens[BYTE]
+        missing = [chr(byte) for byte in range(0x20, 0x7F) if _LETTERS[byte] not in vocabulary]
+        if missing:
+            raise TokenizerError(f"the vocabulary has no token for {missing[0]!r}: its byte tokens are incomplete")
+        pairs = list(map(tuple, map(str.split, merges)))
+        try:
+            model = BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe")  # type: ignore[arg-type]
+        except Exception as error:  # the library raises Exception itself
+            raise TokenizerError(f"the vocabulary's merges are damaged: {_one_line(error)}") from None
+        super().__init__(len(pieces), tokens[CONTROL], **options)
+        self.pre = pre
+        self._pieces = pieces
+        self._user = tokens[USER_DEFINED]
+        self._user_ids = frozenset(self._user.values())
+        self._user_pattern = _any_of(self._user)
+        self._library = Library(model)
+        self._library.pre_tokenizer = _pre_tokenizer(pre)
+
+    def _encode(self, text: str) -> list[int]:
+        """As the library does it, bytes that the vocabulary has no token for are left out."""
+        ids: list[int] = []
+        for part in _split(text, self._user_pattern, self._user):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                for start, end in pairwise(_cuts(part)):
+                    ids += self._library.encode(part[start:end], add_special_tokens=False).ids
+        return ids
+
+    def _bytes(self, token: int) -> bytes:
+        piece = self._pieces[token]
+        return piece.encode() if token in self._user_ids else b"".join(_BYTES.get(c) or c.encode() for c in piece)
+
+
+def from_sentencepiece(path: str | Path) -> Tokenizer:
+    """The tokenizer of a SentencePiece `tokenizer.model`. Raises TokenizerError when it is truncated or damaged."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = modelproto.retype(_read(path), _safe_type)
+        library = SentencePieceProcessor(model_proto=model)
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise TokenizerError(f"{path}: not a whole SentencePiece model ({_one_line(error)}); fetch it again") from None
+    bos, eos = (token if token >= 0 else None for token in (library.bos_id(), library.eos_id()))
+    return _SentencePiece(model, bos_id=bos, eos_id=eos, add_bos=bos is not None, add_eos=False)
+
+
+def from_tokenizer_json(path: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face `tokenizer.json`; `tokenizer_config.json` beside it names BOS and EOS.
+
+    Only byte-level BPE with a pre-tokenizer of PRE_TOKENIZERS: repositories with a SentencePiece vocabulary have the
+    `tokenizer.model` too. Raises TokenizerError otherwise.
+    """
+    path = Path(path)
+    settings = path.with_name("tokenizer_config.json")
+    try:
+        source = json.loads(_read(path))
+        config = json.loads(_read(settings)) if settings.exists() else {}
+        model = source["model"]
+        pre = next((name for name in PRE_TOKENIZERS if _scheme(name) == _comparable(source["pre_tokenizer"])), None)
+        if model["type"] != "BPE" or source.get("normalizer") or pre is None:
+            raise TokenizerError(
+                f"{path}: only byte-level BPE with pre-tokenizer {', '.join(PRE_TOKENIZERS)} is supported; "
+                "if the model has a tokenizer.model, use that"
+            )
+        tokens = {token: (text, NORMAL) for text, token in model["vocab"].items()}
+        for added in source.get("added_tokens", ()):
+            tokens[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
+        if sorted(tokens) != list(range(len(tokens))):
+            raise TokenizerError(f"{path}: the ids of its {len(tokens)} tokens are not 0 to {len(tokens) - 1}")
+        pieces, types = zip(*(tokens[i] for i in range(len(tokens))), strict=True)
+        ids = {text: token for token, (text, _) in tokens.items()}
+        bos, eos = (ids.get(_content(config.get(name))) for name in ("bos_token", "eos_token"))
+        return from_vocabulary(
+            "bpe",
+            pieces,
+            scores=None,
+            types=types,
+            merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+            pre=pre,
+            bos_id=bos,
+            eos_id=eos,
+            unk_id=None,
+            add_bos=bos is not None and _adds_bos(source.get("post_processor"), config),
+            add_eos=False,
+            add_space_prefix=False,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not a tokenizer.json: {_one_line(error)}") from None
+
+
+def from_vocabulary(
+    kind: Literal["sentencepiece", "bpe"],
+    pieces: Sequence[str | bytes],
+    *,
+    scores: Sequence[float] | None,
+    types: Sequence[int],
+    merges: Sequence[str] | None,
+    pre: str | None,
+    bos_id: int | None,
+    eos_id: int | None,
+    unk_id: int | None,
+    add_bos: bool,
+    add_eos: bool,
+    add_space_prefix: bool,
+    eot_id: int | None = None,
+) -> Tokenizer:
+    """The tokenizer that a GGUF file's metadata describes. Raises TokenizerError when its parts do not fit together."""
+    texts = _texts(pieces)
+    _check_ids(len(texts), bos_id=bos_id, eos_id=eos_id, eot_id=eot_id, unk_id=unk_id)
+    if len(types) != len(texts) or not TYPES.issuperset(types):
+        raise TokenizerError(f"the vocabulary of {len(texts)} tokens needs as many token types, each from 1 to 6")
+    types = list(map(_safe_type, texts, types))
+    options = {"bos_id": bos_id, "eos_id": eos_id, "eot_id": eot_id, "add_bos": add_bos, "add_eos": add_eos}
+    if kind == "bpe":
+        if pre not in PRE_TOKENIZERS:
+            raise TokenizerError(f"pre-tokenizer {pre!r} is not supported; known: {', '.join(PRE_TOKENIZERS)}")
+        return _ByteLevelBpe(texts, types, merges or (), PRE_TOKENIZERS[pre], **options)
+    if scores is None or len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+        raise TokenizerError(f"a SentencePiece vocabulary of {len(texts)} tokens needs as many finite scores")
+    values = {text for text, kind in zip(texts, types, strict=True) if kind == BYTE}
+    if values and values != {f"<0x{value:02X}>" for value in range(256)}:
+        raise TokenizerError(f"the vocabulary has {len(values)} byte tokens; they must be <0x00> to <0xFF>, or none")
+    if unk_id is None and UNKNOWN not in types:
+        raise TokenizerError("a SentencePiece vocabulary needs an unknown token")
+    model = modelproto.build(
+        texts,
+        scores,
+        types,
+        unk_id=types.index(UNKNOWN) if unk_id is None else unk_id,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        byte_fallback=bool(values),
+        add_dummy_prefix=add_space_prefix,
+    )
+    return _SentencePiece(model, **options)
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level pieces: itself if it is printable, else one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_in = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(stand_in)) for byte in range(256)]
+
+
+_LETTERS = _byte_letters()
+_BYTES = {letter: bytes([byte]) for byte, letter in enumerate(_LETTERS)}
+
+
+def _pre_tokenizer(pre: str) -> Any:
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    if pre == "gpt2":
+        return ByteLevel(add_prefix_space=False)
+    if pre == "smollm":
+        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    words = Split(Regex(_LLAMA3_WORDS), behavior="isolated")
+    return Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _cuts(text: str) -> Iterator[int]:
+    """Offsets that cut `text` into chunks, first 0 and last its length, so that memory stays bounded.
+
+    A cut stands between a letter and something else, which no word of any pre-tokenizer spans. Raises TokenizerError
+    for a text without such a place.
+    """
+    start = 0
+    yield start
+    while len(text) - start > _CHUNK:
+        limit = min(len(text), start + _LONGEST_WORD)
+        start = next(
+            (i for i in range(start + _CHUNK, limit) if text[i - 1].isalpha() and not text[i].isalpha()), limit
+        )
+        if start == limit < len(text):
+            raise TokenizerError(f"text: no end of a word within {_LONGEST_WORD} characters before character {limit}")
+        if start < len(text):
+            yield start
+    yield len(text)
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of `tokens`, the longest first, and nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _split(text: str, pattern: re.Pattern[str], tokens: Mapping[str, int]) -> Iterator[str | int]:
+    end = 0
+    for match in pattern.finditer(text):
+        if match.start() > end:
+            yield text[end : match.start()]
+        yield tokens[match[0]]
+        end = match.end()
+    if end < len(text):
+        yield text[end:]
+
+
+def _safe_type(text: str, kind: int) -> int:
+    return CONTROL if kind == USER_DEFINED and ROLE_TOKEN.fullmatch(text) else kind
+
+
+def _texts(pieces: Sequence[str | bytes]) -> list[str]:
+    texts = []
+    for token, piece in enumerate(pieces):
+        try:
+            texts.append(piece if isinstance(piece, str) else piece.decode())
+        except UnicodeDecodeError:
+            raise TokenizerError(f"token {token} of the vocabulary is not UTF-8: {piece!r}") from None
+    if len(set(texts)) != len(texts):
+        twice = max(texts, key=Counter(texts).__getitem__)
+        raise TokenizerError(f"the vocabulary has token {twice!r} twice")
+    return texts
+
+
+def _check_ids(size: int, **ids: int | None) -> None:
+    for name, token in ids.items():
+        if token is not None and not 0 <= token < size:
+            raise TokenizerError(f"{name} {token} is outside the vocabulary of {size} tokens")
+
+
+def _scheme(name: str) -> Any:
+    """A pre-tokenizer as `tokenizer.json` writes it."""
+    return _comparable(json.loads(_pre_tokenizer(name).__getstate__()))
+
+
+def _comparable(scheme: Any) -> Any:
+    """Without what does not change the ids, and with the defaults filled in."""
+    if isinstance(scheme, list):
+        return [_comparable(part) for part in scheme]
+    if not isinstance(scheme, dict):
+        return scheme
+    defaults = {"use_regex": True} if scheme.get("type") == "ByteLevel" else {}
+    return defaults | {key: _comparable(value) for key, value in scheme.items() if key != "trim_offsets"}
+
+
+def _adds_bos(post_processor: Any, config: Mapping[str, Any]) -> bool:
+    if "add_bos_token" in config:
+        return bool(config["add_bos_token"])
+    steps = (post_processor or {}).get("processors", [post_processor or {}])
+    return any("SpecialToken" in part for step in steps for part in step.get("single", ())[:1])
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: {error.strerror or error}") from None
+
+
+def _replace_each_byte(error: Any) -> tuple[str, int]:
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

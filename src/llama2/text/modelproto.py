@@ -1,0 +1,116 @@
+"""SentencePiece's model file as bytes: protobuf's wire format, as much of it as a vocabulary needs.
+
+The library takes a whole `ModelProto` and nothing else, so a vocabulary that comes without one, as in GGUF, is
+written as one. Field numbers are those of `sentencepiece_model.proto`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
+_TEXT, _SCORE, _TYPE = 1, 2, 3  # of SentencePiece
+_BPE = 2  # TrainerSpec.ModelType
+
+
+def build(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    *,
+    unk_id: int,
+    bos_id: int | None,
+    eos_id: int | None,
+    byte_fallback: bool,
+    add_dummy_prefix: bool,
+) -> bytes:
+    """A BPE model with these pieces that changes nothing in a text but spaces to U+2581 (spec 2.1)."""
+    vocabulary = b"".join(
+        _bytes(_PIECES, _bytes(_TEXT, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(_TYPE, kind))
+        for text, score, kind in zip(pieces, scores, types, strict=True)
+    )
+    trainer = _number(3, _BPE) + _number(4, len(pieces)) + _number(35, byte_fallback) + _bytes(44, " ⁇ ".encode())
+    trainer += _number(40, unk_id) + _bytes(45, pieces[unk_id].encode())
+    for id_field, text_field, token in ((41, 46, bos_id), (42, 47, eos_id)):
+        if token is not None:
+            trainer += _number(id_field, token) + _bytes(text_field, pieces[token].encode())
+    normalizer = _bytes(1, b"identity") + _number(3, add_dummy_prefix) + _number(4, False) + _number(5, True)
+    return vocabulary + _bytes(_TRAINER, trainer) + _bytes(_NORMALIZER, normalizer)
+
+
+def retype(model: bytes, change: Callable[[str, int], int]) -> bytes:
+    """`model` with each piece's type replaced by `change(text, type)`; everything else stays as it is.
+
+    Raises ValueError when the model is not whole: the library itself takes one that was cut between two pieces.
+    """
+    found, changed = set(), []
+    for number, start, body, end in _fields(model):
+        found.add(number)
+        field = model[start:end]
+        if number == _PIECES:
+            piece = {inner: (first, last) for inner, _, first, last in _fields(model, body, end)}
+            first, last = piece[_TEXT]
+            kind = model[piece[_TYPE][0]] if _TYPE in piece else 1
+            new = change(model[first:last].decode(), kind)
+            if new != kind:
+                first, last = piece[_SCORE]
+                score = model[first:last]
+                field = _bytes(
+                    _PIECES, _bytes(_TEXT, model[slice(*piece[_TEXT])]) + b"\x15" + score + _number(_TYPE, new)
+                )
+        changed.append(field)
+    if not {_PIECES, _TRAINER, _NORMALIZER} <= found:
+        raise ValueError("pieces, trainer or normalizer are missing")
+    return b"".join(changed)
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number longer than ten bytes")
+
+
+def _fields(data: bytes, at: int = 0, end: int | None = None) -> Iterator[tuple[int, int, int, int]]:
+    """(field number, offset of the field, offset of its value, offset after it) of each field of a message."""
+    end = len(data) if end is None else end
+    while at < end:
+        start = at
+        tag, at = _read_varint(data, at)
+        wire = tag & 7
+        if wire == 0:
+            body = at
+            _, at = _read_varint(data, at)
+        elif wire in (1, 5):
+            body = at
+            at += 8 if wire == 1 else 4
+        elif wire == 2:
+            length, body = _read_varint(data, at)
+            at = body + length
+        else:
+            raise ValueError(f"unknown wire type {wire}")
+        if at > end:
+            raise ValueError("a field reaches past the end")
+        yield tag >> 3, start, body, at
