@@ -1,0 +1,65 @@
+"""The Runner in C++ (native/model.h): quantised weights packed for the processor, key/value cache in half precision."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2 import native
+from llama2.checkpoint import Checkpoint, Tensor
+from llama2.engine import packed
+from llama2.engine.runner import BLOCK, Batch
+from llama2.errors import EngineError
+
+
+class NativeRunner:
+    """Runs a checkpoint on the CPU. The same tokens give the same bits, whatever else is in the batch.
+
+    `n_blocks` blocks of BLOCK tokens are reserved for the cache; memory is taken as they are first written.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, n_blocks: int, *, threads: int | None = None, isa: str | None = None
+    ) -> None:
+        c = self.config = checkpoint.config
+        self.n_blocks = n_blocks
+        module = native.module(isa)
+        if module.block != BLOCK:
+            raise EngineError("the native extension is of another version; reinstall with `pip install whole-llama`")
+        self._model = module.Model(
+            c.dim,
+            c.n_layers,
+            c.n_heads,
+            c.n_kv_heads,
+            c.hidden_dim,
+            c.vocab_size,
+            c.head_dim,
+            c.context_length,
+            c.norm_eps,
+            c.inverse_frequencies(),
+            threads or native.default_threads(),
+            n_blocks,
+        )
+        matrices = packed.pack(checkpoint, module)
+        for tensor in checkpoint.tensors.values():
+            if tensor.name == "tok_embeddings.weight":
+                self._set(tensor, tensor.data)
+                if c.tied_embeddings:
+                    self._set(tensor, matrices.get(tensor.name, tensor.data), "output.weight")
+            elif len(tensor.shape) == 1:
+                self._set(tensor, tensor.dequantize().view(np.uint8), format="F32")
+            else:
+                self._set(tensor, matrices.get(tensor.name, tensor.data))
+        self._model.check()
+
+    def _set(
+        self, tensor: Tensor, data: NDArray[np.uint8], name: str | None = None, *, format: str | None = None
+    ) -> None:
+        rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, *tensor.shape)
+        self._model.set(name or tensor.name, format or tensor.format, data, rows, columns)
+
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
+        """Write keys and values of every token into its block, and return the logits of `outputs`: (M, V)."""
+        logits = np.empty((len(batch.outputs), self.config.vocab_size), np.float32)
+        self._model.forward(batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.outputs, logits)
+        return logits
