@@ -68,6 +68,16 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def check_finite(self) -> None:
+        """Raise CheckpointError when a weight is NaN or infinite. Reads every float and every block's scales once."""
+        from llama2.checkpoint import quantize
+
+        for tensor in self.tensors.values():
+            if not quantize.is_finite(tensor.data, tensor.format):
+                raise CheckpointError(
+                    f"{self.path}: tensor {tensor.name!r} holds weights that are not finite numbers; download it again"
+                )
+
     def close(self) -> None:
         """Let go of the mapping. Views that are still in use keep their pages until they die."""
         self.tensors = {}
@@ -77,7 +87,4 @@ def open(path: str | Path) -> Checkpoint:
     """Open a model file or folder, whichever format it has. Raises CheckpointError with the reason when it cannot."""
     from llama2.checkpoint import gguf
 
-    path = Path(path)
-    if path.is_file():
-        return gguf.read(path)
-    raise CheckpointError(f"{path}: no such model file; `llama2 list` shows what is here")
+    return gguf.read(Path(path))

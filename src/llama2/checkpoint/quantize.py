@@ -24,7 +24,7 @@ Blocks = NDArray[np.void]  # (n,) records of a format's layout
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-_CHUNK = 1 << 20  # weights converted at a time, so that temporary arrays stay small
+_CHUNK = 1 << 17  # weights converted at a time, so that temporary arrays stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
