@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llama2.hub.hub import find, locate, pull
+from llama2.hub.hub import Local, find, local, locate, pull, remove
 from llama2.hub.registry import DEFAULT
 from llama2.hub.store import home
 
-__all__ = ["DEFAULT", "find", "home", "locate", "pull"]
+__all__ = ["DEFAULT", "Local", "find", "home", "local", "locate", "pull", "remove"]

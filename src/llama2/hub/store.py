@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from llama2.errors import HubError
 from llama2.hub.progress import Progress
 
 _CHUNK = 1 << 20
+_ROOM = "free some, or point LLAMA2_HOME (HF_HOME for the Hub's models) to a larger disk"
+_OWN = "point LLAMA2_HOME (HF_HOME for the Hub's models) to a folder of yours"
 
 
 def home() -> Path:
@@ -50,40 +53,56 @@ def write_record(path: Path, value: dict[str, Any]) -> None:
         return
 
 
-def _facts(path: Path, digest: str) -> tuple[Path, dict[str, Any]]:
+def key(path: Path) -> str:
+    """What the names of records and caches of the file `path` begin with."""
+    return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+
+
+def _facts(path: Path, expected: str) -> tuple[Path, dict[str, Any]]:
     """Where the record of a verified file lies, and what it has to say to count."""
     path = path.absolute()
     stat = path.stat()
-    record = home() / "verified" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
-    return record, {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": digest}
+    record = home() / "verified" / f"{key(path)}.json"
+    return record, {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": expected}
 
 
-def trust(path: Path, digest: str) -> None:
+def trust(path: Path, known: str) -> None:
     """Record that `path` has this digest."""
-    write_record(*_facts(path, digest))
+    write_record(*_facts(path, known))
 
 
-def verified(path: Path, digest: str, progress: Progress, algorithm: str = "sha256") -> bool:
+def digest(path: Path, algorithm: str, progress: Progress) -> str:
+    """The file's digest in hexadecimal."""
+    size, hashing = path.stat().st_size, hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            hashing.update(chunk)
+            progress(f"verifying {path.name}", file.tell(), size)
+    return hashing.hexdigest()
+
+
+def verified(path: Path, expected: str, progress: Progress, algorithm: str = "sha256") -> bool:
     """Whether `path` has this digest: hashed once, then believed while path, size and modification time stand.
 
     Raises HubError when the file cannot be read.
     """
     try:
-        record, facts = _facts(path, digest)
+        record, facts = _facts(path, expected)
         if read_record(record) == facts:
             return True
-        done, hashing = 0, hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                hashing.update(chunk)
-                done += len(chunk)
-                progress(f"verifying {path.name}", done, facts["size"])
+        if digest(path, algorithm, progress) != expected:
+            return False
     except OSError as error:
         raise HubError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    if hashing.hexdigest() != digest:
-        return False
     write_record(record, facts)
     return True
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raise HubError if the disk of `folder`, which exists, has less than `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise HubError(f"{folder}: {size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; {_ROOM}")
 
 
 @contextmanager
@@ -94,13 +113,9 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise HubError(
-                f"{folder}: no room left ({error.strerror}); free some, or set LLAMA2_HOME to a larger disk"
-            ) from error
+            raise HubError(f"{folder}: no room left ({error.strerror}); {_ROOM}") from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
-            raise HubError(
-                f"{folder}: cannot be written ({error.strerror}); set LLAMA2_HOME to a folder of yours"
-            ) from error
+            raise HubError(f"{folder}: cannot be written ({error.strerror}); {_OWN}") from error
         raise
 
 
@@ -109,5 +124,6 @@ def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, so that two processes do not fetch the same thing; waits for the other one."""
     from filelock import FileLock
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path):
         yield

