@@ -5,7 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "limits.h"
+#include "machine.h"
 #include "model.h"
 #include "sampling.h"
 
