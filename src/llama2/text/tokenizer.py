@@ -88,17 +88,14 @@ class Tokenizer(ABC):
             surrogate = f"U+{ord(text[error.start]):04X}"
             raise TokenizerError(f"text: character {error.start} is a lone surrogate, {surrogate}; remove it") from None
         ids = [self._required(self.bos_id, "BOS")] if bos else []
-        for part in self.split(text) if special else (text,):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += self._encode(part)
+        for part, token in self.split(text) if special else ((text, None),):
+            ids += self._encode(part) if token is None else [token]
         if eos:
             ids.append(self._required(self.eos_id, "EOS"))
         return ids
 
-    def split(self, text: str) -> Iterator[str | int]:
-        """`text` as literal text and the ids of the control tokens between."""
+    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """`text` in parts: literal text with None, and control tokens with their ids."""
         return _split(text, self._control_pattern, self.control)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -222,12 +219,12 @@ class _ByteLevelBpe(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         """As the library does it, bytes that the vocabulary has no token for are left out."""
         ids: list[int] = []
-        for part in _split(text, self._user_pattern, self._user):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                for start, end in pairwise(_cuts(part)):
-                    ids += self._library.encode(part[start:end], add_special_tokens=False).ids
+        for part, token in _split(text, self._user_pattern, self._user):
+            if token is not None:
+                ids.append(token)
+                continue
+            for start, end in pairwise(_cuts(part)):
+                ids += self._library.encode(part[start:end], add_special_tokens=False).ids
         return ids
 
     def _bytes(self, token: int) -> bytes:
@@ -387,15 +384,15 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
-def _split(text: str, pattern: re.Pattern[str], tokens: Mapping[str, int]) -> Iterator[str | int]:
+def _split(text: str, pattern: re.Pattern[str], tokens: Mapping[str, int]) -> Iterator[tuple[str, int | None]]:
     end = 0
     for match in pattern.finditer(text):
         if match.start() > end:
-            yield text[end : match.start()]
-        yield tokens[match[0]]
+            yield text[end : match.start()], None
+        yield match[0], tokens[match[0]]
         end = match.end()
     if end < len(text):
-        yield text[end:]
+        yield text[end:], None
 
 
 def _safe_type(text: str, kind: int) -> int:

@@ -1,0 +1,285 @@
+"""A checkpoint's own chat template: Jinja source to token ids, with limits, and with user text kept what it is.
+
+A template is a program of a stranger, and what it writes is text in which control tokens are recognised. So before
+rendering, every place where a message spells a control token is broken by a character that no text has; what the
+template then writes is split at its own control tokens, and that character is dropped from the text between.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from itertools import accumulate, chain, pairwise
+from threading import Event, Lock, Timer
+from typing import Any
+
+from llama2.errors import DialogError, TemplateError
+from llama2.text import sandbox
+from llama2.text.tokenizer import Tokenizer
+
+#: Templates that have been read: sha256 of their source. Any other renders in a process of its own.
+KNOWN = {
+    "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788": "SmolLM2",
+    "de9cde7d1b0ca0cc87459a6673e0d12fb89c070bdb24e4a30b6e4d187b226221": "SmolLM2",
+    "fcf7a096fe99a48fd9ad2b250bf9237e96e8f48bffec1c7ea4d3f225176cd40e": "ChatML",
+    "153280e3ff55d19da1398bdb3914ee2a51b80429bfaedde11d7d216c39db80f3": "ChatML",
+    "e8d5b5a546d3f19df16a5320c614fab05bdc4edd50e850f1afd947b503ea41cf": "Llama 2",
+    "9780fae5bfea3cfd7be37d328c6edfd296a8869be8131495bbe7eb37e780c88c": "Llama 2",
+    "1623de5159d584da0b6c78f86ae57b2328746122f2c58446ab7f84bce8c7c57f": "Llama 2",
+    "17b9854f459dd1e767c9a01a117f61fc1ddf30ca7e5fdd450e4ea20933f7933c": "Llama 2",
+    "4f46ecd43418f216df8c26936c60e5d04bcc81db47db5d86fbe889f64212dd4c": "Llama 3",
+    "ba03a121d097859c7b5b9cd03af99aafe95275210d2876f642ad9929a150f122": "Llama 3",
+    "66291cf0045c2425a3a667cf3cbb7af2b11f09e025c02f97245323ab79119362": "Zephyr",
+    "ce1ebfc6d5d6f6223732b3e3c3dc2ad6f343f3fa78e636ba74c1bb3f76e04f38": "Zephyr",
+}
+
+#: Names that a caller's own variables must not replace.
+RESERVED = frozenset(
+    {"messages", "bos_token", "eos_token", "add_generation_prompt", "tools", "documents"}
+    | {"raise_exception", "strftime_now", "range", "dict", "lipsum", "cycler", "joiner", "namespace"}
+    | {"loop", "self", "caller", "varargs", "kwargs"}
+)
+
+#: Seconds that an unknown template may take to render; with starting and killing its process, under a second.
+SECONDS = 0.6
+_START_SECONDS = 20.0
+_LONGEST_SOURCE = 1 << 20
+
+#: How chat formats write roles. What has this shape and is no control token marks roles in ordinary text.
+_BRACKETED = re.compile(r"\[/?[A-Z][A-Z_]+\]|<</?[A-Z]+>>|<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_turn>|</?s>")
+_HEADING = re.compile(r"^#{2,} ?[A-Z]\w*:?|\b[A-Z]{4,}:", re.MULTILINE)
+_PROBE = [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "u"))]
+
+
+def known(source: str) -> str | None:
+    """Name of a template that has been read, or None."""
+    return KNOWN.get(sha256(source.encode(errors="surrogatepass")).hexdigest())
+
+
+@lru_cache(maxsize=16)
+def role_markers(source: str, tokenizer: Tokenizer, system: bool) -> frozenset[str]:
+    """What marks a role or a turn in the template's text without being a control token that can be told from text.
+
+    Looked for in the source, and in what it writes for a small dialog, with a `system` message or without.
+    """
+    probe = _PROBE if system else _PROBE[1:]
+    (texts,) = _run(source, [_job(probe, [(len(probe), True)], _variables(tokenizer))])
+    written = "".join(texts or ())
+    found = {*_BRACKETED.findall(source), *_BRACKETED.findall(written), *_HEADING.findall(written)}
+    return frozenset(found - set(tokenizer.control) | {text for text in tokenizer.control if len(text) == 1})
+
+
+def render(
+    source: str, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, variables: Mapping[str, Any]
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a dialog as the template `source` writes it, and which of them the assistant said.
+
+    The prompt for an answer is added when the last message is the user's. What the assistant said begins where the
+    prompt for that answer ends, and ends with the end-of-turn token. A template that rewrites earlier turns does not
+    tell: then no token of a dialog that ends with the user is marked, and one that ends with the assistant is refused.
+
+    Raises TemplateError for a template that fails or exceeds its limits.
+    """
+    for name, value in variables.items():
+        if name in RESERVED:
+            raise TemplateError(f"template variable {name!r} is the template's own; it cannot be set")
+        if not isinstance(value, (str, int, float, type(None))):
+            raise TemplateError(f"template variable {name!r} must be text, a number, true, false or null")
+    words = [*(m["content"] for m in messages), *(v for v in variables.values() if isinstance(v, str))]
+    marker = _unused_character(source, *tokenizer.control, *words)
+
+    def job(breaks: Callable[[str, str, Tokenizer], str], prefixes: Sequence[tuple[int, bool]]) -> dict[str, Any]:
+        given = {name: breaks(v, marker, tokenizer) if isinstance(v, str) else v for name, v in variables.items()}
+        texts = [{**m, "content": breaks(m["content"], marker, tokenizer)} for m in messages]
+        return _job(texts, prefixes, _variables(tokenizer) | given)
+
+    asks = messages[-1]["role"] == "user"
+    whole = [(len(messages), asks)]
+    answers = [cut for i, m in enumerate(messages) if m["role"] == "assistant" for cut in ((i, True), (i + 1, False))]
+    jobs = [job(_break_tokens, whole), job(_break_tokens, answers), job(_break_everywhere, whole)]
+    texts, prefixes, *check = _run(source, jobs[: 2 if known(source) else 3])
+    text = "".join(texts or ())
+    if any(_control_tokens("".join(again or ()), tokenizer) != _control_tokens(text, tokenizer) for again in check):
+        raise DialogError("the chat template turns a message's text into a control token; reword the message")
+    spans = _spans(text, prefixes)
+    if spans is None and not asks:
+        raise TemplateError("the chat template rewrites earlier turns, so what the assistant said cannot be told")
+    return _encode(text, spans or [], marker, tokenizer)
+
+
+def said(ids: Sequence[int], text: str, spans: Iterable[tuple[int, int]], tokenizer: Tokenizer) -> list[bool]:
+    """Which of `ids`, the tokens of `text`, end within one of `spans`, which are (start, end) in characters of it."""
+    sizes = [len(tokenizer.token_bytes(token)) for token in ids]
+    added = sum(sizes) - len(text.encode())  # the space that SentencePiece puts in front
+    ends = [end - added for end in accumulate(sizes)]
+    places = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans]
+    return [any(start < end <= stop for start, stop in places) for end in ends]
+
+
+def _encode(
+    text: str, spans: Sequence[tuple[int, int]], marker: str, tokenizer: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    spans = [(start, _end_of_turn(text, start, end, tokenizer)) for start, end in spans]
+    ids: list[int] = []
+    mask: list[bool] = []
+    at = 0
+    for part, token in tokenizer.split(text):
+        if token is None:
+            literal = part.replace(marker, "")
+            new = tokenizer.encode(literal)
+            here = [[len(part[: max(0, edge - at)].replace(marker, "")) for edge in span] for span in spans]
+            ids += new
+            mask += said(new, literal, [(start, end) for start, end in here], tokenizer)
+        else:
+            ids.append(token)
+            mask.append(any(start <= at < end for start, end in spans))
+        at += len(part)
+    return ids, mask
+
+
+def _end_of_turn(text: str, start: int, end: int, tokenizer: Tokenizer) -> int:
+    """Where the last end-of-turn token of text[start:end] ends; `end` if there is none."""
+    at, last = start, end
+    for part, token in tokenizer.split(text[start:end]):
+        at += len(part)
+        if token in tokenizer.stop_ids:
+            last = at
+    return last
+
+
+def _spans(text: str, prefixes: Sequence[str] | None) -> list[tuple[int, int]] | None:
+    """Where answers stand in `text`: between the text that asks for one and the text that has it; None if unknown."""
+    if prefixes is None or not all(map(text.startswith, prefixes)):
+        return None
+    return list(zip(map(len, prefixes[::2]), map(len, prefixes[1::2]), strict=True))
+
+
+def _variables(tokenizer: Tokenizer) -> dict[str, Any]:
+    texts = {token: text for text, token in tokenizer.control.items()}
+    bos, eos = ("" if token is None else texts.get(token, "") for token in (tokenizer.bos_id, tokenizer.eos_id))
+    return {"bos_token": bos, "eos_token": eos, "tools": None, "documents": None}
+
+
+def _control_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
+    return [token for _, token in tokenizer.split(text) if token is not None]
+
+
+def _unused_character(*texts: str) -> str:
+    used = set().union(*texts)
+    private = chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+    unused = next((chr(code) for code in private if chr(code) not in used), None)
+    if unused is None:
+        raise DialogError("the messages use every private character of Unicode; remove some")
+    return unused
+
+
+@lru_cache(maxsize=8)
+def _places(tokenizer: Tokenizer) -> tuple[re.Pattern[str], tuple[str, ...], tuple[str, ...], re.Pattern[str]]:
+    """Where to break text: at a whole control token, at the first or the last part of one, at each first letter."""
+    tokens = [text for text in tokenizer.control if len(text) > 1]
+    whole = "|".join(map(re.escape, tokens)) or "(?!)"
+    first = "|".join({re.escape(text[0]) for text in tokens}) or "(?!)"
+    heads = {text[:i] for text in tokens for i in range(1, len(text))}
+    tails = {text[i:] for text in tokens for i in range(1, len(text))}
+    # Case is ignored because a template may change it.
+    return re.compile(f"(?={whole})", re.IGNORECASE), tuple(heads), tuple(tails), re.compile(first, re.IGNORECASE)
+
+
+def _break_tokens(text: str, marker: str, tokenizer: Tokenizer) -> str:
+    """`text` with `marker` within every control token, and at an edge where half of one stands, trimmed or not."""
+    whole, heads, tails, _ = _places(tokenizer)
+    cuts = {match.start() + 1 for match in whole.finditer(text)}
+    cuts |= {end for end in (len(text), len(text.rstrip())) if text.endswith(heads, 0, end)}
+    cuts |= {start for start in (0, len(text) - len(text.lstrip())) if text.startswith(tails, start)}
+    edges = [0, *sorted(cuts), len(text)]
+    return marker.join(text[start:end] for start, end in pairwise(edges)) if cuts else text
+
+
+def _break_everywhere(text: str, marker: str, tokenizer: Tokenizer) -> str:
+    """`text` with `marker` after each letter that could begin a control token, whatever a template may cut out."""
+    *_, first = _places(tokenizer)
+    return first.sub(lambda match: match[0] + marker, _break_tokens(text, marker, tokenizer))
+
+
+def _job(
+    messages: Sequence[Mapping[str, str]], prefixes: Sequence[tuple[int, bool]], variables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of `sandbox.render` besides the source; the limit on its output is 16 times the input, at most 4 MB."""
+    size = sum(len(message["content"]) for message in messages)
+    limit = min(16 * size + (64 << 10), 4 << 20)
+    return {"messages": messages, "prefixes": prefixes, "variables": variables, "limit": limit}
+
+
+def _run(source: str, jobs: Sequence[dict[str, Any]]) -> list[list[str] | None]:
+    """What the template writes for each of `jobs`, None where it fails; raises TemplateError if the first one does."""
+    if len(source) > _LONGEST_SOURCE:
+        raise TemplateError(f"chat template: its {len(source)} characters are more than the limit of {_LONGEST_SOURCE}")
+    results = [sandbox.attempt(source, job) for job in jobs] if known(source) else _render_apart(source, jobs)
+    if "error" in results[0]:
+        raise TemplateError(f"chat template: {results[0]['error']}")
+    return [result.get("texts") for result in results]
+
+
+class _Worker:
+    """A process that renders one request after another until it is killed."""
+
+    def __init__(self) -> None:
+        """Raises TemplateError when it does not start."""
+        command = [sys.executable, "-P", sandbox.__file__]
+        pipe = subprocess.PIPE
+        try:
+            self._process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        except OSError as error:
+            raise TemplateError(f"chat template: cannot start a process to render it: {error}") from None
+        if not self.exchange(b"", _START_SECONDS):
+            raise TemplateError("chat template: the process to render it does not start")
+
+    def exchange(self, line: bytes, seconds: float) -> bytes:
+        """The process's next line after `line` was sent; empty if it died, which it does after `seconds`."""
+        killed = Event()
+
+        def kill() -> None:
+            killed.set()
+            self._process.kill()
+
+        timer = Timer(seconds, kill)
+        timer.start()
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+            answer: bytes = self._process.stdout.readline()
+        except OSError:
+            answer = b""
+        timer.cancel()
+        timer.join()
+        if killed.is_set() or not answer.endswith(b"\n"):
+            self._process.kill()
+            self._process.communicate()
+            return b""
+        return answer
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+
+_lock = Lock()
+_worker: _Worker | None = None
+
+
+def _render_apart(source: str, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`sandbox.attempt` for each of `jobs`, in another process. Raises TemplateError when that has to be killed."""
+    global _worker  # noqa: PLW0603
+    request = json.dumps({"source": source, "jobs": jobs}).encode() + b"\n"
+    with _lock:
+        if _worker is None or not _worker.alive():
+            _worker = _Worker()
+        answer = _worker.exchange(request, SECONDS)
+    if not answer:
+        raise TemplateError(f"chat template: it took more than {SECONDS} s or too much memory, and was stopped")
+    results: list[dict[str, Any]] = json.loads(answer)
+    return results
