@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llama2.errors import RequestError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+#: Edits a row of logits (V,) in place before penalties, given the tokens so far and how many of them are the prompt's.
+Processor = Callable[["NDArray[np.float32]", "NDArray[np.int32]", int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +59,8 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             if not isinstance(token, int) or token < 0:
                 raise RequestError(f"logit_bias: {token!r} is not a token id")
-            if math.isnan(bias) or bias == math.inf:
-                raise RequestError(f"logit_bias: token {token} has bias {bias}, which must be a number or -inf")
+            if not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
+                raise RequestError(f"logit_bias: token {token} has bias {bias!r}, which must be a number or -inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,7 @@ class Request:
 
     `stop` strings end the answer and are left out of its text; `stop_tokens` likewise by id. `logprobs` asks, for each
     token of the answer, for its log-probability (of the raw logits) and that of so many likeliest alternatives.
+    `prompt_logprobs` asks the same of the prompt's tokens after the first; then `max_tokens` may be 0.
     """
 
     prompt: tuple[int, ...]
@@ -72,6 +80,20 @@ class Request:
     logprobs: int | None = None  # None: none; 0: the drawn token's alone
     prompt_logprobs: bool = False
     choice: int = 0  # which of several answers to one prompt; part of the random numbers' key
+    processors: tuple[Processor, ...] = ()
+
+    def __post_init__(self) -> None:
+        least = 0 if self.prompt_logprobs else 1
+        limits = {"max_tokens": (least, 1 << 62), "logprobs": (0, 1 << 30), "choice": (0, (1 << 64) - 1)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is None and name != "choice":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise RequestError(f"{name}={value!r} must be a whole number between {low} and {high}")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise RequestError(f"stop: {text!r} must be a text of at least one character")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +119,4 @@ class Event:
     finish: FinishReason | None = None
     logprob: Logprob | None = None
     error: str | None = None
+    prompt_logprobs: tuple[Logprob, ...] | None = None  # in the first event, if asked: the prompt after its first token

@@ -1,0 +1,262 @@
+"""Tokens in, tokens out: schedule, run, sample, tell; one step at a time for any number of requests."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2.engine import sampling
+from llama2.engine.request import Event, FinishReason, Logprob, Request
+from llama2.engine.runner import BLOCK, Batch, Runner
+from llama2.engine.sampling import Sampler
+from llama2.engine.scheduler import Scheduler, Sequence, blocks_for
+from llama2.engine.stop import StopStrings
+from llama2.errors import ContextError, Llama2Error, RequestError
+from llama2.text.tokenizer import Tokenizer, TokenStream
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Generation(Sequence):
+    """A request on its way: its tokens so far, and what draws them and turns them into text."""
+
+    request: Request
+    tokens: NDArray[np.int32]  # (limit,) the first `length` are known
+    table: NDArray[np.int32]  # (W,) its cache blocks, −1 past the last
+    sampler: Sampler
+    stream: TokenStream
+    stops: StopStrings
+    stop_tokens: frozenset[int]
+    prompt_logprobs: list[Logprob] | None
+
+
+class Engine:
+    """Answers requests with one runner, batching those that are there together. Safe to call from several threads.
+
+    A server adds requests and takes all events from `step`; a caller with one request follows `run`. Both may be mixed.
+    `context` shortens the model's own; the runner's cache bounds it too.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        *,
+        context: int | None = None,
+        max_batch_tokens: int = 512,
+        max_sequences: int = 64,
+    ) -> None:
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.context = min(context or runner.config.context_length, runner.n_blocks * BLOCK)
+        self.scheduler: Scheduler[Generation] = Scheduler(
+            runner.n_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences
+        )
+        self._ids = itertools.count()
+        self._active: dict[int, Generation] = {}
+        self._events: list[Event] = []  # to be returned by the next step
+        self._mail: dict[int, deque[Event]] = {}  # those of requests that `run` follows
+        self._lock = threading.RLock()
+        self._range = np.arange(max(self.context, max_batch_tokens), dtype=np.int32)
+        self._batch = Batch(
+            tokens=np.empty(max_batch_tokens, np.int32),
+            positions=np.empty(max_batch_tokens, np.int32),
+            sequences=np.empty(max_batch_tokens, np.int32),
+            blocks=np.empty((max_sequences, blocks_for(self.context)), np.int32),
+            outputs=np.empty(max_batch_tokens, np.int32),
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do or to tell."""
+        return bool(self._active or self._events)
+
+    def add(self, request: Request) -> int:
+        """Queue a request and return the id of its events.
+
+        Raises ContextError when prompt and answer do not fit the context, RequestError when the prompt is empty or a
+        token is not in the vocabulary.
+        """
+        generation = self._prepare(request)
+        self._enqueue(generation)
+        return generation.id
+
+    def cancel(self, id: int) -> None:
+        """End a request and free its cache at once; its last event comes with the next step. Too late is no error."""
+        with self._lock:
+            if generation := self._active.get(id):
+                self._events.append(self._event(generation, finish="cancelled"))
+
+    def run(self, request: Request) -> Iterator[Event]:
+        """The events of one request; closing the iterator cancels it. Raises like `add`, before the first event."""
+        return self._follow(self._prepare(request))
+
+    def step(self) -> list[Event]:
+        """Run the model once over what is scheduled, and return what is new about the requests that were added.
+
+        A request fails alone, with `finish="error"`, unless the forward pass does: then all that were in it fail.
+        """
+        with self._lock:
+            if plan := self.scheduler.schedule():
+                self._run(plan)
+            told, self._events = self._events, []
+            rest: list[Event] = []
+            for event in told:
+                self._mail.get(event.request, rest).append(event)
+            return rest
+
+    def _prepare(self, request: Request) -> Generation:
+        length, vocabulary = len(request.prompt), self.runner.config.vocab_size
+        if length == 0:
+            raise RequestError("the prompt is empty; start with at least one token, such as BOS")
+        answer = max(1, self.context - length) if request.max_tokens is None else request.max_tokens
+        if length + answer > self.context:
+            raise ContextError(
+                f"prompt of {length} tokens and answer of {answer} do not fit the context of {self.context}; "
+                "shorten the prompt, or ask for fewer tokens"
+            )
+        for name in ("prompt", "stop_tokens"):
+            _check_tokens(name, getattr(request, name), vocabulary)
+        _check_tokens("logit_bias", request.sampling.logit_bias, vocabulary)
+        if request.logprobs is not None and request.logprobs > vocabulary:
+            raise RequestError(f"logprobs={request.logprobs} is more than the {vocabulary} tokens of the vocabulary")
+        tokens = np.empty(length + answer, np.int32)
+        tokens[:length] = request.prompt
+        return Generation(
+            id=next(self._ids),
+            length=length,
+            limit=length + answer,
+            request=request,
+            tokens=tokens,
+            table=np.full(self._batch.blocks.shape[1], -1, np.int32),
+            sampler=Sampler(request),
+            stream=self.tokenizer.stream(),
+            stops=StopStrings(request.stop),
+            stop_tokens=self.tokenizer.stop_ids | request.stop_tokens,
+            prompt_logprobs=[] if request.prompt_logprobs else None,
+        )
+
+    def _enqueue(self, generation: Generation) -> None:
+        with self._lock:
+            self.scheduler.add(generation)
+            self._active[generation.id] = generation
+
+    def _release(self, generation: Generation) -> None:
+        self.scheduler.remove(generation)
+        del self._active[generation.id]
+
+    def _follow(self, generation: Generation) -> Iterator[Event]:
+        mail = self._mail[generation.id] = deque()
+        try:
+            self._enqueue(generation)
+            finished = False
+            while not finished:
+                with self._lock:
+                    if not mail:
+                        self._events = self.step()  # kept for whoever calls step next
+                while mail:
+                    event = mail.popleft()
+                    finished = event.finish is not None
+                    yield event
+        finally:
+            with self._lock:
+                if generation.id in self._active:
+                    self._release(generation)
+                del self._mail[generation.id]
+
+    def _run(self, plan: list[tuple[Generation, int]]) -> None:
+        # How many of a sequence's last tokens need logits.
+        rows = [n if g.prompt_logprobs is not None else int(g.cached + n == g.length) for g, n in plan]
+        try:
+            logits = self.runner.forward(self._fill(plan, rows))
+        except Exception as error:
+            self._events += [self._failure(generation, error) for generation, _ in plan]
+            return
+        end = 0
+        for (generation, count), wanted in zip(plan, rows, strict=True):
+            start, end = end, end + wanted
+            try:
+                event = self._advance(generation, count, logits[start:end])
+            except Exception as error:
+                event = self._failure(generation, error)
+            if event is not None:
+                self._events.append(event)
+
+    def _fill(self, plan: list[tuple[Generation, int]], rows: list[int]) -> Batch:
+        """The step's batch: views of arrays that every step writes anew."""
+        batch = self._batch
+        n = m = 0
+        for s, ((generation, count), wanted) in enumerate(zip(plan, rows, strict=True)):
+            start, end = generation.cached, generation.cached + count
+            if start == 0:
+                generation.table[: len(generation.blocks)] = generation.blocks
+            batch.tokens[n : n + count] = generation.tokens[start:end]
+            batch.positions[n : n + count] = self._range[start:end]
+            batch.sequences[n : n + count] = s
+            batch.blocks[s] = generation.table
+            n += count
+            batch.outputs[m : m + wanted] = self._range[n - wanted : n]
+            m += wanted
+        return Batch(
+            batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.blocks[: len(plan)], batch.outputs[:m]
+        )
+
+    def _advance(self, g: Generation, count: int, logits: NDArray[np.float32]) -> Event | None:
+        """Account for `count` tokens that ran, and draw the next one if no known token is left."""
+        if g.prompt_logprobs is not None:
+            following = g.tokens[g.cached + 1 : min(g.cached + 1 + count, g.length)].tolist()
+            top = g.request.logprobs or 0
+            scores = (sampling.logprob(row, t, top) for row, t in zip(logits, following, strict=False))
+            g.prompt_logprobs += scores
+        g.cached += count
+        if g.cached < g.length:
+            return None
+        if g.length == g.limit:  # nothing but the prompt's log-probabilities was asked for
+            return self._event(g, finish="length")
+
+        wanted = g.request.logprobs
+        row = logits[-1]
+        raw = row.copy() if g.request.processors else row
+        token = g.sampler.draw(row, g.tokens[: g.length])
+        logprob = None if wanted is None else sampling.logprob(raw, token, wanted)
+        g.tokens[g.length] = token
+        g.length += 1
+        if token in g.stop_tokens:
+            return self._event(g, token, logprob=logprob, finish="stop")
+        text = g.stops.push(g.stream.push(token))
+        if g.stops.found:
+            return self._event(g, token, text, logprob=logprob, finish="stop")
+        return self._event(g, token, text, logprob=logprob, finish="length" if g.length == g.limit else None)
+
+    def _failure(self, generation: Generation, error: Exception) -> Event:
+        reason = str(error) if isinstance(error, Llama2Error) else f"{type(error).__name__}: {error}"
+        return self._event(generation, finish="error", error=reason)
+
+    def _event(
+        self,
+        g: Generation,
+        token: int | None = None,
+        text: str = "",
+        *,
+        logprob: Logprob | None = None,
+        finish: FinishReason | None = None,
+        error: str | None = None,
+    ) -> Event:
+        """What to tell of `g`; with `finish`, its cache is freed, and its text completed if no stop string cut it."""
+        if finish is not None:
+            if not g.stops.found:
+                text += g.stops.push(g.stream.flush()) + g.stops.flush()
+            self._release(g)
+        scores, g.prompt_logprobs = g.prompt_logprobs, None
+        return Event(g.id, token, text, finish, logprob, error, None if scores is None else tuple(scores))
+
+
+def _check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:
+    for token in tokens:
+        if not isinstance(token, (int, np.integer)) or not 0 <= token < vocabulary:
+            raise RequestError(f"{name}: {token!r} is not a token of this model, whose ids are 0 to {vocabulary - 1}")

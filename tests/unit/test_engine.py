@@ -1,0 +1,319 @@
+"""The engine over a network that is a dictionary: what it tells, when it stops, what it refuses, whom an error hits."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fakes import END, VOCABULARY, ByteTokenizer, HistoryRunner, one, saying
+from llama2.engine.engine import Engine
+from llama2.engine.request import Event, Logprob, Request, Sampling
+from llama2.errors import ContextError, RequestError
+
+GREEDY = Sampling(temperature=0)
+CONTEXT = 256  # of HistoryRunner
+
+
+def engine(logits: Callable[[list[int]], NDArray[np.float32]], **settings: Any) -> Engine:
+    return Engine(HistoryRunner(logits), ByteTokenizer(), **settings)
+
+
+def ask(prompt: str = "?", **settings: Any) -> Request:
+    return Request(tuple(prompt.encode()), **{"sampling": GREEDY, **settings})
+
+
+def drain(engine: Engine) -> list[Event]:
+    events = []
+    while engine.busy:
+        events += engine.step()
+    return events
+
+
+def text(events: Sequence[Event]) -> str:
+    return "".join(event.text for event in events)
+
+
+def idle(engine: Engine) -> bool:
+    return not engine.busy and engine.scheduler.allocator.available == engine.runner.n_blocks
+
+
+def test_an_answer_is_told_token_by_token_and_ends_with_its_reason() -> None:
+    e = engine(saying("Grüße"))
+    events = list(e.run(ask()))
+    assert [event.token for event in events] == [*"Grüße".encode(), END]
+    assert [event.text for event in events] == ["G", "r", "", "ü", "", "ß", "e", ""]  # never half a character
+    assert [event.finish for event in events] == [None] * 7 + ["stop"]
+    assert idle(e)
+
+
+@pytest.mark.parametrize(
+    ("answer", "settings", "told", "finish"),
+    [
+        ("abc", {"max_tokens": 3}, "abc", "length"),
+        ("abc", {"max_tokens": 4}, "abc", "stop"),
+        ("abc", {"stop_tokens": frozenset(b"c")}, "ab", "stop"),
+        ("ab", {"stop": ("b",), "max_tokens": 2}, "a", "stop"),
+        ("one END two", {"stop": ("END",)}, "one ", "stop"),
+        ("one EN", {"stop": ("END",)}, "one EN", "stop"),  # held back, and told after all
+        ("one EN", {"stop": ("END",), "max_tokens": 5}, "one E", "length"),
+        ("aaab", {"stop": ("aab",)}, "a", "stop"),  # the second a begins the match
+        ("xabcd", {"stop": ("abcd", "bc")}, "xa", "stop"),  # the first to be complete
+        ("xabc", {"stop": ("bc", "abc")}, "x", "stop"),  # complete together: the longest
+        ("naïve", {"stop": ("ï",)}, "na", "stop"),
+        ("\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), {"max_tokens": 3}, "\ufffd", "length"),
+    ],
+)
+def test_where_an_answer_stops(answer: str, settings: dict[str, Any], told: str, finish: str) -> None:
+    events = list(engine(saying(answer)).run(ask(**settings)))
+    assert (text(events), events[-1].finish) == (told, finish)
+
+
+def test_text_is_held_back_while_a_stop_string_may_be_forming() -> None:
+    events = list(engine(saying("a<b</s>")).run(ask(stop=("</s>",))))
+    assert [event.text for event in events] == ["a", "", "<b", "", "", "", ""]
+
+
+def test_an_answer_may_fill_the_context_and_not_more() -> None:
+    e = engine(lambda history: one(ord("a")))
+    events = list(e.run(ask("p" * 100)))
+    assert (len(events), events[-1].finish) == (CONTEXT - 100, "length")
+    assert e.runner.steps[0] == 100  # type: ignore[attr-defined]
+    with pytest.raises(ContextError, match=r"prompt of 256 tokens and answer of 1 do not fit the context of 256"):
+        e.add(ask("p" * 256))
+    with pytest.raises(ContextError, match="answer of 157"):
+        e.add(ask("p" * 100, max_tokens=157))
+    with pytest.raises(ContextError, match="context of 64"):
+        engine(saying(""), context=64).add(ask("p" * 64))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "reason"),
+    [
+        ((), {}, "prompt is empty"),
+        ((1, VOCABULARY), {}, "prompt: 257 is not a token"),
+        ((-1,), {}, "prompt: -1 is not"),
+        (("a",), {}, "prompt: 'a' is not"),
+        ((1.5,), {}, "prompt: 1.5 is not"),
+        ((1,), {"stop_tokens": frozenset({999})}, "stop_tokens: 999 is not"),
+        ((1,), {"sampling": Sampling(logit_bias={300: 1.0})}, "logit_bias: 300 is not"),
+        ((1,), {"logprobs": 258}, "logprobs=258"),
+    ],
+)
+def test_what_the_model_has_not_is_refused(prompt: tuple[int, ...], settings: dict[str, Any], reason: str) -> None:
+    e = engine(saying(""))
+    with pytest.raises(RequestError, match=reason):
+        e.add(Request(prompt, **settings))
+    assert idle(e)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": True}, {"max_tokens": 10**30},
+     {"logprobs": -1}, {"logprobs": True}, {"choice": -1}, {"choice": None}, {"choice": 2**64},
+     {"stop": ("",)}, {"stop": (b"x",)}],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(settings))):
+        Request((1,), **settings)
+
+
+def count(history: list[int]) -> NDArray[np.float32]:
+    """A network whose next token tells the length and the content of what it has seen."""
+    return one((sum(history) + 7 * len(history)) % 256)
+
+
+def counted(prompt: Sequence[int], n: int) -> list[int]:
+    history = list(prompt)
+    for _ in range(n):
+        history.append((sum(history) + 7 * len(history)) % 256)
+    return history[len(prompt) :]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64, 512])
+@pytest.mark.parametrize("sequences", [1, 3, 64])
+def test_an_answer_is_the_same_in_any_batch_and_chunk(budget: int, sequences: int) -> None:
+    e = engine(count, max_batch_tokens=budget, max_sequences=min(budget, sequences))
+    prompts = [list(range(i, i + n)) for i, n in enumerate([1, 40, 32, 5, 100, 33])]
+    lengths = [40, 1, 33, 100, 20, 31]
+    ids = [e.add(Request(tuple(p), n, GREEDY)) for p, n in zip(prompts, lengths, strict=True)]
+    answers: dict[int, list[int | None]] = {id: [] for id in ids}
+    for event in drain(e):
+        answers[event.request].append(event.token)
+    assert list(answers.values()) == [counted(p, n) for p, n in zip(prompts, lengths, strict=True)]
+    assert max(e.runner.steps) <= budget  # type: ignore[attr-defined]
+    assert idle(e)
+
+
+def test_a_cancelled_request_frees_its_cache_at_once_and_says_so() -> None:
+    e = engine(saying("abc" * 50))
+    first = e.add(ask(stop=("abca!",)))
+    waiting = e.add(ask())
+    e.step()
+    assert e.scheduler.allocator.available == 0
+    e.cancel(first)
+    assert e.scheduler.allocator.available == e.runner.n_blocks
+    e.cancel(first)
+    events = e.step()
+    assert [(event.request, event.finish, event.text) for event in events[:1]] == [(first, "cancelled", "a")]
+    assert events[1].request == waiting
+    e.cancel(waiting)
+    assert [event.finish for event in drain(e)] == ["cancelled"]
+    e.cancel(12345)
+    assert idle(e)
+
+
+def test_closing_the_iterator_cancels() -> None:
+    e = engine(saying("abc" * 50))
+    events = e.run(ask())
+    assert idle(e)  # nothing happens before the first event is wanted
+    assert next(events).text == "a"
+    events.close()  # type: ignore[attr-defined]
+    assert idle(e)
+    assert e.step() == []
+
+
+def test_followed_and_added_requests_share_steps_and_lose_no_event() -> None:
+    e = engine(count)
+    added = e.add(Request((9,), 20, GREEDY))
+    followed = [event.token for event in e.run(Request((5,), 10, GREEDY))]
+    rest = drain(e)
+    assert followed == counted([5], 10)
+    assert [event.token for event in rest] == counted([9], 20)
+    assert {event.request for event in rest} == {added}
+
+
+def test_threads_may_follow_requests_of_one_engine() -> None:
+    e = engine(count)
+    answers: dict[int, list[int | None]] = {}
+
+    def follow(start: int) -> None:
+        answers[start] = [event.token for event in e.run(Request((start,), 60, GREEDY))]
+
+    threads = [threading.Thread(target=follow, args=(start,)) for start in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {start: counted([start], 60) for start in range(6)}
+    assert idle(e)
+
+
+def test_log_probabilities_are_those_of_the_raw_logits() -> None:
+    row = np.full(VOCABULARY, -np.inf, np.float32)
+    row[[65, 66, 67]] = np.log([0.5, 0.25, 0.25])
+    e = engine(lambda history: row.copy())
+
+    def ban(logits: NDArray[np.float32], history: NDArray[np.int32], prompt_length: int) -> None:
+        logits[65] = -np.inf
+
+    request = Request((65, 67, 66), 2, GREEDY, logprobs=2, prompt_logprobs=True, processors=(ban,))
+    events = list(e.run(request))
+    half, quarter = math.log(0.5), math.log(0.25)
+    top = ((65, half), (66, quarter))
+
+    def same(a: Logprob | None, token: int, logprob: float) -> None:
+        assert a is not None
+        assert (a.token, a.logprob) == (token, pytest.approx(logprob))
+        assert [id for id, _ in a.top] == [id for id, _ in top]
+        assert [value for _, value in a.top] == pytest.approx([value for _, value in top])
+
+    assert [event.token for event in events] == [66, 66]
+    for event in events:
+        same(event.logprob, 66, quarter)
+    assert events[0].prompt_logprobs is not None
+    for logprob, token in zip(events[0].prompt_logprobs, (67, 66), strict=True):
+        same(logprob, token, quarter)
+    assert events[1].prompt_logprobs is None
+
+
+@pytest.mark.parametrize("budget", [1, 3, 512])
+def test_a_prompt_can_be_scored_without_an_answer_and_fill_the_context(budget: int) -> None:
+    prompt = tuple(counted([1], 99))
+    e = engine(count, context=99, max_batch_tokens=budget, max_sequences=1)
+    (event,) = e.run(Request(prompt, 0, GREEDY, prompt_logprobs=True))
+    assert (event.token, event.finish) == (None, "length")
+    assert event.prompt_logprobs is not None
+    assert [x.token for x in event.prompt_logprobs] == list(prompt[1:])
+    expected = [float(count(list(prompt[:i]))[prompt[i]]) for i in range(1, 99)]
+    assert [x.logprob for x in event.prompt_logprobs] == pytest.approx(expected)
+    assert idle(e)
+
+
+def test_processors_see_the_history_and_may_choose() -> None:
+    seen = []
+
+    def process(logits: NDArray[np.float32], history: NDArray[np.int32], prompt_length: int) -> None:
+        seen.append((history.tolist(), prompt_length))
+        logits[ord("z")] = 1
+
+    events = list(engine(saying("ab")).run(ask("??", max_tokens=2, processors=(process,))))
+    assert text(events) == "zz"
+    assert seen == [([63, 63], 2), ([63, 63, ord("z")], 2)]
+
+
+def broken(history: list[int]) -> NDArray[np.float32]:
+    """Not a number from the fourth token on, if the prompt was `!`."""
+    row = one(ord("a"))
+    if history[0] == ord("!") and len(history) == 4:
+        row[5] = np.nan
+    return row
+
+
+def fail(logits: NDArray[np.float32], history: NDArray[np.int32], prompt_length: int) -> None:
+    raise ZeroDivisionError("by zero")
+
+
+def forbid(logits: NDArray[np.float32], history: NDArray[np.int32], prompt_length: int) -> None:
+    logits[:] = -np.inf
+
+
+@pytest.mark.parametrize(
+    ("request_", "told", "reason"),
+    [
+        (ask("!"), "aaa", "number"),
+        (ask("!aaaa", max_tokens=0, prompt_logprobs=True), "", "number"),
+        (ask(processors=(fail,)), "", "ZeroDivisionError: by zero"),
+        (ask(processors=(forbid,)), "", "number"),
+        (ask(sampling=Sampling(logit_bias=dict.fromkeys(range(VOCABULARY), -math.inf))), "", "number"),
+    ],
+)
+def test_an_error_ends_the_request_that_caused_it_alone(request_: Request, told: str, reason: str) -> None:
+    e = engine(broken)
+    well, ill = e.add(ask(max_tokens=20)), e.add(Request(request_.prompt, **settings_of(request_)))
+    events = drain(e)
+    assert text([event for event in events if event.request == well]) == "a" * 20
+    events = [event for event in events if event.request == ill]
+    assert text(events) == told
+    assert events[-1].finish == "error"
+    assert events[-1].error is not None
+    assert reason in events[-1].error
+    assert idle(e)
+
+
+def settings_of(request: Request) -> dict[str, Any]:
+    names = ("max_tokens", "sampling", "prompt_logprobs", "processors")
+    return {name: getattr(request, name) for name in names} | {
+        "max_tokens": request.max_tokens if request.max_tokens == 0 else 20
+    }
+
+
+def test_a_failed_forward_pass_ends_those_in_it_and_the_engine_goes_on() -> None:
+    def logits(history: list[int]) -> NDArray[np.float32]:
+        if history[0] == ord("!"):
+            raise MemoryError("no room")
+        return one(END)
+
+    e = engine(logits, max_sequences=1)
+    first, second = e.add(ask("!")), e.add(ask("?"))
+    events = drain(e)
+    assert [(event.request, event.finish, event.error) for event in events] == [
+        (first, "error", "MemoryError: no room"),
+        (second, "stop", None),
+    ]
+    assert idle(e)
