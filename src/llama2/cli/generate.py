@@ -1,0 +1,36 @@
+"""`llama2 generate`: a raw completion."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llama2.cli.answer import print_answer
+from llama2.cli.options import AnswerOptions, ModelOptions, Words, prompt
+
+EXAMPLE = "Example: llama2 generate 'Once upon a time' --max-tokens 64 --temperature 0 --json"
+
+
+def generate(
+    *,
+    model: ModelOptions,
+    options: AnswerOptions,
+    words: Words = None,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="With --json: log-probabilities, and N alternatives each.")
+    ] = None,
+    echo: Annotated[bool, typer.Option("--echo", help="Begin the text with the prompt.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Continue a text, without a chat format.
+
+    An empty text starts from BOS. Ctrl-C ends the answer and leaves what there is.
+    """
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("--logprobs needs --json")
+    text = prompt(words)
+    settings = options.limits() | options.sampling() | {"prompt": text, "logprobs": logprobs}
+    with model.load() as loaded:
+        events = loaded.generate_stream
+        print_answer(loaded, model.name, events, settings, before=text if echo else "", as_json=as_json)

@@ -1,0 +1,67 @@
+"""The program `llama2`: its commands, and how they end.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C. An error is one line on standard error.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from llama2.cli import bench, chat, generate, models
+from llama2.cli.options import expand
+from llama2.cli.output import UsageError, one_line
+from llama2.errors import Llama2Error
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command(epilog=chat.EXAMPLE)(expand(chat.chat))
+app.command(epilog=generate.EXAMPLE)(expand(generate.generate))
+app.command(epilog=bench.EXAMPLE)(expand(bench.bench))
+app.add_typer(models.app)
+
+
+@app.callback(invoke_without_command=True, epilog="Example: llama2 chat 'Why is the sky blue?'")
+def _program(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback; goes with any command.")] = False,
+) -> None:
+    """Llama 2, whole: run, change, train, align, measure and serve Llama-family models."""
+    if version:
+        import llama2
+
+        print("llama2", llama2.__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run one command, `sys.argv`'s by default, and exit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in (words[: words.index("--")] if "--" in words else words)
+    if debug:
+        words.remove("--debug")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a narrow encoding must not end an answer
+    try:
+        status = app(words, prog_name="llama2", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes at exit
+        status = 1
+    except (Llama2Error, OSError, MemoryError, UsageError) as error:
+        if debug:
+            traceback.print_exc()
+        print("llama2: error:", one_line(error), file=sys.stderr)
+        status = 2 if isinstance(error, UsageError) else 1
+    sys.exit(status)

@@ -1,0 +1,183 @@
+"""What several commands share, each option declared once; and where a prompt comes from."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from llama2.cli.output import warn
+from llama2.engine.request import Request, Sampling
+from llama2.errors import Llama2Error, RequestError
+
+if TYPE_CHECKING:
+    from llama2.api import Model
+
+_DEFAULT = Sampling()
+
+
+def _sampling(name: str, help: str) -> Any:
+    return typer.Option(help=help, show_default=str(getattr(_DEFAULT, name)), rich_help_panel="Sampling")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it runs."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="NAME", help="Name, file or Hugging Face repository; see `llama2 list`."),
+    ] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute.", show_default="every core")] = None
+    runner: Annotated[Literal["native", "numpy"], typer.Option(help="Who does the arithmetic.")] = "native"
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
+    ] = None
+
+    @property
+    def name(self) -> str:
+        """The model asked for, or the default one."""
+        from llama2 import hub
+
+        return self.model or hub.DEFAULT
+
+    def load(self) -> Model:
+        """The model, ready to answer; fetched first if need be."""
+        from llama2 import api
+
+        return api.load(self.name, threads=self.threads, runner=self.runner, context=self.context)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How long an answer is, and how its tokens are drawn; None where nothing is given.
+
+    Raises typer.BadParameter for a value out of range.
+    """
+
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the answer at most.", show_default="what the context holds")
+    ] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; may be repeated.")
+    ] = None
+    temperature: Annotated[float | None, _sampling("temperature", "0 takes the likeliest token.")] = None
+    top_p: Annotated[float | None, _sampling("top_p", "Keep the likeliest tokens up to this mass.")] = None
+    top_k: Annotated[int | None, _sampling("top_k", "Keep so many tokens; 0 keeps all.")] = None
+    min_p: Annotated[float | None, _sampling("min_p", "Drop tokens below this share of the likeliest.")] = None
+    repetition_penalty: Annotated[
+        float | None, _sampling("repetition_penalty", "Above 1: fewer tokens of prompt and answer again.")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, _sampling("presence_penalty", "Taken off a token that the answer has.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, _sampling("frequency_penalty", "Taken off for each time the answer has it.")
+    ] = None
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit; may be repeated.")
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Same seed, same answer.", show_default="drawn anew for each answer")
+    ] = None
+
+    def __post_init__(self) -> None:
+        try:
+            Request((0,), **self.limits(), sampling=Sampling(**self.sampling()))
+        except RequestError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    def limits(self) -> dict[str, Any]:
+        """What ends an answer, as arguments of `Model.chat` and `Model.generate`."""
+        return {"max_tokens": self.max_tokens, "stop": tuple(self.stop or ())}
+
+    def sampling(self) -> dict[str, Any]:
+        """The settings of `Sampling` that are given, by name."""
+        given = {field.name: getattr(self, field.name) for field in fields(Sampling)}
+        given["logit_bias"] = dict(map(_bias, self.logit_bias)) if self.logit_bias else None
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def _bias(entry: str) -> tuple[int, float]:
+    token, _, bias = entry.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise RequestError(f"logit_bias {entry!r} must be a token id, `=`, and a number") from error
+
+
+def expand(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as typer needs it: fields of its dataclass parameters stand as options of its own."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+
+    @wraps(command)
+    def expanded(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        name = parameter.name
+        if name in groups:
+            types = get_type_hints(groups[name], include_extras=True)
+            parameters += [(field.name, types[field.name], field.default) for field in fields(groups[name])]
+        else:
+            parameters.append((name, hints[name], parameter.default))
+    expanded.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=t, default=d) for n, t, d in parameters]
+    )
+    expanded.__annotations__ = {name: type_ for name, type_, _ in parameters}
+    return expanded
+
+
+#: Words of the prompt. A word `@FILE` stands for the file's text, `-` for standard input.
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="TEXT|@FILE|-",
+        help="Words are joined by spaces; the text of @FILE, and of standard input for -, is set off by an empty line. "
+        "@@ begins a word with @.",
+        show_default="standard input",
+    ),
+]
+
+
+def prompt(words: Sequence[str] | None) -> str:
+    """The text that `words` stand for. One newline at the end of a file or of standard input is dropped, as shells do.
+
+    Raises Llama2Error when a source is not UTF-8, OSError when it cannot be read.
+    """
+    paragraphs: list[str] = []
+    for source, group in groupby(words or ["-"], key=_is_source):
+        texts = [_text(word) for word in group]
+        paragraphs += texts if source else [" ".join(texts)]
+    return "\n\n".join(paragraphs)
+
+
+def _is_source(word: str) -> bool:
+    return word == "-" or (word.startswith("@") and not word.startswith("@@"))
+
+
+def _text(word: str) -> str:
+    if not _is_source(word):
+        return word[1:] if word.startswith("@@") else word
+    if word == "-":
+        if sys.stdin.isatty():
+            warn("type the text; Ctrl-D on an empty line ends it")
+        name, data = "standard input", sys.stdin.buffer.read()
+    else:
+        name, data = word[1:], Path(word[1:]).read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Llama2Error(f"{name}: not UTF-8 text at byte {error.start}; convert it first") from error
+    return text.removesuffix("\n").removesuffix("\r")

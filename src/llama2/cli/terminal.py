@@ -1,0 +1,154 @@
+"""The interactive chat of `llama2 chat`."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.filters import is_searching
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from llama2.cli.answer import follow, fresh_seed
+from llama2.cli.conversation import Conversation
+from llama2.cli.output import aside, one_line, write
+from llama2.errors import ContextError, Llama2Error
+from llama2.hub import home
+
+if TYPE_CHECKING:
+    from llama2.api import Model
+
+#: Command, its argument, what it does.
+_COMMANDS = (
+    ("/system", "[TEXT]", "set the system prompt, or remove it"),
+    ("/clear", "", "forget what was said; the system prompt stays"),
+    ("/save", "FILE", "write the conversation to a file"),
+    ("/load", "FILE", "take up a saved conversation"),
+    ("/help", "", "show this"),
+    ("/exit", "", "leave, as Ctrl-D does"),
+)
+_KEYS = """\
+Enter sends. Alt-Enter, or Esc and then Enter, begins a new line; pasted lines stay together.
+Up and down bring back earlier lines, Tab completes commands. A space before / sends it as text.
+Ctrl-C stops an answer, Ctrl-D leaves."""
+
+
+@dataclass
+class Chat:
+    """A conversation with a person at a terminal."""
+
+    model: Model
+    conversation: Conversation
+    options: dict[str, Any]  # further arguments of Model.chat_stream
+
+    def run(self) -> None:
+        """Answer and obey until Ctrl-D or /exit. An error ends the line that caused it, not the chat."""
+        session = _session()
+        aside(f"{self.conversation.model}, context of {self.model.engine.context} tokens; /help shows what there is")
+        while True:
+            try:
+                line = session.prompt("> ")
+                if command := re.fullmatch(r"(/[A-Za-z]+)(?:\s+(.*))?", line.rstrip(), re.DOTALL):
+                    self._obey(command[1], command[2] or "")
+                elif line.strip():
+                    self._ask(line)
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return
+            except ContextError as error:
+                print(f"error: {one_line(error)}; /clear begins anew")
+            except (Llama2Error, OSError, MemoryError) as error:
+                print("error:", one_line(error))
+
+    def _ask(self, question: str) -> None:
+        messages = [*self.conversation.messages, {"role": "user", "content": question}]
+        sampling = {"seed": fresh_seed()} | self.conversation.sampling
+        reply = follow(self.model, self.model.chat_stream(messages, **self.options, **sampling), write)
+        print()
+        context, used = self.model.engine.context, reply.prompt_tokens + len(reply.token_ids)
+        aside(f"{reply.speed()}, {used} of {context} tokens of context")
+        if reply.text.strip():
+            self.conversation.messages = [*messages, {"role": "assistant", "content": reply.text}]
+        else:
+            print("There is no answer, so the question is not kept either.")
+        if reply.finish_reason == "length":
+            full = f"the context is full, {used} of {context} tokens; /clear begins anew"
+            limit = self.options["max_tokens"]
+            print("The answer ends here:", f"--max-tokens is {limit}." if limit else full)
+
+    def _obey(self, command: str, argument: str) -> None:
+        match command:
+            case "/system":
+                self.conversation.system = argument or None
+                print("The system prompt is set." if argument else "There is no system prompt now.")
+            case "/clear":
+                self.conversation.clear()
+                print("Forgotten." + " The system prompt stays." * bool(self.conversation.system))
+            case "/save" | "/load" if not argument:
+                print(f"error: {command} needs the name of a file")
+            case "/save" if not self.conversation.turns:
+                print("error: nothing has been said yet")
+            case "/save":
+                path = Path(argument).expanduser()
+                self.conversation.save(path)
+                print(f"Saved {len(self.conversation.turns)} messages to {path}.")
+            case "/load":
+                self._load(Path(argument).expanduser())
+            case "/help":
+                for name, wants, does in _COMMANDS:
+                    print(f"  {name + ' ' + wants:<16}{does}")
+                print(_KEYS)
+            case "/exit":
+                raise EOFError
+            case _:
+                near = get_close_matches(command, [name for name, _, _ in _COMMANDS], 1)
+                hint = f"did you mean {near[0]}?" if near else "/help lists them, and a space before / sends it as text"
+                print(f"error: there is no command {command}; {hint}")
+
+    def _load(self, path: Path) -> None:
+        loaded = Conversation.load(path)
+        print(f"Loaded {len(loaded.turns)} messages from {path}.")
+        if loaded.model != self.conversation.model:
+            print(f"They are with {loaded.model}; {self.conversation.model} goes on.")
+        self.conversation = replace(loaded, model=self.conversation.model)
+
+
+class _History(FileHistory):
+    """Earlier lines in a file of the user's alone. One that cannot be written is remembered until the end only."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            os.close(os.open(self.filename, os.O_CREAT | os.O_WRONLY, 0o600))
+            super().store_string(string)
+
+
+def _session() -> PromptSession[str]:
+    keys = KeyBindings()
+
+    @keys.add("enter", filter=~is_searching)
+    def _send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    folder = home()
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return PromptSession(
+        multiline=True,
+        prompt_continuation="  ",
+        key_bindings=keys,
+        history=_History(str(folder / "chat_history")),
+        completer=WordCompleter([name for name, _, _ in _COMMANDS], sentence=True),
+        complete_while_typing=False,
+    )
