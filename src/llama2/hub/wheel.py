@@ -29,7 +29,7 @@ from llama2.hub import store
 from llama2.hub.progress import Progress
 from llama2.hub.registry import Registered
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16  # bytes; a connection that breaks loses what it had of the last one
 _ATTEMPTS = 5  # of a connection that breaks; each continues where the last one stopped
 _OPTIONS = ("--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--no-input")
 
@@ -87,17 +87,20 @@ def _find(requirement: str, stack: contextlib.ExitStack, complaints: list[str]) 
     specifiers = importlib.import_module("pip._vendor.packaging.specifiers").SpecifierSet
     usage = io.StringIO()
     try:
-        with contextlib.redirect_stderr(usage):
+        with contextlib.redirect_stdout(usage), contextlib.redirect_stderr(usage):
             options, _ = command.parse_args([*_OPTIONS, requirement])
     except SystemExit as error:
-        reason = (usage.getvalue().strip().splitlines() or ["wrong option"])[-1]
+        reason = [*usage.getvalue().strip().splitlines(), *complaints, "wrong option"][0]
         raise HubError(f"{requirement}: pip's configuration is invalid: {reason}") from error
     options.retries = min(options.retries, 2)  # of one request; pip's 5 keep who is offline waiting for 8 seconds
     stack.enter_context(command.main_context())
     session = command.get_default_session(options)
     finder = command._build_package_finder(options=options, session=session)
     name, _, version = requirement.partition("==")
-    best = finder.find_best_candidate(name, specifiers(f"=={version}")).best_candidate
+    try:
+        best = finder.find_best_candidate(name, specifiers(f"=={version}")).best_candidate
+    except _failures() as error:
+        raise HubError(f"{requirement}: cannot reach the package index; {_ADVICE} ({_short(error)})") from error
     if best is not None:
         return session, best.link
     if unreachable := [line for line in complaints if " 404 " not in line]:
@@ -111,17 +114,26 @@ _ADVICE = "check the network and pip's index, proxy and certificate settings, th
 
 
 def _short(reason: object) -> str:
-    return " ".join(str(reason).split())[:160]
+    """The end of a long reason, where the cause stands, in one line."""
+    text = " ".join(str(reason).split())
+    return text if len(text) <= 160 else f"…{text[-160:]}"
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What pip raises when a server or the way to it fails."""
+    requests, pip = importlib.import_module("pip._vendor.requests"), importlib.import_module("pip._internal.exceptions")
+    return requests.RequestException, pip.PipError
 
 
 @contextlib.contextmanager
 def _complaints() -> Iterator[list[str]]:
-    """What pip logs of pages that it could not fetch (it only passes over them), and silence on everything else."""
+    """What pip logs of errors and of pages that it could not fetch and passed over; silence on everything else."""
     complaints: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if (line := record.getMessage()).startswith("Could not fetch URL"):
+            line = record.getMessage()
+            if record.levelno >= logging.ERROR or line.startswith("Could not fetch URL"):
                 complaints.append(line)
 
     logger, listener = logging.getLogger("pip"), Listener()
@@ -139,8 +151,7 @@ def _complaints() -> Iterator[list[str]]:
 
 def _stream(session: Any, link: Any, part: Path, progress: Progress, what: str) -> None:
     """Append what is missing to `part`."""
-    broken = importlib.import_module("pip._vendor.requests").RequestException
-    refused = importlib.import_module("pip._internal.exceptions").PipError
+    failures = _failures()
     reason: object = ""
     for _ in range(_ATTEMPTS):
         done = part.stat().st_size if part.exists() else 0
@@ -165,7 +176,7 @@ def _stream(session: Any, link: Any, part: Path, progress: Progress, what: str) 
                 if done >= total:
                     return
                 reason = f"{done} of {total} bytes came"
-        except (broken, refused) as error:
+        except failures as error:
             reason = error
     raise HubError(f"{link.filename}: the download broke off; {_ADVICE} ({_short(reason)})")
 
