@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from models import TokenizerKind, tiny_config, write_tiny_gguf
 
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 _CODES = {0: "B", U32: "I", I32: "i", F32: "f", BOOL: "B", U64: "Q"}
@@ -116,9 +119,9 @@ class GGUFBytes:
     def encode(self) -> bytes:
         n_tensors = len(self.tensors) if self.n_tensors is None else self.n_tensors
         n_keys = len(self.keys) if self.n_keys is None else self.n_keys
-        header = self.magic + struct.pack(f"{self.order}IQQ", self.version, n_tensors, n_keys)
+        header = bytearray(self.magic + struct.pack(f"{self.order}IQQ", self.version, n_tensors, n_keys))
         header += b"".join(string(key) + value for key, value in self.keys)
-        data = b""
+        data = bytearray()
         for tensor in self.tensors:
             data += bytes(-len(data) % self.alignment)
             n_dims = len(tensor.dims) if tensor.n_dims is None else tensor.n_dims
@@ -126,4 +129,13 @@ class GGUFBytes:
             header += string(tensor.name) + struct.pack("<I", n_dims)
             header += struct.pack(f"<{len(tensor.dims)}QIQ", *tensor.dims, tensor.kind, offset)
             data += tensor.data
-        return header + bytes(-len(header) % self.alignment) + data
+        return bytes(header + bytes(-len(header) % self.alignment) + data)
+
+
+def write_seed(tokenizer: TokenizerKind, path: Path) -> None:
+    """A small valid model for a fuzz to damage."""
+    if tokenizer == "sentencepiece":
+        path.write_bytes(GGUFBytes().encode())
+    else:
+        config = tiny_config(dim=4, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=2, hidden_dim=4, vocab_size=288)
+        write_tiny_gguf(path, config=config, format="F16", tokenizer="bpe", template="{{ messages }}")

@@ -142,7 +142,7 @@ def test_what_the_tokenizer_is_built_from(
     monkeypatch.setattr(llama2.text.tokenizer, "from_vocabulary", record)
     model = checkpoint.open(path)
     assert not calls  # built on first use
-    assert model.tokenizer == model.tokenizer == "tokenizer"
+    assert str(model.tokenizer) == str(model.tokenizer) == "tokenizer"
     (call,) = calls
     fields = gguf.GGUFReader(path).fields
     assert call.items() >= {"kind": tokenizer, "bos_id": 1, "eos_id": 2, "unk_id": 0, "eot_id": None}.items()

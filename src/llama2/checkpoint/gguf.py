@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 _MAX_KEYS = 1 << 12
 _MAX_TENSORS = 1 << 14
-_MAX_STRINGS = 1 << 21  # in all arrays together
+_MAX_STRINGS = 1 << 20  # in all arrays together
 _MAX_TEXT = 1 << 23  # bytes of all names and single strings together
 
 # GGUF's value types; a scalar's code serves struct and NumPy alike.
@@ -364,7 +364,7 @@ def _config(metadata: _Metadata, tensors: Mapping[str, Tensor]) -> ModelConfig:
     path = metadata.path
     for key in _UNSUPPORTED:
         if metadata.find(f"llama.{key}", float):
-            raise CheckpointError(f"{path}: sets llama.{key}, which is not supported; choose a plain Llama model")
+            raise CheckpointError(f"{path}: sets llama.{key}, which no Llama does; choose another model")
     dim = metadata.need("llama.embedding_length", int)
     heads = metadata.need("llama.attention.head_count", int)
     kv_heads = metadata.find("llama.attention.head_count_kv", int)
@@ -374,9 +374,9 @@ def _config(metadata: _Metadata, tensors: Mapping[str, Tensor]) -> ModelConfig:
         head_dim = dim // max(heads, 1) if rotated is None else rotated
     value_dim = metadata.find("llama.attention.value_length", int)
     theta = metadata.find("llama.rope.freq_base", float)
-    for what, size in (("rotates", rotated), ("has values of", value_dim)):
+    for key, size in (("rope.dimension_count", rotated), ("attention.value_length", value_dim)):
         if size not in (None, head_dim):
-            raise CheckpointError(f"{path}: {what} {size} dimensions of heads of {head_dim}, which is not supported")
+            raise CheckpointError(f"{path}: llama.{key}={size} must be the head size {head_dim}; choose another model")
     try:
         return ModelConfig(
             dim=dim,
@@ -403,13 +403,17 @@ def _rope_scaling(metadata: _Metadata, divisors: Tensor | None, head_dim: int) -
     if factor is None:
         factor = metadata.find("llama.rope.scale_linear", float)
     if kind not in (None, "none", "linear"):
-        raise CheckpointError(f"{metadata.path}: rope scaling {quote(kind)} is not supported, only linear and llama3")
+        raise CheckpointError(
+            f"{metadata.path}: rope scaling {quote(kind)} is not supported; choose a model with linear or llama3"
+        )
     if factor is None or kind == "none":
         factor = 1.0
     if divisors is None:
         return RopeScaling("linear", factor=factor) if factor != 1 else None
     if factor != 1:
-        raise CheckpointError(f"{metadata.path}: has both linear and llama3 rope scaling, which is not supported")
+        raise CheckpointError(
+            f"{metadata.path}: has both linear and llama3 rope scaling; convert the model again with one"
+        )
     if divisors.shape != (head_dim // 2,):
         raise damaged(metadata.path, f"{_ROPE_FREQS} has shape {divisors.shape}, not ({head_dim // 2},)")
     return RopeScaling("llama3", divisors=tuple(divisors.dequantize().tolist()))
