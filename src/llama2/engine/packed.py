@@ -29,7 +29,7 @@ from llama2.hub import store
 Bytes = NDArray[np.uint8]
 
 #: Raised whenever native/packed.h changes what it writes.
-LAYOUT = 1
+LAYOUT = 2
 _MAGIC = b"llama2 packed weights\n".ljust(24, b"\0")
 _DEFAULT_LIMIT = 32 << 30
 
@@ -110,7 +110,9 @@ def _describe(
         "mtime_ns": stat.st_mtime_ns,
         "isa": isa,
         "layout": LAYOUT,
-        "tensors": [[t.name, t.format, *t.shape, sizes[t.name]] for t in checkpoint.tensors.values() if t.name in sizes],
+        "tensors": [
+            [t.name, t.format, *t.shape, sizes[t.name]] for t in checkpoint.tensors.values() if t.name in sizes
+        ],
     }
     text = json.dumps(facts).encode()
     header = _MAGIC + struct.pack("<Q", len(text)) + text

@@ -42,9 +42,13 @@ def default_threads() -> int:
     """Processors this process may use; `LLAMA2_THREADS` overrides."""
     forced = os.environ.get("LLAMA2_THREADS")
     if forced:
-        if not forced.isdigit() or not 1 <= int(forced) <= 1024:
+        try:
+            threads = int(forced)
+        except ValueError:
+            threads = 0
+        if not 1 <= threads <= 1024:
             raise EngineError(f"LLAMA2_THREADS={forced!r} must be a number from 1 to 1024")
-        return int(forced)
+        return threads
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -50,13 +50,17 @@ inline void quantize_activations(const float* x, int64_t columns, ActivationGrou
     }
 }
 
+constexpr int64_t kAhead = 4096;
+
 constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
 // One panel times M tokens. x[m] points to a token's groups; y: (M, kLanes).
 //
 //     y[m][r] = Σ_g  s[g][r] · scale[m][g] · (Σ_k w·q − offset·Σ_k q)   (+ minimum[g][r] · sum[m][g])
+//
+// For one token the memory is the limit: each group asks for its share of the stream kAhead bytes further on.
 template <Format format, int M>
-void packed_product(const uint8_t* panel, int64_t columns, const ActivationGroup* const* x, float* y) {
+void packed_product(const uint8_t* panel, const Panel& part, int64_t columns, const ActivationGroup* const* x, float* y) {
     using namespace simd;
     constexpr const FormatInfo& f = kFormats[size_t(format)];
     constexpr bool super = f.scales == Scales::super || f.scales == Scales::super_min;
@@ -65,8 +69,9 @@ void packed_product(const uint8_t* panel, int64_t columns, const ActivationGroup
     constexpr int quads = f.group / 4;                 // dot products a group
     constexpr int vectors = f.bits == 4 ? quads / 2 : quads;
     constexpr int offset = f.bits == 8 ? kByteBias : f.offset;
-    const Panel part(format, columns);
-    const uint8_t* w = panel;
+    const uint8_t* w = panel + part.weights;
+    constexpr int record = f.bits * kLanes * 4 + (super ? 1 : 2) * (has_min ? 2 : 1) * kLanes * halves;  // bytes a group
+    const uint8_t* ahead = panel + kAhead;
     const uint8_t *scales = panel + part.scales, *minima = panel + part.minima;
     const uint16_t *d_at = (const uint16_t*)(panel + part.d), *dmin_at = (const uint16_t*)(panel + part.dmin);
     F acc[M];
@@ -74,6 +79,11 @@ void packed_product(const uint8_t* panel, int64_t columns, const ActivationGroup
     for (int m = 0; m < M; ++m) acc[m] = zero();
     F d = zero(), dmin = zero();
     for (int64_t g32 = 0; g32 < columns / 32; ++g32) {
+        if constexpr (M == 1) {
+            LLAMA2_UNROLL
+            for (int i = 0; i < record; i += 64) prefetch(ahead + i);
+            ahead += record;
+        }
         if constexpr (super) {
             if (g32 % 8 == 0) {
                 d = load_f16(d_at + g32 / 8 * kLanes);
@@ -169,14 +179,16 @@ struct Weight {
     Format format = Format::F32;
     int64_t rows = 0, columns = 0;
     const uint8_t* data = nullptr;
+    Panel panel;
 
+    Weight() = default;
+    Weight(Format f, int64_t r, int64_t c, const uint8_t* p) : format(f), rows(r), columns(c), data(p) {
+        const int64_t row = row_bytes(f, c);  // refuses columns that do not divide
+        if (packed()) panel = Panel(f, c);
+        else panel.bytes = simd::kLanes * row;
+    }
     bool packed() const { return info(format).bits != 0; }
-    int64_t panel_bytes() const {
-        return packed() ? Panel(format, columns).bytes : simd::kLanes * row_bytes(format, columns);
-    }
-    int64_t bytes() const {
-        return packed() ? packed_bytes(format, rows, columns) : rows * row_bytes(format, columns);
-    }
+    int64_t bytes() const { return packed() ? packed_bytes(format, rows, columns) : rows * row_bytes(format, columns); }
 };
 
 // Tokens on their way into a product: as floats, and quantised in groups of 32 if some weight asks for it.
@@ -197,7 +209,7 @@ inline bool tile_of(int64_t& t, int64_t end, Product&& product) {
 // Rows panel·kLanes … of `w` times tokens first…end; write(token, y) takes each token's kLanes results.
 template <class Write>
 void panel_product(const Weight& w, int64_t panel, const Activations& x, int64_t first, int64_t end, Write&& write) {
-    const uint8_t* data = w.data + panel * w.panel_bytes();
+    const uint8_t* data = w.data + panel * w.panel.bytes;
     const int64_t rows = w.rows - panel * simd::kLanes;
     const auto tile = [&](auto size, int64_t t) {
         constexpr int M = size;
@@ -205,7 +217,7 @@ void panel_product(const Weight& w, int64_t panel, const Activations& x, int64_t
         const auto packed = [&](auto format) {
             const ActivationGroup* at[M];
             for (int m = 0; m < M; ++m) at[m] = x.groups + (t + m) * (x.columns / 32);
-            packed_product<decltype(format)::value, M>(data, w.columns, at, y);
+            packed_product<decltype(format)::value, M>(data, w.panel, w.columns, at, y);
         };
         const auto plain = [&](auto format) {
             const float* at[M];

@@ -249,7 +249,7 @@ private:
 
     // A unit is some panels (about 64 KB of weights) times up to kTokenBlock tokens.
     static constexpr int64_t kTokenBlock = 64;
-    static int64_t panels_a_unit(const Weight& w) { return std::max<int64_t>(1, (64 << 10) / w.panel_bytes()); }
+    static int64_t panels_a_unit(const Weight& w) { return std::max<int64_t>(1, (64 << 10) / w.panel.bytes); }
     static int64_t token_blocks(int64_t N) { return (N + kTokenBlock - 1) / kTokenBlock; }
     static int64_t units(const Weight& w, int64_t N) {
         const int64_t each = panels_a_unit(w);

@@ -1,12 +1,12 @@
 // Weights repacked for the instruction set: panels of kLanes rows, one lane a row.
 //
 // A panel holds, each part from a 64-byte boundary (P = kLanes, K = columns, G = columns a group):
+//     d, dmin   K/256 × P half precision numbers (Scales::super*)
+//     scales    K/G × P half precision numbers (Scales::half*) or bytes (Scales::super*)
+//     minima    likewise, where the format has them
 //     weights   K/G groups; in a group, byte vectors of P lanes × 4 bytes
 //                 8 bits: vector j holds columns 4j…4j+3, plus kByteBias
 //                 4 bits: vector j holds columns 8j…8j+3 in the low halves and 8j+4…8j+7 in the high halves
-//     scales    K/G × P half precision numbers (Scales::half*) or bytes (Scales::super*)
-//     minima    likewise, where the format has them
-//     d, dmin   K/256 × P half precision numbers (Scales::super*)
 // Rows past the end of the matrix are zero.
 #pragma once
 
@@ -20,20 +20,20 @@ namespace llama2 {
 constexpr int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Panel {
-    int64_t weights, scales, minima, d, dmin, bytes;  // offsets of the parts, and the whole
+    int64_t d = 0, dmin = 0, scales = 0, minima = 0, weights = 0, bytes = 0;  // offsets of the parts, and the whole
 
+    Panel() = default;
     Panel(Format format, int64_t columns) {
         const auto& f = info(format);
         const bool super = f.scales == Scales::super || f.scales == Scales::super_min;
         const bool has_min = f.scales == Scales::half_min || f.scales == Scales::super_min;
         const int64_t scale_part = align64(columns / f.group * simd::kLanes * (super ? 1 : 2));
         const int64_t d_part = super ? align64(columns / 256 * simd::kLanes * 2) : 0;
-        weights = 0;
-        scales = align64(columns * simd::kLanes * f.bits / 8);
-        minima = scales + scale_part;
-        d = minima + (has_min ? scale_part : 0);
         dmin = d + d_part;
-        bytes = dmin + (has_min ? d_part : 0);
+        scales = dmin + (has_min ? d_part : 0);
+        minima = scales + scale_part;
+        weights = minima + (has_min ? scale_part : 0);
+        bytes = weights + align64(columns * simd::kLanes * f.bits / 8);
     }
 };
 

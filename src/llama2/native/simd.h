@@ -15,6 +15,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
 #include "half.h"
 
 #if defined(LLAMA2_ISA_AVX512_VNNI)
@@ -40,6 +44,16 @@
 #endif
 
 namespace llama2::simd {
+
+inline void prefetch(const void* p) {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+#elif !defined(_MSC_VER)
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
+}
 
 // e^x, relative error below 2e-7; 0 below −87.3, +inf above 88.7, NaN stays NaN. Cephes' expf split: x = n·ln2 + r.
 inline F exp(F x) {
