@@ -127,6 +127,10 @@ class Engine:
             raise RequestError(f"logprobs={request.logprobs} is more than the {vocabulary} tokens of the vocabulary")
         tokens = np.empty(length + answer, np.int32)
         tokens[:length] = request.prompt
+        stream = self.tokenizer.stream()
+        if request.continues:
+            for token in request.prompt:
+                stream.push(token)
         return Generation(
             id=next(self._ids),
             length=length,
@@ -135,7 +139,7 @@ class Engine:
             tokens=tokens,
             table=np.full(self._batch.blocks.shape[1], -1, np.int32),
             sampler=Sampler(request),
-            stream=self.tokenizer.stream(),
+            stream=stream,
             stops=StopStrings(request.stop),
             stop_tokens=self.tokenizer.stop_ids | request.stop_tokens,
             prompt_logprobs=[] if request.prompt_logprobs else None,

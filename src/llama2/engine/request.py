@@ -80,6 +80,7 @@ class Request:
     logprobs: int | None = None  # None: none; 0: the drawn token's alone
     prompt_logprobs: bool = False
     choice: int = 0  # which of several answers to one prompt; part of the random numbers' key
+    continues: bool = False  # whether the answer's text goes on where the prompt's ends, and keeps its first space
     processors: tuple[Processor, ...] = ()
 
     def __post_init__(self) -> None:
