@@ -17,7 +17,7 @@ import pytest
 
 from gguf_bytes import ARRAY, BOOL, F32, I32, STRING, U32, GGUFBytes, TensorBytes, array, scalar, string
 from llama2 import checkpoint
-from llama2.errors import CheckpointError, ConfigError
+from llama2.errors import CheckpointError, ConfigError, TokenizerError
 from models import write_tiny_gguf
 
 MB = 1 << 20
@@ -386,3 +386,26 @@ def test_time_and_memory(options: list[str], tmp_path: Path) -> None:
         assert result["reason"], path
         assert result["seconds"] < 1, path
         assert result["memory"] < path.stat().st_size + 64 * MB, path
+
+
+@pytest.mark.parametrize("options", [[], ["-O"]])
+@pytest.mark.parametrize("fault", ["2^63 bytes of text", "10^9 layers", "other architecture", "data beyond the end"])
+def test_command(fault: str, options: list[str], tmp_path: Path) -> None:
+    """The program says why in one line, and ends with 1."""
+    file = GGUFBytes()
+    FAULTS[fault][0](file)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(file.encode())
+    program = "from llama2.cli.main import run; run()"
+    run = subprocess.run(
+        [sys.executable, *options, "-c", program, "show", str(path)], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    assert re.fullmatch(rf"llama2: error: {re.escape(str(path))}: .+\n", run.stderr)
+
+
+def test_vocabulary_that_no_tokenizer_takes(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(GGUFBytes().set("tokenizer.ggml.token_type", array(I32, [9] * 6)).encode())
+    with pytest.raises(TokenizerError, match=rf"^{re.escape(str(path))}: "):
+        checkpoint.open(path).tokenizer  # noqa: B018

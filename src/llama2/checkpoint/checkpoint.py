@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.config import ModelConfig
-from llama2.errors import CheckpointError
+from llama2.errors import CheckpointError, TokenizerError
 
 if TYPE_CHECKING:
     from llama2.text.tokenizer import Tokenizer
@@ -59,7 +59,10 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's own tokenizer. Raises TokenizerError when its vocabulary is damaged or unsupported."""
-        tokenizer: Tokenizer = self._build_tokenizer()
+        try:
+            tokenizer: Tokenizer = self._build_tokenizer()
+        except TokenizerError as error:
+            raise TokenizerError(f"{self.path}: {error}") from None
         return tokenizer
 
     def __enter__(self) -> Checkpoint:
