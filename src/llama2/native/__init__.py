@@ -19,7 +19,7 @@ def supported() -> list[str]:
     try:
         cpu = import_module("llama2.native._cpu")
     except ImportError as error:
-        raise EngineError(f"the native extension is missing ({error}); reinstall with `pip install whole-llama`") from None
+        raise EngineError(f"the native extension is missing ({error}); reinstall it: pip install whole-llama") from None
     names: list[str] = cpu.supported()
     return names
 
@@ -30,7 +30,7 @@ def _load(isa: str) -> ModuleType:
 
 
 def module(isa: str | None = None) -> ModuleType:
-    """The extension module for `isa`, by default `LLAMA2_ISA` or the best. Raises EngineError for one that cannot run."""
+    """The extension module for `isa`, by default `LLAMA2_ISA` or the best. EngineError for one that cannot run."""
     names = supported()
     isa = isa or os.environ.get("LLAMA2_ISA") or names[0]
     if isa not in names:
