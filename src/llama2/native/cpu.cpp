@@ -25,9 +25,7 @@ bool bit(int leaf, int part, int index) {
     __cpuidex(r, leaf, 0);
     return (r[part] >> index) & 1;
 }
-bool saved_by_system(unsigned long long mask) {
-    return bit(1, 2, 27) && (_xgetbv(0) & mask) == mask;
-}
+bool saved_by_system(unsigned long long mask) { return bit(1, 2, 27) && (_xgetbv(0) & mask) == mask; }
 #endif
 
 // Best first; "plain" always last.
@@ -37,12 +35,14 @@ std::vector<std::string> supported() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vnni"))
         names.push_back("avx512_vnni");
     if (avx2) names.push_back("avx2");
 #elif defined(_M_X64)
     const bool avx2 = saved_by_system(6) && bit(1, 2, 12) && bit(1, 2, 29) && bit(7, 1, 5);
-    if (avx2 && saved_by_system(0xe6) && bit(7, 1, 16) && bit(7, 1, 17) && bit(7, 1, 30) && bit(7, 1, 31) && bit(7, 2, 11))
+    if (avx2 && saved_by_system(0xe6) && bit(7, 1, 16) && bit(7, 1, 17) && bit(7, 1, 30) && bit(7, 1, 31) &&
+        bit(7, 2, 11))
         names.push_back("avx512_vnni");
     if (avx2) names.push_back("avx2");
 #elif defined(__aarch64__) && defined(__linux__)
@@ -50,7 +50,8 @@ std::vector<std::string> supported() {
 #elif defined(__aarch64__) && defined(__APPLE__)
     int value = 0;
     size_t size = sizeof value;
-    if (!sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) && value) names.push_back("neon_dotprod");
+    if (!sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) && value)
+        names.push_back("neon_dotprod");
 #elif defined(_M_ARM64)
     if (IsProcessorFeaturePresent(43)) names.push_back("neon_dotprod");  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
 #endif

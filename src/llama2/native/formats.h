@@ -19,11 +19,11 @@ namespace llama2 {
 enum class Format { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
 
 enum class Scales {
-    none,         // not quantised
-    half,         // d in half precision for each group
-    half_min,     // d and m
-    super,        // a whole number for each group, d for 256 columns
-    super_min,    // two whole numbers for each group, d and dmin for 256 columns
+    none,       // not quantised
+    half,       // d in half precision for each group
+    half_min,   // d and m
+    super,      // a whole number for each group, d for 256 columns
+    super_min,  // two whole numbers for each group, d and dmin for 256 columns
 };
 
 struct FormatInfo {
@@ -70,8 +70,8 @@ inline int64_t row_bytes(Format format, int64_t columns) {
 
 struct Fields {
     int8_t q[256];
-    uint16_t d, m;        // half precision; m is also K's dmin
-    int8_t scale[16];     // K kinds, one a group
+    uint16_t d, m;     // half precision; m is also K's dmin
+    int8_t scale[16];  // K kinds, one a group
     uint8_t minimum[16];
 };
 
@@ -163,8 +163,7 @@ inline void unpack(Format format, const uint8_t* p, Fields& f) {
                 f.q[i] = int8_t((four | two << 4) - 32);
             }
             return;
-        default:
-            throw std::invalid_argument("not a quantised format");
+        default: throw std::invalid_argument("not a quantised format");
     }
 }
 

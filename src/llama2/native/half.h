@@ -1,4 +1,4 @@
-// IEEE half precision and bfloat16 as plain integer arithmetic: the definition that every instruction set must agree with.
+// IEEE half precision and bfloat16 as plain integer arithmetic: the definition that every instruction set agrees with.
 #pragma once
 
 #include <bit>
@@ -23,7 +23,7 @@ inline uint16_t f32_to_f16(float value) {  // round to nearest, ties to even
     const uint32_t magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
     if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
-    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low mantissa bits
+    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the mantissa
         const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
         return uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
     }

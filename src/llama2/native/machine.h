@@ -62,8 +62,8 @@ inline double read_bandwidth(int threads, double seconds) {
     });
 }
 
-// Operations a second (a multiplication and an addition are two) of 8-bit dot products with operands in the first cache:
-// a tile of 4 weight vectors by 4 tokens, as an ideal matrix product would run.
+// Operations a second (a multiplication and an addition are two) of 8-bit dot products with operands in the first
+// cache: a tile of 4 weight vectors by 4 tokens, as an ideal matrix product would run.
 inline double int8_gemm_rate(int threads, double seconds) {
     constexpr int depth = 64, wide = 4, tall = 4;
     std::atomic<int64_t> sink{0};

@@ -60,17 +60,19 @@ constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 //
 // For one token the memory is the limit: each group asks for its share of the stream kAhead bytes further on.
 template <Format format, int M>
-void packed_product(const uint8_t* panel, const Panel& part, int64_t columns, const ActivationGroup* const* x, float* y) {
+void packed_product(const uint8_t* panel, const Panel& part, int64_t columns, const ActivationGroup* const* x,
+                    float* y) {
     using namespace simd;
     constexpr const FormatInfo& f = kFormats[size_t(format)];
     constexpr bool super = f.scales == Scales::super || f.scales == Scales::super_min;
     constexpr bool has_min = f.scales == Scales::half_min || f.scales == Scales::super_min;
-    constexpr int halves = 32 / f.group;               // groups of the format in 32 columns
-    constexpr int quads = f.group / 4;                 // dot products a group
+    constexpr int halves = 32 / f.group;  // groups of the format in 32 columns
+    constexpr int quads = f.group / 4;    // dot products a group
     constexpr int vectors = f.bits == 4 ? quads / 2 : quads;
     constexpr int offset = f.bits == 8 ? kByteBias : f.offset;
     const uint8_t* w = panel + part.weights;
-    constexpr int record = f.bits * kLanes * 4 + (super ? 1 : 2) * (has_min ? 2 : 1) * kLanes * halves;  // bytes a group
+    constexpr int record =
+        f.bits * kLanes * 4 + (super ? 1 : 2) * (has_min ? 2 : 1) * kLanes * halves;  // bytes a group
     const uint8_t* ahead = panel + kAhead;
     const uint8_t *scales = panel + part.scales, *minima = panel + part.minima;
     const uint16_t *d_at = (const uint16_t*)(panel + part.d), *dmin_at = (const uint16_t*)(panel + part.dmin);
@@ -105,10 +107,8 @@ void packed_product(const uint8_t* panel, const Panel& part, int64_t columns, co
             LLAMA2_UNROLL
             for (int j = 0; j < vectors; ++j, w += 4 * kLanes) {
                 const B bytes = load_bytes(w);
-                if constexpr (f.bits == 4)
-                    weight[2 * j] = low(bytes), weight[2 * j + 1] = high(bytes);
-                else
-                    weight[j] = bytes;
+                if constexpr (f.bits == 4) weight[2 * j] = low(bytes), weight[2 * j + 1] = high(bytes);
+                else weight[j] = bytes;
             }
             LLAMA2_UNROLL
             for (int m = 0; m < M; ++m) {
@@ -198,8 +198,7 @@ struct Activations {
     int64_t columns;
 };
 
-template <int M, class Product>
-inline bool tile_of(int64_t& t, int64_t end, Product&& product) {
+template <int M, class Product> inline bool tile_of(int64_t& t, int64_t end, Product&& product) {
     if (end - t < M) return false;
     product(std::integral_constant<int, M>{}, t);
     t += M;
@@ -231,7 +230,8 @@ void panel_product(const Weight& w, int64_t panel, const Activations& x, int64_t
             case BF16: plain(std::integral_constant<Format, BF16>{}); break;
             case Q4_0: packed(std::integral_constant<Format, Q4_0>{}); break;
             case Q4_1: packed(std::integral_constant<Format, Q4_1>{}); break;
-            case Q5_0: case Q8_0: packed(std::integral_constant<Format, Q8_0>{}); break;  // the same when packed
+            case Q5_0:
+            case Q8_0: packed(std::integral_constant<Format, Q8_0>{}); break;  // the same when packed
             case Q5_1: packed(std::integral_constant<Format, Q5_1>{}); break;
             case Q2_K: packed(std::integral_constant<Format, Q2_K>{}); break;
             case Q3_K: packed(std::integral_constant<Format, Q3_K>{}); break;

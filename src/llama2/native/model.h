@@ -43,8 +43,7 @@ inline void rms_norm(const float* x, const float* weight, int64_t size, float ep
     for (const float lane : lanes) sum += lane;
     for (int64_t i = whole; i < size; ++i) sum += x[i] * x[i];
     const float scale = 1.0f / std::sqrt(sum / float(size) + eps);
-    for (int64_t i = 0; i < whole; i += kLanes)
-        store(out + i, mul(mul(load(x + i), set(scale)), load(weight + i)));
+    for (int64_t i = 0; i < whole; i += kLanes) store(out + i, mul(mul(load(x + i), set(scale)), load(weight + i)));
     for (int64_t i = whole; i < size; ++i) out[i] = x[i] * scale * weight[i];
 }
 
@@ -143,8 +142,8 @@ public:
                     std::memcpy(qkv + t * (Q + 2 * K) + offset + r, y, size_t(count) * 4);
                 };
             };
-            products({x, D, floats(layer.attention_norm)}, N, part(layer.wq, store_at(0)),
-                     part(layer.wk, store_at(Q)), part(layer.wv, store_at(Q + K)));
+            products({x, D, floats(layer.attention_norm)}, N, part(layer.wq, store_at(0)), part(layer.wk, store_at(Q)),
+                     part(layer.wv, store_at(Q + K)));
             over_tokens(N, [&](int64_t t) { rotate_and_cache(step, t, int64_t(l), qkv + t * (Q + 2 * K)); });
             attend(step, tiles, int64_t(l), qkv, attended);
             products({attended, Q, nullptr}, N, part(layer.wo, add));
@@ -219,8 +218,8 @@ private:
         if (source.columns % 32 == 0) quantize_activations(x, source.columns, groups);
     }
 
-    // Calls body(unit, activations) for every unit, after the activations of all N tokens have been made. A single token
-    // is prepared by every thread for itself, which is cheaper than waiting for one another.
+    // Calls body(unit, activations) for every unit, after the activations of all N tokens have been made. A single
+    // token is prepared by every thread for itself, which is cheaper than waiting for one another.
     template <class Body> void with_activations(const Source& source, int64_t N, int64_t units, Body&& body) {
         const int64_t columns = source.columns, groups = (columns + 31) / 32;
         if (N == 1) {
@@ -258,9 +257,8 @@ private:
 
     template <class... Writes> void products(const Source& source, int64_t N, Part<Writes>... parts) {
         const int64_t total = (units(parts.weight, N) + ...);
-        with_activations(source, N, total, [&](int64_t unit, const Activations& x) {
-            (one_product(unit, N, x, parts) || ...);
-        });
+        with_activations(source, N, total,
+                         [&](int64_t unit, const Activations& x) { (one_product(unit, N, x, parts) || ...); });
     }
 
     // Does `unit` if it belongs to this part; otherwise subtracts the part's units from it.
@@ -309,8 +307,7 @@ private:
     template <class Body> void over_tokens(int64_t N, Body&& body) {
         if (N <= 4)
             for (int64_t t = 0; t < N; ++t) body(t);
-        else
-            pool_.run(N, [&](int64_t t, int) { body(t); });
+        else pool_.run(N, [&](int64_t t, int) { body(t); });
     }
 
     // cos and sin of every token's rotation: (N, E / 2, 2). In double precision, because positions reach thousands.
@@ -362,14 +359,15 @@ private:
         const int64_t most = std::max<int64_t>(1, 32 / (config_.heads / config_.kv_heads));
         std::vector<QueryTile> tiles;
         for (int64_t t = 0; t < step.tokens_count; ++t) {
-            const bool joins = !tiles.empty() && tiles.back().count < most && step.sequences[t] == step.sequences[t - 1];
-            if (joins) ++tiles.back().count;
+            const bool room = !tiles.empty() && tiles.back().count < most;
+            if (room && step.sequences[t] == step.sequences[t - 1]) ++tiles.back().count;
             else tiles.push_back({t, 1});
         }
         return tiles;
     }
 
-    // One chunk of positions for one tile and one key/value head. partials: (rows, partial_size), row = token · H/G + head
+    // One chunk of positions for one tile and one key/value head. partials: (rows, partial_size), rows by (token,
+    // head).
     void attend_chunk(const Step& step, const QueryTile& tile, int64_t layer, int64_t head, int64_t chunk,
                       const float* qkv, float* partials) const {
         const int64_t E = config_.head_size, share = config_.heads / config_.kv_heads, wide = padded(E);
@@ -377,7 +375,8 @@ private:
         const int64_t rows = tile.count * share, last = step.positions[tile.first + tile.count - 1];
         const int32_t* table = step.blocks + step.sequences[tile.first] * step.width;
         for (int64_t r = 0; r < rows; ++r) clear_partial(partials + r * size, wide);
-        for (int64_t start = chunk * kChunk; start < std::min((chunk + 1) * int64_t(kChunk), last + 1); start += kBlock) {
+        for (int64_t start = chunk * kChunk; start < std::min((chunk + 1) * int64_t(kChunk), last + 1);
+             start += kBlock) {
             const uint16_t* key = keys(table[start / kBlock], layer, head);
             const uint16_t* value = key + kBlock * E;
             const auto attend_rows = [&](auto size_of_tile, int64_t row, int count) {
@@ -426,12 +425,14 @@ private:
         for (const auto& tile : tiles)
             most_rows = std::max(most_rows, rows(tile)), most_chunks = std::max<int64_t>(most_chunks, chunks(tile));
         const int64_t size = partial_size(wide) * most_rows, count = int64_t(tiles.size()) * G;
-        if (most_chunks > 1 && count < 4 * pool_.threads()) {  // few queries over many keys: chunks are units of their own
+        // Few queries over many keys: chunks are units of their own.
+        if (most_chunks > 1 && count < 4 * pool_.threads()) {
             float* partials = partials_.reserve(count * most_chunks * size);
             pool_.run(count * most_chunks, [&](int64_t unit, int) {
                 const QueryTile& tile = tiles[size_t(unit / most_chunks / G)];
                 if (unit % most_chunks < chunks(tile))
-                    attend_chunk(step, tile, layer, unit / most_chunks % G, unit % most_chunks, qkv, partials + unit * size);
+                    attend_chunk(step, tile, layer, unit / most_chunks % G, unit % most_chunks, qkv,
+                                 partials + unit * size);
             });
             for (int64_t i = 0; i < count; ++i) {
                 const QueryTile& tile = tiles[size_t(i / G)];

@@ -49,9 +49,10 @@ public:
                  const In<int32_t, 2>& blocks, const In<int32_t, 1>& outputs, const Out<float, 2>& logits) {
         expect(positions.size() == tokens.size() && sequences.size() == tokens.size(), "batch arrays differ in length");
         expect(logits.shape(0) == outputs.size() && int64_t(logits.shape(1)) == vocab_, "logits must be (outputs, V)");
-        const Step step{int64_t(tokens.size()), int64_t(blocks.shape(0)), int64_t(blocks.shape(1)),
-                        int64_t(outputs.size()), tokens.data(), positions.data(), sequences.data(), blocks.data(),
-                        outputs.data()};
+        const Step step{
+            int64_t(tokens.size()), int64_t(blocks.shape(0)), int64_t(blocks.shape(1)), int64_t(outputs.size()),
+            tokens.data(),          positions.data(),         sequences.data(),         blocks.data(),
+            outputs.data()};
         float* out = logits.data();
         nb::gil_scoped_release release;
         model_.forward(step, out);
@@ -79,8 +80,8 @@ private:
 };
 
 // y = x wᵀ through the kernels that the model uses. data: rows in their stored format; x: (N, columns); y: (N, rows).
-void product(const std::string& name, const In<uint8_t, 1>& data, int64_t rows, int64_t columns,
-             const In<float, 2>& x, const Out<float, 2>& y) {
+void product(const std::string& name, const In<uint8_t, 1>& data, int64_t rows, int64_t columns, const In<float, 2>& x,
+             const Out<float, 2>& y) {
     const Format format = format_named(name);
     Weight w = weight_of(format, data, rows, columns, true);
     expect(int64_t(x.shape(1)) == columns && x.shape(0) == y.shape(0) && int64_t(y.shape(1)) == rows, "shapes differ");
@@ -109,8 +110,8 @@ int64_t sample(const In<float, 1>& logits, const In<int32_t, 1>& history, int64_
     const int64_t n = int64_t(logits.size()), length = int64_t(history.size());
     expect(n > 0 && prompt_length >= 0 && prompt_length <= length, "empty logits, or a prompt longer than its history");
     expect(bias_ids.size() == bias_values.size(), "bias ids and values differ in length");
-    const SamplingOptions o{temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-                            seed, choice, position};
+    const SamplingOptions o{temperature,       top_k, top_p,  min_p,   repetition_penalty, presence_penalty,
+                            frequency_penalty, seed,  choice, position};
     const bool plain = repetition_penalty == 1 && presence_penalty == 0 && frequency_penalty == 0 && !bias_ids.size();
     if (plain && temperature == 0) return argmax(logits.data(), n);
     std::vector<float> edited(logits.data(), logits.data() + n);
@@ -155,7 +156,8 @@ NB_MODULE(LLAMA2_MODULE, m) {
                      const Out<uint8_t, 1>& out) {
         const Format f = format_named(format);
         weight_of(f, data, rows, columns, true);
-        expect(info(f).bits && int64_t(out.size()) == packed_bytes(f, rows, columns), "wrong size of the packed output");
+        expect(info(f).bits && int64_t(out.size()) == packed_bytes(f, rows, columns),
+               "wrong size of the packed output");
         nb::gil_scoped_release release;
         pack(f, data.data(), rows, columns, out.data());
     });
@@ -175,8 +177,8 @@ NB_MODULE(LLAMA2_MODULE, m) {
     m.def("int8_gemm_rate", &measured<int8_gemm_rate>);
     m.def("fma_rate", &measured<fma_rate>);
     nb::class_<PyModel>(m, "Model")
-        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, std::vector<double>,
-                      int, int64_t>())
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,
+                      std::vector<double>, int, int64_t>())
         .def("set", &PyModel::set)
         .def("check", &PyModel::check)
         .def("forward", &PyModel::forward)

@@ -91,7 +91,8 @@ public:
         using Work = decltype(work);
         task_ = [](const void* context, int thread) { (*static_cast<const Work*>(context))(thread); };
         context_ = &work;
-        state_.store((state_.load(std::memory_order_relaxed) & ~(kEpoch - 1)) + kEpoch + kOpen, std::memory_order_release);
+        state_.store((state_.load(std::memory_order_relaxed) & ~(kEpoch - 1)) + kEpoch + kOpen,
+                     std::memory_order_release);
         state_.notify_all();
         work(0);
         state_.fetch_and(~kOpen, std::memory_order_relaxed);
@@ -107,10 +108,8 @@ private:
 
     // Spin first, then offer the core to whoever waits for it: the awaited thread may need this very one.
     static void pause(int spins) {
-        if (spins % 64 != 63)
-            cpu_relax();
-        else
-            std::this_thread::yield();
+        if (spins % 64 != 63) cpu_relax();
+        else std::this_thread::yield();
     }
 
     void serve(int id) {
@@ -119,10 +118,8 @@ private:
             uint64_t state = state_.load(std::memory_order_acquire);
             if (stop_.load(std::memory_order_relaxed)) return;
             if (!(state & kOpen) || state / kEpoch == done) {
-                if (++idle < kSpins)
-                    pause(idle);
-                else
-                    state_.wait(state, std::memory_order_acquire);
+                if (++idle < kSpins) pause(idle);
+                else state_.wait(state, std::memory_order_acquire);
                 continue;
             }
             if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acquire)) continue;

@@ -124,16 +124,16 @@ inline int64_t draw(float* logits, int64_t n, const SamplingOptions& o) {
 }
 
 // Natural log-probability of `token` under `logits` (V), and of the `count` likeliest, best first, equal ones by id.
-inline float log_probabilities(const float* logits, int64_t n, int64_t token, int64_t count, int32_t* top, float* values) {
+inline float log_probabilities(const float* logits, int64_t n, int64_t token, int64_t count, int32_t* top,
+                               float* values) {
     const float maximum = logits[argmax(logits, n)];
     std::vector<float> scratch(static_cast<size_t>(n));
     const double log_sum = std::log(exponentials(logits, n, maximum, scratch.data()));
     std::vector<int32_t> order(static_cast<size_t>(n));
     if (count > 0) {
         std::iota(order.begin(), order.end(), 0);
-        std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](int32_t a, int32_t b) {
-            return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-        });
+        std::partial_sort(order.begin(), order.begin() + count, order.end(),
+                          [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
     }
     const auto value = [&](int64_t i) { return float(double(logits[i]) - maximum - log_sum); };
     for (int64_t i = 0; i < count; ++i) top[i] = order[size_t(i)], values[i] = value(order[size_t(i)]);

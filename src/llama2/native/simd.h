@@ -1,8 +1,8 @@
 // One vector vocabulary, one header an instruction set; CMake picks it with LLAMA2_ISA_*.
 //
-// A vector has kLanes 32-bit lanes. In matrix products a lane is a row of the weight matrix, so that no sum ever crosses
-// lanes and the order of additions never depends on the number of tokens. `fma` is fused wherever the hardware can fuse;
-// nothing else may be (-ffp-contract=off).
+// A vector has kLanes 32-bit lanes. In matrix products a lane is a row of the weight matrix, so that no sum ever
+// crosses lanes and the order of additions never depends on the number of tokens. `fma` is fused wherever the hardware
+// can fuse; nothing else may be (-ffp-contract=off).
 //
 //   F, I, B                floats, 32-bit integers, bytes (4 a lane)
 //   load_bytes, low, high  4-bit weights: a byte holds two

@@ -1,7 +1,8 @@
 // AVX2 with FMA and F16C: 8 lanes.
 //
-// vpmaddubsw adds two products of an unsigned and a signed byte with saturation at 16 bits. 4-bit weights stay far below
-// that. For 8-bit ones the weight gives its sign to the activation: |w| ≤ 128 and |x| ≤ 127, so 2·128·127 still fits.
+// vpmaddubsw adds two products of an unsigned and a signed byte with saturation at 16 bits. 4-bit weights stay far
+// below that. For 8-bit ones the weight gives its sign to the activation: |w| ≤ 128 and |x| ≤ 127, so 2·128·127 still
+// fits.
 #pragma once
 
 #include <immintrin.h>

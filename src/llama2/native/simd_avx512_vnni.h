@@ -7,8 +7,8 @@ namespace llama2::simd {
 
 constexpr int kLanes = 16;
 constexpr int kByteBias = 128;
-constexpr int kTokens = 8;        // tokens a tile of a quantised product
-constexpr int kAttentionRows = 8; // queries a tile of attention
+constexpr int kTokens = 8;         // tokens a tile of a quantised product
+constexpr int kAttentionRows = 8;  // queries a tile of attention
 using F = __m512;
 using I = __m512i;
 using B = __m512i;

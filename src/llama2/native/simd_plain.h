@@ -27,6 +27,7 @@ inline F set(float x) { return {{x, x, x, x}}; }
 inline F zero() { return set(0); }
 inline F load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline void store(float* p, F x) { std::memcpy(p, x.v, sizeof x.v); }
+// clang-format off: an operation a line
 inline F add(F a, F b) { return each<F>([&](int i) { return a.v[i] + b.v[i]; }); }
 inline F sub(F a, F b) { return each<F>([&](int i) { return a.v[i] - b.v[i]; }); }
 inline F mul(F a, F b) { return each<F>([&](int i) { return a.v[i] * b.v[i]; }); }
@@ -54,6 +55,7 @@ inline I max_int(I a, I b) { return each<I>([&](int i) { return a.v[i] > b.v[i] 
 inline I add_int(I a, I b) { return each<I>([&](int i) { return a.v[i] + b.v[i]; }); }
 inline I magnitude_bits(F x) { return each<I>([&](int i) { return std::bit_cast<int32_t>(x.v[i]) & 0x7fffffff; }); }
 inline I to_int(F x) { return each<I>([&](int i) { return int32_t(std::nearbyint(x.v[i])); }); }
+// clang-format on
 inline void store_int(int32_t* p, I x) { std::memcpy(p, x.v, sizeof x.v); }
 inline void store_i8(int8_t* p, I x) {
     for (int i = 0; i < kLanes; ++i) p[i] = int8_t(x.v[i]);
