@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
 _TEXT, _SCORE, _TYPE = 1, 2, 3  # of SentencePiece
@@ -27,8 +28,7 @@ def build(
 ) -> bytes:
     """A BPE model with these pieces that changes nothing in a text but spaces to U+2581 (spec 2.1)."""
     vocabulary = b"".join(
-        _bytes(_PIECES, _bytes(_TEXT, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(_TYPE, kind))
-        for text, score, kind in zip(pieces, scores, types, strict=True)
+        _piece(text.encode(), score, kind) for text, score, kind in zip(pieces, scores, types, strict=True)
     )
     trainer = _number(3, _BPE) + _number(4, len(pieces)) + _number(35, byte_fallback) + _bytes(44, " ⁇ ".encode())
     trainer += _number(40, unk_id) + _bytes(45, pieces[unk_id].encode())
@@ -40,31 +40,34 @@ def build(
 
 
 def retype(model: bytes, change: Callable[[str, int], int]) -> bytes:
-    """`model` with each piece's type replaced by `change(text, type)`; everything else stays as it is.
+    """`model` with the type of each piece that has one replaced by `change(text, type)`; the rest stays as it is.
 
-    Raises ValueError when the model is not whole: the library itself takes one that was cut between two pieces.
+    Raises ValueError, KeyError or IndexError when the model is not whole: the library itself takes one that was cut
+    between two pieces.
     """
     found, changed = set(), []
     for number, start, body, end in _fields(model):
         found.add(number)
         field = model[start:end]
-        if number == _PIECES:
-            piece = {inner: (first, last) for inner, _, first, last in _fields(model, body, end)}
-            first, last = piece[_TEXT]
-            kind = model[piece[_TYPE][0]] if _TYPE in piece else 1
-            new = change(model[first:last].decode(), kind)
+        if number == _PIECES and _TYPE << 3 in field:
+            values = {inner: model[first:last] for inner, _, first, last in _fields(model, body, end)}
+            (kind,), text = values.get(_TYPE, b"\1"), values[_TEXT]
+            new = change(text.decode(), kind)
             if new != kind:
-                first, last = piece[_SCORE]
-                score = model[first:last]
-                field = _bytes(
-                    _PIECES, _bytes(_TEXT, model[slice(*piece[_TEXT])]) + b"\x15" + score + _number(_TYPE, new)
-                )
+                (score,) = struct.unpack("<f", values[_SCORE])
+                field = _piece(text, score, new)
         changed.append(field)
     if not {_PIECES, _TRAINER, _NORMALIZER} <= found:
         raise ValueError("pieces, trainer or normalizer are missing")
     return b"".join(changed)
 
 
+def _piece(text: bytes, score: float, kind: int) -> bytes:
+    piece = b"\x0a" + _varint(len(text)) + text + struct.pack("<BfBB", 0x15, score, _TYPE << 3, kind)
+    return b"\x0a" + _varint(len(piece)) + piece
+
+
+@lru_cache(maxsize=256)
 def _varint(value: int) -> bytes:
     encoded = bytearray()
     while value > 0x7F:

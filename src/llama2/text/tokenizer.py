@@ -323,11 +323,13 @@ def from_vocabulary(
         raise TokenizerError(f"the vocabulary has {len(values)} byte tokens; they must be <0x00> to <0xFF>, or none")
     if unk_id is None and UNKNOWN not in types:
         raise TokenizerError("a SentencePiece vocabulary needs an unknown token")
+    unk_id = types.index(UNKNOWN) if unk_id is None else unk_id
+    types[unk_id] = UNKNOWN  # some converters call it a control token
     model = modelproto.build(
         texts,
         scores,
         types,
-        unk_id=types.index(UNKNOWN) if unk_id is None else unk_id,
+        unk_id=unk_id,
         bos_id=bos_id,
         eos_id=eos_id,
         byte_fallback=bool(values),

@@ -1,0 +1,109 @@
+"""Token ids and decoded text equal to sentencepiece's and tokenizers', also for vocabularies rebuilt from GGUF."""
+
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, pre_tokenizers
+
+from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_tokenizer_json, from_vocabulary
+from texts import strings, train_bpe, train_sentencepiece
+
+TEXTS = strings(1500)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model() -> bytes:
+    return train_sentencepiece()
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_sentencepiece(sentencepiece_model: bytes, rebuilt: bool, tmp_path: Path) -> None:
+    library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
+    ours = _from_gguf_parts(library) if rebuilt else _saved(sentencepiece_model, tmp_path)
+    assert [ours.encode(text) for text in TEXTS] == [library.encode(text) for text in TEXTS]
+    assert (ours.bos_id, ours.eos_id, ours.stop_ids, ours.add_bos) == (1, 2, {2}, True)
+    rng = random.Random(1)
+    for ids in [library.encode(text) for text in TEXTS] + [
+        [rng.randrange(library.get_piece_size()) for _ in range(rng.randint(0, 12))] for _ in range(1500)
+    ]:
+        assert ours.decode(ids) == library.decode(ids), ids
+
+
+def _saved(model: bytes, folder: Path) -> Tokenizer:
+    (folder / "tokenizer.model").write_bytes(model)
+    return from_sentencepiece(folder / "tokenizer.model")
+
+
+def _from_gguf_parts(library: sentencepiece.SentencePieceProcessor) -> Tokenizer:
+    tests = (library.is_unknown, library.is_control, library.is_unused, library.is_byte)
+    ids = range(library.get_piece_size())
+    types = [next((t for t, test in zip((2, 3, 5, 6), tests, strict=True) if test(i)), 1) for i in ids]
+    pieces = [library.id_to_piece(i) for i in ids]
+    for symbol in ("<tool>", "▁▁▁"):
+        types[pieces.index(symbol)] = 4
+    return from_vocabulary(
+        "sentencepiece",
+        [piece.encode() for piece in pieces],
+        scores=[library.get_score(i) for i in ids],
+        types=types,
+        merges=None,
+        pre=None,
+        bos_id=1,
+        eos_id=2,
+        unk_id=0,
+        add_bos=True,
+        add_eos=False,
+        add_space_prefix=True,
+    )
+
+
+@pytest.mark.parametrize("pre", ["gpt2", "smollm", "llama-bpe"])
+def test_byte_level_bpe(pre: str, tmp_path: Path) -> None:
+    path = train_bpe(pre, tmp_path / "tokenizer.json")
+    library, ours = Library.from_file(str(path)), from_tokenizer_json(path)
+    plain = Library.from_file(str(path))
+    plain.encode_special_tokens = True
+    assert (ours.pre, ours.vocab_size, ours.bos_id, ours.eos_id) == (pre, library.get_vocab_size(), 0, 1)
+    for text in [*TEXTS, "a<tool>b", "<tool><tool><tool>", "<|eot_id|>x<|eot_id|>"]:
+        assert ours.encode(text) == plain.encode(text, add_special_tokens=False).ids, text
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, special=True) == ids, text
+        assert ours.decode(ids) == library.decode(ids), text
+    rng = random.Random(1)
+    for _ in range(1500):
+        ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randint(0, 12))]
+        assert ours.decode(ids) == library.decode(ids), ids
+
+
+def test_default_model_against_transformers(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+
+    import llama2.checkpoint
+
+    theirs = AutoTokenizer.from_pretrained(model_path.parent, gguf_file=model_path.name)
+    # transformers takes no notice of the file's pre-tokenizer; SmolLM2's own repository has this one
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    theirs.backend_tokenizer.decoder = decoders.ByteLevel()
+    ours = llama2.checkpoint.open(model_path).tokenizer
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, special=True) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+
+
+def test_long_texts_are_cut_between_words_only(model_path: Path) -> None:
+    import llama2.checkpoint
+
+    ours = llama2.checkpoint.open(model_path).tokenizer
+    text = "".join(strings(9000, seed=3))
+    text = "".join(character for character in text if character.isprintable() or character.isspace())
+    whole = ours._library.encode(text, add_special_tokens=False).ids  # the library, given the text in one piece
+    assert len(text) > 3 * 2**16
+    assert ours.encode(text) == whole

@@ -1,0 +1,211 @@
+"""Vocabularies that are damaged or hostile, texts that are too long or not Unicode, and where answers end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama2.errors import TokenizerError
+from llama2.text import tokenizer as tokenizers
+from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_tokenizer_json, from_vocabulary
+from texts import train_bpe, train_sentencepiece
+
+# A byte-level vocabulary by hand: three control tokens, printable ASCII and space, two merges, one user-defined token.
+ASCII = [chr(byte) for byte in range(0x21, 0x7F)] + ["Ġ"]
+BPE: dict[str, Any] = {
+    "kind": "bpe",
+    "pieces": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *ASCII, "ab", "Ġab", "<tool>"],
+    "types": [3, 3, 3] + [1] * (len(ASCII) + 2) + [4],
+    "merges": ["a b", "Ġ ab"],
+    "scores": None,
+    "pre": "smollm",
+    "bos_id": 1,
+    "eos_id": 2,
+    "unk_id": 0,
+    "add_bos": False,
+    "add_eos": False,
+    "add_space_prefix": False,
+}
+AB, SPACE_AB, TOOL = len(ASCII) + 3, len(ASCII) + 4, len(ASCII) + 5
+SENTENCEPIECE: dict[str, Any] = {
+    **BPE,
+    "kind": "sentencepiece",
+    "pieces": ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"],
+    "types": [2, 3, 3] + [6] * 256 + [1] * 4,
+    "scores": [0.0] * 259 + [-2.0, -3.0, -4.0, -1.0],
+    "merges": None,
+    "pre": None,
+    "add_bos": True,
+    "add_space_prefix": True,
+}
+
+
+def build(base: dict[str, Any], **changes: Any) -> Tokenizer:
+    return from_vocabulary(**{**base, **changes})
+
+
+def changed(values: list[Any], at: int, value: Any) -> list[Any]:
+    return [*values[:at], value, *values[at + 1 :]]
+
+
+def test_byte_level_vocabulary_by_hand() -> None:
+    ours = build(BPE)
+    assert ours.encode("ab ab") == [AB, SPACE_AB]
+    assert ours.encode("a<tool>b") == [BPE["pieces"].index("a"), TOOL, BPE["pieces"].index("b")]
+    assert ours.encode("<|im_end|>", special=True, bos=True, eos=True) == [1, 2, 2]
+    assert 2 not in ours.encode("<|im_end|>")
+    assert ours.decode([1, AB, SPACE_AB, TOOL, 2]) == "ab ab<tool>"
+    assert ours.token_bytes(SPACE_AB) == b" ab"
+    assert ours.token_bytes(2) == b""
+    assert ours.stop_ids == {0, 2}
+
+
+def test_sentencepiece_vocabulary_by_hand() -> None:
+    ours = build(SENTENCEPIECE)
+    assert ours.encode("ab", bos=True, eos=True) == [1, 262, 261, 2]  # ▁a b
+    assert ours.encode(" ab") == [259, 262, 261]
+    assert ours.encode("é") == [259, 0xC3 + 3, 0xA9 + 3]
+    assert ours.decode([262, 261, 262]) == "ab a"  # the space that encoding put first is gone, others stay
+    assert ours.token_bytes(262) == b" a"
+    assert ours.decode([0xC3 + 3, 261]) == "\ufffdb"
+    stream = ours.stream()
+    assert [stream.push(0xC3 + 3), stream.push(0xA9 + 3), stream.push(0xE2 + 3), stream.flush()] == [
+        *("", "é", ""),
+        "\ufffd",
+    ]
+    assert build(SENTENCEPIECE, add_space_prefix=False).encode("ab") == [260, 261]
+
+
+@pytest.mark.parametrize("text", ["<|im_start|>", "<|eot_id|>", "<｜User｜>", "<start_of_turn>", "</s>"])
+@pytest.mark.parametrize("base", [BPE, SENTENCEPIECE])
+def test_user_defined_role_tokens_are_control_tokens(base: dict[str, Any], text: str) -> None:
+    pieces = [piece if piece != text else "<gone>" for piece in base["pieces"]]
+    ours = build(
+        base, pieces=[*pieces, text], types=[*base["types"], 4], scores=base["scores"] and [*base["scores"], 0.0]
+    )
+    assert ours.control[text] == len(pieces)
+    assert len(pieces) not in ours.encode(text)
+    assert ours.encode(text, special=True) == [len(pieces)]
+
+
+def test_user_defined_role_tokens_of_a_model_file(tmp_path: Path) -> None:
+    model = train_sentencepiece().replace(b"<tool>", b"<|ab|>")  # same length, so the bytes stay a whole message
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    ours = from_sentencepiece(tmp_path / "tokenizer.model")
+    assert ours.control == {"<s>": 1, "</s>": 2, "<|ab|>": 3}
+    assert 3 not in ours.encode("<|ab|>")
+
+
+def test_end_of_turn_tokens_are_stops() -> None:
+    assert build(BPE, eot_id=0, eos_id=1).stop_ids == {0, 1, 2}
+    assert build(BPE, types=changed(BPE["types"], 2, 1), eos_id=1).stop_ids == {0, 1}  # <|im_end|> as ordinary text
+    assert build(SENTENCEPIECE, eos_id=None).stop_ids == {2}
+    assert build(SENTENCEPIECE, types=changed(SENTENCEPIECE["types"], 0, 3)).control == {"<s>": 1, "</s>": 2}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "reason"),
+    [
+        (BPE, {"types": BPE["types"][:-1]}, "needs as many token types"),
+        (BPE, {"types": changed(BPE["types"], 5, 7)}, "from 1 to 6"),
+        (BPE, {"pieces": changed(BPE["pieces"], 5, "ab")}, "'ab' twice"),
+        (BPE, {"pieces": changed(BPE["pieces"], 5, b"\xff")}, "token 5 of the vocabulary is not UTF-8"),
+        (BPE, {"pieces": changed(BPE["pieces"], 3, "zz")}, "no token for '!'"),
+        (BPE, {"merges": ["a zz"]}, "merges are damaged"),
+        (BPE, {"merges": ["a c"]}, "merges are damaged"),
+        (BPE, {"merges": ["ab"]}, "merges are damaged"),
+        (BPE, {"merges": ["a b c"]}, "merges are damaged"),
+        (BPE, {"pre": "qwen2"}, "'qwen2' is not supported; known: gpt2, smollm, llama-bpe"),
+        (BPE, {"pre": None}, "is not supported"),
+        (BPE, {"eos_id": 999}, "eos_id 999 is outside the vocabulary of 101"),
+        (BPE, {"bos_id": -1}, "bos_id -1"),
+        (BPE, {"eot_id": 101}, "eot_id 101"),
+        (SENTENCEPIECE, {"unk_id": 263}, "unk_id 263"),
+        (SENTENCEPIECE, {"scores": None}, "finite scores"),
+        (SENTENCEPIECE, {"scores": SENTENCEPIECE["scores"][1:]}, "finite scores"),
+        (SENTENCEPIECE, {"scores": changed(SENTENCEPIECE["scores"], 9, float("nan"))}, "finite scores"),
+        (SENTENCEPIECE, {"pieces": changed(SENTENCEPIECE["pieces"], 70, "x")}, "must be <0x00> to <0xFF>"),
+        (SENTENCEPIECE, {"types": changed(SENTENCEPIECE["types"], 70, 1)}, "255 byte tokens"),
+        (SENTENCEPIECE, {"types": changed(SENTENCEPIECE["types"], 0, 3), "unk_id": None}, "needs an unknown token"),
+        (SENTENCEPIECE, {"types": changed(SENTENCEPIECE["types"], 260, 2)}, "damaged"),
+        (SENTENCEPIECE, {"pieces": changed(SENTENCEPIECE["pieces"], 260, "")}, "damaged"),
+    ],
+)
+def test_damaged_vocabularies_are_refused_in_one_line(
+    base: dict[str, Any], changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        build(base, **changes)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_model_files_are_refused(tmp_path: Path) -> None:
+    model, path = train_sentencepiece(), tmp_path / "tokenizer.model"
+    trainer = model.index(b"\x0a\x00", len(model) // 2) if b"\x0a\x00" in model else len(model) // 2
+    for size in {*range(0, len(model) - 40, 97), *range(trainer - 40, trainer + 40), *range(0, 64)}:
+        path.write_bytes(model[:size])
+        with pytest.raises(TokenizerError, match=r"not a whole SentencePiece model.*fetch it again$"):
+            from_sentencepiece(path)
+    for garbage in (b"GGUF" * 99, bytes(range(256)) * 9, b"\xff" * 999, b'{"version": "1.0"}'):
+        path.write_bytes(garbage)
+        with pytest.raises(TokenizerError, match="not a whole SentencePiece model"):
+            from_sentencepiece(path)
+    with pytest.raises(TokenizerError, match="No such file"):
+        from_sentencepiece(tmp_path / "missing.model")
+
+
+def test_damaged_tokenizer_json_is_refused(tmp_path: Path) -> None:
+    path = train_bpe("gpt2", tmp_path / "tokenizer.json", vocab_size=300)
+    good = json.loads(path.read_text())
+    bad: list[Any] = [
+        *([], {}, "x", None, {"model": {}}),
+        good | {"normalizer": {"type": "NFC"}},
+        good | {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}},
+        good | {"model": good["model"] | {"type": "WordPiece"}},
+        good | {"model": good["model"] | {"merges": [["x", "yz"]]}},
+        good | {"model": good["model"] | {"vocab": {**good["model"]["vocab"], "far": 10**9}}},
+        good | {"added_tokens": [{"id": 10**12, "content": "far", "special": True}]},
+        good | {"added_tokens": [{"id": 1}]},
+    ]
+    for text in [json.dumps(b) for b in bad] + ["{", "[" * 10**5, "\x00"]:
+        path.write_text(text)
+        with pytest.raises(TokenizerError) as caught:
+            from_tokenizer_json(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("base", [BPE, SENTENCEPIECE])
+def test_text_that_is_not_unicode_is_refused_with_its_place(base: dict[str, Any]) -> None:
+    ours = build(base)
+    with pytest.raises(TokenizerError, match=r"text: character 2 is a lone surrogate, U\+D800"):
+        ours.encode("ab\ud800\udc00")
+    for token in (-1, ours.vocab_size, 10**20):
+        with pytest.raises(TokenizerError, match="outside the vocabulary"):
+            ours.decode([token])
+    with pytest.raises(TokenizerError, match="no EOS token"):
+        build(base, eos_id=None).encode("a", eos=True)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("base", [BPE, SENTENCEPIECE])
+def test_very_long_texts_are_bounded(base: dict[str, Any]) -> None:
+    ours = build(base)
+    assert len(ours.encode("a" + "\u0301" * 10**6)) >= 1  # combining marks
+    assert len(ours.encode("ab " * 10**5)) >= 10**5
+    if base is BPE:
+        with pytest.raises(TokenizerError, match="no end of a word within 1048576 characters before character 1048576"):
+            ours.encode("a" * 10**7)
+    else:
+        assert len(ours.encode("b" * 10**7)) == 10**7 + 1
+
+
+def test_the_word_limit_is_about_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "_CHUNK", 8)
+    monkeypatch.setattr(tokenizers, "_LONGEST_WORD", 16)
+    ours = build(BPE)
+    assert ours.encode("ab" * 8) == [AB] * 8
+    assert ours.encode("ab ab ab ab ab ab ab ab ab") == [AB] + [SPACE_AB] * 8
+    with pytest.raises(TokenizerError, match="before character 16"):
+        ours.encode("ab" * 9)
