@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+
 from llama2.cli import bench, options
 from llama2.cli.conversation import Conversation
 from llama2.cli.options import AnswerOptions

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llama2.cli.output import aside, warn, write
-from llama2.engine.request import Event, FinishReason, Logprob
+from llama2.engine.request import FinishReason, Logprob, Request, Sampling
 from llama2.errors import EngineError
 
 if TYPE_CHECKING:
-    from llama2.api import Model
+    from llama2.engine.engine import Engine
 
 
 @dataclass
 class Reply:
     """What came of a request, also when Ctrl-C ended it."""
 
+    prompt_tokens: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
@@ -32,20 +33,24 @@ class Reply:
     first_token_seconds: float = 0.0  # from the request to its first token
     seconds: float = 0.0  # and to its end
 
-    def speed(self) -> str:
-        """Tokens, and tokens per second after the first, for people."""
-        count = len(self.token_ids)
-        rate = f" · {(count - 1) / (self.seconds - self.first_token_seconds):.1f} tokens/s" if count > 1 else ""
-        return f"{count} token{'s' * (count != 1)}{rate}"
+    def decode_rate(self) -> float | None:
+        """Tokens per second after the first token; None when no other followed."""
+        count = len(self.token_ids) - 1
+        return count / (self.seconds - self.first_token_seconds) if count > 0 else None
+
+    def summary(self) -> str:
+        """Tokens and speed, for people."""
+        count, rate = len(self.token_ids), self.decode_rate()
+        return f"{count} token{'s' * (count != 1)}" + (f", {rate:.1f} tokens/s" if rate else "")
 
 
-def follow(model: Model, events: Iterator[Event], show: Callable[[str], None]) -> Reply:
-    """Take an answer to its end, handing each piece of text to `show`.
+def follow(engine: Engine, request: Request, show: Callable[[str], None]) -> Reply:
+    """Run a request to its end, handing each piece of text to `show`.
 
-    Ctrl-C ends it: after the token at hand, so that the engine is not cut in the middle of a step, or at once while
-    there is no token yet. Raises EngineError when the answer failed.
+    Ctrl-C ends it: after the token at hand, so that no step is cut in the middle, or at once while there is no token
+    yet, and at the second press. Raises ContextError or RequestError like the engine, EngineError when it failed.
     """
-    reply, start, stopped = Reply(), time.perf_counter(), False
+    reply, start, stopped = Reply(len(request.prompt)), time.perf_counter(), False
 
     def interrupt() -> None:
         nonlocal stopped
@@ -55,7 +60,7 @@ def follow(model: Model, events: Iterator[Event], show: Callable[[str], None]) -
 
     try:
         with _on_ctrl_c(interrupt):
-            for event in events:
+            for event in engine.run(request):
                 reply.seconds = time.perf_counter() - start
                 if event.error is not None:
                     raise EngineError(event.error)
@@ -70,7 +75,7 @@ def follow(model: Model, events: Iterator[Event], show: Callable[[str], None]) -
                 if event.finish is not None:
                     reply.finish_reason = event.finish
                 elif stopped:
-                    model.engine.cancel(event.request)  # the next event is its last
+                    engine.cancel(event.request)  # the next event is the last, with what text was held back
     except KeyboardInterrupt:
         reply.seconds = time.perf_counter() - start
     return reply
@@ -85,37 +90,28 @@ def _on_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def print_answer(
-    model: Model,
-    name: str,
-    events: Callable[..., Iterator[Event]],
-    options: dict[str, Any],
-    *,
-    before: str = "",
-    as_json: bool,
-) -> None:
-    """Print the answer of `events(**options)`, after `before`: piece by piece, or as one JSON object.
+def print_answer(engine: Engine, request: Request, model: str, *, before: str = "", as_json: bool) -> None:
+    """Print the answer to a request, after `before`: piece by piece, or as one JSON object.
 
     Raises typer.Exit with code 130 when Ctrl-C ended it; what there is has been printed then.
     """
-    options = {"seed": fresh_seed()} | options
     if as_json:
-        reply = follow(model, events(**options), lambda _: None)
-        record = {"model": name, "seed": options["seed"]} | asdict(reply) | {"text": before + reply.text}
-        if options.get("logprobs") is None:
+        reply = follow(engine, request, lambda _: None)
+        record = asdict(reply) | {"text": before + reply.text, "model": model, "seed": request.sampling.seed}
+        if request.logprobs is None:
             del record["logprobs"]
-        print(json.dumps(record))
+        print(json.dumps(record), flush=True)
     else:
         write(before)
-        reply = follow(model, events(**options), write)
-        print(flush=True)
-        aside(reply.speed())
-        if reply.finish_reason == "length" and options["max_tokens"] is None:
-            warn(f"the answer ends here because the context of {model.engine.context} tokens is full")
+        reply = follow(engine, request, write)
+        write("\n")
+        aside(reply.summary())
+        if reply.finish_reason == "length" and request.max_tokens is None:
+            warn(f"the answer ends here, since the context of {engine.context} tokens is full")
     if reply.finish_reason == "cancelled":
         raise typer.Exit(130)
 
 
-def fresh_seed() -> int:
-    """A seed that nobody chose; small enough for every JSON reader."""
-    return int.from_bytes(os.urandom(4), "big")
+def seeded(settings: Mapping[str, Any]) -> Sampling:
+    """Sampling with these settings, and a seed that nobody chose if there is none among them."""
+    return Sampling(**{"seed": int.from_bytes(os.urandom(4), "big"), **settings})

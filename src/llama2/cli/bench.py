@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from statistics import median
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llama2.cli.answer import Reply, follow
 from llama2.cli.options import ModelOptions
 from llama2.engine.request import Request, Sampling
-from llama2.errors import EngineError
 
 if TYPE_CHECKING:
     from llama2.api import Model
@@ -50,7 +49,9 @@ def bench(
     threads = model.threads or native.default_threads()
     with model.load() as loaded:
         measure(loaded, threads, prompt, generate)  # the first one reads the file and wakes the processor
-        with typer.progressbar(range(repeat), label="measuring", file=sys.stderr) as repeats:
+        with typer.progressbar(
+            range(repeat), label="measuring", file=sys.stderr, hidden=not sys.stderr.isatty()
+        ) as repeats:
             runs = [measure(loaded, threads, prompt, generate) for _ in repeats]
         medians = {field.name: median(getattr(run, field.name) for run in runs) for field in fields(Run)}
         about = {
@@ -96,10 +97,9 @@ def measure(model: Model, threads: int, prompt: int, generate: int) -> Run:
 
     machine, checkpoint = native.module(), model.checkpoint
     int8 = machine.int8_gemm_rate(threads, _SECONDS)
-    first, _ = _times(model, prompt, 1)
+    prefill = prompt / _follow(model, prompt, 1).first_token_seconds
     read = machine.read_bandwidth(threads, _SECONDS)
-    start, end = _times(model, 1, generate + 1)
-    prefill, decode = prompt / first, generate / (end - start)
+    decode = _follow(model, 1, generate + 1).decode_rate() or 0.0
     return Run(
         prefill_tokens_per_second=prefill,
         decode_tokens_per_second=decode,
@@ -110,20 +110,17 @@ def measure(model: Model, threads: int, prompt: int, generate: int) -> Run:
     )
 
 
-def _times(model: Model, prompt: int, answer: int) -> tuple[float, float]:
-    """Seconds from a request to the first and the last token of its answer, which nothing but its length ends."""
+def _follow(model: Model, prompt: int, answer: int) -> Reply:
+    """Run a request of `prompt` tokens, whose answer nothing but its length ends."""
     request = Request(
         prompt=tuple(i % model.config.vocab_size for i in range(1, prompt + 1)),
         max_tokens=answer,
         sampling=Sampling(temperature=0, logit_bias=dict.fromkeys(model.tokenizer.stop_ids, -math.inf)),
     )
-    start = time.perf_counter()
-    times = []
-    for event in model.engine.run(request):
-        if event.error is not None:
-            raise EngineError(event.error)
-        times.append(time.perf_counter() - start)
-    return times[0], times[-1]
+    reply = follow(model.engine, request, lambda _: None)
+    if reply.finish_reason == "cancelled":
+        raise KeyboardInterrupt
+    return reply
 
 
 def operations(checkpoint: Checkpoint, prompt: int) -> int:

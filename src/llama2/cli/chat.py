@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from llama2.cli.answer import print_answer
+from llama2.cli.answer import print_answer, seeded
 from llama2.cli.conversation import Conversation
 from llama2.cli.options import AnswerOptions, ModelOptions, Words, prompt
+from llama2.engine.request import Request
 
 EXAMPLE = "Example: llama2 chat 'Summarise this in one sentence:' @notes.txt --temperature 0"
 
@@ -40,15 +41,15 @@ def chat(
     conversation.sampling |= options.sampling()
     if system is not None:
         conversation.system = system
-    settings = options.limits() | {"neutralise": neutralise}
 
     if not words and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
         from llama2.cli.terminal import Chat
 
         with model.load() as loaded:
-            Chat(loaded, conversation, settings).run()
-    else:
-        messages = [*conversation.messages, {"role": "user", "content": prompt(words)}]
-        settings |= conversation.sampling | {"messages": messages}
-        with model.load() as loaded:
-            print_answer(loaded, model.name, loaded.chat_stream, settings, as_json=as_json)
+            Chat(loaded, conversation, options.limits(), neutralise).run()
+        return
+    messages = [*conversation.messages, {"role": "user", "content": prompt(words)}]
+    with model.load() as loaded:
+        ids = tuple(loaded.render(messages, neutralise=neutralise))
+        request = Request(ids, **options.limits(), sampling=seeded(conversation.sampling))
+        print_answer(loaded.engine, request, model.name, as_json=as_json)

@@ -10,7 +10,6 @@ from typing import Any
 
 from llama2.engine.request import Sampling
 from llama2.errors import Llama2Error
-from llama2.text.dialog import Dialog
 
 _FORMAT = "llama2 conversation 1"
 _LIMIT = 1 << 26  # bytes of a file that is read
@@ -59,6 +58,8 @@ class Conversation:
     @classmethod
     def load(cls, path: Path) -> Conversation:
         """Read what `save` wrote. Raises OSError, or Llama2Error when the file is damaged or something else."""
+        from llama2.text.dialog import Dialog
+
         with path.open("rb") as file:
             data = file.read(_LIMIT + 1)
         if len(data) > _LIMIT:

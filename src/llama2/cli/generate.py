@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from llama2.cli.answer import print_answer
+from llama2.cli.answer import print_answer, seeded
 from llama2.cli.options import AnswerOptions, ModelOptions, Words, prompt
+from llama2.engine.request import Request
 
 EXAMPLE = "Example: llama2 generate 'Once upon a time' --max-tokens 64 --temperature 0 --json"
 
@@ -30,7 +31,12 @@ def generate(
     if logprobs is not None and not as_json:
         raise typer.BadParameter("--logprobs needs --json")
     text = prompt(words)
-    settings = options.limits() | options.sampling() | {"prompt": text, "logprobs": logprobs}
     with model.load() as loaded:
-        events = loaded.generate_stream
-        print_answer(loaded, model.name, events, settings, before=text if echo else "", as_json=as_json)
+        request = Request(
+            prompt=tuple(loaded.encode(text)),
+            **options.limits(),
+            sampling=seeded(options.sampling()),
+            logprobs=logprobs,
+            continues=True,
+        )
+        print_answer(loaded.engine, request, model.name, before=text if echo else "", as_json=as_json)

@@ -35,7 +35,9 @@ class ModelOptions:
         str | None,
         typer.Option("--model", "-m", metavar="NAME", help="Name, file or Hugging Face repository; see `llama2 list`."),
     ] = None
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute.", show_default="every core")] = None
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")
+    ] = None
     runner: Annotated[Literal["native", "numpy"], typer.Option(help="Who does the arithmetic.")] = "native"
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,11 +18,15 @@ from prompt_toolkit.filters import is_searching
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from llama2.cli.answer import follow, fresh_seed
+from llama2.cli.answer import follow, seeded
 from llama2.cli.conversation import Conversation
 from llama2.cli.output import aside, one_line, write
+from llama2.engine.request import Request
 from llama2.errors import ContextError, Llama2Error
 from llama2.hub import home
+
+if sys.platform != "win32":
+    import termios
 
 if TYPE_CHECKING:
     from llama2.api import Model
@@ -46,12 +52,14 @@ class Chat:
 
     model: Model
     conversation: Conversation
-    options: dict[str, Any]  # further arguments of Model.chat_stream
+    limits: dict[str, Any]  # of each answer, by the names of `Request`
+    neutralise: bool
 
     def run(self) -> None:
         """Answer and obey until Ctrl-D or /exit. An error ends the line that caused it, not the chat."""
         session = _session()
-        aside(f"{self.conversation.model}, context of {self.model.engine.context} tokens; /help shows what there is")
+        name, context = Path(self.conversation.model).name, self.model.engine.context
+        aside(f"{name}, context of {context} tokens; /help shows what there is")
         while True:
             try:
                 line = session.prompt("> ")
@@ -70,19 +78,20 @@ class Chat:
 
     def _ask(self, question: str) -> None:
         messages = [*self.conversation.messages, {"role": "user", "content": question}]
-        sampling = {"seed": fresh_seed()} | self.conversation.sampling
-        reply = follow(self.model, self.model.chat_stream(messages, **self.options, **sampling), write)
+        ids = tuple(self.model.render(messages, neutralise=self.neutralise))
+        request = Request(ids, **self.limits, sampling=seeded(self.conversation.sampling))
+        with _keys_kept():
+            reply = follow(self.model.engine, request, write)
         print()
         context, used = self.model.engine.context, reply.prompt_tokens + len(reply.token_ids)
-        aside(f"{reply.speed()}, {used} of {context} tokens of context")
+        aside(f"{reply.summary()}, {used} of {context} tokens of context")
         if reply.text.strip():
             self.conversation.messages = [*messages, {"role": "assistant", "content": reply.text}]
         else:
             print("There is no answer, so the question is not kept either.")
         if reply.finish_reason == "length":
             full = f"the context is full, {used} of {context} tokens; /clear begins anew"
-            limit = self.options["max_tokens"]
-            print("The answer ends here:", f"--max-tokens is {limit}." if limit else full)
+            print("The answer ends here:", full if request.max_tokens is None else "--max-tokens is reached.")
 
     def _obey(self, command: str, argument: str) -> None:
         match command:
@@ -130,6 +139,24 @@ class _History(FileHistory):
             super().store_string(string)
 
 
+@contextmanager
+def _keys_kept() -> Iterator[None]:
+    """What is typed within the block is not shown amid the answer, and stands in the next line; Ctrl-C works on."""
+    if sys.platform == "win32":  # whose console shows nothing that is typed ahead
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    quiet = termios.tcgetattr(terminal)
+    quiet[0] &= ~termios.ICRNL
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
 def _session() -> PromptSession[str]:
     keys = KeyBindings()
 
@@ -149,6 +176,6 @@ def _session() -> PromptSession[str]:
         prompt_continuation="  ",
         key_bindings=keys,
         history=_History(str(folder / "chat_history")),
-        completer=WordCompleter([name for name, _, _ in _COMMANDS], sentence=True),
+        completer=WordCompleter([f"{name} " if wants else name for name, wants, _ in _COMMANDS], sentence=True),
         complete_while_typing=False,
     )
