@@ -120,6 +120,7 @@ class HuggingFace(Server):
 
     def __init__(self) -> None:
         super().__init__()
+        self.store = self.url.replace("127.0.0.1", "localhost")  # another host, as the real one's is
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.cards: dict[str, dict[str, str]] = {}
         self.gated: set[str] = set()
@@ -150,7 +151,7 @@ class HuggingFace(Server):
         if not large:
             return Reply(200, {**common, "ETag": f'"{_git(content)}"'}, content)
         linked = {"X-Linked-Etag": f'"{_sha256(content)}"', "X-Linked-Size": str(len(content))}
-        return Reply(302, {**common, **linked, "Location": f"{self.url}/store/{repo}/{words[-1]}"})
+        return Reply(302, {**common, **linked, "Location": f"{self.store}/store/{repo}/{words[-1]}"})
 
     def _information(self, repo: str, files: dict[str, bytes]) -> Reply:
         siblings = []

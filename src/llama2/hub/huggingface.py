@@ -187,7 +187,7 @@ def pull(repository: Repository, progress: Progress) -> Path:
     """Fetch what is missing of the model, and show its licence the first time. Raises HubError."""
     from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
 
-    with _explained(repository):
+    with store.writing(cache()), _explained(repository):
         info = HfApi().model_info(repository.repo, revision=repository.revision, files_metadata=True)
         siblings = {s.rfilename: s for s in info.siblings or ()}
         files = choose(repository, list(siblings))
@@ -197,9 +197,9 @@ def pull(repository: Repository, progress: Progress) -> Path:
         licence.show_once(repository.repo, _terms(repository.repo, info))
         folder = repository.folder
         snapshot = folder / "snapshots" / commit
-        with store.writing(folder), store.locked(store.home() / "locks" / f"{folder.name}.lock"):
+        with store.locked(store.home() / "locks" / f"{folder.name}.lock"):
             missing = [f for f in files if not (snapshot / f).is_file()]
-            store.require_room(folder, sum(siblings[f].size or 0 for f in missing))
+            store.require_room(cache(), sum(siblings[f].size or 0 for f in missing))
             _remember(repository, commit, missing)
             for file in files:
                 if siblings[file].lfs is not None:
