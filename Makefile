@@ -1,0 +1,65 @@
+# Everything below does its own set-up, in .venv; nothing but the target needs to be typed.
+#
+#   make chat                              talk with the default model; the first time, build and fetch it
+#   make chat CHAT='"Why is it?" --seed 1' what follows `llama2 chat`
+#   make test TESTS=tests/unit             what follows `pytest`
+#   make ... PYTHON=python3.12             the interpreter that .venv is made from
+
+PYTHON = python3
+CHAT =
+TESTS =
+
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+NATIVE = src/llama2/native/*.h src/llama2/native/*.cpp
+
+.PHONY: chat test lint format build clean
+
+chat: .venv/installed
+	@$(BIN)/llama2 chat $(CHAT)
+
+test: .venv/testing
+	@$(BIN)/pytest $(TESTS)
+
+lint: .venv/testing
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: .venv/testing
+	@$(BIN)/ruff check --fix --quiet
+	@$(BIN)/ruff format --quiet
+	@$(BIN)/clang-format -i $(NATIVE)
+
+build: .venv/created
+	@$(PIP) wheel --no-deps --wheel-dir dist . </dev/null
+
+clean:
+	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# What ran is written down as an empty file; a change of the C++ or of the requirements installs again.
+
+.venv/created:
+	@$(PYTHON) -c 'import ensurepip, os, sys, sysconfig, venv; header = sysconfig.get_path("include") + "/Python.h"; \
+	sys.exit(sys.version_info < (3, 11) or not os.path.exists(header))' 2>/dev/null || { echo \
+	"$(PYTHON) is not Python 3.11 or newer with venv and C headers: name one with PYTHON=python3.12, or on Debian" \
+	"'apt install python3-venv python3-dev'" >&2; exit 1; }
+	@echo "Creating .venv" >&2
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: .venv/created pyproject.toml CMakeLists.txt $(NATIVE)
+	@{ test -n "$$CXX" || command -v c++ || command -v g++ || command -v clang++; } >/dev/null || { echo \
+	"a C++20 compiler is needed: on Debian 'apt install g++', on macOS 'xcode-select --install'" >&2; exit 1; }
+	@echo "Building and installing llama2, which takes about a minute" >&2
+	@$(PIP) install --editable . </dev/null >&2
+	@touch $@
+
+# PyTorch by itself first, so that nothing else chooses its version or build.
+.venv/testing: .venv/installed
+	@echo "Installing what the tests need, PyTorch among it, which takes some minutes" >&2
+	@$(PIP) install 'torch==2.13.0' </dev/null >&2
+	@$(PIP) install 'whole-llama[test]' </dev/null >&2
+	@touch $@
