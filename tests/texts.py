@@ -108,7 +108,7 @@ def train_bpe(pre: str, path: Path, vocab_size: int = 900) -> Path:
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|begin_of_text|>", "<|eot_id|>"],
+        special_tokens=["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

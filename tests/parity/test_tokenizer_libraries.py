@@ -2,12 +2,15 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, pre_tokenizers
 
+from llama2.text.dialog import Dialog, Message
+from llama2.text.template import known
 from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_tokenizer_json, from_vocabulary
 from texts import strings, train_bpe, train_sentencepiece
 
@@ -91,11 +94,54 @@ def test_default_model_against_transformers(model_path: Path, monkeypatch: pytes
         [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     theirs.backend_tokenizer.decoder = decoders.ByteLevel()
-    ours = llama2.checkpoint.open(model_path).tokenizer
+    checkpoint = llama2.checkpoint.open(model_path)
+    ours = checkpoint.tokenizer
+    assert checkpoint.template is not None
+    assert known(checkpoint.template) == "SmolLM2"
+    _assert_same_ids(theirs, ours, checkpoint.template)
     for text in TEXTS:
         ids = theirs(text, add_special_tokens=False).input_ids
         assert ours.encode(text, special=True) == ids, text
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+
+
+DIALOGS = [
+    Dialog([Message(role, content) for role, content in zip(roles, texts, strict=False)])
+    for roles in (["user", "assistant"] * 3, ["system", *["user", "assistant"] * 3])
+    for texts in ([" Hello,\n", "Hi ", "a <b> c", "\n\n日本語 😀", "12 345", "don't"][:n] for n in range(2, 7))
+]
+TEMPLATES = {
+    "ChatML": "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "Llama 3": "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "a stranger's": "{{- bos_token }}\n{%- for message in messages %}\n  {%- if message.role == 'system' %}\n"
+    "{{- '<<' ~ message.content.strip() ~ '>>' }}\n  {%- else %}\n"
+    "    {{- '<|start_header_id|>' ~ message.role ~ ': ' }}{{ message.content | tojson }}<|eot_id|>\n  {%- endif %}\n"
+    "{%- endfor %}\n{%- if add_generation_prompt %}<|start_header_id|>assistant: {% endif %}\n",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_against_transformers(name: str, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    path = train_bpe("llama-bpe", tmp_path / "tokenizer.json")
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
+    ours = from_tokenizer_json(path)
+    assert (known(TEMPLATES[name]) or "a stranger's") == name
+    _assert_same_ids(theirs, ours, TEMPLATES[name])
+
+
+def _assert_same_ids(theirs: Any, ours: Tokenizer, template: str) -> None:
+    for dialog in DIALOGS:
+        messages = [{"role": m.role, "content": m.content} for m in dialog.messages]
+        asks = messages[-1]["role"] == "user"
+        ids = theirs.apply_chat_template(messages, chat_template=template, add_generation_prompt=asks)["input_ids"]
+        assert dialog.render(ours, template)[0] == ids, messages
 
 
 def test_long_texts_are_cut_between_words_only(model_path: Path) -> None:

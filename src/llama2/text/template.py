@@ -83,7 +83,11 @@ def render(
     prompt for that answer ends, and ends with the end-of-turn token. A template that rewrites earlier turns does not
     tell: then no token of a dialog that ends with the user is marked, and one that ends with the assistant is refused.
 
-    Raises TemplateError for a template that fails or exceeds its limits.
+    A template that nobody has read could cut and join a message's letters to a control token all the same. So it
+    renders a second time, with the marker around each letter, and must write the same control tokens.
+
+    Raises TemplateError for a template that fails or exceeds its limits, DialogError for a message that it makes a
+    control token of.
     """
     for name, value in variables.items():
         if name in RESERVED:
@@ -179,20 +183,18 @@ def _unused_character(*texts: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def _places(tokenizer: Tokenizer) -> tuple[re.Pattern[str], tuple[str, ...], tuple[str, ...], re.Pattern[str]]:
-    """Where to break text: at a whole control token, at the first or the last part of one, at each first letter."""
+def _places(tokenizer: Tokenizer) -> tuple[re.Pattern[str], tuple[str, ...], tuple[str, ...]]:
+    """What to break in a text: a whole control token in it, the first part of one at its end, the last at its start."""
     tokens = [text for text in tokenizer.control if len(text) > 1]
     whole = "|".join(map(re.escape, tokens)) or "(?!)"
-    first = "|".join({re.escape(text[0]) for text in tokens}) or "(?!)"
     heads = {text[:i] for text in tokens for i in range(1, len(text))}
     tails = {text[i:] for text in tokens for i in range(1, len(text))}
-    # Case is ignored because a template may change it.
-    return re.compile(f"(?={whole})", re.IGNORECASE), tuple(heads), tuple(tails), re.compile(first, re.IGNORECASE)
+    return re.compile(f"(?={whole})", re.IGNORECASE), tuple(heads), tuple(tails)  # a template may change the case
 
 
 def _break_tokens(text: str, marker: str, tokenizer: Tokenizer) -> str:
     """`text` with `marker` within every control token, and at an edge where half of one stands, trimmed or not."""
-    whole, heads, tails, _ = _places(tokenizer)
+    whole, heads, tails = _places(tokenizer)
     cuts = {match.start() + 1 for match in whole.finditer(text)}
     cuts |= {end for end in (len(text), len(text.rstrip())) if text.endswith(heads, 0, end)}
     cuts |= {start for start in (0, len(text) - len(text.lstrip())) if text.startswith(tails, start)}
@@ -201,9 +203,8 @@ def _break_tokens(text: str, marker: str, tokenizer: Tokenizer) -> str:
 
 
 def _break_everywhere(text: str, marker: str, tokenizer: Tokenizer) -> str:
-    """`text` with `marker` after each letter that could begin a control token, whatever a template may cut out."""
-    *_, first = _places(tokenizer)
-    return first.sub(lambda match: match[0] + marker, _break_tokens(text, marker, tokenizer))
+    """`text` with `marker` around each letter, so that none of them can be part of a control token."""
+    return marker + "".join(letter + marker for letter in text)
 
 
 def _job(
