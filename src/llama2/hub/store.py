@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,15 +54,14 @@ def write_record(path: Path, value: dict[str, Any]) -> None:
 
 def key(path: Path) -> str:
     """What the names of records and caches of the file `path` begin with."""
-    return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
 
 
 def _facts(path: Path, expected: str) -> tuple[Path, dict[str, Any]]:
     """Where the record of a verified file lies, and what it has to say to count."""
-    path = path.absolute()
     stat = path.stat()
     record = home() / "verified" / f"{key(path)}.json"
-    return record, {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": expected}
+    return record, {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": expected}
 
 
 def trust(path: Path, known: str) -> None:
@@ -100,6 +98,8 @@ def verified(path: Path, expected: str, progress: Progress, algorithm: str = "sh
 
 def require_room(folder: Path, size: int) -> None:
     """Raise HubError if the disk of `folder`, which exists, has less than `size` bytes free."""
+    import shutil
+
     free = shutil.disk_usage(folder).free
     if free < size:
         raise HubError(f"{folder}: {size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; {_ROOM}")
