@@ -26,20 +26,14 @@ class NativeRunner:
         module = native.module(isa)
         if module.block != BLOCK:
             raise EngineError("the native extension is of another version; reinstall with `pip install whole-llama`")
-        self._model = module.Model(
-            c.dim,
-            c.n_layers,
-            c.n_heads,
-            c.n_kv_heads,
-            c.hidden_dim,
-            c.vocab_size,
-            c.head_dim,
-            c.context_length,
-            c.norm_eps,
-            c.inverse_frequencies(),
-            threads or native.default_threads(),
-            n_blocks,
-        )
+        shape = (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.hidden_dim, c.vocab_size, c.head_dim, c.context_length)
+        threads = threads or native.default_threads()
+        try:
+            self._model = module.Model(*shape, c.norm_eps, c.inverse_frequencies(), threads, n_blocks)
+        except MemoryError:
+            raise EngineError(
+                f"a key/value cache of {n_blocks * BLOCK} tokens does not fit into memory; choose a shorter context"
+            ) from None
         matrices = packed.pack(checkpoint, module)
         for tensor in checkpoint.tensors.values():
             if tensor.name == "tok_embeddings.weight":

@@ -75,6 +75,7 @@ public:
           private_floats_(size_t(threads)), private_groups_(size_t(threads)), private_partials_(size_t(threads)) {
         head_bytes_ = kBlock * (config_.head_size + padded(config_.head_size)) * 2;
         block_bytes_ = config_.layers * config_.kv_heads * head_bytes_;
+        if (blocks_ > (std::numeric_limits<int64_t>::max() - 64) / block_bytes_) throw std::bad_alloc();
         // calloc's pages cost nothing until a block is first written.
         cache_.reset(static_cast<uint8_t*>(std::calloc(size_t(blocks_) * size_t(block_bytes_) + 64, 1)));
         if (!cache_) throw std::bad_alloc();
