@@ -78,6 +78,10 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "more tensors than there are": (field(n_tensors=5000), "cannot name a tensor|claims|ends at|dimensions"),
     "more keys than there are": (field(n_keys=4000), "cannot name a metadata key|unknown type|ends at|claims"),
     "2^63 bytes of text": (key("general.name", struct.pack("<IQ", STRING, 2**63)), "claims 9223372036854775808 bytes"),
+    "10 MB of text": (
+        keys({"general.name": scalar(STRING, "a" * 5 * MB), "general.license": scalar(STRING, "b" * 5 * MB)}),
+        r"claims 5242880 bytes in metadata 'general\.license', and the limit is 314\d{4};",
+    ),
     "2^63 bytes of token": (
         key("tokenizer.ggml.tokens", struct.pack("<IIQQ", ARRAY, STRING, 2, 2**63)),
         "'tokenizer.ggml.tokens' needs bytes",
@@ -99,7 +103,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "NUL in a key": (key("a\0b", scalar(U32, 1)), r"'a\\x00b' cannot name a metadata key"),
     "empty key": (key("", scalar(U32, 1)), "'' cannot name a metadata key"),
     "line break in a tensor's name": (extra("a\nb"), r"'a\\nb' cannot name a tensor"),
-    "tensor name of 65 bytes": (extra("a" * 65), "claims 65 bytes in a tensor, and the limit is 64"),
+    "tensor name of 65 bytes": (extra("a" * 65), "claims 65 bytes in the name of a tensor, and the limit is 64"),
     "key twice": (
         lambda file: file.keys.append(("llama.block_count", scalar(U32, 9))),
         "has metadata key 'llama.block_count' twice",

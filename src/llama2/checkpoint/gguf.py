@@ -237,7 +237,7 @@ class _Cursor:
         return _decode(self.file.path, self.bytes(size, what).data, what)
 
     def name(self, limit: int, what: str) -> str:
-        name = self.string(limit, f"a {what}")
+        name = self.string(limit, f"the name of a {what}")
         if not name or not name.isprintable():
             raise damaged(self.file.path, f"{quote(name)} cannot name a {what}")
         return name
