@@ -80,7 +80,8 @@ def compare(candidate: NDArray[np.float32], reference: NDArray[np.float32], targ
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Log-probabilities of each row."""
     shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
 
 
 def windows(text: str, tokenizer: Tokenizer, width: int, positions: int) -> Iterator[NDArray[np.int32]]:
