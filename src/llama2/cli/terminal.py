@@ -90,7 +90,7 @@ class Chat:
         else:
             print("There is no answer, so the question is not kept either.")
         if reply.finish_reason == "length":
-            full = f"the context is full, {used} of {context} tokens; /clear begins anew"
+            full = f"the context is full, {used} of {context} tokens; /clear begins anew."
             print("The answer ends here:", full if request.max_tokens is None else "--max-tokens is reached.")
 
     def _obey(self, command: str, argument: str) -> None:
