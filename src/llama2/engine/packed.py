@@ -71,15 +71,22 @@ def limit() -> int:
     value = os.environ.get("LLAMA2_PACKED_LIMIT")
     if value is None:
         return _DEFAULT_LIMIT
-    if not value.isdigit():
+    try:
+        number = int(value)
+    except ValueError:
+        number = -1
+    if number < 0:
         raise EngineError(f"LLAMA2_PACKED_LIMIT={value!r} must be a number of bytes")
-    return int(value)
+    return number
 
 
 def evict(*, keep: Path) -> None:
-    """Remove the files unused for longest until the rest fits the limit; `keep` is removed last of all."""
+    """Remove the files unused for longest until the rest fits the limit; `keep` is removed last of all.
+
+    What an interrupted process left half written is one of them.
+    """
     try:
-        files = sorted(folder().glob("*.bin"), key=lambda p: (p == keep, p.stat().st_mtime_ns))
+        files = sorted(folder().iterdir(), key=lambda p: (p == keep, p.stat().st_mtime_ns))
         excess = sum(p.stat().st_size for p in files) - limit()
         for path in files:
             if excess <= 0:
