@@ -1,4 +1,4 @@
-"""The transformer in NumPy float32 (spec 1.2): oracle of every other runner, and the fallback where none of them runs.
+"""The transformer in NumPy float32 (spec 1.2): the oracle of every other runner, and a fallback.
 
 N tokens of the step  n of one sequence  T its keys  M wanted rows  V vocabulary
 D width  H query heads  K key/value heads  G = H / K that share one  E head size  F hidden width

@@ -44,7 +44,10 @@ class Sampler:
             token: int = self._sample(logits, history, *self._settings, len(history))
             if math.isfinite(logits[token] + self._bias.get(token, 0.0)):
                 return token
-        raise EngineError(f"position {len(history)}: no logit is a finite number, or one is not a number at all")
+        raise EngineError(
+            f"position {len(history)}: there is nothing to draw, because a logit is not a number or all are −inf; "
+            "check the model file, logit_bias and processors"
+        )
 
 
 def logprob(logits: NDArray[np.float32], token: int, top: int) -> Logprob:
@@ -52,5 +55,5 @@ def logprob(logits: NDArray[np.float32], token: int, top: int) -> Logprob:
     tokens, values = np.empty(top, np.int32), np.empty(top, np.float32)
     value: float = native.module().logprobs(logits, token, tokens, values)
     if math.isnan(value):
-        raise EngineError("a logit is not a number; is the model file damaged?")
+        raise EngineError("a logit is not a number; check the model file")
     return Logprob(token, value, tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

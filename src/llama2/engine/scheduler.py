@@ -53,10 +53,10 @@ class Scheduler(Generic[S]):
         sequence.blocks = []
 
     def schedule(self) -> list[tuple[S, int]]:
-        """The sequences of the next step and how many tokens each runs: growing answers, then prompts as they came.
+        """The sequences of the next step and how many tokens each runs, in order of arrival.
 
-        As there are at most `max_batch_tokens` sequences, every answer gets its token, and so does at least the first
-        unfinished prompt.
+        A prompt runs in chunks of what room the sequences before it leave, so growing answers stand before prompts; and
+        as there are at most `max_batch_tokens` sequences, each answer gets its token and the first prompt at least one.
         """
         while self.waiting and len(self.running) < self.max_sequences:
             if (need := blocks_for(self.waiting[0].limit)) > self.allocator.available:
@@ -66,7 +66,7 @@ class Scheduler(Generic[S]):
             self.running.append(sequence)
         plan = []
         room = self.max_batch_tokens
-        for sequence in sorted(self.running, key=lambda s: s.length - s.cached > 1):
+        for sequence in self.running:
             if count := min(room, sequence.length - sequence.cached):
                 plan.append((sequence, count))
                 room -= count
