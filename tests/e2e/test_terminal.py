@@ -133,7 +133,7 @@ def test_keys_and_commands(model_path: Path, home: Path, tmp_path: Path) -> None
     chat.ask(UP + UP)  # the line before the last one
     chat.process.send(f"/sa{TAB}")
     chat.until("ve")
-    assert chat.type(f"{file}\r") == f"Saved 11 messages to {file}.\n"
+    assert chat.type(f"{file}\r") == f"Saved 10 messages to {file}.\n"
     assert [text for role, text in _said(file) if role != "assistant"] == [
         "Be brief.",
         "one\ntwo",
