@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -38,11 +39,25 @@ struct SamplingOptions {
     uint64_t seed, choice, position;
 };
 
+// The first of the largest. Found by stretches, so that only one of them is searched number by number.
 inline int64_t argmax(const float* logits, int64_t n) {
-    int64_t best = 0;
-    for (int64_t i = 1; i < n; ++i)
-        if (logits[i] > logits[best]) best = i;
-    return best;
+    constexpr int64_t stretch = 1024;
+    int64_t best_start = 0;
+    float best = -std::numeric_limits<float>::infinity();
+    for (int64_t start = 0; start < n; start += stretch) {
+        const int64_t end = std::min(start + stretch, n);
+        simd::F largest = simd::set(-std::numeric_limits<float>::infinity());
+        int64_t i = start;
+        for (; i + simd::kLanes <= end; i += simd::kLanes) largest = simd::max(largest, simd::load(logits + i));
+        float lanes[simd::kLanes];
+        simd::store(lanes, largest);
+        float here = *std::max_element(lanes, lanes + simd::kLanes);
+        for (; i < end; ++i) here = std::max(here, logits[i]);
+        if (here > best) best = here, best_start = start;
+    }
+    int64_t i = best_start;
+    while (i + 1 < n && logits[i] != best) ++i;
+    return i;
 }
 
 // history: prompt, then answer. Edits `logits` (V). Repetition: Keskar et al. 2019; presence, frequency: OpenAI's.
@@ -91,33 +106,39 @@ inline int64_t draw(float* logits, int64_t n, const SamplingOptions& o) {
     std::vector<int32_t> order(static_cast<size_t>(n));
     std::iota(order.begin(), order.end(), 0);
     const auto before = [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
-    const int64_t most = o.top_k > 0 ? std::min(o.top_k, n) : n;
-    // Sort only as far as the candidates can reach: grow the sorted front until it holds enough mass.
-    int64_t sorted = 0, kept = 0;
-    double mass = 0;
-    const auto sort_to = [&](int64_t end) {
-        end = std::min(end, n);
-        if (end < n) std::nth_element(order.begin() + sorted, order.begin() + end, order.end(), before);
-        std::sort(order.begin() + sorted, order.begin() + end, before);
-        sorted = end;
+    // Sorted only as far as needed, from the front.
+    int64_t sorted = 0;
+    const auto weight_at = [&](int64_t i) {
+        if (i == sorted) {
+            const int64_t end = std::min(std::max<int64_t>(64, 4 * sorted), n);
+            if (end < n) std::nth_element(order.begin() + sorted, order.begin() + end, order.end(), before);
+            std::sort(order.begin() + sorted, order.begin() + end, before);
+            sorted = end;
+        }
+        return double(weights[size_t(order[size_t(i)])]);
     };
-    double total = whole;
-    if (most < n) {
-        sort_to(most);
-        total = 0;
-        for (int64_t i = 0; i < most; ++i) total += weights[size_t(order[size_t(i)])];
+    int64_t kept = o.top_k > 0 ? std::min(o.top_k, n) : n;
+    double mass = whole;
+    if (kept < n) {
+        mass = 0;
+        for (int64_t i = 0; i < kept; ++i) mass += weight_at(i);
     }
-    const double floor = o.min_p * double(weights[size_t(argmax(logits, n))]);
-    for (; kept < most; ++kept) {
-        if (kept == sorted) sort_to(std::max<int64_t>(64, 4 * sorted));
-        const double weight = weights[size_t(order[size_t(kept)])];
-        if (kept > 0 && (mass > o.top_p * total || weight < floor || weight == 0)) break;
-        mass += weight;
+    if (o.top_p < 1 || o.min_p > 0) {
+        const double total = mass, floor = o.min_p * weight_at(0);
+        const int64_t most = kept;
+        mass = weight_at(0);
+        for (kept = 1; kept < most; ++kept) {
+            const double weight = weight_at(kept);
+            if (mass > o.top_p * total || weight < floor) break;
+            mass += weight;
+        }
     }
     const double target = uniform(o.seed, o.choice, o.position) * mass;
     double cumulative = 0;
-    for (int64_t i = 0; i + 1 < kept; ++i) {
-        cumulative += weights[size_t(order[size_t(i)])];
+    for (int64_t i = 0; i < kept; ++i) {
+        const double weight = weight_at(i);
+        if (weight == 0) return order[size_t(i - 1)];  // the first weight is 1
+        cumulative += weight;
         if (cumulative > target) return order[size_t(i)];
     }
     return order[size_t(kept - 1)];
