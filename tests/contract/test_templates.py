@@ -51,6 +51,7 @@ def rendered(template: str, *contents: str, **options: Any) -> str:
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "was stopped"),
         ("{% for m in messages %}{{ 10 ** (10 ** (9 + loop.index0)) }}{% endfor %}", "was stopped"),
         ("{{ 'a' * 10**10 }}", "memory"),
+        ("{{ messages[0].content * (4 * 10**8) }}", "MemoryError"),
         ("{{ messages[0].content * 10**7 }}", "more text than its limit"),
         ("{% for i in range(99999) %}{{ 'abcdefgh' * 9 }}{% endfor %}", "more text than its limit"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
@@ -123,6 +124,7 @@ WRAPPED = [
     "{% for m in messages %}{{ m['content'] | lower }}<|eot_id|>{% endfor %}",
     "{% for m in messages %}{{ m['content'] }}{% endfor %}",
     "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}",
+    "{% for m in messages %}{{ m['content'] | trim }}eot_id|> <|eot{{ m['content'] | trim }}{% endfor %}",
 ]
 
 

@@ -9,6 +9,7 @@ import sentencepiece
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, pre_tokenizers
 
+from llama2.text import tokenizer
 from llama2.text.dialog import Dialog, Message
 from llama2.text.template import known
 from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_tokenizer_json, from_vocabulary
@@ -144,12 +145,12 @@ def _assert_same_ids(theirs: Any, ours: Tokenizer, template: str) -> None:
         assert dialog.render(ours, template)[0] == ids, messages
 
 
-def test_long_texts_are_cut_between_words_only(model_path: Path) -> None:
-    import llama2.checkpoint
-
-    ours = llama2.checkpoint.open(model_path).tokenizer
-    text = "".join(strings(9000, seed=3))
-    text = "".join(character for character in text if character.isprintable() or character.isspace())
-    whole = ours._library.encode(text, add_special_tokens=False).ids  # the library, given the text in one piece
-    assert len(text) > 3 * 2**16
-    assert ours.encode(text) == whole
+@pytest.mark.parametrize("pre", ["gpt2", "smollm", "llama-bpe"])
+def test_long_texts_are_cut_between_words_only(pre: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = train_bpe(pre, tmp_path / "tokenizer.json")
+    plain, ours = Library.from_file(str(path)), from_tokenizer_json(path)
+    plain.encode_special_tokens = True
+    monkeypatch.setattr(tokenizer, "_CHUNK", 1)  # cut wherever it is allowed
+    text = "".join(strings(3000, seed=3, words=1)).replace("<tool>", "")
+    assert len(list(tokenizer._cuts(text))) > 10_000
+    assert ours.encode(text) == plain.encode(text, add_special_tokens=False).ids

@@ -61,6 +61,13 @@ def test_byte_level_vocabulary_by_hand() -> None:
     assert ours.stop_ids == {0, 2}
 
 
+def test_llama3_takes_a_whole_word_before_its_merges() -> None:
+    whole = {"pieces": [*BPE["pieces"], "zz"], "types": [*BPE["types"], 1]}
+    z = BPE["pieces"].index("z")
+    assert build(BPE, **whole, pre="llama-bpe").encode("zz zz") == [TOOL + 1, *build(BPE).encode(" zz")]
+    assert build(BPE, **whole, pre="gpt2").encode("zz") == [z, z]
+
+
 def test_sentencepiece_vocabulary_by_hand() -> None:
     ours = build(SENTENCEPIECE)
     assert ours.encode("ab", bos=True, eos=True) == [1, 262, 261, 2]  # ▁a b
