@@ -16,7 +16,7 @@ VOCABULARY = 257
 
 
 class ByteTokenizer:
-    """A token is a byte of UTF-8, and one more ends the answer."""
+    """A token is a byte of UTF-8, but token 1 is `!` and the first byte of an emoji; and one more ends the answer."""
 
     kind = "bpe"
     pre = None
@@ -34,18 +34,19 @@ class ByteTokenizer:
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        return bytes([token]) if token < END else b""
+        return b"!\xf0" if token == 1 else bytes([token]) if token < END else b""
 
     def stream(self) -> ByteStream:
-        return ByteStream()
+        return ByteStream(self)
 
 
 class ByteStream:
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: ByteTokenizer) -> None:
+        self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        return self.decoder.decode(bytes([token]))
+        return self.decoder.decode(self.tokenizer.token_bytes(token))
 
     def flush(self) -> str:
         return self.decoder.decode(b"", final=True)

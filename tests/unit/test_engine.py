@@ -66,7 +66,9 @@ def test_an_answer_is_told_token_by_token_and_ends_with_its_reason() -> None:
         ("xabcd", {"stop": ("abcd", "bc")}, "xa", "stop"),  # the first to be complete
         ("xabc", {"stop": ("bc", "abc")}, "x", "stop"),  # complete together: the longest
         ("naïve", {"stop": ("ï",)}, "na", "stop"),
-        ("\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), {"max_tokens": 3}, "\ufffd", "length"),
+        ("a\x01", {"stop": ("!",)}, "a", "stop"),  # half a character behind the stop string is no text
+        ("a\x01", {"max_tokens": 2}, "a!\ufffd", "length"),
+        ("😀", {"max_tokens": 3}, "\ufffd", "length"),
     ],
 )
 def test_where_an_answer_stops(answer: str, settings: dict[str, Any], told: str, finish: str) -> None:
