@@ -130,6 +130,7 @@ def fetch(run: Run) -> Fetch:
         ("models/llama.gguf", None),
         ("a/b/c", None),
         ("../name", None),
+        ("org/name@../../x", None),
         ("name", None),
     ],
 )

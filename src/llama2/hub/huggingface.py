@@ -71,7 +71,7 @@ class Repository:
 def parse(name: str) -> Repository | None:
     """The repository that `name` means; None when it does not look like one."""
     match = _NAME.fullmatch(name)
-    if match is None or _FILE.fullmatch(name):
+    if match is None or _FILE.fullmatch(name) or ".." in name:
         return None
     marks = re.findall(r"([:@])([^:@]+)", match[2])
     if len({sign for sign, _ in marks}) < len(marks):
@@ -179,8 +179,8 @@ def _required(snapshot: Path) -> set[str]:
     """The files that a snapshot's own lists name; a download that stopped half-way lacks some."""
     index = store.read_record(snapshot / "model.safetensors.index.json") or {}
     weights = index.get("weight_map")
-    named = set(weights.values()) if isinstance(weights, dict) else set()
-    return named | set(checklist.digests(snapshot))
+    named = weights.values() if isinstance(weights, dict) else ()
+    return {n for n in named if isinstance(n, str)} | set(checklist.digests(snapshot))
 
 
 def pull(repository: Repository, progress: Progress) -> Path:
@@ -189,7 +189,7 @@ def pull(repository: Repository, progress: Progress) -> Path:
 
     with store.writing(cache()), _explained(repository):
         info = HfApi().model_info(repository.repo, revision=repository.revision, files_metadata=True)
-        siblings = {s.rfilename: s for s in info.siblings or ()}
+        siblings = {s.rfilename: s for s in info.siblings or () if ".." not in PurePosixPath(s.rfilename).parts}
         files = choose(repository, list(siblings))
         commit = str(info.sha)
         if not _COMMIT.fullmatch(commit):
@@ -202,10 +202,13 @@ def pull(repository: Repository, progress: Progress) -> Path:
             store.require_room(cache(), sum(siblings[f].size or 0 for f in missing))
             _remember(repository, commit, missing)
             for file in files:
-                if siblings[file].lfs is not None:
+                large = siblings[file].lfs
+                if large is not None:
                     url = hf_hub_url(repository.repo, file, revision=commit, endpoint=constants.ENDPOINT)
                     _fetch_blob(folder / "blobs", url, siblings[file], progress)
                 hf_hub_download(repository.repo, file, revision=commit, cache_dir=cache())
+                if large is not None and not store.verified(snapshot / file, large.sha256, progress):
+                    raise HubError(f"{repository}: {file} is damaged; run it again to fetch it anew")
             if not _COMMIT.fullmatch(repository.revision):
                 ref = folder / "refs" / repository.revision
                 ref.parent.mkdir(parents=True, exist_ok=True)
