@@ -80,6 +80,7 @@ def test_hostile_templates_end_within_a_second(template: str, reason: str) -> No
 def test_one_process_serves_until_it_is_killed() -> None:
     rendered("{{ messages[0].content }}", "a")
     first = templates._worker
+    assert first is not None
     rendered("{{ messages[0].content }}b", "a")
     assert templates._worker is first
     first._process.kill()
@@ -109,11 +110,21 @@ def test_mask_marks_what_the_assistant_said() -> None:
         assert [token for token, said in zip(ids, mask, strict=True) if said] == answers
 
 
+def test_mask_begins_where_the_prompt_for_an_answer_ends() -> None:
+    ours = bpe()
+    template = CHATML.replace("m['content']", "'\n' + m['content']", 1)  # the line end is for the model to write
+    ids, mask = ask("a", "b c", "d").render(ours, template)
+    expected = [*ours.encode("\nb c"), ours.control["<|eot_id|>"]]
+    assert [token for token, said in zip(ids, mask, strict=True) if said] == expected
+    ids, mask = ask("a", "b c", "d").render(ours, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert ours.decode([token for token, said in zip(ids, mask, strict=True) if said]) == " b c"
+
+
 def test_a_template_that_rewrites_earlier_turns() -> None:
     last = "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}"
     ids, mask = ask("a", "b", "c").render(bpe(), last)
     assert (bpe().decode(ids), any(mask)) == ("c", False)
-    with pytest.raises(TemplateError, match="rewrites earlier turns"):
+    with pytest.raises(TemplateError, match="rewrites the assistant's messages"):
         ask("a", "b", "c", "d").render(bpe(), last)
 
 
@@ -218,9 +229,9 @@ def test_sentencepiece_with_a_template_of_its_own() -> None:
 
 def test_every_private_character_in_use() -> None:
     private = [chr(code) for code in (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))]
-    assert templates._unused_character("a", "".join(private[:-1])) == private[-1]
+    assert templates._unused_characters("a", "".join(private[:-2])) == tuple(private[-2:])
     with pytest.raises(DialogError, match="every private character"):
-        templates._unused_character("".join(private))
+        templates._unused_characters("".join(private[1:]))
 
 
 def test_product_of_markers_at_every_edge() -> None:

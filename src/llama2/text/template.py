@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from threading import Event, Lock, Timer
 from typing import Any
 
@@ -80,11 +80,12 @@ def render(
     """Token ids of a dialog as the template `source` writes it, and which of them the assistant said.
 
     The prompt for an answer is added when the last message is the user's. What the assistant said begins where the
-    prompt for that answer ends, and ends with the end-of-turn token. A template that rewrites earlier turns does not
-    tell: then no token of a dialog that ends with the user is marked, and one that ends with the assistant is refused.
+    prompt for an answer ends, and ends with the end-of-turn token; a second rendering, with marks around the answers,
+    tells where. If a template does more with an answer than trim it, that cannot be told: then no token of a dialog
+    that ends with the user is marked, and one that ends with the assistant is refused.
 
     A template that nobody has read could cut and join a message's letters to a control token all the same. So it
-    renders a second time, with the marker around each letter, and must write the same control tokens.
+    renders once more, with the marker around each letter, and must write the same control tokens.
 
     Raises TemplateError for a template that fails or exceeds its limits, DialogError for a message that it makes a
     control token of.
@@ -95,25 +96,41 @@ def render(
         if not isinstance(value, (str, int, float, type(None))):
             raise TemplateError(f"template variable {name!r} must be text, a number, true, false or null")
     words = [*(m["content"] for m in messages), *(v for v in variables.values() if isinstance(v, str))]
-    marker = _unused_character(source, *tokenizer.control, *words)
+    marker, edge = _unused_characters(source, *tokenizer.control, *words)
 
-    def job(breaks: Callable[[str, str, Tokenizer], str], prefixes: Sequence[tuple[int, bool]]) -> dict[str, Any]:
-        given = {name: breaks(v, marker, tokenizer) if isinstance(v, str) else v for name, v in variables.items()}
-        texts = [{**m, "content": breaks(m["content"], marker, tokenizer)} for m in messages]
+    def gently(text: str, _: str) -> str:
+        return _break_tokens(text, marker, tokenizer)
+
+    def edged(text: str, role: str) -> str:
+        broken = gently(text, role)
+        core = broken.strip()
+        return broken.replace(core, edge + core + edge, 1) if role == "assistant" else broken
+
+    def everywhere(text: str, _: str) -> str:
+        return marker + "".join(letter + marker for letter in text)
+
+    def job(breaks: Callable[[str, str], str], prefixes: Sequence[tuple[int, bool]]) -> dict[str, Any]:
+        given = {name: breaks(value, "") if isinstance(value, str) else value for name, value in variables.items()}
+        texts = [{**m, "content": breaks(m["content"], m["role"])} for m in messages]
         return _job(texts, prefixes, _variables(tokenizer) | given)
 
     asks = messages[-1]["role"] == "user"
     whole = [(len(messages), asks)]
-    answers = [cut for i, m in enumerate(messages) if m["role"] == "assistant" for cut in ((i, True), (i + 1, False))]
-    jobs = [job(_break_tokens, whole), job(_break_tokens, answers), job(_break_everywhere, whole)]
-    texts, prefixes, *check = _run(source, jobs[: 2 if known(source) else 3])
+    question = [(i, flag) for i, m in enumerate(messages) if m["role"] == "assistant" for flag in (False, True)][:2]
+    jobs = [job(gently, whole), job(edged, whole), job(gently, question), job(everywhere, whole)]
+    texts, marked, asked, *check = _run(source, jobs[: 3 if known(source) else 4])
     text = "".join(texts or ())
     if any(_control_tokens("".join(again or ()), tokenizer) != _control_tokens(text, tokenizer) for again in check):
         raise DialogError("the chat template turns a message's text into a control token; reword the message")
-    spans = _spans(text, prefixes)
-    if spans is None and not asks:
-        raise TemplateError("the chat template rewrites earlier turns, so what the assistant said cannot be told")
-    return _encode(text, spans or [], marker, tokenizer)
+    parts = marked[0].split(edge) if marked else []
+    if "".join(parts) == text and len(parts) == 1 + 2 * sum(m["role"] == "assistant" for m in messages):
+        prompt = asked[1].removeprefix(asked[0]) if asked else ""
+        spans = _spans(parts, prompt, tokenizer)
+    elif asks:
+        spans = []
+    else:
+        raise TemplateError("the chat template rewrites the assistant's messages, so what it said cannot be told")
+    return _encode(text, spans, marker, tokenizer)
 
 
 def said(ids: Sequence[int], text: str, spans: Iterable[tuple[int, int]], tokenizer: Tokenizer) -> list[bool]:
@@ -128,39 +145,48 @@ def said(ids: Sequence[int], text: str, spans: Iterable[tuple[int, int]], tokeni
 def _encode(
     text: str, spans: Sequence[tuple[int, int]], marker: str, tokenizer: Tokenizer
 ) -> tuple[list[int], list[bool]]:
-    spans = [(start, _end_of_turn(text, start, end, tokenizer)) for start, end in spans]
     ids: list[int] = []
     mask: list[bool] = []
     at = 0
     for part, token in tokenizer.split(text):
+        end = at + len(part)
+        here = [(max(start, at) - at, min(stop, end) - at) for start, stop in spans if start < end and at < stop]
         if token is None:
             literal = part.replace(marker, "")
             new = tokenizer.encode(literal)
-            here = [[len(part[: max(0, edge - at)].replace(marker, "")) for edge in span] for span in spans]
+            places = [(len(part[:a].replace(marker, "")), len(part[:b].replace(marker, ""))) for a, b in here]
             ids += new
-            mask += said(new, literal, [(start, end) for start, end in here], tokenizer)
+            mask += said(new, literal, places, tokenizer)
         else:
             ids.append(token)
-            mask.append(any(start <= at < end for start, end in spans))
-        at += len(part)
+            mask.append(bool(here))
+        at = end
     return ids, mask
 
 
-def _end_of_turn(text: str, start: int, end: int, tokenizer: Tokenizer) -> int:
-    """Where the last end-of-turn token of text[start:end] ends; `end` if there is none."""
-    at, last = start, end
-    for part, token in tokenizer.split(text[start:end]):
-        at += len(part)
-        if token in tokenizer.stop_ids:
-            last = at
-    return last
+def _spans(parts: Sequence[str], prompt: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Where answers stand in the joined `parts`, of which every second is an answer without what belongs to it.
 
-
-def _spans(text: str, prefixes: Sequence[str] | None) -> list[tuple[int, int]] | None:
-    """Where answers stand in `text`: between the text that asks for one and the text that has it; None if unknown."""
-    if prefixes is None or not all(map(text.startswith, prefixes)):
-        return None
-    return list(zip(map(len, prefixes[::2]), map(len, prefixes[1::2]), strict=True))
+    White space between the `prompt` for an answer and the answer belongs to it, and so does what follows up to an
+    end-of-turn token.
+    """
+    spans = []
+    at = 0
+    for before, answer, after in zip(parts[::2], parts[1::2], parts[2::2], strict=False):
+        at += len(before)
+        lead = len(before) - len(before.rstrip())
+        while lead and prompt and not before[: len(before) - lead].endswith(prompt):
+            lead -= 1
+        end = at + len(answer)
+        turn = end
+        for part, token in tokenizer.split(after):
+            turn += len(part)
+            if token is not None:
+                end = turn if token in tokenizer.stop_ids else end
+                break
+        spans.append((at - lead, end))
+        at += len(answer)
+    return spans
 
 
 def _variables(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -173,13 +199,13 @@ def _control_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
     return [token for _, token in tokenizer.split(text) if token is not None]
 
 
-def _unused_character(*texts: str) -> str:
+def _unused_characters(*texts: str) -> tuple[str, str]:
     used = set().union(*texts)
     private = chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-    unused = next((chr(code) for code in private if chr(code) not in used), None)
-    if unused is None:
+    unused = [*islice((chr(code) for code in private if chr(code) not in used), 2)]
+    if len(unused) < 2:
         raise DialogError("the messages use every private character of Unicode; remove some")
-    return unused
+    return unused[0], unused[1]
 
 
 @lru_cache(maxsize=8)
@@ -200,11 +226,6 @@ def _break_tokens(text: str, marker: str, tokenizer: Tokenizer) -> str:
     cuts |= {start for start in (0, len(text) - len(text.lstrip())) if text.startswith(tails, start)}
     edges = [0, *sorted(cuts), len(text)]
     return marker.join(text[start:end] for start, end in pairwise(edges)) if cuts else text
-
-
-def _break_everywhere(text: str, marker: str, tokenizer: Tokenizer) -> str:
-    """`text` with `marker` around each letter, so that none of them can be part of a control token."""
-    return marker + "".join(letter + marker for letter in text)
 
 
 def _job(
