@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from models import tiny_config, write_tiny_gguf
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Start = Callable[..., Runner]
 
 QUANTISED = [name for name in quantize.FORMATS if name not in ("F32", "F16", "BF16")]
 
@@ -55,9 +57,9 @@ def packed_weights_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 
 @pytest.fixture(params=native.supported())
-def isa(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+def start(request: pytest.FixtureRequest) -> Start:
+    """Starts a runner of a model, on each instruction set of this machine."""
+    return partial(NativeRunner, isa=request.param)
 
 
 def tiny(folder: Path, format: str = "F32", config: ModelConfig | None = None) -> Checkpoint:
@@ -122,31 +124,40 @@ def oracle(model: Checkpoint, n_blocks: int = 16) -> NumpyRunner:
     return runner
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Checkpoint, Floats]]:
+    """One of MODELS and the logits of its conversation, made once for all instruction sets."""
+
+    @cache
+    def make(name: str) -> tuple[Checkpoint, Floats]:
+        model = tiny(tmp_path_factory.mktemp("model"), *MODELS[name])
+        return model, conversation(oracle(model))
+
+    return make
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_against_numpy(name: str, tmp_path: Path) -> None:
+def test_logits_against_numpy(start: Start, name: str, reference: Callable[[str], tuple[Checkpoint, Floats]]) -> None:
     """Equal but for the order of additions, and for what that pushes over a tie when it is rounded."""
-    format, config = MODELS[name]
-    model = tiny(tmp_path, format, config)
-    expected = conversation(oracle(model))
-    for isa in native.supported():
-        logits = conversation(NativeRunner(model, 16, threads=2, isa=isa))
-        error = np.abs(logits - expected) / np.abs(expected).max()
-        assert error.max() <= (0.03 if format in QUANTISED else 2e-4), isa
-        assert error.mean() <= (2.5e-3 if format in QUANTISED else 1e-5), isa
+    model, expected = reference(name)
+    logits = conversation(start(model, 16, threads=2))
+    error = np.abs(logits - expected) / np.abs(expected).max()
+    quantised = MODELS[name][0] in QUANTISED
+    assert error.max() <= (0.03 if quantised else 2e-4)
+    assert error.mean() <= (2.5e-3 if quantised else 1e-5)
 
 
-def test_long_contexts(isa: str, tmp_path: Path) -> None:
+def test_long_contexts(start: Start, tmp_path: Path) -> None:
     """Positions on both sides of the chunks of 512: decoded one at a time, where chunks are computed apart and merged,
     alone or beside others, they get the bits that a prefill of the whole gave them; and these are NumPy's, nearly."""
     model = tiny(tmp_path, config=tiny_config(context_length=1120, n_layers=1, n_kv_heads=1, hidden_dim=32))
     text = tokens(1100)
     blocks = np.random.default_rng(1).permutation(40)[:35].tolist()
-    runner = NativeRunner(model, 40, threads=1, isa=isa)
-    prefill = runner.forward(batch((text, 0, blocks)))
+    prefill = start(model, 40, threads=1).forward(batch((text, 0, blocks)))
     expected = oracle(model, 40).forward(batch((text, 0, blocks)))
     np.testing.assert_allclose(prefill, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
-    for threads in (1, 2, 3):
-        runner = NativeRunner(model, 40, threads=threads, isa=isa)
+    for threads in (2, 3):
+        runner = start(model, 40, threads=threads)
         assert_same_bits(runner.forward(batch((text, 0, blocks))), prefill)
         for position in (0, 31, 32, 511, 512, 513, 543, 1023, 1024, 1099):
             logits = runner.forward(batch((text[position : position + 1], position, blocks)))
@@ -165,11 +176,13 @@ def poisoned(model: Checkpoint, token: int) -> Checkpoint:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_a_freed_block_leaks_nothing(isa: str, kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_freed_block_leaks_nothing(
+    start: Start, kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A sequence gone wrong leaves NaN in its blocks; the next one to get them never reads what it did not write."""
     monkeypatch.setattr(Checkpoint, "check_finite", lambda self: None)
     model = poisoned(tiny(tmp_path, config=tiny_config(n_kv_heads=kv_heads)), token=2)
-    runner, fresh = (NativeRunner(model, 8, threads=2, isa=isa) for _ in range(2))
+    runner, fresh = (start(model, 8, threads=2) for _ in range(2))
     dirty = np.full(8 * BLOCK, 2, np.int32)
     text = tokens(100)
     for length in (1, 31, 33, 100):
@@ -199,8 +212,8 @@ def test_any_number_of_threads_beside_a_busy_program(tmp_path: Path) -> None:
             busy.kill()
 
 
-def test_a_step_without_outputs_or_tokens(isa: str, tmp_path: Path) -> None:
-    runner = NativeRunner(tiny(tmp_path), 4, threads=2, isa=isa)
+def test_a_step_without_outputs_or_tokens(start: Start, tmp_path: Path) -> None:
+    runner = start(tiny(tmp_path), 4, threads=2)
     text, nothing = tokens(5), np.zeros(0, np.int32)
     expected = runner.forward(batch((text, 0, [1])))
     full = batch((text[:4], 0, [2]))
