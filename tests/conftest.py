@@ -1,16 +1,32 @@
 """Fixtures that every kind of test shares."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+_USERS_HOME = os.environ.get("LLAMA2_HOME")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the tests write stays out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMA2_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
 
 @pytest.fixture(scope="session")
-def model_path() -> Path:
-    """The default model's file: $LLAMA2_TEST_MODEL, else what the hub finds or fetches."""
+def model_path(_own_home: None) -> Path:
+    """The default model's file: $LLAMA2_TEST_MODEL, else what the hub finds in the user's cache, or fetches there."""
     if path := os.environ.get("LLAMA2_TEST_MODEL"):
         return Path(path)
     from llama2 import hub
 
-    return Path(hub.locate("smollm2-135m-instruct"))
+    with pytest.MonkeyPatch.context() as patch:
+        if _USERS_HOME:
+            patch.setenv("LLAMA2_HOME", _USERS_HOME)
+        else:
+            patch.delenv("LLAMA2_HOME")
+        return hub.locate(hub.DEFAULT)
