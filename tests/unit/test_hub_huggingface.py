@@ -271,6 +271,17 @@ def test_wrong_bytes_never_become_a_model(server: HuggingFace, run: Run, fetch: 
     assert fetch(f"{GGUF}:Q4_K_M").read_bytes() == MODEL
 
 
+@pytest.mark.usefixtures("start")
+def test_what_the_hubs_own_library_downloads_is_verified_too(server: HuggingFace) -> None:
+    """It downloads files that are too large for plain HTTP."""
+    server.lie["llama-2-7b-chat.Q4_K_M.gguf"] = b"\1" + MODEL[1:]
+    script = f"from llama2.hub import huggingface\nhuggingface._fetch_blob = lambda *_: None\n{SCRIPT}"
+    command = [sys.executable, "-c", script, "locate", f"{GGUF}:Q4_K_M"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "llama-2-7b-chat.Q4_K_M.gguf is damaged; run it again" in run.stderr
+    assert hub.find(f"{GGUF}:Q4_K_M") is None
+
+
 @pytest.mark.parametrize(
     ("name", "environment", "message"),
     [
