@@ -141,7 +141,7 @@ def contests(options: argparse.Namespace) -> dict[str, Contest]:
         "chat": Contest(
             {
                 "llama2": [*llama2, "chat", *one_token, QUESTION],
-                "llama.cpp": [*completion, "--conversation", "--single-turn", "-p", QUESTION],
+                "llama.cpp": [*completion, "--jinja", "--conversation", "--single-turn", "-p", QUESTION],
             },
             dict.fromkeys(PROGRAMS, read_start),
         ),
