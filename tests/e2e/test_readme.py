@@ -1,0 +1,48 @@
+"""The README's code works: `bash` and `python` blocks are run, and `sh` blocks only set a machine up."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama2 import hub
+from llama2.hub.registry import MODELS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SHELL = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+SET_UP = [line for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def environment(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A shell with this Python's programs on its path, and the default model at hand by its name."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "models").mkdir()
+    (home / "models" / MODELS[hub.DEFAULT].file).symlink_to(model_path)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"LLAMA2_HOME": str(home), "PATH": path}
+
+
+@pytest.mark.parametrize(
+    "command", [["bash", "-c", line] for line in SHELL] + [[sys.executable, "-c", c] for c in PYTHON]
+)
+def test_code(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_nothing_else_is_left_untested() -> None:
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "sh"}
+    assert SHELL
+    assert PYTHON
+    for line in SET_UP:
+        assert line.startswith(("make ", "python3 -m venv ", ".venv/bin/pip install ", ".venv/bin/llama2 chat"))
