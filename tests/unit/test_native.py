@@ -79,9 +79,10 @@ def test_every_half(kernels: ModuleType) -> None:
     for format, expected in [("F16", halves), ("BF16", bfloats)]:
         y = product(kernels, format, first.view(np.uint8).ravel(), x, 1 << 16)[0]
         np.testing.assert_array_equal(y, expected)
-    # A vector 127·(1, 0, …) has scale 1 and q = 127, and 127 times a half is a float.
+    # A vector 127·(1, 0, …) has scale 1 and q = 127, and 127 times a half is a float. What refines it is zero, and zero
+    # times infinity is not a number.
     y = product(kernels, "Q8_0", scaled.view(np.uint8), 127 * x, 1 << 16)[0]
-    np.testing.assert_array_equal(y, 127 * halves)
+    np.testing.assert_array_equal(y, np.where(np.isinf(halves), np.nan, 127 * halves))
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -8,7 +8,6 @@ files appear whole or not at all.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -44,7 +43,7 @@ def pack(checkpoint: Checkpoint, native: ModuleType) -> dict[str, Bytes]:
     wanted = {name: tensor for name, tensor in checkpoint.tensors.items() if _is_packed(checkpoint, tensor)}
     sizes = {name: int(native.packed_bytes(t.format, *t.shape)) for name, t in wanted.items()}
     header, places, total = _describe(checkpoint, native.isa, sizes)
-    path = folder() / f"{_key(checkpoint.path, native.isa)}.bin"
+    path = folder() / f"{store.key(checkpoint.path)}-{native.isa}.bin"
     if (mapped := _open(path, header, places, total)) is not None:
         return mapped
     checkpoint.check_finite()
@@ -100,10 +99,6 @@ def evict(*, keep: Path) -> None:
 def _is_packed(checkpoint: Checkpoint, tensor: Tensor) -> bool:
     embedding = tensor.name == "tok_embeddings.weight"
     return tensor.format not in ("F32", "F16", "BF16") and (not embedding or checkpoint.config.tied_embeddings)
-
-
-def _key(path: Path, isa: str) -> str:
-    return hashlib.sha256(f"{path.resolve()}\n{isa}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _describe(

@@ -222,7 +222,7 @@ private:
     // Calls body(unit, activations) for every unit, after the activations of all N tokens have been made. A single
     // token is prepared by every thread for itself, which is cheaper than waiting for one another.
     template <class Body> void with_activations(const Source& source, int64_t N, int64_t units, Body&& body) {
-        const int64_t columns = source.columns, groups = (columns + 31) / 32;
+        const int64_t columns = source.columns, groups = activation_groups(columns);
         if (N == 1) {
             for (size_t i = 0; i < private_floats_.size(); ++i)
                 private_floats_[i].reserve(columns), private_groups_[i].reserve(groups);

@@ -90,9 +90,9 @@ void product(const std::string& name, const In<uint8_t, 1>& data, int64_t rows, 
         pack(format, data.data(), rows, columns, packed.reserve(w.bytes()));
         w.data = packed.get();
     }
-    const int64_t N = int64_t(x.shape(0)), groups = columns / 32;
+    const int64_t N = int64_t(x.shape(0)), groups = activation_groups(columns);
     Buffer<ActivationGroup> activations;
-    activations.reserve(N * groups + 1);
+    activations.reserve(N * groups);
     if (columns % 32 == 0)
         for (int64_t t = 0; t < N; ++t)
             quantize_activations(x.data() + t * columns, columns, activations.get() + t * groups);
