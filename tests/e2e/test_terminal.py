@@ -30,6 +30,7 @@ class Terminal:
             dimensions=(60, 200),
             timeout=60,
         )
+        self.process.delaybeforesend = None
         self.banner = self.until(READY)
 
     def until(self, pattern: str) -> str:
@@ -152,10 +153,16 @@ def test_keys_and_commands(model_path: Path, home: Path, tmp_path: Path) -> None
 
 def test_a_full_context_is_said(model_path: Path, home: Path) -> None:
     chat = Terminal(home, "-m", str(model_path), "--context", "64", *ENDLESS)
-    shown = chat.type("hi\r")
+    chat.process.send("hi\r")
+    chat.until(SENT)
+    chat.process.expect(r"\w+ \w+")  # the answer is under way
+    chat.process.send(f"typed{ALT_ENTER}ahead\r")
+    shown = chat.until(READY)
     assert shown.endswith("The answer ends here: the context is full, 64 of 64 tokens; /clear begins anew.\n")
-    shown = chat.type("hi again\r")
-    assert re.fullmatch(r"error: prompt of \d+ tokens .* context of 64; .*; /clear begins anew\n", shown)
+    assert "typed" not in shown
+    assert re.search(r"typed *\n *ahead", chat.until(SENT))  # it waited for the prompt
+    error = r"error: prompt of \d+ tokens .* context of 64; .*; /clear begins anew\n"
+    assert re.fullmatch(error, chat.until(READY))
     chat.type("/clear\r")
     assert "64 of 64" in chat.type("hi\r")
     chat.leave()

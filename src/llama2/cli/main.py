@@ -57,11 +57,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes at exit
         status = 1
     except (Llama2Error, OSError, MemoryError, UsageError) as error:
         if debug:
             traceback.print_exc()
         print("llama2: error:", one_line(error), file=sys.stderr)
         status = 2 if isinstance(error, UsageError) else 1
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it fails again when the interpreter flushes at exit
     sys.exit(status)
