@@ -47,7 +47,7 @@ class Llama:
     """A model with the limits it was built with: `max_batch_size` prompts of up to `max_seq_len` tokens with answer."""
 
     @staticmethod
-    def build(  # noqa: PLR0917 - the reference's signature
+    def build(
         ckpt_dir: str,
         tokenizer_path: str | None = None,
         max_seq_len: int = 512,
@@ -81,7 +81,7 @@ class Llama:
         self.seed = seed
         self._rows = itertools.count()
 
-    def generate(  # noqa: PLR0917 - the reference's signature
+    def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
         max_gen_len: int,
@@ -119,7 +119,7 @@ class Llama:
             scores.append(values[:end])
         return rows, scores if logprobs else None
 
-    def text_completion(  # noqa: PLR0917 - the reference's signature
+    def text_completion(
         self,
         prompts: Sequence[str],
         temperature: float = 0.6,

@@ -6,7 +6,7 @@ from typing import List, Optional  # noqa: UP035
 from llama2 import Dialog, Llama
 
 
-def main(  # noqa: PLR0917 - as such scripts have it
+def main(
     ckpt_dir: str,
     tokenizer_path: Optional[str] = None,  # noqa: UP045
     temperature: float = 0.6,

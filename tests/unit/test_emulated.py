@@ -78,7 +78,7 @@ class Driver:
         answer = self._process.stdout.read(count * np.dtype(dtype).itemsize)
         return np.frombuffer(answer, dtype, count)
 
-    def product(self, format: str, data: Bytes, rows: int, columns: int, x: Floats, y: Floats) -> None:  # noqa: PLR0917
+    def product(self, format: str, data: Bytes, rows: int, columns: int, x: Floats, y: Floats) -> None:
         y[:] = self.ask(np.float32, y.size, f"product {format} {rows} {columns} {len(x)}", data, x).reshape(y.shape)
 
     def dequantize(self, format: str, data: Bytes, rows: int, columns: int, out: Floats) -> None:

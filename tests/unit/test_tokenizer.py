@@ -123,7 +123,7 @@ def test_end_of_turn_tokens_are_stops() -> None:
         (BPE, {"merges": ["a c"]}, "merges are damaged"),
         (BPE, {"merges": ["ab"]}, "merges are damaged"),
         (BPE, {"merges": ["a b c"]}, "merges are damaged"),
-        (BPE, {"pre": "qwen2"}, "'qwen2' is not supported; known: gpt2, smollm, llama-bpe"),
+        (BPE, {"pre": "qwen2"}, "'qwen2' is not supported; known: smollm, gpt2"),
         (BPE, {"pre": None}, "is not supported"),
         (BPE, {"eos_id": 999}, "eos_id 999 is outside the vocabulary of 101"),
         (BPE, {"bos_id": -1}, "bos_id -1"),

@@ -25,6 +25,7 @@ from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps
 from llama2.checkpoint.quantize import FORMATS, nbytes
 from llama2.config import ModelConfig, RopeScaling
 from llama2.errors import CheckpointError, ConfigError
+from llama2.text.tokenizer import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from llama2.text.tokenizer import Tokenizer
@@ -70,13 +71,6 @@ _UNSUPPORTED = (
     "residual_scale",
     "logit_scale",
 )
-
-# Byte-level pre-tokenizers by the names that llama.cpp gives files. The names of one group mean the same expression.
-_PRE_TOKENIZERS = {
-    "smollm": "smollm",
-    **dict.fromkeys(("gpt2", "gpt-2"), "gpt2"),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), "llama-bpe"),
-}
 
 
 def read(path: Path) -> Checkpoint:
@@ -451,9 +445,9 @@ def _tokenizer(metadata: _Metadata, tensors: Mapping[str, Tensor]) -> Callable[[
         named = metadata.find("tokenizer.ggml.pre", str)
         if named in (None, "default"):
             raise CheckpointError(f"{path}: lacks tokenizer.ggml.pre, how its tokenizer splits text; convert it again")
-        pre = _PRE_TOKENIZERS.get(str(named))
+        pre = PRE_TOKENIZERS.get(str(named))
         if pre is None:
-            known = ", ".join(_PRE_TOKENIZERS)
+            known = ", ".join(PRE_TOKENIZERS)
             raise CheckpointError(
                 f"{path}: has pre-tokenizer {quote(str(named))}, which is not supported; these are: {known}"
             )

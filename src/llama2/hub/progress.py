@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
 
 #: Called with what is being done, the bytes done, and the bytes in all (0 when not known).
 Progress = Callable[[str, int, int], None]
@@ -17,23 +21,32 @@ def reporting(progress: Progress | None) -> Iterator[Progress]:
     if progress is not None or not sys.stderr.isatty():
         yield progress or (lambda *_: None)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bars = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    tasks = {}
     start = time.monotonic()
+    bars: Bars | None = None
+    tasks = {}
 
     def show(what: str, done: int, total: int) -> None:
+        nonlocal bars
+        if time.monotonic() - start < 1:
+            return
+        bars = bars or _bars()
         if what not in tasks:
             tasks[what] = bars.add_task(what)
         bars.update(tasks[what], completed=done, total=total or None)
-        if not bars.live.is_started and time.monotonic() - start > 1:
-            bars.start()
 
     try:
         yield show
     finally:
-        bars.stop()
+        if bars is not None:
+            bars.stop()
+
+
+def _bars() -> Bars:
+    """A running display; made only when there is something to show, because rich takes a while to import."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bars = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    bars.start()
+    return bars

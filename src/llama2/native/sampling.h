@@ -99,10 +99,10 @@ inline double exponentials(const float* x, int64_t n, float maximum, float* out)
 // logit, equal ones by id. top-p keeps a token while the mass before it is at most top_p (spec 10.6).
 inline int64_t draw(float* logits, int64_t n, const SamplingOptions& o) {
     if (o.temperature == 0) return argmax(logits, n);
-    for (int64_t i = 0; i < n; ++i) logits[i] /= o.temperature;
     const float maximum = logits[argmax(logits, n)];
+    for (int64_t i = 0; i < n; ++i) logits[i] = (logits[i] - maximum) / o.temperature;
     std::vector<float> weights(static_cast<size_t>(n));
-    const double whole = exponentials(logits, n, maximum, weights.data());
+    const double whole = exponentials(logits, n, 0, weights.data());
     std::vector<int32_t> order(static_cast<size_t>(n));
     std::iota(order.begin(), order.end(), 0);
     const auto before = [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };

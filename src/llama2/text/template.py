@@ -7,6 +7,7 @@ template then writes is split at its own control tokens, and that character is d
 
 from __future__ import annotations
 
+import atexit
 import json
 import re
 import subprocess
@@ -258,6 +259,7 @@ class _Worker:
             self._process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
         except OSError as error:
             raise TemplateError(f"chat template: cannot start a process to render it: {error}") from None
+        atexit.register(self.close)
         if not self.exchange(b"", _START_SECONDS):
             raise TemplateError("chat template: the process to render it does not start")
 
@@ -280,10 +282,15 @@ class _Worker:
         timer.cancel()
         timer.join()
         if killed.is_set() or not answer.endswith(b"\n"):
-            self._process.kill()
-            self._process.communicate()
+            self.close()
             return b""
         return answer
+
+    def close(self) -> None:
+        """End the process; a second time is no error."""
+        atexit.unregister(self.close)
+        self._process.kill()
+        self._process.communicate()
 
     def alive(self) -> bool:
         return self._process.poll() is None

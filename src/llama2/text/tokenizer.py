@@ -29,13 +29,11 @@ END_OF_TURN = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_
 #: User-defined tokens of this shape mark roles and turns, so they are control tokens whatever their file says.
 ROLE_TOKEN = re.compile(r"<[|｜][^|｜]+[|｜]>|<(start|end)_of_turn>|</?s>")
 
-#: Byte-level pre-tokenizers by GGUF's names; llama.cpp knows two more names for Llama 3's.
+#: Byte-level pre-tokenizers by the names that llama.cpp gives files. The names of one group mean the same expression.
 PRE_TOKENIZERS = {
-    "gpt2": "gpt2",
     "smollm": "smollm",
-    "llama-bpe": "llama-bpe",
-    "llama3": "llama-bpe",
-    "llama-v3": "llama-bpe",
+    **dict.fromkeys(("gpt2", "gpt-2"), "gpt2"),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), "llama-bpe"),
 }
 
 #: Llama 3's split of text into words: contractions, words, up to three digits, punctuation, line ends, spaces.
