@@ -76,11 +76,11 @@ struct Matrix {
 void product(Line& line) {
     const Matrix matrix(line, false);
     const Weight& w = matrix.weight;
-    const int64_t N = line.size(), groups = w.columns / 32;
+    const int64_t N = line.size(), groups = activation_groups(w.columns);
     const auto x = receive<float>(N * w.columns);
     std::vector<float> y(size_t(N * w.rows));
     Buffer<ActivationGroup> activations;
-    activations.reserve(N * groups + 1);
+    activations.reserve(N * groups);
     if (w.columns % 32 == 0)
         for (int64_t t = 0; t < N; ++t)
             quantize_activations(x.data() + t * w.columns, w.columns, activations.get() + t * groups);

@@ -16,7 +16,6 @@ template <class Work> double rate(int threads, double seconds, Work&& work) {
     std::vector<double> amounts(static_cast<size_t>(threads));
     std::atomic<int> ready{0};
     std::vector<std::thread> others;
-    Clock::time_point start, stop;
     const auto loop = [&](int thread) {
         ++ready;
         while (ready.load() < threads) std::this_thread::yield();
