@@ -167,7 +167,10 @@ def one_pair(contest: Contest, threads: int, order: tuple[str, ...]) -> Pair:
 
 
 def all_pairs(contest: Contest, threads: int, wanted: int) -> list[Pair]:
-    """Pairs until `wanted` of them count, after one run of each program that only fills the caches."""
+    """Pairs until `wanted` of them count, after one run of each program that only fills the caches.
+
+    Progress on stderr: a dot for a pair that counts, an x for one that does not.
+    """
     for program in PROGRAMS:
         run(contest.commands[program])
     pairs: list[Pair] = []
@@ -175,6 +178,8 @@ def all_pairs(contest: Contest, threads: int, wanted: int) -> list[Pair]:
         if len(pairs) == TRIES * wanted:
             raise SystemExit(f"{threads} threads seldom had {threads} real cores; try again when the machine is quiet")
         pairs.append(one_pair(contest, threads, PROGRAMS if len(pairs) % 2 == 0 else PROGRAMS[::-1]))
+        print("." if pairs[-1].counts else "x", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return pairs
 
 
