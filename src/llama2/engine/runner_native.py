@@ -13,7 +13,7 @@ from llama2.errors import EngineError
 
 
 class NativeRunner:
-    """Runs a checkpoint on the CPU. The same tokens give the same bits, whatever else is in the batch.
+    """Runs a checkpoint on the CPU, for one caller at a time. The same tokens give the same bits, whatever else runs.
 
     `n_blocks` blocks of BLOCK tokens are reserved for the cache; memory is taken as they are first written.
     """

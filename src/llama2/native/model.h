@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <functional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
