@@ -234,7 +234,8 @@ def test_metas_folder_is_compared_with_its_checklist(server: HuggingFace, run: R
     for folder in huggingface.cache().iterdir():
         for file in (folder / "snapshots").rglob("params.json"):
             file.unlink()
-    assert hub.locate(META) == fetch(META)
+    folder = fetch(META)
+    assert hub.locate(META) == folder
 
 
 def test_an_interrupted_download_is_continued(server: HuggingFace, start: Callable[..., Process], fetch: Fetch) -> None:
