@@ -12,6 +12,7 @@ TESTS =
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 NATIVE = src/llama2/native/*.h src/llama2/native/*.cpp
+CPP_FILES = $(NATIVE) tests/native/*.cpp
 
 .PHONY: chat test lint format build clean
 
@@ -26,12 +27,12 @@ lint: .venv/testing
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
-	@$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	@$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: .venv/testing
 	@$(BIN)/ruff check --fix --quiet
 	@$(BIN)/ruff format --quiet
-	@$(BIN)/clang-format -i $(NATIVE)
+	@$(BIN)/clang-format -i $(CPP_FILES)
 
 build: .venv/created
 	@$(PIP) wheel --no-deps --wheel-dir dist . </dev/null

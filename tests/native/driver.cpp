@@ -1,5 +1,5 @@
-// The kernels and the model without Python: answers requests on standard input, so that the tests of one instruction set
-// also run where only an emulator has it.
+// The kernels and the model without Python: answers requests on standard input, so that the tests of one instruction
+// set also run where only an emulator has it.
 //
 // A request is a line of words, then the arrays it needs, raw; the answer is an array, raw. Errors end the program.
 //
@@ -8,7 +8,7 @@
 //     packed_bytes FORMAT rows columns                          → one int64
 //     pack FORMAT rows columns        data                      → packed bytes
 //     halves N                        N floats                  → N halves
-//     exp N, silu N                   N floats, whole vectors   → N floats
+//     exp N, silu N                   N floats                  → N floats
 //     uniform SEED CHOICE POSITION                              → one double
 //     draw N temperature top_k top_p min_p SEED CHOICE POSITION   N logits   → one int64
 //     model dim layers heads kv_heads hidden vocab head_size context norm_eps threads blocks   (head_size / 2) doubles
@@ -102,8 +102,11 @@ void dequantize(Line& line) {
 }
 
 template <class Function> void map_vectors(Line& line, Function function) {
-    auto x = receive<float>(line.size());
+    const int64_t count = line.size();
+    auto x = receive<float>(count);
+    x.resize(size_t(panels(count)) * simd::kLanes);
     for (size_t i = 0; i < x.size(); i += simd::kLanes) simd::store(&x[i], function(simd::load(&x[i])));
+    x.resize(size_t(count));
     answer(x);
 }
 

@@ -58,7 +58,7 @@ inline void prefetch(const void* p) {
 // e^x, relative error below 2e-7; 0 below −87.3, +inf above 88.7, NaN stays NaN. Cephes' expf split: x = n·ln2 + r.
 inline F exp(F x) {
     const F low = set(-87.33654f), high = set(89.0f);  // e^89 overflows
-    const F clamped = min(high, max(low, x));  // this operand order keeps NaN
+    const F clamped = min(high, max(low, x));          // this operand order keeps NaN
     const F n = round(mul(clamped, set(1.44269504f)));
     F r = fma(n, set(-0.693359375f), clamped);
     r = fma(n, set(2.12194440e-4f), r);
