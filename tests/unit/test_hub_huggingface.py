@@ -162,7 +162,7 @@ def test_label(file: str, expected: str) -> None:
         ("o/n:Q2_K", ["config.json"], "o/n: no GGUF file Q2_K; there is none"),
         ("o/n", ["a-Q4_0.gguf", "a-Q8_0.gguf"], "o/n: several GGUF files; choose one, as in o/n:Q4_0: Q4_0, Q8_0"),
         ("o/n:Q4_0", ["a-Q4_0.gguf", "b-Q4_0.gguf"], "several GGUF files.*a-Q4_0.gguf, b-Q4_0.gguf"),
-        ("o/n:F16", [f"a-F16-0000{i}-of-00002.gguf" for i in (1, 2)], "split into 2 files; merge"),
+        ("o/n:F16", ["a-F16-00001-of-00002.gguf"], "o/n:F16: only 1 of the 2 files of this GGUF model are there"),
         ("o/n", ["config.json", "pytorch_model.bin"], "o/n: no GGUF, safetensors or consolidated .pth files"),
     ],
 )
@@ -173,6 +173,23 @@ def test_choose_says_what_there_is(name: str, files: list[str], message: str) ->
 
 def test_choose_by_file_name_when_formats_repeat() -> None:
     assert huggingface.choose(Repository("o/n", "b-Q4_0.gguf"), ["a-Q4_0.gguf", "b-Q4_0.gguf"]) == ["b-Q4_0.gguf"]
+
+
+def test_a_split_model_is_all_its_files() -> None:
+    parts = [f"q4/a-Q4_0-0000{i}-of-00002.gguf" for i in (1, 2)]
+    assert huggingface.choose(Repository("o/n", "Q4_0"), [*parts, "b-Q8_0.gguf"]) == parts
+    with pytest.raises(HubError, match="several GGUF files"):
+        huggingface.choose(Repository("o/n", "Q4_0"), [*parts, "c-Q4_0.gguf"])
+
+
+def test_a_split_model_is_fetched_and_removed_whole(server: HuggingFace, fetch: Fetch, run: Run) -> None:
+    names = [f"big.Q5_K_M-0000{i}-of-00002.gguf" for i in (1, 2)]
+    server.repositories[GGUF] |= dict(zip(names, (MODEL, MODEL[::-1]), strict=True))
+    path = fetch(f"{GGUF}:Q5_K_M")
+    assert path.name == names[0]
+    assert [(path.parent / name).read_bytes() for name in names] == [MODEL, MODEL[::-1]]
+    run("remove", f"{GGUF}:Q5_K_M")
+    assert not any((path.parent / name).exists() for name in names)
 
 
 def test_a_gguf_file(server: HuggingFace, run: Run) -> None:

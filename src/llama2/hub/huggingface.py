@@ -29,7 +29,7 @@ _FILE = re.compile(r".*\.(gguf|safetensors|bin|pth|pt)", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FORMAT = re.compile(r"(?:^|[-._])((?:i?q\d|tq\d|b?f(?:p)?\d|mxfp\d|nvfp\d)\w*)$", re.IGNORECASE)
-_PART = re.compile(r"-\d{5}-of-\d{5}$")
+_PART = re.compile(r"-\d{5}-of-(\d{5})$")
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _META = re.compile(r"consolidated\.\d\d\.pth")
 _NOTICES = r"(?:LICEN[CS]E|USE_POLICY|NOTICE)(?:\.\w+)?"
@@ -112,10 +112,13 @@ def choose(repository: Repository, files: list[str]) -> list[str]:
             raise HubError(
                 f"{repository.repo}: no GGUF, safetensors or consolidated .pth files; choose another repository"
             )
-    if any(_PART.search(PurePosixPath(f).stem) for f in found):
-        raise HubError(
-            f"{repository}: a GGUF model split into {len(found)} files; merge it with `llama-gguf-split --merge`"
-        )
+    if part := _PART.search(PurePosixPath(found[0]).stem):
+        count = int(part[1])
+        whole = [f"{found[0][: -len(part[0]) - 5]}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
+        if found == whole:
+            return found
+        if {*found} < {*whole}:
+            raise HubError(f"{repository}: only {len(found)} of the {count} files of this GGUF model are there")
     if len(found) > 1:
         raise HubError(
             f"{repository}: several GGUF files; choose one, as in {repository.repo}:{label(found[0])}: {_labels(found)}"
@@ -340,7 +343,7 @@ def local() -> Iterator[tuple[Repository, Path, list[Path]]]:
             revision = ref.relative_to(folder / "refs").as_posix() if ref else snapshot.name
             names = present(snapshot)
             gguf = [Repository(repo, label(f), revision) for f in names if f.lower().endswith(".gguf")]
-            for repository in [*gguf, Repository(repo, None, revision)]:
+            for repository in [*dict.fromkeys(gguf), Repository(repo, None, revision)]:
                 with contextlib.suppress(HubError):
                     files = choose(repository, names)
                     path = _model(snapshot, files)
@@ -360,11 +363,16 @@ def _remember(repository: Repository, commit: str, files: list[str]) -> None:
     store.write_record(repository.record, record)
 
 
+def _unsplit(file: Path) -> Path:
+    """What a file of a split model and its neighbours have in common; a whole file itself."""
+    return file.with_name(_PART.sub("", file.stem) + file.suffix)
+
+
 def remove(repository: Repository, path: Path) -> int:
     """Delete the model at `path`, as far as this program fetched it; bytes freed. Raises HubError if it did not."""
     snapshot = next(p for p in (path, *path.parents) if p.parent.name == "snapshots")
     record = store.read_record(repository.record) or {}
-    ours = {f for f in record.get(snapshot.name, ()) if path in (snapshot, snapshot / f)}
+    ours = {f for f in record.get(snapshot.name, ()) if path == snapshot or _unsplit(path) == _unsplit(snapshot / f)}
     if not ours:
         raise HubError(
             f"{repository}: fetched by another program; remove it with `hf cache rm model/{repository.repo}`"
