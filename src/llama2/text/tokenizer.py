@@ -255,7 +255,8 @@ def from_tokenizer_json(path: str | Path) -> Tokenizer:
         source = json.loads(_read(path))
         config = json.loads(_read(settings)) if settings.exists() else {}
         model = source["model"]
-        pre = next((name for name in PRE_TOKENIZERS if _scheme(name) == _comparable(source["pre_tokenizer"])), None)
+        scheme = _comparable(source["pre_tokenizer"])
+        pre = next((name for name in PRE_TOKENIZERS.values() if _scheme(name) == scheme), None)
         if model["type"] != "BPE" or source.get("normalizer") or pre is None:
             raise TokenizerError(
                 f"{path}: only byte-level BPE with pre-tokenizer {', '.join(PRE_TOKENIZERS)} is supported; "
