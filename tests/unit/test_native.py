@@ -144,7 +144,7 @@ def test_what_is_not_a_number_is_never_hidden(kernels: ModuleType, format: str) 
     expected = product(kernels, format, data, x)
     x[2, 511], x[3, 0], x[4, 40] = np.nan, np.inf, -np.inf
     y = product(kernels, format, data, x)
-    assert np.isnan(y[2]).all()
+    assert np.isnan(y[2] if format in FLOATS else y[2:5]).all()
     assert not np.isfinite(y[3:5]).any()
     clean = [0, 1, 5]
     assert_same_bits(y[clean], expected[clean])

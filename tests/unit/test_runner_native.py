@@ -248,7 +248,7 @@ def step_with(field: str, at: int, value: int) -> Batch:
         (step_with("tokens", 0, -1), "token id out of range"),
         (step_with("tokens", 2, 320), "token id out of range"),
         (step_with("positions", 2, -1), "position out of range"),
-        (step_with("positions", 0, 256), "position out of range"),  # the context's length
+        (batch((tokens(1), 256, [1] * 9)), "position out of range"),  # the context's length
         (step_with("positions", 2, 64), "position out of range"),  # of a third block
         (step_with("positions", 1, 62), "consecutive positions"),
         (step_with("positions", 0, 61), "consecutive positions"),
