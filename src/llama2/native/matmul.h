@@ -123,7 +123,7 @@ void packed_product(const uint8_t* panel, const Panel& part, int64_t columns, co
             else weight[j] = bytes;
         }
         LLAMA2_UNROLL
-        for (int m = 0; m < int(count); ++m) {
+        for (int m = 0; m < decltype(count)::value; ++m) {
             I dots = set_int(0);
             if constexpr (offset != 0) {
                 const int32_t negative = halves == 1 ? a[m]->negative_sum : a[m]->negative_half[half];

@@ -39,9 +39,6 @@ inline F scale_by_power_of_two(F x, F n) {  // in two factors, because 2^128 is 
 inline F zero_where_below(F y, F x, F low) { return _mm256_andnot_ps(_mm256_cmp_ps(x, low, _CMP_LT_OQ), y); }
 inline F from_int(I x) { return _mm256_cvtepi32_ps(x); }
 inline F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-inline void store_f16(uint16_t* p, F x) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 inline F load_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }

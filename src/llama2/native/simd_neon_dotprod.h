@@ -33,7 +33,6 @@ inline F scale_by_power_of_two(F x, F n) {
 inline F zero_where_below(F y, F x, F low) { return vbslq_f32(vcltq_f32(x, low), zero(), y); }
 inline F from_int(I x) { return vcvtq_f32_s32(x); }
 inline F load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-inline void store_f16(uint16_t* p, F x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 inline F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline F load_i8(const int8_t* p) {
     int32_t four;

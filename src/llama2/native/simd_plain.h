@@ -42,9 +42,6 @@ inline F scale_by_power_of_two(F x, F n) {
 inline F zero_where_below(F y, F x, F low) { return each<F>([&](int i) { return x.v[i] < low.v[i] ? 0.0f : y.v[i]; }); }
 inline F from_int(I x) { return each<F>([&](int i) { return float(x.v[i]); }); }
 inline F load_f16(const uint16_t* p) { return each<F>([&](int i) { return f16_to_f32(p[i]); }); }
-inline void store_f16(uint16_t* p, F x) {
-    for (int i = 0; i < kLanes; ++i) p[i] = f32_to_f16(x.v[i]);
-}
 inline F load_bf16(const uint16_t* p) { return each<F>([&](int i) { return bf16_to_f32(p[i]); }); }
 inline F load_i8(const int8_t* p) { return each<F>([&](int i) { return float(p[i]); }); }
 inline F load_u8(const uint8_t* p) { return each<F>([&](int i) { return float(p[i]); }); }
