@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,16 @@ def llama2_tokenizer() -> Tokenizer:
     data = json.loads(Path(__file__).with_name("data").joinpath("llama2_pieces.json").read_text(encoding="utf-8"))
     for token, piece in data["pieces"].items():
         pieces[int(token)], types[int(token)] = piece, NORMAL
+    scores = [0.0 if i < 259 else -1e9 if not piece.strip("▁") else 259.0 - i for i, piece in enumerate(pieces)]
+    return from_pieces(pieces, scores, types)
+
+
+def from_pieces(pieces: Sequence[str | bytes], scores: Sequence[float], types: Sequence[int]) -> Tokenizer:
+    """A SentencePiece vocabulary as GGUF describes it, with Llama 2's settings."""
     return from_vocabulary(
         "sentencepiece",
         pieces,
-        scores=[0.0 if i < 259 else -1e9 if not piece.strip("▁") else 259.0 - i for i, piece in enumerate(pieces)],
+        scores=scores,
         types=types,
         merges=None,
         pre=None,

@@ -12,8 +12,8 @@ from tokenizers import decoders, pre_tokenizers
 from llama2.text import tokenizer
 from llama2.text.dialog import Dialog, Message
 from llama2.text.template import known
-from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_tokenizer_json, from_vocabulary
-from texts import strings, train_bpe, train_sentencepiece
+from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_tokenizer_json
+from texts import from_pieces, strings, train_bpe, train_sentencepiece
 
 TEXTS = strings(1500)
 
@@ -48,20 +48,7 @@ def _from_gguf_parts(library: sentencepiece.SentencePieceProcessor) -> Tokenizer
     pieces = [library.id_to_piece(i) for i in ids]
     for symbol in ("<tool>", "▁▁▁"):
         types[pieces.index(symbol)] = 4
-    return from_vocabulary(
-        "sentencepiece",
-        [piece.encode() for piece in pieces],
-        scores=[library.get_score(i) for i in ids],
-        types=types,
-        merges=None,
-        pre=None,
-        bos_id=1,
-        eos_id=2,
-        unk_id=0,
-        add_bos=True,
-        add_eos=False,
-        add_space_prefix=True,
-    )
+    return from_pieces([piece.encode() for piece in pieces], [library.get_score(i) for i in ids], types)
 
 
 @pytest.mark.parametrize("pre", ["gpt2", "smollm", "llama-bpe"])

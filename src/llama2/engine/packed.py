@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from llama2.checkpoint import Checkpoint, Tensor
 from llama2.errors import EngineError
 from llama2.hub import store
+from llama2.native import default_threads
 
 Bytes = NDArray[np.uint8]
 
@@ -135,7 +136,7 @@ def _packed(wanted: Mapping[str, Tensor], sizes: Mapping[str, int], native: Modu
         native.pack(wanted[name].format, wanted[name].data, *wanted[name].shape, out)
         return name, out
 
-    threads = os.cpu_count() or 1
+    threads = default_threads()
     with ThreadPoolExecutor(threads) as pool:
         names = list(wanted)
         for start in range(0, len(names), threads):  # few at a time: only these are in memory
