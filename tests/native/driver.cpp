@@ -75,20 +75,10 @@ struct Matrix {
 
 void product(Line& line) {
     const Matrix matrix(line, false);
-    const Weight& w = matrix.weight;
-    const int64_t N = line.size(), groups = activation_groups(w.columns);
-    const auto x = receive<float>(N * w.columns);
-    std::vector<float> y(size_t(N * w.rows));
-    Buffer<ActivationGroup> activations;
-    activations.reserve(N * groups);
-    if (w.columns % 32 == 0)
-        for (int64_t t = 0; t < N; ++t)
-            quantize_activations(x.data() + t * w.columns, w.columns, activations.get() + t * groups);
-    for (int64_t p = 0; p < panels(w.rows); ++p)
-        panel_product(w, p, {x.data(), activations.get(), w.columns}, 0, N, [&](int64_t t, const float* result) {
-            const int64_t row = p * simd::kLanes, count = std::min<int64_t>(simd::kLanes, w.rows - row);
-            std::copy(result, result + count, y.begin() + t * w.rows + row);
-        });
+    const int64_t N = line.size();
+    const auto x = receive<float>(N * matrix.weight.columns);
+    std::vector<float> y(size_t(N * matrix.weight.rows));
+    llama2::product(matrix.weight, x.data(), N, y.data());
     answer(y);
 }
 

@@ -29,7 +29,7 @@ from llama2.native import default_threads
 Bytes = NDArray[np.uint8]
 
 #: Raised whenever native/packed.h changes what it writes.
-LAYOUT = 2
+LAYOUT = 3
 _MAGIC = b"llama2 packed weights\n".ljust(24, b"\0")
 _DEFAULT_LIMIT = 32 << 30
 

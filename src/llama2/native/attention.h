@@ -8,7 +8,9 @@
 // of that depends on which other queries are computed beside it.
 #pragma once
 
+#include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -29,10 +31,15 @@ inline void clear_partial(float* p, int64_t head_size) {
     std::memset(p + 1, 0, size_t(simd::kLanes + head_size) * 4);
 }
 
-// One tile for M queries (each of `query_size` floats, scaled by 1/√E) that all see its first `count` keys.
-template <int M>
-void attend_tile(const float* const* queries, float* const* partials, const uint16_t* keys, const uint16_t* values,
-                 int64_t query_size, int64_t head_size, int count) {
+inline simd::F load_number(const uint16_t* p) { return simd::load_f16(p); }
+inline simd::F load_number(const float* p) { return simd::load(p); }
+
+// One tile for M queries (each of `query_size` floats, scaled by 1/√E), of which query m sees the first counts[m] > 0
+// keys, and never fewer than the one before it. `Number` is half precision, or float for keys and values converted
+// beforehand, which changes no bit.
+template <int M, class Number>
+void attend_tile(const float* const* queries, float* const* partials, const Number* keys, const Number* values,
+                 int64_t query_size, int64_t head_size, const int* counts) {
     using namespace simd;
     constexpr int vectors = kBlock / kLanes;
     const float infinity = std::numeric_limits<float>::infinity();
@@ -48,7 +55,7 @@ void attend_tile(const float* const* queries, float* const* partials, const uint
         for (int64_t e = 0; e < query_size; ++e) {
             F key[strip];
             LLAMA2_UNROLL
-            for (int v = 0; v < strip; ++v) key[v] = load_f16(keys + e * kBlock + (first + v) * kLanes);
+            for (int v = 0; v < strip; ++v) key[v] = load_number(keys + e * kBlock + (first + v) * kLanes);
             LLAMA2_UNROLL
             for (int m = 0; m < M; ++m) {
                 const F q = set(queries[m][e]);
@@ -64,21 +71,25 @@ void attend_tile(const float* const* queries, float* const* partials, const uint
     }
     for (int m = 0; m < M; ++m) {
         float* p = partials[m];
-        for (int t = count; t < kBlock; ++t) weights[m][t] = -infinity;
-        float maximum = p[0];
-        for (int t = 0; t < count; ++t) maximum = weights[m][t] > maximum ? weights[m][t] : maximum;
+        for (int t = counts[m]; t < kBlock; ++t) weights[m][t] = -infinity;
+        F largest = set(-infinity);
+        for (int v = 0; v < vectors; ++v) largest = max(load(weights[m] + v * kLanes), largest);
+        float maximum = std::max(p[0], largest_lane(largest));
         if (maximum == -infinity) maximum = 0;
-        const F shrink = exp(set(p[0] - maximum));
-        p[0] = maximum;
-        F sums = mul(load(p + 1), shrink);
+        F sums = load(p + 1);
+        if (p[0] != maximum) {
+            const F shrink = exp(set(p[0] - maximum));
+            p[0] = maximum;
+            sums = mul(sums, shrink);
+            float* out = p + 1 + kLanes;
+            for (int64_t e = 0; e < head_size; e += kLanes) store(out + e, mul(load(out + e), shrink));
+        }
         for (int v = 0; v < vectors; ++v) {
             const F weight = exp(sub(load(weights[m] + v * kLanes), set(maximum)));
             store(weights[m] + v * kLanes, weight);
             sums = add(sums, weight);
         }
         store(p + 1, sums);
-        float* out = p + 1 + kLanes;
-        for (int64_t e = 0; e < head_size; e += kLanes) store(out + e, mul(load(out + e), shrink));
     }
     constexpr int wide = M * 4 <= 16 ? 4 : (M * 2 <= 16 ? 2 : 1);
     const auto accumulate = [&](int64_t e, auto width) {
@@ -89,10 +100,10 @@ void attend_tile(const float* const* queries, float* const* partials, const uint
             LLAMA2_UNROLL
             for (int v = 0; v < W; ++v) sum[m][v] = load(partials[m] + 1 + kLanes + e + v * kLanes);
         }
-        for (int t = 0; t < count; ++t) {
+        for (int t = 0; t < counts[0]; ++t) {
             F value[W];
             LLAMA2_UNROLL
-            for (int v = 0; v < W; ++v) value[v] = load_f16(values + t * head_size + e + v * kLanes);
+            for (int v = 0; v < W; ++v) value[v] = load_number(values + t * head_size + e + v * kLanes);
             LLAMA2_UNROLL
             for (int m = 0; m < M; ++m) {
                 const F weight = set(weights[m][t]);
@@ -102,6 +113,12 @@ void attend_tile(const float* const* queries, float* const* partials, const uint
         }
         LLAMA2_UNROLL
         for (int m = 0; m < M; ++m) {
+            for (int t = counts[0]; t < counts[m]; ++t) {
+                const F weight = set(weights[m][t]);
+                LLAMA2_UNROLL
+                for (int v = 0; v < W; ++v)
+                    sum[m][v] = fma(weight, load_number(values + t * head_size + e + v * kLanes), sum[m][v]);
+            }
             LLAMA2_UNROLL
             for (int v = 0; v < W; ++v) store(partials[m] + 1 + kLanes + e + v * kLanes, sum[m][v]);
         }
@@ -109,6 +126,11 @@ void attend_tile(const float* const* queries, float* const* partials, const uint
     int64_t e = 0;
     for (; e + wide * kLanes <= head_size; e += wide * kLanes) accumulate(e, std::integral_constant<int, wide>{});
     for (; e < head_size; e += kLanes) accumulate(e, std::integral_constant<int, 1>{});
+}
+
+// Half precision to floats; `count` divides into vectors.
+inline void convert(const uint16_t* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += simd::kLanes) simd::store(to + i, simd::load_f16(from + i));
 }
 
 // total ← total merged with part, in place. Either may be empty.

@@ -31,9 +31,9 @@ struct FormatInfo {
     Format format;
     int block;   // columns
     int bytes;   // of a block
-    int bits;    // of q when packed: 4 or 8; 0 for floats
+    int bits;    // of q when packed: 4, 5, 6 or 8; 0 for floats
     int group;   // columns that share a scale
-    int offset;  // subtracted from a 4-bit q; an 8-bit q is signed already
+    int offset;  // subtracted from a q of fewer bits; an 8-bit q is signed already
     Scales scales;
 };
 
@@ -43,14 +43,14 @@ inline constexpr FormatInfo kFormats[] = {
     {"BF16", Format::BF16, 1, 2, 0, 0, 0, Scales::none},
     {"Q4_0", Format::Q4_0, 32, 18, 4, 32, 8, Scales::half},
     {"Q4_1", Format::Q4_1, 32, 20, 4, 32, 0, Scales::half_min},
-    {"Q5_0", Format::Q5_0, 32, 22, 8, 32, 0, Scales::half},
-    {"Q5_1", Format::Q5_1, 32, 24, 8, 32, 0, Scales::half_min},
+    {"Q5_0", Format::Q5_0, 32, 22, 5, 32, 16, Scales::half},
+    {"Q5_1", Format::Q5_1, 32, 24, 5, 32, 0, Scales::half_min},
     {"Q8_0", Format::Q8_0, 32, 34, 8, 32, 0, Scales::half},
     {"Q2_K", Format::Q2_K, 256, 84, 4, 16, 0, Scales::super_min},
     {"Q3_K", Format::Q3_K, 256, 110, 4, 16, 4, Scales::super},
     {"Q4_K", Format::Q4_K, 256, 144, 4, 32, 0, Scales::super_min},
-    {"Q5_K", Format::Q5_K, 256, 176, 8, 32, 0, Scales::super_min},
-    {"Q6_K", Format::Q6_K, 256, 210, 8, 16, 0, Scales::super},
+    {"Q5_K", Format::Q5_K, 256, 176, 5, 32, 0, Scales::super_min},
+    {"Q6_K", Format::Q6_K, 256, 210, 6, 16, 32, Scales::super},
 };
 
 inline const FormatInfo& info(Format format) { return kFormats[size_t(format)]; }
@@ -112,7 +112,6 @@ inline void unpack(Format format, const uint8_t* p, Fields& f) {
         case Format::Q5_0:
             f.d = load_u16(p);
             unpack_nibbles(p + 6, f.q), unpack_fifth_bits(p + 2, f.q);
-            for (int j = 0; j < 32; ++j) f.q[j] = int8_t(f.q[j] - 16);
             return;
         case Format::Q5_1:
             f.d = load_u16(p), f.m = load_u16(p + 2);
@@ -160,7 +159,7 @@ inline void unpack(Format format, const uint8_t* p, Fields& f) {
                 const int half = i / 128, quarter = i / 32 % 4, l = i % 32;
                 const int four = (p[half * 64 + quarter % 2 * 32 + l] >> (quarter / 2 * 4)) & 15;
                 const int two = (p[128 + half * 32 + l] >> (quarter * 2)) & 3;
-                f.q[i] = int8_t((four | two << 4) - 32);
+                f.q[i] = int8_t(four | two << 4);
             }
             return;
         default: throw std::invalid_argument("not a quantised format");

@@ -62,34 +62,34 @@ inline double read_bandwidth(int threads, double seconds) {
 }
 
 // Operations a second (a multiplication and an addition are two) of 8-bit dot products with operands in the first
-// cache: a tile of 4 weight vectors by 4 tokens, as an ideal matrix product would run.
+// cache: a tile of kPanels panels by 6 tokens, as an ideal matrix product would run.
 inline double int8_gemm_rate(int threads, double seconds) {
-    constexpr int depth = 64, wide = 4, tall = 4;
+    constexpr int depth = 16, quads = 4, tall = 6;
+    using Vector = uint8_t[4 * simd::kLanes];
     std::atomic<int64_t> sink{0};
     return rate(threads, seconds, [&](int) {
-        alignas(64) static thread_local uint8_t weights[depth * wide * 4 * simd::kLanes];
-        alignas(64) static thread_local int32_t tokens[depth * tall];
-        simd::I acc[wide][tall];
+        alignas(64) static thread_local Vector weights[depth][simd::kPanels][quads];
+        alignas(64) static thread_local int8_t tokens[depth][tall][4 * quads];
+        simd::I acc[tall][simd::kPanels];
         for (auto& row : acc)
             for (auto& a : row) a = simd::set_int(0);
-        for (int repeat = 0; repeat < 200; ++repeat)
+        for (int repeat = 0; repeat < 800; ++repeat)
             for (int k = 0; k < depth; ++k) {
-                simd::B w[wide];
+                simd::B w[simd::kPanels][quads];
                 LLAMA2_UNROLL
-                for (int i = 0; i < wide; ++i) w[i] = simd::load_bytes(weights + (k * wide + i) * 4 * simd::kLanes);
-                LLAMA2_UNROLL
-                for (int i = 0; i < wide; ++i) {
+                for (int p = 0; p < simd::kPanels; ++p) {
                     LLAMA2_UNROLL
-                    for (int j = 0; j < tall; ++j) acc[i][j] = simd::dot4<8>(acc[i][j], w[i], tokens[k * tall + j]);
+                    for (int q = 0; q < quads; ++q) w[p][q] = simd::load_bytes(weights[k][p][q]);
                 }
+                const simd::B* panels[simd::kPanels];
+                const int8_t* x[tall];
+                for (int p = 0; p < simd::kPanels; ++p) panels[p] = w[p];
+                for (int t = 0; t < tall; ++t) x[t] = tokens[k][t];
+                simd::dot<8, quads, simd::kPanels, tall>(acc, panels, x);
             }
-        int32_t lanes[simd::kLanes];
         for (auto& row : acc)
-            for (auto& a : row) {
-                simd::store_int(lanes, a);
-                sink += lanes[0];
-            }
-        return 200.0 * depth * wide * tall * simd::kLanes * 4 * 2;
+            for (auto& a : row) sink += simd::sum_lanes(a);
+        return 800.0 * depth * tall * simd::kPanels * simd::kLanes * quads * 4 * 2;
     });
 }
 

@@ -6,8 +6,11 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <type_traits>
+#include <utility>
 
+#include "buffer.h"
 #include "packed.h"
 
 namespace llama2 {
@@ -29,7 +32,7 @@ static_assert(sizeof(ActivationGroup) == 64);
 // cuts the Kullback–Leibler divergence of the logits to a third, for two groups more a product.
 constexpr int kRefined = 2;
 
-// Groups a token has: one for every 32 columns, then the refining ones.
+// Groups a token has: one for every 32 columns, then the refining ones, by place.
 inline int64_t activation_groups(int64_t columns) { return columns / 32 + kRefined; }
 
 // A group with a NaN or an infinity gets NaN scales, so that nothing hides it.
@@ -39,9 +42,7 @@ inline void quantize_group(const float* x, int64_t place, ActivationGroup& out) 
     out.place = int32_t(place);
     I largest = set_int(0);
     for (int i = 0; i < 32; i += kLanes) largest = max_int(largest, magnitude_bits(load(x + i)));
-    int32_t lanes[kLanes], bits = 0;
-    store_int(lanes, largest);
-    for (const int32_t lane : lanes) bits = lane > bits ? lane : bits;
+    const int32_t bits = largest_lane(largest);
     if (bits >= 0x7f800000) {
         out.scale = out.sum = out.half[0] = out.half[1] = std::numeric_limits<float>::quiet_NaN();
         return;
@@ -51,120 +52,279 @@ inline void quantize_group(const float* x, int64_t place, ActivationGroup& out) 
     out.scale = magnitude / 127.0f;
     const F inverse = set(127.0f / magnitude);
     for (int i = 0; i < 32; i += kLanes) store_i8(out.q + i, to_int(mul(load(x + i), inverse)));
-    int32_t sums[2] = {0, 0};
-    for (int i = 0; i < 32; ++i) sums[i / 16] += out.q[i];
+    const int32_t sums[] = {sum_of_16(out.q), sum_of_16(out.q + 16)};
     out.negative_sum = -(sums[0] + sums[1]);
     out.sum = out.scale * float(sums[0] + sums[1]);
     for (int h = 0; h < 2; ++h) out.negative_half[h] = -sums[h], out.half[h] = out.scale * float(sums[h]);
 }
 
-// x: (columns) → groups: (activation_groups(columns))
-inline void quantize_activations(const float* x, int64_t columns, ActivationGroup* groups) {
+// x: (columns) → group g of the token at groups[g · stride], for its activation_groups(columns).
+inline void quantize_activations(const float* x, int64_t columns, ActivationGroup* groups, int64_t stride) {
     const int64_t count = columns / 32;
-    for (int64_t g = 0; g < count; ++g) quantize_group(x + g * 32, g, groups[g]);
-    ActivationGroup* refining = groups + count;
+    int64_t places[kRefined];
+    float scales[kRefined];
+    for (int n = 0; n < kRefined; ++n) places[n] = 0, scales[n] = -1;
+    for (int64_t g = 0; g < count; ++g) {
+        ActivationGroup& group = groups[g * stride];
+        quantize_group(x + g * 32, g, group);
+        // The largest so far, largest first; the earlier of equal ones.
+        int n = kRefined;
+        for (; n > 0 && group.scale > scales[n - 1]; --n)
+            if (n < kRefined) scales[n] = scales[n - 1], places[n] = places[n - 1];
+        if (n < kRefined) scales[n] = group.scale, places[n] = g;
+    }
+    std::sort(places, places + kRefined);
     for (int n = 0; n < kRefined; ++n) {
-        int64_t largest = -1;
-        for (int64_t g = 0; g < count; ++g) {
-            bool refined = false;
-            for (int i = 0; i < n; ++i) refined |= refining[i].place == g;
-            if (!refined && (largest < 0 || groups[g].scale > groups[largest].scale)) largest = g;
-        }
+        const ActivationGroup& group = groups[places[n] * stride];
         alignas(64) float rest[32] = {};
-        for (int i = 0; largest >= 0 && i < 32; ++i)
-            rest[i] = x[largest * 32 + i] - groups[largest].scale * float(groups[largest].q[i]);
-        quantize_group(rest, std::max<int64_t>(largest, 0), refining[n]);
+        if (n == 0 || places[n] != places[n - 1])  // there may be fewer groups
+            for (int i = 0; i < 32; ++i) rest[i] = x[places[n] * 32 + i] - group.scale * float(group.q[i]);
+        quantize_group(rest, places[n], groups[(count + n) * stride]);
     }
 }
 
-constexpr int64_t kAhead = 4096;
+// Activations are kept in blocks of tokens; within a block group by group, so that what a product needs for one group
+// of columns stands together.
+constexpr int64_t kTokenBlock = 64;
+inline int64_t token_blocks(int64_t tokens) { return (tokens + kTokenBlock - 1) / kTokenBlock; }
+
+// Tokens on their way into a product: as floats, and quantised (where the columns divide into groups).
+struct Activations {
+    const float* floats;  // (N, columns)
+    // Block by block (n tokens): (activation_groups(columns), n)
+    const ActivationGroup* groups;
+    // Block by block: its kRefined · n refining groups by place, as indices into them.
+    const uint8_t* refining;
+    int64_t tokens, columns;
+
+    int64_t block_start(int64_t block) const { return block * kTokenBlock; }
+    int64_t block_size(int64_t block) const { return std::min(kTokenBlock, tokens - block_start(block)); }
+    const ActivationGroup* block_groups(int64_t block) const {
+        return groups + block_start(block) * activation_groups(columns);
+    }
+};
+static_assert(kTokenBlock * kRefined <= 256);
+
+// The memory behind Activations, and its making: every token by itself, then every block by itself.
+class ActivationBuffer {
+public:
+    void reserve(int64_t tokens, int64_t columns) {
+        tokens_ = tokens, columns_ = columns;
+        groups_.reserve(tokens * activation_groups(columns));
+        refining_.reserve(tokens * kRefined);
+    }
+    void quantize(int64_t token, const float* x) {
+        if (columns_ % 32) return;
+        const int64_t start = token / kTokenBlock * kTokenBlock, size = std::min(kTokenBlock, tokens_ - start);
+        quantize_activations(x, columns_, groups_.get() + start * activation_groups(columns_) + (token - start), size);
+    }
+    // After all tokens of the block.
+    void order(int64_t block) {
+        if (columns_ % 32) return;
+        const int64_t start = block * kTokenBlock, size = std::min(kTokenBlock, tokens_ - start);
+        const ActivationGroup* g = groups_.get() + start * activation_groups(columns_) + columns_ / 32 * size;
+        uint8_t* out = refining_.get() + start * kRefined;
+        counts_.assign(size_t(columns_ / 32) + 1, 0);
+        for (int64_t i = 0; i < size * kRefined; ++i) ++counts_[size_t(g[i].place) + 1];
+        std::partial_sum(counts_.begin(), counts_.end(), counts_.begin());
+        for (int64_t i = 0; i < size * kRefined; ++i) out[counts_[size_t(g[i].place)]++] = uint8_t(i);
+    }
+    Activations view(const float* floats) const {
+        return {floats, groups_.get(), refining_.get(), tokens_, columns_};
+    }
+
+private:
+    Buffer<ActivationGroup> groups_;
+    Buffer<uint8_t> refining_;
+    std::vector<int32_t> counts_;
+    int64_t tokens_ = 0, columns_ = 0;
+};
 
 constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
-// One panel times M tokens. x[m] points to a token's groups; y: (M, kLanes).
+// One group of columns of a panel, unpacked: what it adds to a token's sums is
 //
-//     y[m][r] = Σ_g  s[g][r] · scale[m][g] · (Σ_k w·q − offset·Σ_k q)   (+ minimum[g][r] · sum[m][g])
-//
-// over the groups in order, and then the refining ones. For one token the memory is the limit: each group asks for its
-// share of the stream kAhead bytes further on.
-template <Format format, int M>
-void packed_product(const uint8_t* panel, const Panel& part, int64_t columns, const ActivationGroup* const* x,
-                    float* y) {
-    using namespace simd;
-    constexpr const FormatInfo& f = kFormats[size_t(format)];
-    constexpr bool super = f.scales == Scales::super || f.scales == Scales::super_min;
-    constexpr bool has_min = f.scales == Scales::half_min || f.scales == Scales::super_min;
-    constexpr int halves = 32 / f.group;  // groups of the format in 32 columns
-    constexpr int quads = f.group / 4;    // dot products a group
-    constexpr int vectors = f.bits == 4 ? quads / 2 : quads;
-    constexpr int offset = f.bits == 8 ? kByteBias : f.offset;
-    constexpr int scale_bytes = (super ? 1 : 2) * (has_min ? 2 : 1) * kLanes * halves;
-    constexpr int record = f.bits * kLanes * 4 + scale_bytes;  // of 32 columns
-    const uint8_t *weights = panel + part.weights, *scales = panel + part.scales, *minima = panel + part.minima;
-    const uint16_t *d_at = (const uint16_t*)(panel + part.d), *dmin_at = (const uint16_t*)(panel + part.dmin);
+//     y[r] += s[r] · scale · (Σ_k w·q − offset·Σ_k q)   (+ minimum[r] · sum)
+template <Format format> class PanelGroup {
+    static constexpr const FormatInfo& f = kFormats[size_t(format)];
+    static constexpr bool super = f.scales == Scales::super || f.scales == Scales::super_min;
+    static constexpr bool has_min = f.scales == Scales::half_min || f.scales == Scales::super_min;
+    static constexpr int quads = f.group / 4;  // vectors of unpacked weights
+    static constexpr int nibbles = f.bits == 8 ? quads : quads / 2;
+    static constexpr int vectors = nibbles + (f.bits == 5 || f.bits == 6);
+    static constexpr int offset = f.bits == 8 ? simd::kByteBias : f.offset;
 
-    // Half `half` of columns g32·32 …, for `count` tokens with their activations in a[m].
-    const auto accumulate = [&](int64_t g32, int half, const ActivationGroup* const* a, F* acc, auto count) {
-        const int64_t g = g32 * halves + half;
-        F s, minimum = zero();
+public:
+    static constexpr int halves = 32 / f.group;  // groups in 32 columns
+    static constexpr int record =                // bytes of 32 columns
+        (vectors * 4 + (super ? 1 : 2) * (has_min ? 2 : 1)) * simd::kLanes * halves;
+
+    LLAMA2_INLINE PanelGroup(const uint8_t* panel, const Panel& part, int64_t g) {
+        using namespace simd;
+        const uint8_t *scales = panel + part.scales, *minima = panel + part.minima;
         if constexpr (!super) {
-            s = load_f16((const uint16_t*)scales + g * kLanes);
-            if constexpr (has_min) minimum = load_f16((const uint16_t*)minima + g * kLanes);
+            scale_ = load_f16((const uint16_t*)scales + g * kLanes);
+            if constexpr (has_min) minimum_ = load_f16((const uint16_t*)minima + g * kLanes);
         } else {
-            s = mul(load_f16(d_at + g32 / 8 * kLanes), load_i8((const int8_t*)scales + g * kLanes));
+            const int64_t d = g / (256 / f.group) * kLanes;
+            scale_ = mul(load_f16((const uint16_t*)(panel + part.d) + d), load_i8((const int8_t*)scales + g * kLanes));
             if constexpr (has_min)
-                minimum = sub(zero(), mul(load_f16(dmin_at + g32 / 8 * kLanes), load_u8(minima + g * kLanes)));
+                minimum_ = sub(zero(), mul(load_f16((const uint16_t*)(panel + part.dmin) + d),
+                                           load_u8(minima + g * kLanes)));
         }
-        B weight[quads];
+        const uint8_t* at = panel + part.weights + g * vectors * 4 * kLanes;
         LLAMA2_UNROLL
-        for (int j = 0; j < vectors; ++j) {
-            const B bytes = load_bytes(weights + (g * vectors + j) * 4 * kLanes);
-            if constexpr (f.bits == 4) weight[2 * j] = low(bytes), weight[2 * j + 1] = high(bytes);
-            else weight[j] = bytes;
+        for (int j = 0; j < nibbles; ++j) {
+            const B bytes = load_bytes(at + j * 4 * kLanes);
+            if constexpr (f.bits == 8) weight_[j] = bytes;
+            else weight_[2 * j] = low(bytes), weight_[2 * j + 1] = high(bytes);
         }
+        if constexpr (f.bits == 5 || f.bits == 6) merge_high(load_bytes(at + nibbles * 4 * kLanes));
+    }
+
+    // y[m] += what P panels have to add to the sums of M tokens: (M, kPanels, kLanes). `half` says which 16 columns of
+    // the tokens' groups these are, where the format's groups have 16.
+    template <int P, int M>
+    static LLAMA2_INLINE void add(const PanelGroup* const* panels, const ActivationGroup* const* a, int half,
+                                  float* const* y) {
+        using namespace simd;
+        I dots[M][P];
+        const B* weights[P];
+        const int8_t* x[M];
         LLAMA2_UNROLL
-        for (int m = 0; m < decltype(count)::value; ++m) {
-            I dots = set_int(0);
-            if constexpr (offset != 0) {
-                const int32_t negative = halves == 1 ? a[m]->negative_sum : a[m]->negative_half[half];
-                dots = shift_left<log2_of(offset)>(set_int(negative));
-            }
+        for (int p = 0; p < P; ++p) weights[p] = panels[p]->weight_;
+        LLAMA2_UNROLL
+        for (int m = 0; m < M; ++m) {
+            x[m] = a[m]->q + half * 16;
             LLAMA2_UNROLL
-            for (int j = 0; j < quads; ++j) {
-                int32_t four;
-                std::memcpy(&four, a[m]->q + half * 16 + 4 * j, 4);
-                dots = dot4<f.bits>(dots, weight[j], four);
+            for (int p = 0; p < P; ++p) {
+                dots[m][p] = set_int(0);
+                if constexpr (offset != 0)
+                    dots[m][p] = shift_left<log2_of(offset)>(
+                        set_int(halves == 1 ? a[m]->negative_sum : a[m]->negative_half[half]));
             }
-            acc[m] = fma(from_int(dots), mul(s, set(a[m]->scale)), acc[m]);
-            if constexpr (has_min) acc[m] = fma(minimum, set(halves == 1 ? a[m]->sum : a[m]->half[half]), acc[m]);
+        }
+        dot<f.bits, quads, P, M>(dots, weights, x);
+        LLAMA2_UNROLL
+        for (int m = 0; m < M; ++m) {
+            const F scale = set(a[m]->scale), sum = set(halves == 1 ? a[m]->sum : a[m]->half[half]);
+            LLAMA2_UNROLL
+            for (int p = 0; p < P; ++p) {
+                F sums = fma(from_int(dots[m][p]), mul(panels[p]->scale_, scale), load(y[m] + p * kLanes));
+                if constexpr (has_min) sums = fma(panels[p]->minimum_, sum, sums);
+                store(y[m] + p * kLanes, sums);
+            }
+        }
+    }
+
+private:
+    LLAMA2_INLINE void merge_high(simd::B high) {
+        constexpr int step = f.bits - 4, mask = f.bits == 5 ? 0x10 : 0x30;
+        const auto one = [&]<int j>(std::integral_constant<int, j>) {
+            weight_[j] = simd::merge<4 - step * j, mask>(weight_[j], high);
+        };
+        [&]<int... j>(std::integer_sequence<int, j...>) {
+            (one(std::integral_constant<int, j>{}), ...);
+        }(std::make_integer_sequence<int, quads>{});
+    }
+
+    simd::B weight_[quads];
+    simd::F scale_, minimum_;
+};
+
+constexpr int64_t kTile = simd::kPanels * simd::kLanes;  // sums of one token
+constexpr int64_t kAhead = 4096;
+
+// One panel times one token. Memory is the limit: each group asks for its share of the stream kAhead bytes further on.
+// a: the token's groups, the refining ones last. y: (kLanes)
+template <Format format>
+void token_product(const uint8_t* panel, const Panel& part, int64_t columns, const ActivationGroup* a, float* y) {
+    using namespace simd;
+    using Group = PanelGroup<format>;
+    alignas(64) float sums[kLanes] = {};
+    const uint8_t* ahead = panel + kAhead;
+    const int64_t count = columns / 32;
+    const auto add = [&](int64_t place, const ActivationGroup& group) {
+        LLAMA2_UNROLL
+        for (int half = 0; half < Group::halves; ++half) {
+            const Group one(panel, part, place * Group::halves + half);
+            const Group* groups[] = {&one};
+            const ActivationGroup* a[] = {&group};
+            float* y[] = {sums};
+            Group::template add<1, 1>(groups, a, half, y);
         }
     };
-
-    const uint8_t* ahead = panel + kAhead;
-    F acc[M];
-    LLAMA2_UNROLL
-    for (int m = 0; m < M; ++m) acc[m] = zero();
-    for (int64_t g32 = 0; g32 < columns / 32; ++g32) {
-        if constexpr (M == 1) {
-            LLAMA2_UNROLL
-            for (int i = 0; i < record; i += 64) prefetch(ahead + i);
-            ahead += record;
-        }
-        const ActivationGroup* a[M];
+    for (int64_t g = 0; g < count; ++g) {
         LLAMA2_UNROLL
-        for (int m = 0; m < M; ++m) a[m] = x[m] + g32;
-        LLAMA2_UNROLL
-        for (int half = 0; half < halves; ++half) accumulate(g32, half, a, acc, std::integral_constant<int, M>{});
+        for (int i = 0; i < Group::record; i += 64) prefetch(ahead + i);
+        ahead += Group::record;
+        add(g, a[g]);
     }
-    LLAMA2_UNROLL
-    for (int m = 0; m < M; ++m) {
-        for (int n = 0; n < kRefined; ++n) {
-            const ActivationGroup* refining = x[m] + columns / 32 + n;
-            LLAMA2_UNROLL
-            for (int half = 0; half < halves; ++half)
-                accumulate(refining->place, half, &refining, acc + m, std::integral_constant<int, 1>{});
+    for (int64_t g = count; g < count + kRefined; ++g) add(a[g].place, a[g]);
+    store(y, load(sums));
+}
+
+// Does the M things from t on if there are as many.
+template <int M, class Product> LLAMA2_INLINE bool tile_of(int64_t& t, int64_t end, Product&& product) {
+    if (end - t < M) return false;
+    product(std::integral_constant<int, M>{}, t);
+    t += M;
+    return true;
+}
+
+// P panels (1 or 2) times the tokens of a block, columns 32·first … 32·last. Unpacked once, a group of weights meets
+// every token, whose sums wait in y: (tokens, kPanels, kLanes).
+template <Format format, int P>
+void block_product(const uint8_t* panel, const Panel& part, const ActivationGroup* a, int64_t tokens, int64_t first,
+                   int64_t last, float* y) {
+    using Group = PanelGroup<format>;
+    for (int64_t g = first; g < last; ++g) {
+        LLAMA2_UNROLL
+        for (int half = 0; half < Group::halves; ++half) {
+            const Group one(panel, part, g * Group::halves + half);
+            const Group other(panel + (P - 1) * part.bytes, part, g * Group::halves + half);
+            const Group* groups[] = {&one, &other};
+            int64_t t = 0;
+            const auto tile = [&](auto size, int64_t from) {
+                constexpr int M = size;
+                const ActivationGroup* at[M];
+                float* sums[M];
+                LLAMA2_UNROLL
+                for (int m = 0; m < M; ++m) at[m] = a + g * tokens + from + m, sums[m] = y + (from + m) * kTile;
+                Group::template add<P, M>(groups, at, half, sums);
+            };
+            while (tile_of<simd::kTokens>(t, tokens, tile)) {}
+            while (tile_of<1>(t, tokens, tile)) {}
         }
-        store(y + m * kLanes, acc[m]);
+    }
+}
+
+// Likewise the refining groups at `a` in the order given: (tokens · kRefined).
+template <Format format, int P>
+void block_refinement(const uint8_t* panel, const Panel& part, const ActivationGroup* a, const uint8_t* order,
+                      int64_t tokens, float* y) {
+    using Group = PanelGroup<format>;
+    for (int64_t i = 0, end; i < tokens * kRefined; i = end) {
+        const int64_t g = a[order[i]].place;
+        for (end = i + 1; end < tokens * kRefined && a[order[end]].place == g;) ++end;
+        LLAMA2_UNROLL
+        for (int half = 0; half < Group::halves; ++half) {
+            const Group one(panel, part, g * Group::halves + half);
+            const Group other(panel + (P - 1) * part.bytes, part, g * Group::halves + half);
+            const Group* groups[] = {&one, &other};
+            int64_t k = i;
+            const auto tile = [&](auto size, int64_t from) {
+                constexpr int M = size;
+                const ActivationGroup* at[M];
+                float* sums[M];
+                LLAMA2_UNROLL
+                for (int m = 0; m < M; ++m)
+                    at[m] = a + order[from + m], sums[m] = y + order[from + m] % tokens * kTile;
+                Group::template add<P, M>(groups, at, half, sums);
+            };
+            while (tile_of<simd::kTokens>(k, end, tile)) {}
+            while (tile_of<1>(k, end, tile)) {}
+        }
     }
 }
 
@@ -228,62 +388,115 @@ struct Weight {
     int64_t bytes() const { return packed() ? packed_bytes(format, rows, columns) : rows * row_bytes(format, columns); }
 };
 
-// Tokens on their way into a product: as floats, and quantised (where the columns divide into groups).
-struct Activations {
-    const float* floats;            // (N, columns)
-    const ActivationGroup* groups;  // (N, activation_groups(columns))
-    int64_t columns;
+// kLanes sums for each of up to kUnitPanels panels and each token of a block.
+constexpr int kUnitPanels = 8;
+static_assert(kUnitPanels % simd::kPanels == 0);
+class Results {
+public:
+    const float* at(int64_t panel, int64_t token) const { return y_[panel / simd::kPanels][token][panel % simd::kPanels]; }
+    float* at(int64_t panel, int64_t token) { return y_[panel / simd::kPanels][token][panel % simd::kPanels]; }
+
+private:
+    alignas(64) float y_[kUnitPanels / simd::kPanels][kTokenBlock][simd::kPanels][simd::kLanes];
 };
 
-template <int M, class Product> inline bool tile_of(int64_t& t, int64_t end, Product&& product) {
-    if (end - t < M) return false;
-    product(std::integral_constant<int, M>{}, t);
-    t += M;
-    return true;
+// Columns that many tokens take at a time, so that their activations stay in the second cache from panel to panel.
+constexpr int64_t kSegment = 64;  // groups
+
+template <Format format>
+void packed_results(const Weight& w, int64_t first, int64_t count, const Activations& x, int64_t block, Results& out) {
+    using simd::kPanels;
+    const int64_t tokens = x.block_size(block), groups = w.columns / 32;
+    const uint8_t* data = w.data + first * w.panel.bytes;
+    const ActivationGroup* a = x.block_groups(block);
+    if (tokens == 1) {
+        for (int64_t p = 0; p < count; ++p)
+            token_product<format>(data + p * w.panel.bytes, w.panel, w.columns, a, out.at(p, 0));
+        return;
+    }
+    const auto each = [&](auto&& product) {
+        int64_t p = 0;
+        for (; p + kPanels <= count; p += kPanels)
+            product(std::integral_constant<int, kPanels>{}, data + p * w.panel.bytes, out.at(p, 0));
+        for (; p < count; ++p) product(std::integral_constant<int, 1>{}, data + p * w.panel.bytes, out.at(p, 0));
+    };
+    each([&](auto, const uint8_t*, float* y) { std::memset(y, 0, size_t(tokens * kTile) * 4); });
+    for (int64_t g = 0; g < groups; g += kSegment)
+        each([&](auto P, const uint8_t* panel, float* y) {
+            block_product<format, P>(panel, w.panel, a, tokens, g, std::min(g + kSegment, groups), y);
+        });
+    each([&](auto P, const uint8_t* panel, float* y) {
+        block_refinement<format, P>(panel, w.panel, a + groups * tokens,
+                                    x.refining + x.block_start(block) * kRefined, tokens, y);
+    });
 }
 
-// Rows panel·kLanes … of `w` times tokens first…end; write(token, y) takes each token's kLanes results.
-template <class Write>
-void panel_product(const Weight& w, int64_t panel, const Activations& x, int64_t first, int64_t end, Write&& write) {
-    const uint8_t* data = w.data + panel * w.panel.bytes;
-    const int64_t rows = w.rows - panel * simd::kLanes;
-    const auto tile = [&](auto size, int64_t t) {
-        constexpr int M = size;
-        alignas(64) float y[M * simd::kLanes];
-        const auto packed = [&](auto format) {
-            const ActivationGroup* at[M];
-            for (int m = 0; m < M; ++m) at[m] = x.groups + (t + m) * activation_groups(x.columns);
-            packed_product<decltype(format)::value, M>(data, w.panel, w.columns, at, y);
-        };
-        const auto plain = [&](auto format) {
+template <Format format>
+void plain_results(const Weight& w, int64_t first, int64_t count, const Activations& x, int64_t block, Results& out) {
+    for (int64_t p = 0; p < count; ++p) {
+        const uint8_t* data = w.data + (first + p) * w.panel.bytes;
+        const auto tile = [&](auto size, int64_t t) {
+            constexpr int M = size;
+            alignas(64) float y[M * simd::kLanes];
             const float* at[M];
-            for (int m = 0; m < M; ++m) at[m] = x.floats + (t + m) * x.columns;
-            plain_product<decltype(format)::value, M>(data, rows, w.columns, at, y);
+            for (int m = 0; m < M; ++m) at[m] = x.floats + (x.block_start(block) + t + m) * x.columns;
+            plain_product<format, M>(data, w.rows - (first + p) * simd::kLanes, w.columns, at, y);
+            for (int m = 0; m < M; ++m) simd::store(out.at(p, t + m), simd::load(y + m * simd::kLanes));
         };
-        using enum Format;
-        switch (w.format) {
-            case F32: plain(std::integral_constant<Format, F32>{}); break;
-            case F16: plain(std::integral_constant<Format, F16>{}); break;
-            case BF16: plain(std::integral_constant<Format, BF16>{}); break;
-            case Q4_0: packed(std::integral_constant<Format, Q4_0>{}); break;
-            case Q4_1: packed(std::integral_constant<Format, Q4_1>{}); break;
-            case Q5_0:
-            case Q8_0: packed(std::integral_constant<Format, Q8_0>{}); break;  // the same when packed
-            case Q5_1: packed(std::integral_constant<Format, Q5_1>{}); break;
-            case Q2_K: packed(std::integral_constant<Format, Q2_K>{}); break;
-            case Q3_K: packed(std::integral_constant<Format, Q3_K>{}); break;
-            case Q4_K: packed(std::integral_constant<Format, Q4_K>{}); break;
-            case Q5_K: packed(std::integral_constant<Format, Q5_K>{}); break;
-            case Q6_K: packed(std::integral_constant<Format, Q6_K>{}); break;
+        const int64_t end = x.block_size(block);
+        int64_t t = 0;
+        while (tile_of<simd::kFloatTokens>(t, end, tile)) {}
+        while (tile_of<1>(t, end, tile)) {}
+    }
+}
+
+// The first `count` (at most kLanes) of a panel's results.
+inline void copy_row(float* out, const float* y, int64_t count) {
+    if (count == simd::kLanes) simd::store(out, simd::load(y));
+    else std::memcpy(out, y, size_t(count) * 4);
+}
+
+// `count` panels of `w` from the first on, times one block of tokens.
+inline void multiply(const Weight& w, int64_t first, int64_t count, const Activations& x, int64_t block, Results& out) {
+    const auto packed = [&](auto format) { packed_results<decltype(format)::value>(w, first, count, x, block, out); };
+    const auto plain = [&](auto format) { plain_results<decltype(format)::value>(w, first, count, x, block, out); };
+    using enum Format;
+    switch (w.format) {
+        case F32: plain(std::integral_constant<Format, F32>{}); break;
+        case F16: plain(std::integral_constant<Format, F16>{}); break;
+        case BF16: plain(std::integral_constant<Format, BF16>{}); break;
+        case Q4_0: packed(std::integral_constant<Format, Q4_0>{}); break;
+        case Q4_1: packed(std::integral_constant<Format, Q4_1>{}); break;
+        case Q5_0: packed(std::integral_constant<Format, Q5_0>{}); break;
+        case Q5_1: packed(std::integral_constant<Format, Q5_1>{}); break;
+        case Q8_0: packed(std::integral_constant<Format, Q8_0>{}); break;
+        case Q2_K: packed(std::integral_constant<Format, Q2_K>{}); break;
+        case Q3_K: packed(std::integral_constant<Format, Q3_K>{}); break;
+        case Q4_K: packed(std::integral_constant<Format, Q4_K>{}); break;
+        case Q5_K: packed(std::integral_constant<Format, Q5_K>{}); break;
+        case Q6_K: packed(std::integral_constant<Format, Q6_K>{}); break;
+    }
+}
+
+// y = x wᵀ, by one thread. x: (N, columns); y: (N, rows)
+inline void product(const Weight& w, const float* x, int64_t N, float* y) {
+    ActivationBuffer buffer;
+    buffer.reserve(N, w.columns);
+    for (int64_t t = 0; t < N; ++t) buffer.quantize(t, x + t * w.columns);
+    for (int64_t block = 0; block < token_blocks(N); ++block) buffer.order(block);
+    const Activations activations = buffer.view(x);
+    Results results;
+    for (int64_t block = 0; block < token_blocks(N); ++block)
+        for (int64_t first = 0; first < panels(w.rows); first += kUnitPanels) {
+            const int64_t count = std::min<int64_t>(kUnitPanels, panels(w.rows) - first);
+            multiply(w, first, count, activations, block, results);
+            for (int64_t t = 0; t < activations.block_size(block); ++t)
+                for (int64_t p = 0; p < count; ++p) {
+                    const int64_t row = (first + p) * simd::kLanes;
+                    copy_row(y + (activations.block_start(block) + t) * w.rows + row, results.at(p, t),
+                             std::min<int64_t>(simd::kLanes, w.rows - row));
+                }
         }
-        for (int m = 0; m < M; ++m) write(t + m, y + m * simd::kLanes);
-    };
-    int64_t t = first;
-    if constexpr (simd::kTokens >= 8)
-        while (tile_of<8>(t, end, tile)) {}
-    while (tile_of<4>(t, end, tile)) {}
-    while (tile_of<2>(t, end, tile)) {}
-    while (tile_of<1>(t, end, tile)) {}
 }
 
 }  // namespace llama2

@@ -46,32 +46,11 @@ inline void rms_norm(const float* x, const float* weight, int64_t size, float ep
     for (int64_t i = whole; i < size; ++i) out[i] = x[i] * scale * weight[i];
 }
 
-// Memory that starts at a 64-byte boundary and grows; its content is lost when it does.
-template <class T> class Buffer {
-public:
-    T* reserve(int64_t count) {
-        if (count > count_) {
-            memory_.reset();
-            memory_.reset(static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64))));
-            count_ = count;
-        }
-        return memory_.get();
-    }
-    T* get() const { return memory_.get(); }
-
-private:
-    struct Free {
-        void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-    };
-    std::unique_ptr<T, Free> memory_;
-    int64_t count_ = 0;
-};
-
 class Model {
 public:
     Model(Config config, int threads, int64_t blocks)
         : config_(std::move(config)), layers_(size_t(config_.layers)), blocks_(blocks), pool_(threads),
-          private_floats_(size_t(threads)), private_groups_(size_t(threads)), private_partials_(size_t(threads)) {
+          private_(size_t(threads)) {
         head_bytes_ = kBlock * (config_.head_size + padded(config_.head_size)) * 2;
         block_bytes_ = config_.layers * config_.kv_heads * head_bytes_;
         if (blocks_ > (std::numeric_limits<int64_t>::max() - 64) / block_bytes_) throw std::bad_alloc();
@@ -133,13 +112,15 @@ public:
             dequantize_row(embedding_.format, embedding_.data + step.tokens[t] * row, D, x + t * D);
         const auto tiles = query_tiles(step);
         const auto add = [&](int64_t t, int64_t r, const float* y, int64_t count) {
-            for (int64_t i = 0; i < count; ++i) x[t * D + r + i] += y[i];
+            float* out = x + t * D + r;
+            if (count == simd::kLanes) simd::store(out, simd::add(simd::load(out), simd::load(y)));
+            else for (int64_t i = 0; i < count; ++i) out[i] += y[i];
         };
         for (size_t l = 0; l < layers_.size(); ++l) {
             const Layer& layer = layers_[l];
             const auto store_at = [&](int64_t offset) {
                 return [=](int64_t t, int64_t r, const float* y, int64_t count) {
-                    std::memcpy(qkv + t * (Q + 2 * K) + offset + r, y, size_t(count) * 4);
+                    copy_row(qkv + t * (Q + 2 * K) + offset + r, y, count);
                 };
             };
             products({x, D, floats(layer.attention_norm)}, N, part(layer.wq, store_at(0)), part(layer.wk, store_at(Q)),
@@ -154,7 +135,7 @@ public:
         float* last = last_.reserve(M * D);
         for (int64_t i = 0; i < M; ++i) std::memcpy(last + i * D, x + step.outputs[i] * D, size_t(D) * 4);
         products({last, D, floats(norm_)}, M, part(output_, [&](int64_t t, int64_t r, const float* y, int64_t count) {
-                     std::memcpy(logits + t * config_.vocab + r, y, size_t(count) * 4);
+                     copy_row(logits + t * config_.vocab + r, y, count);
                  }));
     }
 
@@ -209,50 +190,56 @@ private:
     };
     template <class Write> static Part<Write> part(const Weight& weight, Write write) { return {weight, write}; }
 
-    // Make one token's activations in the given buffers.
-    void activate(const Source& source, const float* x, float* normalised, ActivationGroup* groups) const {
-        if (source.norm) {
-            rms_norm(x, source.norm, source.columns, config_.norm_eps, normalised);
-            x = normalised;
-        }
-        if (source.columns % 32 == 0) quantize_activations(x, source.columns, groups);
-    }
-
     // Calls body(unit, activations) for every unit, after the activations of all N tokens have been made. A single
     // token is prepared by every thread for itself, which is cheaper than waiting for one another.
     template <class Body> void with_activations(const Source& source, int64_t N, int64_t units, Body&& body) {
-        const int64_t columns = source.columns, groups = activation_groups(columns);
+        const int64_t columns = source.columns;
+        const auto prepare = [&](int64_t t, float* normalised, ActivationBuffer& quantised) {
+            const float* x = source.x + t * columns;
+            if (source.norm) rms_norm(x, source.norm, columns, config_.norm_eps, normalised), x = normalised;
+            quantised.quantize(t, x);
+        };
         if (N == 1) {
-            for (size_t i = 0; i < private_floats_.size(); ++i)
-                private_floats_[i].reserve(columns), private_groups_[i].reserve(groups);
+            for (auto& p : private_) p.normalised.reserve(columns), p.quantised.reserve(1, columns);
+            const auto view = [&](int thread) {
+                const Private& p = private_[size_t(thread)];
+                return p.quantised.view(source.norm ? p.normalised.get() : source.x);
+            };
             pool_.run(
                 units,
                 [&](int thread) {
-                    activate(source, source.x, private_floats_[size_t(thread)].get(),
-                             private_groups_[size_t(thread)].get());
+                    Private& p = private_[size_t(thread)];
+                    prepare(0, p.normalised.get(), p.quantised);
                 },
-                [&](int64_t unit, int thread) {
-                    const float* x = source.norm ? private_floats_[size_t(thread)].get() : source.x;
-                    body(unit, Activations{x, private_groups_[size_t(thread)].get(), columns});
-                });
+                [&](int64_t unit, int thread) { body(unit, view(thread)); });
             return;
         }
-        float* normalised = normalised_.reserve(N * columns);
-        ActivationGroup* quantised = groups_.reserve(N * groups);
-        pool_.run(N, [&](int64_t t, int) {
-            activate(source, source.x + t * columns, normalised + t * columns, quantised + t * groups);
-        });
-        const Activations all{source.norm ? normalised : source.x, quantised, columns};
+        float* normalised = source.norm ? normalised_.reserve(N * columns) : nullptr;
+        quantised_.reserve(N, columns);
+        pool_.run(N, [&](int64_t t, int) { prepare(t, normalised + t * columns, quantised_); });
+        for (int64_t block = 0; block < token_blocks(N); ++block) quantised_.order(block);
+        const Activations all = quantised_.view(source.norm ? normalised : source.x);
         pool_.run(units, [&](int64_t unit, int) { body(unit, all); });
     }
 
-    // A unit is some panels (about 64 KB of weights) times up to kTokenBlock tokens.
-    static constexpr int64_t kTokenBlock = 64;
-    static int64_t panels_a_unit(const Weight& w) { return std::max<int64_t>(1, (64 << 10) / w.panel.bytes); }
-    static int64_t token_blocks(int64_t N) { return (N + kTokenBlock - 1) / kTokenBlock; }
-    static int64_t units(const Weight& w, int64_t N) {
-        const int64_t each = panels_a_unit(w);
+    // A unit is some panels times a block of tokens: few enough that every thread gets several, whole pairs of panels,
+    // and for a single token about 64 KB of weights.
+    int64_t panels_a_unit(const Weight& w, int64_t N) const {
+        const int64_t most = N == 1 ? std::max<int64_t>(1, (64 << 10) / w.panel.bytes) : kUnitPanels;
+        const int64_t even = panels(w.rows) * token_blocks(N) / (4 * pool_.threads());
+        return std::clamp<int64_t>(even / simd::kPanels * simd::kPanels, simd::kPanels, std::max<int64_t>(most, simd::kPanels));
+    }
+    int64_t units(const Weight& w, int64_t N) const {
+        const int64_t each = panels_a_unit(w, N);
         return (panels(w.rows) + each - 1) / each * token_blocks(N);
+    }
+
+    // Calls body(first panel, count, block) for a unit of `w`, at most kUnitPanels panels at a time.
+    template <class Body> void over_panels(const Weight& w, int64_t N, int64_t unit, Body&& body) const {
+        const int64_t each = panels_a_unit(w, N), blocks = token_blocks(N);
+        const int64_t first = unit / blocks * each, last = std::min(first + each, panels(w.rows));
+        for (int64_t p = first; p < last; p += kUnitPanels)
+            body(p, std::min<int64_t>(kUnitPanels, last - p), unit % blocks);
     }
 
     template <class... Writes> void products(const Source& source, int64_t N, Part<Writes>... parts) {
@@ -262,43 +249,42 @@ private:
     }
 
     // Does `unit` if it belongs to this part; otherwise subtracts the part's units from it.
-    template <class Write>
-    static bool one_product(int64_t& unit, int64_t N, const Activations& x, const Part<Write>& p) {
-        const int64_t mine = units(p.weight, N);
+    template <class Write> bool one_product(int64_t& unit, int64_t N, const Activations& x, const Part<Write>& part) const {
+        const Weight& w = part.weight;
+        const int64_t mine = units(w, N);
         if (unit >= mine) {
             unit -= mine;
             return false;
         }
-        const int64_t each = panels_a_unit(p.weight), blocks = token_blocks(N);
-        const int64_t first = unit / blocks * each, token = unit % blocks * kTokenBlock;
-        for (int64_t panel = first; panel < std::min(first + each, panels(p.weight.rows)); ++panel) {
-            const int64_t row = panel * simd::kLanes, count = std::min<int64_t>(simd::kLanes, p.weight.rows - row);
-            panel_product(p.weight, panel, x, token, std::min(token + kTokenBlock, N),
-                          [&](int64_t t, const float* y) { p.write(t, row, y, count); });
-        }
+        over_panels(w, N, unit, [&](int64_t first, int64_t count, int64_t block) {
+            Results results;
+            multiply(w, first, count, x, block, results);
+            for (int64_t t = 0; t < x.block_size(block); ++t)
+                for (int64_t p = 0; p < count; ++p) {
+                    const int64_t row = (first + p) * simd::kLanes;
+                    part.write(x.block_start(block) + t, row, results.at(p, t),
+                               std::min<int64_t>(simd::kLanes, w.rows - row));
+                }
+        });
         return true;
     }
 
     // out = silu(w1 x) ⊙ w3 x: (N, F)
     void gated_products(const Source& source, int64_t N, const Weight& w1, const Weight& w3, float* out) {
-        const int64_t each = std::max<int64_t>(1, panels_a_unit(w1) / 2), blocks = token_blocks(N);
-        const int64_t total = (panels(w1.rows) + each - 1) / each * blocks;
-        with_activations(source, N, total, [&](int64_t unit, const Activations& x) {
-            const int64_t first = unit / blocks * each, token = unit % blocks * kTokenBlock;
-            const int64_t end = std::min(token + kTokenBlock, N);
-            for (int64_t panel = first; panel < std::min(first + each, panels(w1.rows)); ++panel) {
-                const int64_t row = panel * simd::kLanes, count = std::min<int64_t>(simd::kLanes, w1.rows - row);
-                alignas(64) float gates[kTokenBlock * simd::kLanes];
-                panel_product(w1, panel, x, token, end, [&](int64_t t, const float* y) {
-                    simd::store(gates + (t - token) * simd::kLanes, simd::silu(simd::load(y)));
-                });
-                panel_product(w3, panel, x, token, end, [&](int64_t t, const float* y) {
-                    alignas(64) float gated[simd::kLanes];
-                    const float* gate = gates + (t - token) * simd::kLanes;
-                    simd::store(gated, simd::mul(simd::load(gate), simd::load(y)));
-                    std::memcpy(out + t * w1.rows + row, gated, size_t(count) * 4);
-                });
-            }
+        with_activations(source, N, units(w1, N), [&](int64_t unit, const Activations& x) {
+            over_panels(w1, N, unit, [&](int64_t first, int64_t count, int64_t block) {
+                Results gates, values;
+                multiply(w1, first, count, x, block, gates);
+                multiply(w3, first, count, x, block, values);
+                for (int64_t t = 0; t < x.block_size(block); ++t)
+                    for (int64_t p = 0; p < count; ++p) {
+                        const int64_t row = (first + p) * simd::kLanes;
+                        float* y = values.at(p, t);
+                        simd::store(y, simd::mul(simd::silu(simd::load(gates.at(p, t))), simd::load(y)));
+                        copy_row(out + (x.block_start(block) + t) * w1.rows + row, y,
+                                 std::min<int64_t>(simd::kLanes, w1.rows - row));
+                    }
+            });
         });
     }
 
@@ -356,7 +342,7 @@ private:
         int64_t first, count;  // tokens of one sequence
     };
     std::vector<QueryTile> query_tiles(const Step& step) const {
-        const int64_t most = std::max<int64_t>(1, 32 / (config_.heads / config_.kv_heads));
+        const int64_t most = std::max<int64_t>(1, 48 / (config_.heads / config_.kv_heads));  // rows in whole tiles
         std::vector<QueryTile> tiles;
         for (int64_t t = 0; t < step.tokens_count; ++t) {
             const bool room = !tiles.empty() && tiles.back().count < most;
@@ -367,9 +353,9 @@ private:
     }
 
     // One chunk of positions for one tile and one key/value head. partials: (rows, partial_size), rows by (token,
-    // head).
+    // head); converted: room for a block's keys and values.
     void attend_chunk(const Step& step, const QueryTile& tile, int64_t layer, int64_t head, int64_t chunk,
-                      const float* qkv, float* partials) const {
+                      const float* qkv, float* partials, float* converted) const {
         const int64_t E = config_.head_size, share = config_.heads / config_.kv_heads, wide = padded(E);
         const int64_t token_floats = (config_.heads + 2 * config_.kv_heads) * E, size = partial_size(wide);
         const int64_t rows = tile.count * share, last = step.positions[tile.first + tile.count - 1];
@@ -379,31 +365,37 @@ private:
              start += kBlock) {
             const uint16_t* key = keys(table[start / kBlock], layer, head);
             const uint16_t* value = key + kBlock * E;
-            const auto attend_rows = [&](auto size_of_tile, int64_t row, int count) {
-                constexpr int M = size_of_tile;
-                const float* queries[M];
-                float* outs[M];
-                for (int m = 0; m < M; ++m) {
-                    const int64_t t = tile.first + (row + m) / share, h = head * share + (row + m) % share;
-                    queries[m] = qkv + t * token_floats + h * E, outs[m] = partials + (row + m) * size;
-                }
-                attend_tile<M>(queries, outs, key, value, E, wide, count);
+            int64_t row = 0;  // tokens at the front of this tile may see nothing of the block
+            while (step.positions[tile.first + row / share] < start) row += share;
+            const auto attend_rows = [&](auto key_numbers, auto value_numbers) {
+                const auto some = [&](auto size_of_tile, int64_t first) {
+                    constexpr int M = size_of_tile;
+                    const float* queries[M];
+                    float* outs[M];
+                    int counts[M];
+                    for (int m = 0; m < M; ++m) {
+                        const int64_t t = tile.first + (first + m) / share, h = head * share + (first + m) % share;
+                        queries[m] = qkv + t * token_floats + h * E, outs[m] = partials + (first + m) * size;
+                        counts[m] = int(std::min<int64_t>(step.positions[t] - start + 1, kBlock));
+                    }
+                    attend_tile<M>(queries, outs, key_numbers, value_numbers, E, wide, counts);
+                };
+                while (tile_of<simd::kAttentionRows>(row, rows, some)) {}
+                if constexpr (simd::kAttentionRows > 4)
+                    while (tile_of<4>(row, rows, some)) {}
+                if constexpr (simd::kAttentionRows > 3)
+                    while (tile_of<3>(row, rows, some)) {}
+                if constexpr (simd::kAttentionRows > 2)
+                    while (tile_of<2>(row, rows, some)) {}
+                while (tile_of<1>(row, rows, some)) {}
             };
-            int64_t row = 0;
-            for (; row < rows; ++row) {  // tokens inside this tile see only part of it
-                const int64_t visible = step.positions[tile.first + row / share] - start + 1;
-                if (visible >= kBlock) break;
-                if (visible > 0) attend_rows(std::integral_constant<int, 1>{}, row, int(visible));
+            if (rows - row <= simd::kAttentionRows) {
+                attend_rows(key, value);
+            } else {  // worth converting once for all
+                convert(key, kBlock * E, converted);
+                convert(value, kBlock * wide, converted + kBlock * E);
+                attend_rows(static_cast<const float*>(converted), static_cast<const float*>(converted + kBlock * E));
             }
-            const auto whole = [&](auto m, int64_t r) { attend_rows(m, r, kBlock); };
-            if constexpr (simd::kAttentionRows >= 8)
-                while (tile_of<8>(row, rows, whole)) {}
-            if constexpr (simd::kAttentionRows >= 4)
-                while (tile_of<4>(row, rows, whole)) {}
-            if constexpr (simd::kAttentionRows >= 3)
-                while (tile_of<3>(row, rows, whole)) {}
-            while (tile_of<2>(row, rows, whole)) {}
-            while (tile_of<1>(row, rows, whole)) {}
         }
     }
 
@@ -425,14 +417,15 @@ private:
         for (const auto& tile : tiles)
             most_rows = std::max(most_rows, rows(tile)), most_chunks = std::max<int64_t>(most_chunks, chunks(tile));
         const int64_t size = partial_size(wide) * most_rows, count = int64_t(tiles.size()) * G;
+        for (auto& p : private_) p.converted.reserve(kBlock * (config_.head_size + wide));
         // Few queries over many keys: chunks are units of their own.
         if (most_chunks > 1 && count < 4 * pool_.threads()) {
             float* partials = partials_.reserve(count * most_chunks * size);
-            pool_.run(count * most_chunks, [&](int64_t unit, int) {
+            pool_.run(count * most_chunks, [&](int64_t unit, int thread) {
                 const QueryTile& tile = tiles[size_t(unit / most_chunks / G)];
                 if (unit % most_chunks < chunks(tile))
                     attend_chunk(step, tile, layer, unit / most_chunks % G, unit % most_chunks, qkv,
-                                 partials + unit * size);
+                                 partials + unit * size, private_[size_t(thread)].converted.get());
             });
             for (int64_t i = 0; i < count; ++i) {
                 const QueryTile& tile = tiles[size_t(i / G)];
@@ -442,13 +435,14 @@ private:
             }
             return;
         }
-        for (auto& buffer : private_partials_) buffer.reserve(2 * size);
+        for (auto& p : private_) p.partials.reserve(2 * size);
         pool_.run(count, [&](int64_t unit, int thread) {
             const QueryTile& tile = tiles[size_t(unit / G)];
-            float *totals = private_partials_[size_t(thread)].get(), *next = totals + size;
-            attend_chunk(step, tile, layer, unit % G, 0, qkv, totals);
+            float *totals = private_[size_t(thread)].partials.get(), *next = totals + size;
+            float* converted = private_[size_t(thread)].converted.get();
+            attend_chunk(step, tile, layer, unit % G, 0, qkv, totals, converted);
             for (int64_t chunk = 1; chunk < chunks(tile); ++chunk) {
-                attend_chunk(step, tile, layer, unit % G, chunk, qkv, next);
+                attend_chunk(step, tile, layer, unit % G, chunk, qkv, next, converted);
                 merge(rows(tile), totals, next);
             }
             finish(tile, unit % G, totals, out);
@@ -472,10 +466,12 @@ private:
     uint8_t* cache_start_;
     Pool pool_;
     Buffer<float> residual_, qkv_, attended_, hidden_, last_, normalised_, rotations_, partials_;
-    Buffer<ActivationGroup> groups_;
-    std::vector<Buffer<float>> private_floats_;
-    std::vector<Buffer<ActivationGroup>> private_groups_;
-    std::vector<Buffer<float>> private_partials_;
+    ActivationBuffer quantised_;
+    struct Private {  // of one thread
+        Buffer<float> normalised, partials, converted;
+        ActivationBuffer quantised;
+    };
+    std::vector<Private> private_;
 };
 
 }  // namespace llama2

@@ -79,8 +79,8 @@ private:
     std::vector<In<uint8_t, 1>> kept_;
 };
 
-// y = x wᵀ through the kernels that the model uses. data: rows in their stored format; x: (N, columns); y: (N, rows).
-void product(const std::string& name, const In<uint8_t, 1>& data, int64_t rows, int64_t columns, const In<float, 2>& x,
+// data: rows in their stored format; x: (N, columns); y: (N, rows).
+void stored_product(const std::string& name, const In<uint8_t, 1>& data, int64_t rows, int64_t columns, const In<float, 2>& x,
              const Out<float, 2>& y) {
     const Format format = format_named(name);
     Weight w = weight_of(format, data, rows, columns, true);
@@ -90,17 +90,7 @@ void product(const std::string& name, const In<uint8_t, 1>& data, int64_t rows, 
         pack(format, data.data(), rows, columns, packed.reserve(w.bytes()));
         w.data = packed.get();
     }
-    const int64_t N = int64_t(x.shape(0)), groups = activation_groups(columns);
-    Buffer<ActivationGroup> activations;
-    activations.reserve(N * groups);
-    if (columns % 32 == 0)
-        for (int64_t t = 0; t < N; ++t)
-            quantize_activations(x.data() + t * columns, columns, activations.get() + t * groups);
-    for (int64_t p = 0; p < panels(rows); ++p)
-        panel_product(w, p, {x.data(), activations.get(), columns}, 0, N, [&](int64_t t, const float* result) {
-            const int64_t row = p * simd::kLanes, count = std::min<int64_t>(simd::kLanes, rows - row);
-            std::memcpy(y.data() + t * rows + row, result, size_t(count) * 4);
-        });
+    llama2::product(w, x.data(), int64_t(x.shape(0)), y.data());
 }
 
 int64_t sample(const In<float, 1>& logits, const In<int32_t, 1>& history, int64_t prompt_length, float temperature,
@@ -169,7 +159,7 @@ NB_MODULE(LLAMA2_MODULE, m) {
         for (int64_t r = 0; r < rows; ++r)
             dequantize_row(f, data.data() + r * row_bytes(f, columns), columns, out.data() + r * columns);
     });
-    m.def("product", &product);
+    m.def("product", &stored_product);
     m.def("sample", &sample);
     m.def("logprobs", &logprobs);
     m.def("uniform", &uniform);

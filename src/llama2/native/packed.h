@@ -7,6 +7,7 @@
 //     weights   K/G groups; in a group, byte vectors of P lanes × 4 bytes
 //                 8 bits: vector j holds columns 4j…4j+3, plus kByteBias
 //                 4 bits: vector j holds columns 8j…8j+3 in the low halves and 8j+4…8j+7 in the high halves
+//                 5 and 6 bits: the low four like that; then one vector with the rest, columns 4j…4j+3 at bit j or 2j
 // Rows past the end of the matrix are zero.
 #pragma once
 
@@ -50,6 +51,7 @@ inline void pack(Format format, const uint8_t* data, int64_t rows, int64_t colum
     const Panel panel(format, columns);
     const int64_t stride = row_bytes(format, columns);
     const int groups_per_block = f.block / f.group;
+    const int vector = 4 * simd::kLanes, group_bytes = f.group * simd::kLanes * f.bits / 8;
     const bool super = f.scales == Scales::super || f.scales == Scales::super_min;
     const bool has_min = f.scales == Scales::half_min || f.scales == Scales::super_min;
     const auto put_u16 = [](uint8_t* p, int64_t i, uint16_t x) { std::memcpy(p + 2 * i, &x, 2); };
@@ -61,13 +63,15 @@ inline void pack(Format format, const uint8_t* data, int64_t rows, int64_t colum
             for (int64_t block = 0; block < columns / f.block; ++block) {
                 unpack(f.format, row + block * f.bytes, fields);
                 for (int i = 0; i < f.block; ++i) {
-                    const int64_t column = block * f.block + i;
+                    const int64_t group = block * groups_per_block + i / f.group;
+                    const int column = i % f.group, quad = column / 4, byte = lane * 4 + column % 4;
+                    uint8_t* at = out + panel.weights + group * group_bytes + byte;
+                    const auto q = uint8_t(fields.q[i]);
                     if (f.bits == 8) {
-                        const int64_t at = (column / 4 * simd::kLanes + lane) * 4 + column % 4;
-                        out[panel.weights + at] = uint8_t(fields.q[i] + simd::kByteBias);
+                        at[quad * vector] = uint8_t(q + simd::kByteBias);
                     } else {
-                        const int64_t at = (column / 8 * simd::kLanes + lane) * 4 + column % 4;
-                        out[panel.weights + at] |= uint8_t(fields.q[i] << (column % 8 < 4 ? 0 : 4));
+                        at[quad / 2 * vector] |= uint8_t((q & 15) << quad % 2 * 4);
+                        if (f.bits > 4) at[f.group / 8 * vector] |= uint8_t(q >> 4 << quad * (f.bits - 4));
                     }
                 }
                 for (int g = 0; g < groups_per_block; ++g) {

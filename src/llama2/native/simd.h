@@ -6,8 +6,9 @@
 //
 //   F, I, B                floats, 32-bit integers, bytes (4 a lane)
 //   load_bytes, low, high  4-bit weights: a byte holds two
-//   dot4<bits>(a, w, x)    a[lane] += sum of 4 products w[lane][i]·x[i]; w is 0…15 for 4 bits, signed for 8 bits
-//                          (stored with kByteBias added, where the instruction wants unsigned weights)
+//   merge<left, mask>      low | (x << left & mask) byte by byte; to the right where `left` is negative
+//   dot<bits, quads, P, M> sums[m][p][lane] += Σ_j Σ_i w[p][j][lane][i]·x[m][4j + i]; w is 0 … 2^bits − 1, or signed for 8
+//                          bits (stored with kByteBias added, where the instruction wants unsigned weights)
 #pragma once
 
 #include <cmath>
@@ -20,16 +21,6 @@
 #endif
 
 #include "half.h"
-
-#if defined(LLAMA2_ISA_AVX512_VNNI)
-#include "simd_avx512_vnni.h"
-#elif defined(LLAMA2_ISA_AVX2)
-#include "simd_avx2.h"
-#elif defined(LLAMA2_ISA_NEON_DOTPROD)
-#include "simd_neon_dotprod.h"
-#else
-#include "simd_plain.h"
-#endif
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define LLAMA2_INLINE __forceinline
@@ -44,6 +35,24 @@
 #endif
 
 namespace llama2::simd {
+inline int32_t load_four(const int8_t* p) {
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return x;
+}
+}  // namespace llama2::simd
+
+#if defined(LLAMA2_ISA_AVX512_VNNI)
+#include "simd_avx512_vnni.h"
+#elif defined(LLAMA2_ISA_AVX2)
+#include "simd_avx2.h"
+#elif defined(LLAMA2_ISA_NEON_DOTPROD)
+#include "simd_neon_dotprod.h"
+#else
+#include "simd_plain.h"
+#endif
+
+namespace llama2::simd {
 
 inline void prefetch(const void* p) {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -53,6 +62,49 @@ inline void prefetch(const void* p) {
 #else
     (void)p;
 #endif
+}
+
+// Of lanes that are not negative.
+inline int32_t largest_lane(I x) {
+#if defined(LLAMA2_ISA_AVX512_VNNI)
+    return _mm512_reduce_max_epi32(x);
+#else
+    int32_t lanes[kLanes], largest = 0;
+    store_int(lanes, x);
+    for (const int32_t lane : lanes) largest = lane > largest ? lane : largest;
+    return largest;
+#endif
+}
+
+inline float largest_lane(F x) {
+#if defined(LLAMA2_ISA_AVX512_VNNI)
+    return _mm512_reduce_max_ps(x);
+#else
+    float lanes[kLanes];
+    store(lanes, x);
+    float largest = lanes[0];
+    for (const float lane : lanes) largest = lane > largest ? lane : largest;
+    return largest;
+#endif
+}
+
+inline int32_t sum_of_16(const int8_t* p) {
+#if defined(__SSE2__) || defined(_M_X64)
+    const __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-128));  // plus 128
+    const __m128i sums = _mm_sad_epu8(bytes, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_cvtsi128_si32(_mm_unpackhi_epi64(sums, sums)) - 16 * 128;
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += p[i];
+    return sum;
+#endif
+}
+
+inline int32_t sum_lanes(I x) {
+    int32_t lanes[kLanes], sum = 0;
+    store_int(lanes, x);
+    for (const int32_t lane : lanes) sum += lane;
+    return sum;
 }
 
 // e^x, relative error below 2e-7; 0 below −87.3, +inf above 88.7, NaN stays NaN. Cephes' expf split: x = n·ln2 + r.

@@ -1,8 +1,8 @@
 // AVX2 with FMA and F16C: 8 lanes.
 //
-// vpmaddubsw adds two products of an unsigned and a signed byte with saturation at 16 bits. 4-bit weights stay far
-// below that. For 8-bit ones the weight gives its sign to the activation: |w| ≤ 128 and |x| ≤ 127, so 2·128·127 still
-// fits.
+// vpmaddubsw adds two products of an unsigned and a signed byte with saturation at 16 bits. With |x| ≤ 127, 4-bit
+// weights stay so far below that eight such sums fit, 5-bit ones four, 6-bit ones two. For 8-bit weights the weight gives
+// its sign to the activation: |w| ≤ 128, so 2·128·127 still fits.
 #pragma once
 
 #include <immintrin.h>
@@ -11,7 +11,9 @@ namespace llama2::simd {
 
 constexpr int kLanes = 8;
 constexpr int kByteBias = 0;
-constexpr int kTokens = 4;
+constexpr int kPanels = 1;
+constexpr int kTokens = 2;
+constexpr int kFloatTokens = 4;
 constexpr int kAttentionRows = 2;
 using F = __m256;
 using I = __m256i;
@@ -60,13 +62,31 @@ inline void store_i8(int8_t* p, I x) {
 inline B load_bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline B low(B x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline B high(B x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
-template <int bits> inline I dot4(I a, B w, int32_t x) {
-    I y = _mm256_set1_epi32(x);
-    if constexpr (bits == 8) {
-        y = _mm256_sign_epi8(y, w);
-        w = _mm256_abs_epi8(w);
+template <int left, int mask> inline B merge(B low, B x) {
+    const I shifted = left >= 0 ? _mm256_slli_epi16(x, left >= 0 ? left : 0) : _mm256_srli_epi16(x, left < 0 ? -left : 0);
+    return _mm256_or_si256(low, _mm256_and_si256(shifted, _mm256_set1_epi8(mask)));
+}
+template <int bits, int quads, int P, int M>
+LLAMA2_INLINE void dot(I (&sums)[M][P], const B* const* w, const int8_t* const* x) {
+    constexpr int fit = bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;  // sums of two products in 16 bits
+    I words[M][P];
+    LLAMA2_UNROLL
+    for (int j = 0; j < quads; ++j) {
+        LLAMA2_UNROLL
+        for (int m = 0; m < M; ++m) {
+            const I four = set_int(load_four(x[m] + 4 * j));
+            LLAMA2_UNROLL
+            for (int p = 0; p < P; ++p) {
+                const B weight = bits == 8 ? _mm256_abs_epi8(w[p][j]) : w[p][j];
+                const I y = bits == 8 ? _mm256_sign_epi8(four, w[p][j]) : four;
+                const I pairs = _mm256_maddubs_epi16(weight, y);
+                words[m][p] = j % fit == 0 ? pairs : _mm256_add_epi16(words[m][p], pairs);
+                if (j % fit == fit - 1 || j == quads - 1)
+                    sums[m][p] =
+                        _mm256_add_epi32(sums[m][p], _mm256_madd_epi16(words[m][p], _mm256_set1_epi16(1)));
+            }
+        }
     }
-    return _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(w, y), _mm256_set1_epi16(1)));
 }
 
 }  // namespace llama2::simd

@@ -7,7 +7,9 @@ namespace llama2::simd {
 
 constexpr int kLanes = 16;
 constexpr int kByteBias = 128;
-constexpr int kTokens = 8;         // tokens a tile of a quantised product
+constexpr int kPanels = 2;         // panels that a product of many tokens unpacks at a time
+constexpr int kTokens = 4;         // tokens that they meet at a time
+constexpr int kFloatTokens = 8;    // likewise where weights are floats
 constexpr int kAttentionRows = 8;  // queries a tile of attention
 using F = __m512;
 using I = __m512i;
@@ -49,6 +51,21 @@ inline void store_i8(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvts
 inline B load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline B low(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline B high(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
-template <int bits> inline I dot4(I a, B w, int32_t x) { return _mm512_dpbusd_epi32(a, w, _mm512_set1_epi32(x)); }
+template <int left, int mask> inline B merge(B low, B x) {
+    const I shifted = left >= 0 ? _mm512_slli_epi16(x, left >= 0 ? left : 0) : _mm512_srli_epi16(x, left < 0 ? -left : 0);
+    return _mm512_ternarylogic_epi32(low, shifted, _mm512_set1_epi8(mask), 0xf8);  // low | (shifted & mask)
+}
+template <int bits, int quads, int P, int M>
+LLAMA2_INLINE void dot(I (&sums)[M][P], const B* const* w, const int8_t* const* x) {
+    LLAMA2_UNROLL
+    for (int j = 0; j < quads; ++j) {
+        LLAMA2_UNROLL
+        for (int m = 0; m < M; ++m) {
+            const I four = set_int(load_four(x[m] + 4 * j));
+            LLAMA2_UNROLL
+            for (int p = 0; p < P; ++p) sums[m][p] = _mm512_dpbusd_epi32(sums[m][p], w[p][j], four);
+        }
+    }
+}
 
 }  // namespace llama2::simd

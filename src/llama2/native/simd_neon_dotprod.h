@@ -7,7 +7,9 @@ namespace llama2::simd {
 
 constexpr int kLanes = 4;
 constexpr int kByteBias = 0;
-constexpr int kTokens = 8;
+constexpr int kPanels = 2;
+constexpr int kTokens = 4;
+constexpr int kFloatTokens = 8;
 constexpr int kAttentionRows = 2;
 using F = float32x4_t;
 using I = int32x4_t;
@@ -61,6 +63,22 @@ inline void store_i8(int8_t* p, I x) {
 inline B load_bytes(const uint8_t* p) { return vreinterpretq_s8_u8(vld1q_u8(p)); }
 inline B low(B x) { return vandq_s8(x, vdupq_n_s8(15)); }
 inline B high(B x) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(x), 4)); }
-template <int bits> inline I dot4(I a, B w, int32_t x) { return vdotq_s32(a, w, vreinterpretq_s8_s32(vdupq_n_s32(x))); }
+template <int left, int mask> inline B merge(B low, B x) {
+    const uint8x16_t bytes = vreinterpretq_u8_s8(x);
+    const uint8x16_t shifted = vshlq_u8(bytes, vdupq_n_s8(left));  // to the right where negative
+    return vorrq_s8(low, vreinterpretq_s8_u8(vandq_u8(shifted, vdupq_n_u8(mask))));
+}
+template <int bits, int quads, int P, int M>
+LLAMA2_INLINE void dot(I (&sums)[M][P], const B* const* w, const int8_t* const* x) {
+    LLAMA2_UNROLL
+    for (int j = 0; j < quads; ++j) {
+        LLAMA2_UNROLL
+        for (int m = 0; m < M; ++m) {
+            const B four = vreinterpretq_s8_s32(set_int(load_four(x[m] + 4 * j)));
+            LLAMA2_UNROLL
+            for (int p = 0; p < P; ++p) sums[m][p] = vdotq_s32(sums[m][p], w[p][j], four);
+        }
+    }
+}
 
 }  // namespace llama2::simd

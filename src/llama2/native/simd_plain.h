@@ -5,7 +5,9 @@ namespace llama2::simd {
 
 constexpr int kLanes = 4;
 constexpr int kByteBias = 0;
+constexpr int kPanels = 1;
 constexpr int kTokens = 4;
+constexpr int kFloatTokens = 4;
 constexpr int kAttentionRows = 2;
 struct F {
     float v[kLanes];
@@ -71,12 +73,20 @@ inline B high(B x) {
     for (auto& b : x.v) b = int8_t(uint8_t(b) >> 4);
     return x;
 }
-template <int bits> inline I dot4(I a, B w, int32_t x) {
-    int8_t y[4];
-    std::memcpy(y, &x, 4);
-    for (int i = 0; i < kLanes; ++i)
-        for (int k = 0; k < 4; ++k) a.v[i] += int32_t(w.v[4 * i + k]) * y[k];
-    return a;
+template <int left, int mask> inline B merge(B low, B x) {
+    for (size_t i = 0; i < sizeof x.v; ++i) {
+        const auto byte = uint8_t(x.v[i]);
+        low.v[i] = int8_t(low.v[i] | ((left >= 0 ? byte << (left >= 0 ? left : 0) : byte >> (left < 0 ? -left : 0)) & mask));
+    }
+    return low;
+}
+template <int bits, int quads, int P, int M>
+inline void dot(I (&sums)[M][P], const B* const* w, const int8_t* const* x) {
+    for (int m = 0; m < M; ++m)
+        for (int p = 0; p < P; ++p)
+            for (int j = 0; j < quads; ++j)
+                for (int i = 0; i < kLanes; ++i)
+                    for (int k = 0; k < 4; ++k) sums[m][p].v[i] += int32_t(w[p][j].v[4 * i + k]) * x[m][4 * j + k];
 }
 
 }  // namespace llama2::simd
