@@ -1,10 +1,18 @@
 // What this machine can do at most: the denominators of `llama2 bench`.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
+#include <memory>
+#include <new>
 #include <thread>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "simd.h"
 
@@ -35,16 +43,26 @@ template <class Work> double rate(int threads, double seconds, Work&& work) {
     return sum;
 }
 
-// Bytes a second read from memory far larger than the caches, each thread in a stretch of its own.
+// Bytes a second read from memory larger than any cache but the very largest, each thread in a stretch of its own, in
+// large pages where the system gives them.
 inline double read_bandwidth(int threads, double seconds) {
-    constexpr size_t bytes = size_t(256) << 20, piece = size_t(1) << 20;
-    std::vector<std::vector<uint8_t>> memory(static_cast<size_t>(threads));
+    constexpr size_t bytes = size_t(512) << 20, piece = size_t(1) << 20, page = size_t(2) << 20;
+    struct Free {
+        void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(page)); }
+    };
+    std::vector<std::unique_ptr<uint8_t, Free>> memory(static_cast<size_t>(threads));
     std::vector<size_t> at(static_cast<size_t>(threads));
     std::atomic<int64_t> sink{0};
-    const size_t each = bytes / size_t(threads) / piece * piece;
-    for (auto& m : memory) m.assign(each, 1);
+    const size_t each = std::max(bytes / size_t(threads) / page, size_t(1)) * page;
+    for (auto& m : memory) {
+        m.reset(static_cast<uint8_t*>(::operator new(each, std::align_val_t(page))));
+#if defined(__linux__)
+        madvise(m.get(), each, MADV_HUGEPAGE);
+#endif
+        std::memset(m.get(), 1, each);
+    }
     return rate(threads, seconds, [&](int thread) {
-        const uint8_t* p = memory[size_t(thread)].data() + at[size_t(thread)];
+        const uint8_t* p = memory[size_t(thread)].get() + at[size_t(thread)];
         simd::I sum[4] = {simd::set_int(0), simd::set_int(0), simd::set_int(0), simd::set_int(0)};
         constexpr size_t vector = 4 * simd::kLanes;
         for (size_t i = 0; i < piece; i += 4 * vector)
