@@ -129,9 +129,7 @@ public:
         std::partial_sum(counts_.begin(), counts_.end(), counts_.begin());
         for (int64_t i = 0; i < size * kRefined; ++i) out[counts_[size_t(g[i].place)]++] = uint8_t(i);
     }
-    Activations view(const float* floats) const {
-        return {floats, groups_.get(), refining_.get(), tokens_, columns_};
-    }
+    Activations view(const float* floats) const { return {floats, groups_.get(), refining_.get(), tokens_, columns_}; }
 
 private:
     Buffer<ActivationGroup> groups_;
@@ -169,8 +167,8 @@ public:
             const int64_t d = g / (256 / f.group) * kLanes;
             scale_ = mul(load_f16((const uint16_t*)(panel + part.d) + d), load_i8((const int8_t*)scales + g * kLanes));
             if constexpr (has_min)
-                minimum_ = sub(zero(), mul(load_f16((const uint16_t*)(panel + part.dmin) + d),
-                                           load_u8(minima + g * kLanes)));
+                minimum_ =
+                    sub(zero(), mul(load_f16((const uint16_t*)(panel + part.dmin) + d), load_u8(minima + g * kLanes)));
         }
         const uint8_t* at = panel + part.weights + g * vectors * 4 * kLanes;
         LLAMA2_UNROLL
@@ -318,8 +316,7 @@ void block_refinement(const uint8_t* panel, const Panel& part, const ActivationG
                 const ActivationGroup* at[M];
                 float* sums[M];
                 LLAMA2_UNROLL
-                for (int m = 0; m < M; ++m)
-                    at[m] = a + order[from + m], sums[m] = y + order[from + m] % tokens * kTile;
+                for (int m = 0; m < M; ++m) at[m] = a + order[from + m], sums[m] = y + order[from + m] % tokens * kTile;
                 Group::template add<P, M>(groups, at, half, sums);
             };
             while (tile_of<simd::kTokens>(k, end, tile)) {}
@@ -393,7 +390,9 @@ constexpr int kUnitPanels = 8;
 static_assert(kUnitPanels % simd::kPanels == 0);
 class Results {
 public:
-    const float* at(int64_t panel, int64_t token) const { return y_[panel / simd::kPanels][token][panel % simd::kPanels]; }
+    const float* at(int64_t panel, int64_t token) const {
+        return y_[panel / simd::kPanels][token][panel % simd::kPanels];
+    }
     float* at(int64_t panel, int64_t token) { return y_[panel / simd::kPanels][token][panel % simd::kPanels]; }
 
 private:
@@ -426,8 +425,8 @@ void packed_results(const Weight& w, int64_t first, int64_t count, const Activat
             block_product<format, P>(panel, w.panel, a, tokens, g, std::min(g + kSegment, groups), y);
         });
     each([&](auto P, const uint8_t* panel, float* y) {
-        block_refinement<format, P>(panel, w.panel, a + groups * tokens,
-                                    x.refining + x.block_start(block) * kRefined, tokens, y);
+        block_refinement<format, P>(panel, w.panel, a + groups * tokens, x.refining + x.block_start(block) * kRefined,
+                                    tokens, y);
     });
 }
 

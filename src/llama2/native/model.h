@@ -114,7 +114,8 @@ public:
         const auto add = [&](int64_t t, int64_t r, const float* y, int64_t count) {
             float* out = x + t * D + r;
             if (count == simd::kLanes) simd::store(out, simd::add(simd::load(out), simd::load(y)));
-            else for (int64_t i = 0; i < count; ++i) out[i] += y[i];
+            else
+                for (int64_t i = 0; i < count; ++i) out[i] += y[i];
         };
         for (size_t l = 0; l < layers_.size(); ++l) {
             const Layer& layer = layers_[l];
@@ -227,7 +228,8 @@ private:
     int64_t panels_a_unit(const Weight& w, int64_t N) const {
         const int64_t most = N == 1 ? std::max<int64_t>(1, (64 << 10) / w.panel.bytes) : kUnitPanels;
         const int64_t even = panels(w.rows) * token_blocks(N) / (4 * pool_.threads());
-        return std::clamp<int64_t>(even / simd::kPanels * simd::kPanels, simd::kPanels, std::max<int64_t>(most, simd::kPanels));
+        return std::clamp<int64_t>(even / simd::kPanels * simd::kPanels, simd::kPanels,
+                                   std::max<int64_t>(most, simd::kPanels));
     }
     int64_t units(const Weight& w, int64_t N) const {
         const int64_t each = panels_a_unit(w, N);
@@ -249,7 +251,8 @@ private:
     }
 
     // Does `unit` if it belongs to this part; otherwise subtracts the part's units from it.
-    template <class Write> bool one_product(int64_t& unit, int64_t N, const Activations& x, const Part<Write>& part) const {
+    template <class Write>
+    bool one_product(int64_t& unit, int64_t N, const Activations& x, const Part<Write>& part) const {
         const Weight& w = part.weight;
         const int64_t mine = units(w, N);
         if (unit >= mine) {

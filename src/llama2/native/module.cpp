@@ -80,8 +80,8 @@ private:
 };
 
 // data: rows in their stored format; x: (N, columns); y: (N, rows).
-void stored_product(const std::string& name, const In<uint8_t, 1>& data, int64_t rows, int64_t columns, const In<float, 2>& x,
-             const Out<float, 2>& y) {
+void stored_product(const std::string& name, const In<uint8_t, 1>& data, int64_t rows, int64_t columns,
+                    const In<float, 2>& x, const Out<float, 2>& y) {
     const Format format = format_named(name);
     Weight w = weight_of(format, data, rows, columns, true);
     expect(int64_t(x.shape(1)) == columns && x.shape(0) == y.shape(0) && int64_t(y.shape(1)) == rows, "shapes differ");

@@ -7,7 +7,8 @@
 //   F, I, B                floats, 32-bit integers, bytes (4 a lane)
 //   load_bytes, low, high  4-bit weights: a byte holds two
 //   merge<left, mask>      low | (x << left & mask) byte by byte; to the right where `left` is negative
-//   dot<bits, quads, P, M> sums[m][p][lane] += Σ_j Σ_i w[p][j][lane][i]·x[m][4j + i]; w is 0 … 2^bits − 1, or signed for 8
+//   dot<bits, quads, P, M> sums[m][p][lane] += Σ_j Σ_i w[p][j][lane][i]·x[m][4j + i]; w is 0 … 2^bits − 1, or signed
+//   for 8
 //                          bits (stored with kByteBias added, where the instruction wants unsigned weights)
 #pragma once
 

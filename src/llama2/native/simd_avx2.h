@@ -1,8 +1,8 @@
 // AVX2 with FMA and F16C: 8 lanes.
 //
 // vpmaddubsw adds two products of an unsigned and a signed byte with saturation at 16 bits. With |x| ≤ 127, 4-bit
-// weights stay so far below that eight such sums fit, 5-bit ones four, 6-bit ones two. For 8-bit weights the weight gives
-// its sign to the activation: |w| ≤ 128, so 2·128·127 still fits.
+// weights stay so far below that eight such sums fit, 5-bit ones four, 6-bit ones two. For 8-bit weights the weight
+// gives its sign to the activation: |w| ≤ 128, so 2·128·127 still fits.
 #pragma once
 
 #include <immintrin.h>
@@ -63,7 +63,8 @@ inline B load_bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i
 inline B low(B x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline B high(B x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 template <int left, int mask> inline B merge(B low, B x) {
-    const I shifted = left >= 0 ? _mm256_slli_epi16(x, left >= 0 ? left : 0) : _mm256_srli_epi16(x, left < 0 ? -left : 0);
+    const I shifted =
+        left >= 0 ? _mm256_slli_epi16(x, left >= 0 ? left : 0) : _mm256_srli_epi16(x, left < 0 ? -left : 0);
     return _mm256_or_si256(low, _mm256_and_si256(shifted, _mm256_set1_epi8(mask)));
 }
 template <int bits, int quads, int P, int M>
@@ -82,8 +83,7 @@ LLAMA2_INLINE void dot(I (&sums)[M][P], const B* const* w, const int8_t* const* 
                 const I pairs = _mm256_maddubs_epi16(weight, y);
                 words[m][p] = j % fit == 0 ? pairs : _mm256_add_epi16(words[m][p], pairs);
                 if (j % fit == fit - 1 || j == quads - 1)
-                    sums[m][p] =
-                        _mm256_add_epi32(sums[m][p], _mm256_madd_epi16(words[m][p], _mm256_set1_epi16(1)));
+                    sums[m][p] = _mm256_add_epi32(sums[m][p], _mm256_madd_epi16(words[m][p], _mm256_set1_epi16(1)));
             }
         }
     }

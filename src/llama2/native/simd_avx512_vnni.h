@@ -52,7 +52,8 @@ inline B load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline B low(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline B high(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
 template <int left, int mask> inline B merge(B low, B x) {
-    const I shifted = left >= 0 ? _mm512_slli_epi16(x, left >= 0 ? left : 0) : _mm512_srli_epi16(x, left < 0 ? -left : 0);
+    const I shifted =
+        left >= 0 ? _mm512_slli_epi16(x, left >= 0 ? left : 0) : _mm512_srli_epi16(x, left < 0 ? -left : 0);
     return _mm512_ternarylogic_epi32(low, shifted, _mm512_set1_epi8(mask), 0xf8);  // low | (shifted & mask)
 }
 template <int bits, int quads, int P, int M>

@@ -76,7 +76,8 @@ inline B high(B x) {
 template <int left, int mask> inline B merge(B low, B x) {
     for (size_t i = 0; i < sizeof x.v; ++i) {
         const auto byte = uint8_t(x.v[i]);
-        low.v[i] = int8_t(low.v[i] | ((left >= 0 ? byte << (left >= 0 ? left : 0) : byte >> (left < 0 ? -left : 0)) & mask));
+        low.v[i] =
+            int8_t(low.v[i] | ((left >= 0 ? byte << (left >= 0 ? left : 0) : byte >> (left < 0 ? -left : 0)) & mask));
     }
     return low;
 }
