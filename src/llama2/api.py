@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     max_tokens: int | None
     stop: str | Sequence[str]
     logprobs: int | None
+    lookup: int
     temperature: float
     top_p: float
     top_k: int
@@ -43,13 +44,18 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished answer. `token_ids` are all that were drawn, also the end token and those of a stop string."""
+    """A finished answer. `token_ids` are all that were drawn, also the end token and those of a stop string.
+
+    Of `drafted_tokens`, which `lookup` proposed, `accepted_tokens` were drawn.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     prompt_tokens: int
     logprobs: list[Logprob] | None  # one a token, if asked
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def load(
@@ -160,6 +166,8 @@ class Model:
             finish_reason=events[-1].finish or "stop",
             prompt_tokens=len(request.prompt),
             logprobs=None if request.logprobs is None else [e.logprob for e in events if e.logprob is not None],
+            drafted_tokens=events[-1].drafted_tokens,
+            accepted_tokens=events[-1].accepted_tokens,
         )
 
 
@@ -183,6 +191,7 @@ def _request(prompt: Sequence[int], options: Options, *, continues: bool = False
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logprobs=options.get("logprobs"),
         continues=continues,
+        lookup=options.get("lookup", 0),
     )
 
 

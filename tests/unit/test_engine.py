@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from fakes import END, VOCABULARY, ByteTokenizer, HistoryRunner, one, saying
 from llama2.engine.engine import Engine
 from llama2.engine.request import Event, Logprob, Request, Sampling
+from llama2.engine.runner import BLOCK
 from llama2.errors import ContextError, RequestError
 
 GREEDY = Sampling(temperature=0)
@@ -118,7 +120,8 @@ def test_what_the_model_has_not_is_refused(prompt: tuple[int, ...], settings: di
     "settings",
     [{"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": True}, {"max_tokens": 10**30},
      {"logprobs": -1}, {"logprobs": True}, {"choice": -1}, {"choice": None}, {"choice": 2**64},
-     {"stop": ("",)}, {"stop": (b"x",)}],
+     {"stop": ("",)}, {"stop": (b"x",)},
+     {"lookup": -1}, {"lookup": 1025}, {"lookup": True}, {"lookup": 2.0}, {"lookup": None}],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(settings))):
@@ -318,4 +321,147 @@ def test_a_failed_forward_pass_ends_those_in_it_and_the_engine_goes_on() -> None
         (first, "error", "MemoryError: no room"),
         (second, "stop", None),
     ]
+    assert idle(e)
+
+
+LOOP = "row, row, row your boat; " * 6
+
+
+def plain(events: Sequence[Event]) -> list[Event]:
+    """Without what tells whether there were drafts."""
+    return [replace(event, drafted_tokens=0, accepted_tokens=0) for event in events]
+
+
+def test_a_repetitive_answer_comes_in_fewer_steps_by_lookup_and_is_the_same() -> None:
+    without, with_ = engine(saying(LOOP)), engine(saying(LOOP))
+    expected = list(without.run(ask(logprobs=1)))
+    events = list(with_.run(ask(logprobs=1, lookup=8)))
+    assert text(events) == LOOP
+    assert plain(events) == expected
+    assert [(event.drafted_tokens, event.accepted_tokens) for event in events[:-1]] == [(0, 0)] * len(LOOP)
+    last, steps = events[-1], with_.runner.steps  # type: ignore[attr-defined]
+    assert without.runner.steps == [1] * 151  # type: ignore[attr-defined]
+    assert len(steps) < 50  # up to 9 characters in a step, once the first 25 are there
+    assert (max(steps), sum(steps) - len(steps)) == (9, last.drafted_tokens)
+    assert len(steps) + last.accepted_tokens == 151
+    assert idle(with_)
+
+
+def test_the_prompt_is_looked_up_from_the_first_token_on() -> None:
+    e = engine(lambda history: one(history[len(history) % 6]))
+    events = list(e.run(ask("abcdefabc", max_tokens=20, lookup=8)))
+    assert text(events) == "defabcdefabcdefabcde"
+    assert e.runner.steps[0] == 9 + 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 12))
+def test_drafts_end_with_the_answer_and_its_blocks(max_tokens: int) -> None:
+    """A draft past them would be refused by the runner, whose blocks here end with the longest answer."""
+    prompt = BLOCK * 2 - max_tokens
+    e = Engine(HistoryRunner(lambda history: one(ord("a")), n_blocks=2), ByteTokenizer())
+    events = list(e.run(ask("a" * prompt, max_tokens=max_tokens, lookup=100)))
+    assert (text(events), events[-1].finish) == ("a" * max_tokens, "length")
+    assert events[-1].accepted_tokens == events[-1].drafted_tokens
+    assert sum(e.runner.steps) == prompt + max_tokens - 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("budget", range(2, 14))
+def test_drafts_take_only_the_room_that_is_left(budget: int) -> None:
+    """A prompt beside a drafting answer is read in as many steps as beside one that does not draft."""
+    told = []
+    for lookup in (0, 8):
+        e = engine(lambda history: one(ord("a")), max_batch_tokens=budget, max_sequences=2, context=128)
+        first = e.add(ask("a" * 20, max_tokens=100, lookup=lookup))
+        events: list[Event] = []
+        while len(events) < 10:
+            events += e.step()
+        second = e.add(ask("b" * 90, max_tokens=1, prompt_logprobs=True))
+        before = len(e.runner.steps)  # type: ignore[attr-defined]
+        while not any(event.request == second for event in events):
+            events += e.step()
+        steps = e.runner.steps[before:]  # type: ignore[attr-defined]
+        told.append(len(steps))
+        assert max(steps) <= budget
+        assert text([event for event in events + drain(e) if event.request == first]) == "a" * 100
+    assert told[0] == told[1] == -(-90 // (budget - 1))
+
+
+def test_drafts_in_a_full_batch_are_fewer_than_wanted() -> None:
+    e = engine(lambda history: one(ord("a")), max_batch_tokens=7, max_sequences=3, context=64)
+    ids = [e.add(ask("a", max_tokens=60, lookup=8)) for _ in range(3)]
+    answers: dict[int, list[Event]] = {id: [] for id in ids}
+    for event in drain(e):
+        answers[event.request].append(event)
+    assert [text(events) for events in answers.values()] == ["a" * 60] * 3
+    assert max(e.runner.steps) == 7  # type: ignore[attr-defined]
+    assert idle(e)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told", "finish", "drafted"),
+    [
+        ({"stop": ("t; row, row",)}, "row, row, row your boa", "stop", True),
+        ({"stop": ("boat; row, row, row your bo",)}, "row, row, row your ", "stop", True),
+        ({"stop_tokens": frozenset(b"b")}, "row, row, row your ", "stop", True),
+        ({"max_tokens": 77}, LOOP[:77], "length", False),
+    ],
+)
+def test_an_answer_stops_in_the_middle_of_a_draft(
+    settings: dict[str, Any], told: str, finish: str, drafted: bool
+) -> None:
+    """`drafted`: whether its last token was a draft. Otherwise a step draws one token more than it accepts."""
+    prompt = "row your boat;"
+    expected = list(engine(saying(LOOP, len(prompt))).run(ask(prompt, **settings)))
+    e = engine(saying(LOOP, len(prompt)))
+    events = list(e.run(ask(prompt, **settings, lookup=8)))
+    assert (text(events), events[-1].finish) == (told, finish)
+    assert plain(events) == expected
+    assert len(events) == len(e.runner.steps) + events[-1].accepted_tokens - drafted  # type: ignore[attr-defined]
+    assert idle(e)
+
+
+def test_processors_and_errors_see_only_what_was_drawn() -> None:
+    """Each is asked once for each token, with the history that an answer without drafts has; then one fails."""
+    seen: dict[int, list[list[int]]] = {0: [], 8: []}
+    told: dict[int, list[Event]] = {}
+    for lookup, histories in seen.items():
+
+        def process(
+            logits: NDArray[np.float32], history: NDArray[np.int32], prompt_length: int, histories: Any = histories
+        ) -> None:
+            histories.append(history.tolist())
+            if len(history) % 31 == 0:
+                logits[ord("!")] = 1
+            if len(history) == 100:
+                raise ZeroDivisionError("by zero")
+
+        e = engine(saying(LOOP))
+        told[lookup] = list(e.run(ask(processors=(process,), lookup=lookup)))
+        assert idle(e)
+    assert seen[8] == seen[0]
+    assert plain(told[8]) == told[0]
+    assert (len(told[8]), told[8][-1].error) == (100, "ZeroDivisionError: by zero")
+    assert told[8][-1].accepted_tokens > 20
+
+
+def test_a_prompt_is_scored_in_the_step_that_drafts() -> None:
+    for budget in (8, 512):
+        e = [engine(count, max_batch_tokens=budget, max_sequences=1) for _ in range(2)]
+        prompt = (*counted([1], 20), 5, 6, 7, 8, 9, 5, 6, 7)
+        request = Request(prompt, 10, GREEDY, logprobs=1, prompt_logprobs=True)
+        expected = list(e[0].run(request))
+        assert [event.token for event in expected] == counted(prompt, 10)
+        assert plain(list(e[1].run(replace(request, lookup=8)))) == expected
+        assert sum(e[1].runner.steps) > sum(e[0].runner.steps)  # type: ignore[attr-defined]
+
+
+def test_what_a_step_drew_is_told_before_the_cancellation_that_follows_it() -> None:
+    e = engine(saying(LOOP))
+    events = e.run(ask(lookup=8))
+    told = [next(events) for _ in range(60)]
+    e.cancel(told[0].request)
+    told += events
+    assert told[-1].finish == "cancelled"
+    assert 60 < len(told) <= 60 + 8 + 1
+    assert text(told) == LOOP[: len(told) - 1]
     assert idle(e)

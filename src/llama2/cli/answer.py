@@ -32,6 +32,8 @@ class Reply:
     finish_reason: FinishReason = "cancelled"
     first_token_seconds: float = 0.0  # from the request to its first token
     seconds: float = 0.0  # and to its end
+    drafted_tokens: int = 0  # by --lookup
+    accepted_tokens: int = 0  # of these, the drawn ones
 
     def decode_rate(self) -> float | None:
         """Tokens per second after the first token; None when no other followed."""
@@ -41,14 +43,16 @@ class Reply:
     def summary(self) -> str:
         """Tokens and speed, for people."""
         count, rate = len(self.token_ids), self.decode_rate()
-        return f"{count} token{'s' * (count != 1)}" + (f", {rate:.1f} tokens/s" if rate else "")
+        speed = f", {rate:.1f} tokens/s" if rate else ""
+        drafts = f", {self.accepted_tokens} of {self.drafted_tokens} drafts accepted" if self.drafted_tokens else ""
+        return f"{count} token{'s' * (count != 1)}{speed}{drafts}"
 
 
 def follow(engine: Engine, request: Request, show: Callable[[str], None]) -> Reply:
     """Run a request to its end, handing each piece of text to `show`.
 
-    Ctrl-C ends it: after the token at hand, so that no step is cut in the middle, or at once while there is no token
-    yet, and at the second press. Raises ContextError or RequestError like the engine, EngineError when it failed.
+    Ctrl-C ends it: after the step at hand, which is not cut in the middle, or at once while there is no token yet, and
+    at the second press. Raises ContextError or RequestError like the engine, EngineError when it failed.
     """
     reply, start, stopped = Reply(len(request.prompt)), time.perf_counter(), False
 
@@ -74,8 +78,9 @@ def follow(engine: Engine, request: Request, show: Callable[[str], None]) -> Rep
                     show(event.text)
                 if event.finish is not None:
                     reply.finish_reason = event.finish
+                    reply.drafted_tokens, reply.accepted_tokens = event.drafted_tokens, event.accepted_tokens
                 elif stopped:
-                    engine.cancel(event.request)  # the next event is the last, with what text was held back
+                    engine.cancel(event.request)  # what was drawn still comes, then the last event with held back text
     except KeyboardInterrupt:
         reply.seconds = time.perf_counter() - start
     return reply

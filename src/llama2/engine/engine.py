@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.engine import sampling
+from llama2.engine.lookup import Lookup
 from llama2.engine.request import Event, FinishReason, Logprob, Request
 from llama2.engine.runner import BLOCK, Batch, Runner
 from llama2.engine.sampling import Sampler
@@ -26,13 +27,29 @@ class Generation(Sequence):
     """A request on its way: its tokens so far, and what draws them and turns them into text."""
 
     request: Request
-    tokens: NDArray[np.int32]  # (limit,) the first `length` are known
+    tokens: NDArray[np.int32]  # (limit,) the first `length` are known; drafts of a step follow them
     table: NDArray[np.int32]  # (W,) its cache blocks, −1 past the last
     sampler: Sampler
     stream: TokenStream
     stops: StopStrings
     stop_tokens: frozenset[int]
     prompt_logprobs: list[Logprob] | None
+    lookup: Lookup | None
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(slots=True)
+class Part:
+    """What a step runs of one request: its next `known` tokens, and after the last of all a number of drafts.
+
+    Logits are wanted for the last `rows` of these tokens, among them all drafts.
+    """
+
+    generation: Generation
+    known: int
+    drafts: int
+    rows: int
 
 
 class Engine:
@@ -102,8 +119,8 @@ class Engine:
         A request fails alone, with `finish="error"`, unless the forward pass does: then all that were in it fail.
         """
         with self._lock:
-            if plan := self.scheduler.schedule():
-                self._run(plan)
+            if parts := self._plan():
+                self._run(parts)
             told, self._events = self._events, []
             rest: list[Event] = []
             for event in told:
@@ -143,6 +160,7 @@ class Engine:
             stops=StopStrings(request.stop),
             stop_tokens=self.tokenizer.stop_ids | request.stop_tokens,
             prompt_logprobs=[] if request.prompt_logprobs else None,
+            lookup=Lookup(request.lookup) if request.lookup else None,
         )
 
     def _enqueue(self, generation: Generation) -> None:
@@ -173,29 +191,43 @@ class Engine:
                     self._release(generation)
                 del self._mail[generation.id]
 
-    def _run(self, plan: list[tuple[Generation, int]]) -> None:
-        # How many of a sequence's last tokens need logits.
-        rows = [n if g.prompt_logprobs is not None else int(g.cached + n == g.length) for g, n in plan]
+    def _plan(self) -> list[Part]:
+        """The next step: what the scheduler says, and drafts in the room that it leaves, in order of arrival."""
+        plan = self.scheduler.schedule()
+        room = self.scheduler.max_batch_tokens - sum(count for _, count in plan)
+        parts = []
+        for g, count in plan:
+            drafts, last = 0, g.cached + count == g.length
+            if last and g.lookup is not None:
+                # The answer's last token is drawn but never run, and the one before it is the last draft of use.
+                draft = g.lookup.draft(g.tokens[: g.length], min(room, g.limit - g.length - 1))
+                drafts = len(draft)
+                g.tokens[g.length : g.length + drafts] = draft
+                g.drafted += drafts
+                room -= drafts
+            parts.append(Part(g, count, drafts, (count if g.prompt_logprobs is not None else last) + drafts))
+        return parts
+
+    def _run(self, parts: list[Part]) -> None:
         try:
-            logits = self.runner.forward(self._fill(plan, rows))
+            logits = self.runner.forward(self._fill(parts))
         except Exception as error:
-            self._events += [self._failure(generation, error) for generation, _ in plan]
+            self._events += [self._failure(part.generation, error) for part in parts]
             return
         end = 0
-        for (generation, count), wanted in zip(plan, rows, strict=True):
-            start, end = end, end + wanted
+        for part in parts:
+            start, end = end, end + part.rows
             try:
-                event = self._advance(generation, count, logits[start:end])
+                self._advance(part, logits[start:end])
             except Exception as error:
-                event = self._failure(generation, error)
-            if event is not None:
-                self._events.append(event)
+                self._events.append(self._failure(part.generation, error))
 
-    def _fill(self, plan: list[tuple[Generation, int]], rows: list[int]) -> Batch:
+    def _fill(self, parts: list[Part]) -> Batch:
         """The step's batch: views of arrays that every step writes anew."""
         batch = self._batch
         n = m = 0
-        for s, ((generation, count), wanted) in enumerate(zip(plan, rows, strict=True)):
+        for s, part in enumerate(parts):
+            generation, count = part.generation, part.known + part.drafts
             start, end = generation.cached, generation.cached + count
             if start == 0:
                 generation.table[: len(generation.blocks)] = generation.blocks
@@ -204,30 +236,45 @@ class Engine:
             batch.sequences[n : n + count] = s
             batch.blocks[s] = generation.table
             n += count
-            batch.outputs[m : m + wanted] = self._range[n - wanted : n]
-            m += wanted
+            batch.outputs[m : m + part.rows] = self._range[n - part.rows : n]
+            m += part.rows
         return Batch(
-            batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.blocks[: len(plan)], batch.outputs[:m]
+            batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.blocks[: len(parts)], batch.outputs[:m]
         )
 
-    def _advance(self, g: Generation, count: int, logits: NDArray[np.float32]) -> Event | None:
-        """Account for `count` tokens that ran, and draw the next one if no known token is left."""
+    def _advance(self, part: Part, logits: NDArray[np.float32]) -> None:
+        """Account for the tokens that ran, and draw what follows the known ones: logits (rows, V).
+
+        After the last known token comes a drawn one; as long as that is what was drafted there, it has run as well, and
+        the row after it draws the next.
+        """
+        g = part.generation
         if g.prompt_logprobs is not None:
-            following = g.tokens[g.cached + 1 : min(g.cached + 1 + count, g.length)].tolist()
+            following = g.tokens[g.cached + 1 : min(g.cached + 1 + part.known, g.length)].tolist()
             top = g.request.logprobs or 0
             scores = (sampling.logprob(row, t, top) for row, t in zip(logits, following, strict=False))
             g.prompt_logprobs += scores
-        g.cached += count
+        g.cached += part.known
         if g.cached < g.length:
-            return None
+            return
         if g.length == g.limit:  # nothing but the prompt's log-probabilities was asked for
-            return self._event(g, finish="length")
+            self._events.append(self._event(g, finish="length"))
+            return
+        drafts = g.tokens[g.length : g.length + part.drafts].tolist()
+        for row, draft in zip(logits[-1 - part.drafts :], (*drafts, None), strict=True):
+            event = self._draw(g, row, draft)
+            self._events.append(event)
+            if event.finish is not None or event.token != draft:
+                return
+            g.cached += 1
 
+    def _draw(self, g: Generation, row: NDArray[np.float32], draft: int | None) -> Event:
+        """The answer's next token, from its logits (V,)."""
         wanted = g.request.logprobs
-        row = logits[-1]
         raw = row.copy() if g.request.processors else row
         token = g.sampler.draw(row, g.tokens[: g.length])
         logprob = None if wanted is None else sampling.logprob(raw, token, wanted)
+        g.accepted += token == draft
         g.tokens[g.length] = token
         g.length += 1
         if token in g.stop_tokens:
@@ -257,7 +304,9 @@ class Engine:
                 text += g.stops.push(g.stream.flush()) + g.stops.flush()
             self._release(g)
         scores, g.prompt_logprobs = g.prompt_logprobs, None
-        return Event(g.id, token, text, finish, logprob, error, None if scores is None else tuple(scores))
+        drafted, accepted = (0, 0) if finish is None else (g.drafted, g.accepted)
+        prompt = None if scores is None else tuple(scores)
+        return Event(g.id, token, text, finish, logprob, error, prompt, drafted, accepted)
 
 
 def _check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:

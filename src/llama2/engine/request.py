@@ -69,7 +69,9 @@ class Request:
 
     `stop` strings end the answer and are left out of its text; `stop_tokens` likewise by id. `logprobs` asks, for each
     token of the answer, for its log-probability (of the raw logits) and that of so many likeliest alternatives.
-    `prompt_logprobs` asks the same of the prompt's tokens after the first; then `max_tokens` may be 0.
+    `prompt_logprobs` asks the same of the prompt's tokens after the first; then `max_tokens` may be 0. `lookup` is how
+    many tokens a step may draft by prompt lookup: the answer stays the same, and one that repeats itself or its prompt
+    comes faster.
     """
 
     prompt: tuple[int, ...]
@@ -82,13 +84,19 @@ class Request:
     choice: int = 0  # which of several answers to one prompt; part of the random numbers' key
     continues: bool = False  # whether the answer's text goes on where the prompt's ends, and keeps its first space
     processors: tuple[Processor, ...] = ()
+    lookup: int = 0  # 0: off
 
     def __post_init__(self) -> None:
         least = 0 if self.prompt_logprobs else 1
-        limits = {"max_tokens": (least, 1 << 62), "logprobs": (0, 1 << 30), "choice": (0, (1 << 64) - 1)}
+        limits = {
+            "max_tokens": (least, 1 << 62),
+            "logprobs": (0, 1 << 30),
+            "choice": (0, (1 << 64) - 1),
+            "lookup": (0, 1024),
+        }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if value is None and name != "choice":
+            if value is None and name in ("max_tokens", "logprobs"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise RequestError(f"{name}={value!r} must be a whole number between {low} and {high}")
@@ -111,7 +119,8 @@ class Event:
     """One token of one request's answer.
 
     `text` is what became certain with this token: whole characters, held back while a stop string may be forming.
-    The last event of a request has `finish`. With `finish="error"`, `error` says why.
+    The last event of a request has `finish`, and tells how many tokens were drafted and how many of those were drawn.
+    With `finish="error"`, `error` says why.
     """
 
     request: int  # the id that Engine.add returned
@@ -121,3 +130,5 @@ class Event:
     logprob: Logprob | None = None
     error: str | None = None
     prompt_logprobs: tuple[Logprob, ...] | None = None  # in the first event, if asked: the prompt after its first token
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0

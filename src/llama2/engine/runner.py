@@ -37,5 +37,9 @@ class Runner(Protocol):
     n_blocks: int
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
-        """Write keys and values of every token into its block, and return the logits of `outputs`: (M, V) float32."""
+        """Write keys and values of every token into its block, and return the logits of `outputs`: (M, V) float32.
+
+        A token reads no position after its own, and a position that comes again is written anew; so tokens that turn
+        out wrong leave no trace.
+        """
         ...
