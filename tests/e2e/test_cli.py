@@ -107,6 +107,14 @@ def test_generate(llama2: Program) -> None:
     assert "logprobs" not in drawn
 
 
+def test_lookup_gives_the_same_answer(llama2: Program) -> None:
+    words = ("generate", "One, two, three, four. " * 3 + "One, two", "--max-tokens", "24", "--temperature", "0")
+    plain, drafted = llama2.json(*words), llama2.json(*words, "--lookup", "8")
+    assert (drafted["text"], drafted["token_ids"]) == (plain["text"], plain["token_ids"])
+    assert (plain["drafted_tokens"], plain["accepted_tokens"]) == (0, 0)
+    assert drafted["drafted_tokens"] >= drafted["accepted_tokens"] >= 3  # it goes on with three, four
+
+
 def test_generate_starts_from_bos(llama2: Program) -> None:
     assert llama2.json("generate", "", "--max-tokens", "3")["prompt_tokens"] == 1
 
@@ -230,6 +238,7 @@ MODEL = "{model}"
         (["chat", "hi", "--temperature", "-1"], 2, "temperature=-1.0 must be between 0.0 and 100.0"),
         (["chat", "hi", "--max-tokens", "0"], 2, "max_tokens=0"),
         (["chat", "hi", "--max-tokens", "9" * 400], 2, "max_tokens"),
+        (["chat", "hi", "--lookup", "1025"], 2, "lookup=1025 must be a whole number between 0 and 1024"),
         (["chat", "hi", "--threads", "0"], 2, "--threads"),
         (["chat", "hi", "--runner", "abacus"], 2, "--runner.*native"),
         (["chat", "hi", "--logit-bias", "a=b"], 2, "logit_bias 'a=b' must be"),

@@ -122,6 +122,19 @@ def test_logits_under_any_schedule(runner: NativeRunner, plan: list[tuple[int, l
         assert_same_bytes(logits, *run(runner, [tokens], [repeat(len(tokens))]))
 
 
+def test_rejected_tokens_leave_no_trace(model: Checkpoint) -> None:
+    """Steps of one true token and wrong ones behind it, which the next steps write over."""
+    vocabulary, runner = model.config.vocab_size, NativeRunner(model, BLOCKS, threads=2)
+    mine, [place] = prompt(vocabulary, 80, seed=1), tables([96])
+    [expected] = run(runner, [mine], [repeat(len(mine))])
+    rows = [step(runner, [(mine[:25], 0, place)])[0]]
+    for at in range(25, 80):
+        wrong = prompt(vocabulary, at % 13, seed=at)
+        [logits] = step(runner, [(np.concatenate([mine[at : at + 1], wrong]), at, place)])
+        rows.append(logits[:1])
+    assert_same_bytes(np.concatenate(rows), expected)
+
+
 def answer(engine: Engine, mine: Request, others: Sequence[Request]) -> list[Event]:
     """Events of `mine`, which joins when the first half of `others` is on its way; the second half joins later."""
     half = len(others) // 2

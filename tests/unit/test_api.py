@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,15 @@ def test_options_reach_the_engine(model: Model) -> None:
     assert model.generate("a", stop=["y", "xxx"], **always).token_ids == [123] * 3
 
 
+def test_lookup_gives_the_same_answer_and_says_how_far_it_helped(model: Model) -> None:
+    always: dict[str, Any] = {"logit_bias": {ord("x") + 3: 100.0}, "temperature": 0, "max_tokens": 40}
+    plain = model.generate("a", **always)
+    answer = model.generate("a", lookup=8, **always)
+    assert (plain.drafted_tokens, plain.accepted_tokens) == (0, 0)
+    assert answer.drafted_tokens == answer.accepted_tokens > 25  # x and x again
+    assert replace(answer, drafted_tokens=0, accepted_tokens=0) == plain
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -157,6 +167,7 @@ def test_options_reach_the_engine(model: Model) -> None:
         ({"zzz": 1}, "zzz: unknown option; there are max_tokens"),
         ({"temperature": -1}, "temperature=-1"),
         ({"max_tokens": 0}, "max_tokens=0"),
+        ({"lookup": -1}, "lookup=-1 must be a whole number between 0 and 1024"),
         ({"stop": 3}, "stop=3 must be a text"),
         ({"stop": ""}, "stop: ''"),
         ({"logit_bias": {10**6: 1}}, "logit_bias: 1000000 is not a token"),

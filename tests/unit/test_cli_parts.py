@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from llama2.cli import bench, options
+from llama2.cli.answer import Reply
 from llama2.cli.conversation import Conversation
 from llama2.cli.options import AnswerOptions
 from llama2.cli.output import one_line, write
@@ -47,8 +48,8 @@ def test_prompt_refuses_what_is_not_text(tmp_path: Path) -> None:
 
 
 def test_answer_options() -> None:
-    chosen = AnswerOptions(max_tokens=7, stop=["a", "b"], temperature=0.0, logit_bias=["5=-inf", "6=1.5"])
-    assert chosen.limits() == {"max_tokens": 7, "stop": ("a", "b")}
+    chosen = AnswerOptions(max_tokens=7, stop=["a", "b"], lookup=3, temperature=0.0, logit_bias=["5=-inf", "6=1.5"])
+    assert chosen.limits() == {"max_tokens": 7, "stop": ("a", "b"), "lookup": 3}
     assert chosen.sampling() == {"temperature": 0.0, "logit_bias": {5: -float("inf"), 6: 1.5}}
     assert AnswerOptions().sampling() == {}
 
@@ -63,6 +64,7 @@ def test_answer_options() -> None:
         {"seed": -1},
         {"seed": 1 << 64},
         {"max_tokens": 0},
+        {"lookup": -1},
         {"stop": [""]},
         {"logit_bias": ["x=1"]},
         {"logit_bias": ["1=nan"]},
@@ -72,6 +74,22 @@ def test_answer_options() -> None:
 def test_answer_options_out_of_range(wrong: dict[str, object]) -> None:
     with pytest.raises(typer.BadParameter, match=next(iter(wrong))):
         AnswerOptions(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("reply", "summary"),
+    [
+        (Reply(3), "0 tokens"),
+        (Reply(3, token_ids=[5], seconds=1.0), "1 token"),
+        (Reply(3, token_ids=[5] * 9, first_token_seconds=2.0, seconds=4.0), "9 tokens, 4.0 tokens/s"),
+        (
+            Reply(3, token_ids=[5] * 9, first_token_seconds=2.0, seconds=4.0, drafted_tokens=6, accepted_tokens=5),
+            "9 tokens, 4.0 tokens/s, 5 of 6 drafts accepted",
+        ),
+    ],
+)
+def test_summary_of_an_answer(reply: Reply, summary: str) -> None:
+    assert reply.summary() == summary
 
 
 def _conversation() -> Conversation:
