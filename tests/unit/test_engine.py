@@ -351,7 +351,7 @@ def test_the_prompt_is_looked_up_from_the_first_token_on() -> None:
     e = engine(lambda history: one(history[len(history) % 6]))
     events = list(e.run(ask("abcdefabc", max_tokens=20, lookup=8)))
     assert text(events) == "defabcdefabcdefabcde"
-    assert e.runner.steps[0] == 9 + 1  # type: ignore[attr-defined]
+    assert e.runner.steps[0] == 9 + 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 12))

@@ -44,7 +44,7 @@ def test_a_draft_is_what_a_search_finds(history: list[int], steps: list[tuple[in
         lookup.rate = 1.0  # long drafts, whatever came true
         draft = lookup.draft(array(history[:end]), room)
         found = searched(history[:end], most)
-        worth = sum(lookup.rate**k > 0.25 for k in range(1, most + 1))
+        worth = sum(lookup.rate**k > 0.2 for k in range(1, most + 1))
         assert draft == found[: min(room, worth)]
 
 
@@ -69,19 +69,19 @@ def test_worked_examples(history: list[int], draft: list[int]) -> None:
         lookup = Lookup(4)
         for start in starts:
             lookup.draft(array(history[:start]), ROOM)
-        lookup.rate = 1 / 0.7  # so that it is 1, should the last proposal be judged wrong
+        lookup.rate = 1 / 0.8  # so that it is 1, should the last proposal be judged wrong
         assert lookup.draft(array(history), ROOM) == draft
 
 
 def test_drafts_grow_while_they_come_true() -> None:
-    """The rate starts at a half, and a right token takes 0.3 of what is missing to 1: n of them 1 - 0.5 * 0.7 ** n."""
+    """The rate starts at a half, and a right token takes a fifth of what is missing to 1: 1 - 0.5 * 0.8 ** n."""
     lookup, history, lengths = Lookup(8), [1, 2] * 4, []
     for _ in range(4):
         draft = lookup.draft(array(history), ROOM)
         lengths.append(len(draft))
         history += ([1, 2] * 5)[: len(draft) + 1] if history[-1] == 2 else ([2, 1] * 5)[: len(draft) + 1]
-    assert lengths == [1, 4, 8, 8]  # after 0, 2, 7 right ones: 0.5 ** 2 = 1/4; 0.755 ** 4 > 1/4; 0.959 ** 8 > 1/4
-    assert lookup.rate == pytest.approx(1 - 0.5 * 0.7 ** (2 + 5 + 8))  # a proposal has 8 tokens, the ninth is not in it
+    assert lengths == [2, 5, 8, 8]  # after 0, 3, 9 right ones: 0.5 ** 3 < 0.2, 0.744 ** 6 = 0.17, 0.933 ** 8 = 0.574
+    assert lookup.rate == pytest.approx(1 - 0.5 * 0.8 ** (3 + 6 + 8))  # of nine, the last was not proposed
 
 
 def test_drafts_end_while_they_are_wrong_and_come_back_when_they_would_be_right() -> None:
@@ -90,23 +90,23 @@ def test_drafts_end_while_they_are_wrong_and_come_back_when_they_would_be_right(
     for i in range(7):
         lengths.append(len(lookup.draft(array(history), ROOM)))
         history += [100 + i, 1, 2]  # 1 2 came before, but followed by another number
-    # Nothing was found; then 0.8 ** 6 = 0.262; then 0.7 of it each time: 0.56 ** 2 = 0.314, 0.392, 0.274, 0.192, 0.134.
-    assert lengths == [0, 6, 2, 1, 1, 0, 0]
+    # Nothing was found; then 0.8 ** 7 = 0.21, 0.64 ** 3 = 0.262, 0.512 ** 2 = 0.262; 0.41, 0.328, 0.262 are too little.
+    assert lengths == [0, 7, 3, 2, 0, 0, 0]
 
     history, lengths = history[:-3], []
     for token in (105, 1, 2):
         history.append(token)
         lengths.append(len(lookup.draft(array(history), ROOM)))
-    assert lengths == [1, 2, 3]  # 1 - 0.866 * 0.7 ** n: 0.394, 0.576, 0.703; 0.576 ** 2 = 0.331, 0.703 ** 3 = 0.347
+    assert lengths == [0, 2, 3]  # 1 - 0.738 * 0.8 ** n: 0.41, 0.528, 0.622; 0.528 ** 2 = 0.278, 0.622 ** 3 = 0.241
 
 
 def test_one_wrong_token_ends_the_judgement_of_a_draft() -> None:
     lookup = Lookup(8)
     history = [1, 2, 3, 4, 5, 6, 1, 2]
-    assert lookup.draft(array(history), ROOM) == [3]
+    assert lookup.draft(array(history), ROOM) == [3, 4]
     history += [3, 9, 5, 6]  # the proposal was 3 4 5 6: right, then wrong, and of the rest nothing is known
     lookup.draft(array(history), ROOM)
-    assert lookup.rate == pytest.approx((0.5 + 0.3 * 0.5) * 0.7)
+    assert lookup.rate == pytest.approx((0.5 + 0.2 * 0.5) * 0.8)
 
 
 def test_proposals_are_judged_also_where_there_was_no_room_for_them() -> None:
@@ -115,7 +115,7 @@ def test_proposals_are_judged_also_where_there_was_no_room_for_them() -> None:
         assert lookup.draft(array(history), 0) == []
         history.append(history[-2])
     assert lookup.draft(array(history), ROOM) == [1, 2] * 4
-    assert lookup.rate == pytest.approx(1 - 0.5 * 0.7**6)
+    assert lookup.rate == pytest.approx(1 - 0.5 * 0.8**6)
 
 
 def test_a_history_is_read_once() -> None:

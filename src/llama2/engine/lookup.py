@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZES = (4, 3, 2)  # lengths of the n-grams that are looked up, in this order
-_WEIGHT = 0.3  # of the newest token in the hit rate
-_LEAST = 0.25  # chance of being right that makes a draft token worth its time
+_WEIGHT = 0.2  # of the newest token in the hit rate
+# Chances of being right that make a first draft token worth its time, and a further one: about what it costs in steps.
+_FIRST = 0.45
+_FURTHER = 0.2
 
 
 class Lookup:
@@ -24,7 +26,7 @@ class Lookup:
 
     `rate` is a moving average of how often a proposed token was the one that came, also where the proposal was not
     handed out. Token k of a draft is right with a chance of about rate ** k, and the draft ends where that falls below
-    what a token must promise: proposals that fail soon cost nothing, and drafts come back when they would be right.
+    what a token costs: proposals that fail soon cost nothing, and drafts come back when they would be right.
     """
 
     def __init__(self, most: int) -> None:
@@ -42,9 +44,10 @@ class Lookup:
         self._judge(history[self._length : self._length + self._most].tolist())
         self._read(history)
         self._proposal = self._propose(history)
-        count, chance = 0, self.rate
-        while count < min(room, len(self._proposal)) and chance > _LEAST:
-            count, chance = count + 1, chance * self.rate
+        count = 0
+        if self.rate > _FIRST:
+            while count < min(room, len(self._proposal)) and self.rate ** (count + 1) > _FURTHER:
+                count += 1
         return self._proposal[:count]
 
     def _judge(self, came: list[int]) -> None:
