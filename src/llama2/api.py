@@ -64,16 +64,17 @@ def load(
     threads: int | None = None,
     runner: Literal["native", "numpy"] = "native",
     context: int | None = None,
+    sequences: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """Open a model by name, path, or repository of the Hugging Face Hub; it is fetched first if it is not here.
 
     `context` is how many tokens prompt and answer may have together, by default as many as the model was made for; a
-    shorter one saves memory. `progress` is told of a fetch: what, bytes done, bytes in all. Raises HubError,
-    CheckpointError, and what Model raises.
+    shorter one saves memory. The cache holds `sequences` requests of the whole context at once. `progress` is told of a
+    fetch: what, bytes done, bytes in all. Raises HubError, CheckpointError, and what Model raises.
     """
     path = hub.locate(fspath(name_or_path), progress=progress)
-    return Model(checkpoint.open(path), threads=threads, runner=runner, context=context)
+    return Model(checkpoint.open(path), threads=threads, runner=runner, context=context, sequences=sequences)
 
 
 class Model:

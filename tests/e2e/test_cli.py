@@ -141,8 +141,21 @@ def test_bench(llama2: Program) -> None:
         assert run_["prefill_share_of_int8"] == pytest.approx(prefill)
         decode = read * run_["decode_tokens_per_second"] / run_["read_bytes_per_second"]
         assert run_["decode_share_of_read"] == pytest.approx(decode)
+    if os.name != "nt":
+        assert 98_362_432 < record["peak_memory_bytes"] < 2**30  # more than the model's file
     table = llama2.run("bench", "--prompt", "8", "--generate", "1", "--repeat", "1").stdout
     assert re.search(r"prefill +8 tokens.*% of \d+ G int8/s\ndecode +1 tokens.*% of [\d.]+ GB/s\n$", table)
+
+
+def test_bench_of_a_batch(llama2: Program) -> None:
+    record = llama2.json("bench", "--prompt", "9", "--generate", "4", "--depth", "7", "--batch", "3", "--repeat", "1")
+    assert [record[name] for name in ("prompt", "generate", "depth", "batch")] == [9, 4, 7, 3]
+    read = 30 * 576 * (2 * 576 + 2 * 192 + 3 * 1536) * 20 // 32 + 49_152 * 576 * 34 // 32 + 61 * 576 * 4
+    steps = record["decode_tokens_per_second"] / 3  # one reading of the weights for all three
+    decode = read * steps / record["read_bytes_per_second"]
+    assert record["decode_share_of_read"] == pytest.approx(decode)
+    table = llama2.run("bench", "--prompt", "8", "--generate", "1", "--batch", "3", "--repeat", "1").stdout
+    assert ", 3 sequences at once, medians of 1\n" in table
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -244,6 +257,7 @@ MODEL = "{model}"
         (["chat", "hi", "--logit-bias", "a=b"], 2, "logit_bias 'a=b' must be"),
         (["generate", "hi", "--logprobs", "2"], 2, "--logprobs needs --json"),
         (["bench", "--repeat", "0"], 2, "--repeat"),
+        (["bench", "--batch", "65"], 2, "--batch 65 is more than the 64 sequences that run at once"),
         (["chat", "@nowhere.txt"], 1, "nowhere.txt: No such file or directory"),
         (["chat", "@."], 1, ".: Is a directory"),
         (["chat", "--resume", "nowhere.json", "hi"], 1, "nowhere.json: No such file or directory"),
@@ -255,6 +269,8 @@ MODEL = "{model}"
         (["chat", "-m", MODEL, "hi", "--context", "9000"], 1, "context=9000 must be from 1 to 8192"),
         (["chat", "-m", MODEL, "hi", "--context", "20"], 1, "prompt of 31 tokens.* 20"),
         (["generate", "-m", MODEL, "hi", "--max-tokens", "8192"], 1, "prompt of 1 tokens and answer of 8192"),
+        (["bench", "-m", MODEL, "--context", "9", "--prompt", "9"], 1, "prompt of 9 tokens and answer of 1 .* 9;"),
+        (["bench", "-m", MODEL, "--context", "9", "--prompt", "1"], 1, "--depth 1 and --generate 128 do not fit"),
         (["generate", "-m", MODEL, "hi", "--logit-bias", "49152=1"], 1, "logit_bias: 49152"),
         (["generate", "-m", MODEL, "hi\udcff"], 1, "."),
         (["show", "notes.gguf"], 1, "notes.gguf"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from statistics import median
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama2.cli.answer import Reply, follow
 from llama2.cli.options import ModelOptions
-from llama2.engine.request import Request, Sampling
+from llama2.engine.request import Event, Request, Sampling
+from llama2.errors import ContextError, EngineError
 
 if TYPE_CHECKING:
     from llama2.api import Model
@@ -29,6 +30,8 @@ def bench(
     model: ModelOptions,
     prompt: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt that prefill reads.")] = 512,
     generate: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that decode writes.")] = 128,
+    depth: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt before decode.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once, each of so many tokens.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, metavar="N", help="Repeats; their medians are printed.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every repeat.")] = False,
 ) -> None:
@@ -36,23 +39,32 @@ def bench(
 
     Prefill and decode run through the whole engine, and the limits are measured between them.
 
-    prefill tokens/s = prompt / seconds to the first token.
+    prefill tokens/s = batch * prompt / seconds until every prompt has its first token.
     Its share of the limit = 2 * (weights of the layers + weights of the output head / prompt) * tokens/s
     / int8 operations/s; a multiply-add is two operations, and attention's own products are left out.
 
-    decode tokens/s = generate / seconds from the first token to the last, after a prompt of one token.
-    Its share of the limit = bytes of weights that a token needs, as the file holds them, * tokens/s
-    / bytes/s of reading memory.
+    decode tokens/s = batch * generate / seconds of so many steps, in each of which every sequence gets a token.
+    Its share of the limit = bytes of weights that a step needs, as the file holds them, * steps/s
+    / bytes/s of reading memory; keys and values are left out.
+
+    The JSON's peak_memory_bytes is the process's largest resident set before the limits, which need memory of their
+    own, are measured.
     """
     from llama2 import native
+    from llama2.engine.scheduler import MAX_SEQUENCES
 
+    if batch > MAX_SEQUENCES:
+        raise typer.BadParameter(f"--batch {batch} is more than the {MAX_SEQUENCES} sequences that run at once")
     threads = model.threads or native.default_threads()
-    with model.load() as loaded:
-        measure(loaded, threads, prompt, generate)  # the first one reads the file and wakes the processor
+    work = Work(prompt=prompt, generate=generate, depth=depth, batch=batch)
+    with model.load(sequences=batch) as loaded:
+        prefill(loaded, work)  # the first ones read the file and wake the processor
+        decode(loaded, work)
+        peak = peak_memory()
         with typer.progressbar(
             range(repeat), label="measuring", file=sys.stderr, hidden=not sys.stderr.isatty()
         ) as repeats:
-            runs = [measure(loaded, threads, prompt, generate) for _ in repeats]
+            runs = [measure(loaded, threads, work) for _ in repeats]
         medians = {field.name: median(getattr(run, field.name) for run in runs) for field in fields(Run)}
         about = {
             "model": model.name,
@@ -61,22 +73,36 @@ def bench(
             "runner": model.runner,
             "instruction_set": native.module().isa,
             "threads": threads,
-            "prompt": prompt,
-            "generate": generate,
+            **asdict(work),
+            "peak_memory_bytes": peak,
         }
     if as_json:
         print(json.dumps({**about, **medians, "runs": [asdict(run) for run in runs]}))
         return
     m = Run(**medians)
     formats = ", ".join(f"{count} {name}" for name, count in about["formats"].most_common())
+    sequences = f", {batch} sequences at once" if batch > 1 else ""
     print(f"{model.name}: {about['parameters'] / 1e6:.1f} M parameters, tensors {formats}")
-    print(f"{model.runner} runner, {about['instruction_set']}, {threads} threads, medians of {repeat}")
-    prefill, decode = m.prefill_tokens_per_second, m.decode_tokens_per_second
+    print(f"{model.runner} runner, {about['instruction_set']}, {threads} threads{sequences}, medians of {repeat}")
     int8, read = m.int8_operations_per_second / 1e9, m.read_bytes_per_second / 1e9
     print(
-        f"prefill {prompt:>6} tokens {prefill:>10.1f} tokens/s {m.prefill_share_of_int8:>7.1%} of {int8:.0f} G int8/s"
+        f"prefill {prompt:>6} tokens {m.prefill_tokens_per_second:>10.1f} tokens/s {m.prefill_share_of_int8:>7.1%} "
+        f"of {int8:.0f} G int8/s"
     )
-    print(f"decode  {generate:>6} tokens {decode:>10.1f} tokens/s {m.decode_share_of_read:>7.1%} of {read:.1f} GB/s")
+    print(
+        f"decode  {generate:>6} tokens {m.decode_tokens_per_second:>10.1f} tokens/s {m.decode_share_of_read:>7.1%} "
+        f"of {read:.1f} GB/s"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a repeat does: tokens of each sequence, and how many sequences there are at once."""
+
+    prompt: int  # of prefill
+    generate: int  # of decode
+    depth: int = 1  # of the prompt before decode
+    batch: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,36 +117,94 @@ class Run:
     decode_share_of_read: float
 
 
-def measure(model: Model, threads: int, prompt: int, generate: int) -> Run:
+def measure(model: Model, threads: int, work: Work) -> Run:
     """One repeat of `llama2 bench`. Raises ContextError when prompt or answer do not fit the context."""
     from llama2 import native
 
     machine, checkpoint = native.module(), model.checkpoint
     int8 = machine.int8_gemm_rate(threads, _SECONDS)
-    prefill = prompt / _follow(model, prompt, 1).first_token_seconds
+    prefilled = prefill(model, work)
     read = machine.read_bandwidth(threads, _SECONDS)
-    decode = _follow(model, 1, generate + 1).decode_rate() or 0.0
+    decoded = decode(model, work)
     return Run(
-        prefill_tokens_per_second=prefill,
-        decode_tokens_per_second=decode,
+        prefill_tokens_per_second=prefilled,
+        decode_tokens_per_second=decoded,
         int8_operations_per_second=int8,
         read_bytes_per_second=read,
-        prefill_share_of_int8=operations(checkpoint, prompt) / prompt * prefill / int8,
-        decode_share_of_read=bytes_read(checkpoint) * decode / read,
+        prefill_share_of_int8=operations(checkpoint, work.prompt) / work.prompt * prefilled / int8,
+        decode_share_of_read=bytes_read(checkpoint) * decoded / work.batch / read,
     )
 
 
-def _follow(model: Model, prompt: int, answer: int) -> Reply:
-    """Run a request of `prompt` tokens, whose answer nothing but its length ends."""
-    request = Request(
-        prompt=tuple(i % model.config.vocab_size for i in range(1, prompt + 1)),
-        max_tokens=answer,
-        sampling=Sampling(temperature=0, logit_bias=dict.fromkeys(model.tokenizer.stop_ids, -math.inf)),
-    )
-    reply = follow(model.engine, request, lambda _: None)
-    if reply.finish_reason == "cancelled":
-        raise KeyboardInterrupt
-    return reply
+def prefill(model: Model, work: Work) -> float:
+    """Tokens a second of all prompts, from their arrival until each has its first token."""
+    start = time.perf_counter()
+    for request in _requests(model, work.batch, work.prompt, 1):
+        model.engine.add(request)
+    while model.engine.busy:
+        _step(model)
+    return work.batch * work.prompt / (time.perf_counter() - start)
+
+
+def decode(model: Model, work: Work) -> float:
+    """Tokens a second of all answers, over steps that each give every sequence a token.
+
+    A long prompt's sequences begin one after the other, and the first write on while the last are read. So they are
+    asked for all that the context holds, and cancelled at the end.
+    """
+    engine = model.engine
+    requests = [engine.add(request) for request in _requests(model, work.batch, work.depth, None)]
+    begun: set[int] = set()
+    while len(begun) < work.batch:
+        begun |= {event.request for event in _step(model)}
+    tokens, start = 0, time.perf_counter()
+    while tokens < work.batch * work.generate:
+        events = _step(model)
+        if len(events) < work.batch:
+            raise ContextError(
+                f"--depth {work.depth} and --generate {work.generate} do not fit the context of {engine.context} "
+                "tokens; choose fewer, or a longer --context"
+            )
+        tokens += len(events)
+    seconds = time.perf_counter() - start
+    for request in requests:
+        engine.cancel(request)
+    while engine.busy:
+        _step(model)
+    return tokens / seconds
+
+
+def _requests(model: Model, count: int, prompt: int, answer: int | None) -> list[Request]:
+    """Requests of `prompt` tokens, no two alike, whose answers nothing but their length ends."""
+    vocabulary = model.config.vocab_size
+    sampling = Sampling(temperature=0, logit_bias=dict.fromkeys(model.tokenizer.stop_ids, -math.inf))
+    return [
+        Request(
+            prompt=tuple(i % vocabulary for i in range(1 + n * prompt, 1 + (n + 1) * prompt)),
+            max_tokens=answer,
+            sampling=sampling,
+        )
+        for n in range(count)
+    ]
+
+
+def _step(model: Model) -> list[Event]:
+    """One step of the engine. Raises EngineError when it failed."""
+    events = model.engine.step()
+    for event in events:
+        if event.error is not None:
+            raise EngineError(event.error)
+    return events
+
+
+def peak_memory() -> int | None:
+    """Bytes of the largest resident set that this process has had; None on Windows, which counts otherwise."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def operations(checkpoint: Checkpoint, prompt: int) -> int:

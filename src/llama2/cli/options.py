@@ -50,11 +50,11 @@ class ModelOptions:
 
         return self.model or hub.DEFAULT
 
-    def load(self) -> Model:
-        """The model, ready to answer; fetched first if need be."""
+    def load(self, *, sequences: int = 1) -> Model:
+        """The model, ready for so many answers of the whole context at once; fetched first if need be."""
         from llama2 import api
 
-        return api.load(self.name, threads=self.threads, runner=self.runner, context=self.context)
+        return api.load(self.name, threads=self.threads, runner=self.runner, context=self.context, sequences=sequences)
 
 
 @dataclass(frozen=True)

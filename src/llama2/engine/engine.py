@@ -16,7 +16,7 @@ from llama2.engine.lookup import Lookup
 from llama2.engine.request import Event, FinishReason, Logprob, Request
 from llama2.engine.runner import BLOCK, Batch, Runner
 from llama2.engine.sampling import Sampler
-from llama2.engine.scheduler import Scheduler, Sequence, blocks_for
+from llama2.engine.scheduler import MAX_SEQUENCES, Scheduler, Sequence, blocks_for
 from llama2.engine.stop import StopStrings
 from llama2.errors import ContextError, Llama2Error, RequestError
 from llama2.text.tokenizer import Tokenizer, TokenStream
@@ -66,7 +66,7 @@ class Engine:
         *,
         context: int | None = None,
         max_batch_tokens: int = 512,
-        max_sequences: int = 64,
+        max_sequences: int = MAX_SEQUENCES,
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer

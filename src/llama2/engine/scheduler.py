@@ -12,6 +12,9 @@ from typing import Generic, TypeVar
 from llama2.engine.cache import BlockAllocator
 from llama2.engine.runner import BLOCK
 
+#: Sequences that run at once, unless a caller says otherwise.
+MAX_SEQUENCES = 64
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -30,7 +33,7 @@ S = TypeVar("S", bound=Sequence)
 class Scheduler(Generic[S]):
     """Plans steps over the sequences it was given. The caller advances `cached` and `length` after each step."""
 
-    def __init__(self, n_blocks: int, *, max_batch_tokens: int = 512, max_sequences: int = 64) -> None:
+    def __init__(self, n_blocks: int, *, max_batch_tokens: int = 512, max_sequences: int = MAX_SEQUENCES) -> None:
         """Raises ValueError unless 1 ≤ max_sequences ≤ max_batch_tokens: every running answer grows in every step."""
         if not 1 <= max_sequences <= max_batch_tokens:
             raise ValueError(f"max_sequences={max_sequences} must be from 1 to max_batch_tokens={max_batch_tokens}")
