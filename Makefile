@@ -12,7 +12,7 @@ TESTS =
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 NATIVE = src/llama2/native/*.h src/llama2/native/*.cpp
-CPP_FILES = $(NATIVE) tests/native/*.cpp
+CPP_FILES = $(NATIVE) tests/native/*.cpp bench/*.c
 
 .PHONY: chat test lint format build clean
 
