@@ -334,12 +334,15 @@ def as_markdown(lines: list[list[str]]) -> str:
 class Record:
     """The JSON file: where the measurement comes from, and every round of every contest."""
 
-    def __init__(self, path: Path, origin: dict[str, Any], *, resume: bool) -> None:
-        """Begin a file, or continue one. Raises SystemExit when there is one that shall not or cannot be continued."""
-        self.path, self.origin = path, origin
+    def __init__(self, path: Path, origin: dict[str, Any], *, wanted: int, resume: bool) -> None:
+        """Begin a file, or continue one; `wanted` rounds of a contest must count.
+
+        Raises SystemExit when there is a file that shall not or cannot be continued.
+        """
+        self.path, self.origin, self.wanted = path, origin, wanted
         self.commands: dict[str, dict[str, str]] = {}
         self.rounds: dict[str, list[Round]] = {}
-        self.seconds = 0.0  # of all rounds
+        self.seconds, self._written = 0.0, time.monotonic()  # spent until then
         if not path.exists():
             return
         if not resume:
@@ -359,14 +362,19 @@ class Record:
             raise SystemExit(f"{self.path}: the commands of {title} were others; name another file with -o")
         return self.rounds.setdefault(title, [])
 
-    def found(self, row: Row, wanted: int) -> Summary | None:
-        """A row's summary, if as many rounds count as are wanted."""
-        rounds = self.rounds.get(row.contest, [])
-        return summary(row, rounds) if sum(one.counts for one in rounds) >= wanted else None
+    def complete(self, title: str) -> bool:
+        """Whether as many rounds of a contest count as are wanted."""
+        return sum(one.counts for one in self.rounds.get(title, [])) >= self.wanted
 
-    def write(self, wanted: int) -> None:
+    def found(self, row: Row) -> Summary | None:
+        """A row's summary, if its contest is complete."""
+        return summary(row, self.rounds[row.contest]) if self.complete(row.contest) else None
+
+    def write(self) -> None:
         """Replace the file by one with all there is."""
-        found = [(row, self.found(row, wanted)) for row in rows()]
+        now = time.monotonic()
+        self.seconds, self._written = self.seconds + now - self._written, now
+        found = [(row, self.found(row)) for row in rows()]
         content = {
             **self.origin,
             "seconds": round(self.seconds),
@@ -444,46 +452,42 @@ def main() -> None:
     for contest in chosen.values():
         check(contest)
     origin = {**provenance(), "threads": options.threads, "real": options.real, "pairs": options.pairs}
-    record = Record(options.output, origin, resume=options.resume)
+    record = Record(options.output, origin, wanted=options.pairs, resume=options.resume)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the program that is running is ended too
-    failed = False
-    for title, contest in chosen.items():
-        print(f"{title} ", end="", file=sys.stderr, flush=True)
-        rounds = record.begin(title, {name: shown(program, setting) for name, program in contest.programs.items()})
-        start = time.monotonic()
-        try:
-            measure(contest, rounds, setting, options.pairs, options.real, partial(record.write, options.pairs))
-        except MeasurementError as error:
-            failed = True
-            print(f"\n{title}: {error}", end="", file=sys.stderr)
-        spent = time.monotonic() - start
-        record.seconds += spent
-        record.write(options.pairs)
-        print(f" {spent:.0f} s", file=sys.stderr)
-    lines = [HEADINGS, *(cells(row, record.found(row, options.pairs)) for row in table)]
-    rates = ", ".join(f"{value:.4g} {name}" for name, value in record.limits().items())
-    notes = (
-        f"{options.threads} threads; medians of {options.pairs} rounds; limits: {rates}; {record.seconds / 60:.0f} min"
-    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the program that is running is ended too
+    try:
+        complete = [measure(title, contest, setting, record, options.real) for title, contest in chosen.items()]
+    except KeyboardInterrupt:
+        print(f"\nstopped; --resume continues {options.output}", file=sys.stderr)
+        sys.exit(130)
+    lines = [HEADINGS, *(cells(row, record.found(row)) for row in table)]
+    limits = "".join(f"{value:.4g} {name}; " for name, value in record.limits().items())
+    notes = f"{options.threads} threads; medians of {options.pairs} rounds; {limits}{record.seconds / 60:.0f} minutes"
     print(f"{as_text(lines)}{notes}", file=sys.stderr)
     print(f"{as_markdown(lines)}\n{notes}")
-    sys.exit(failed)
+    sys.exit(not all(complete))
 
 
-def measure(
-    contest: Contest, rounds: list[Round], setting: Setting, wanted: int, real: float, added: Callable[[], None]
-) -> None:
-    """Add rounds of a contest until as many count as are wanted. Raises MeasurementError."""
-    if sum(one.counts for one in rounds) >= wanted:
-        return
-    warm(contest, setting)
+def measure(title: str, contest: Contest, setting: Setting, record: Record, real: float) -> bool:
+    """Add rounds of a contest to the record until as many count as are wanted. False, and a line on stderr, if not."""
 
     def figures(program: Program) -> Figures:
         return program.read(run(program.command, program.environment))
 
-    programs = {name: partial(figures, program) for name, program in contest.programs.items()}
-    add_rounds(rounds, programs, wanted=wanted, threads=setting.threads, real=real, added=added)
+    rounds = record.begin(title, {name: shown(program, setting) for name, program in contest.programs.items()})
+    if record.complete(title):
+        return True
+    print(f"{title} ", end="", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    try:
+        warm(contest, setting)
+        programs = {name: partial(figures, program) for name, program in contest.programs.items()}
+        add_rounds(rounds, programs, wanted=record.wanted, threads=setting.threads, real=real, added=record.write)
+    except MeasurementError as error:
+        print(f"\n{title}: {error}", file=sys.stderr)
+        return False
+    print(f" {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return True
 
 
 if __name__ == "__main__":

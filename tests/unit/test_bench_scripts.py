@@ -275,50 +275,86 @@ def test_commands_are_shown_without_folders(table: ModuleType) -> None:
 ORIGIN = {"commit": "abc", "cpu": "some", "threads": 2, "real": 0.9}
 
 
-def test_a_record_is_continued(table: ModuleType, rounds: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "table.json"
+def test_a_record_is_continued(
+    table: ModuleType, rounds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, clock = tmp_path / "table.json", itertools.count(100, 7)  # seven seconds a look
+    monkeypatch.setattr(table.time, "monotonic", lambda: next(clock))
     row = next(row for row in table.rows() if row.contest == "chat")
-    record = table.Record(path, ORIGIN, resume=False)
+    record = table.Record(path, ORIGIN, wanted=2, resume=False)
     record.begin(row.contest, {"llama2": "this"}).append(a_round(rounds, ours={row.figure: 3}, cpp={row.figure: 2}))
-    record.seconds = 7
-    record.write(2)
+    record.write()
     assert json.loads(path.read_text())["rows"] == []  # one round is not enough
 
-    record = table.Record(path, ORIGIN, resume=True)
+    record = table.Record(path, ORIGIN, wanted=2, resume=True)
     some = record.begin(row.contest, {"llama2": "this"})
     assert some == [a_round(rounds, ours={row.figure: 3}, cpp={row.figure: 2})]
-    assert record.found(row, 2) is None
+    assert record.found(row) is None
     some.append(a_round(rounds, counts=False, ours={row.figure: 9}))
-    assert record.found(row, 2) is None
+    assert not record.complete(row.contest)
     some.append(a_round(rounds, ours={row.figure: 4}, cpp={row.figure: 4}))
-    record.write(2)
+    assert record.complete(row.contest)
+    record.write()
     content = json.loads(path.read_text())
     assert [(one["title"], one["ratios"]) for one in content["rows"]] == [(row.title, {"llama.cpp": 1.25})]
-    assert content["seconds"] == 7
+    assert content["seconds"] == 7 + 7
     assert len(content["contests"][row.contest]["rounds"]) == 3
     assert os.listdir(tmp_path) == ["table.json"]
 
 
 def test_a_record_is_never_mixed(table: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    record = table.Record(path, ORIGIN, resume=True)  # there is none to continue yet
+    record = table.Record(path, ORIGIN, wanted=1, resume=True)  # there is none to continue yet
     record.begin("c", {"llama2": "this"})
-    record.write(1)
+    record.write()
     with pytest.raises(SystemExit, match="is there; --resume continues it"):
-        table.Record(path, ORIGIN, resume=False)
+        table.Record(path, ORIGIN, wanted=1, resume=False)
     for name, value in {"commit": "def", "cpu": "other", "threads": 3, "real": 0.5}.items():
         with pytest.raises(SystemExit, match=f"{name} was {ORIGIN[name]} and is {value}"):
-            table.Record(path, {**ORIGIN, name: value}, resume=True)
+            table.Record(path, {**ORIGIN, name: value}, wanted=1, resume=True)
     with pytest.raises(SystemExit, match="the commands of c were others"):
-        table.Record(path, ORIGIN, resume=True).begin("c", {"llama2": "that"})
+        table.Record(path, ORIGIN, wanted=1, resume=True).begin("c", {"llama2": "that"})
 
 
 def test_limits_are_medians_of_rounds_that_count(table: ModuleType, rounds: ModuleType, tmp_path: Path) -> None:
-    record = table.Record(tmp_path / "table.json", ORIGIN, resume=False)
+    record = table.Record(tmp_path / "table.json", ORIGIN, wanted=1, resume=False)
     record.begin("a", {}).extend(a_round(rounds, ours={"read GB/s": value, "int8 G/s": 800}) for value in (30, 50))
     record.begin("b", {}).append(a_round(rounds, ours={"first token s": 1}))
     record.begin("c", {}).append(a_round(rounds, counts=False, ours={"read GB/s": 1, "int8 G/s": 1}))
     assert record.limits() == {"read GB/s": 40, "int8 G/s": 800}
+
+
+def test_a_contest_that_fails_leaves_the_others(
+    table: ModuleType,
+    rounds: ModuleType,
+    cores: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LLAMA2_HOME", str(tmp_path / "home"))
+    write_tiny_gguf(tmp_path / "tiny.gguf", format="Q4_0")
+
+    def contest(script: str) -> Any:
+        read = table.read_start
+        commands = {"llama2": python("print(1)"), "llama.cpp": python(script)}
+        return table.Contest(tmp_path / "tiny.gguf", {name: table.Program(c, read) for name, c in commands.items()})
+
+    setting = table.Setting(tmp_path, tmp_path, 2)
+    record = table.Record(tmp_path / "table.json", ORIGIN, wanted=2, resume=False)
+    cores += [2.0] * 6
+    assert not table.measure("chat", contest("raise SystemExit('too bad')"), setting, record, 0.9)
+    assert "chat: " in (told := capsys.readouterr().err)
+    assert "too bad" in told
+    assert table.measure("generate", contest("print(2)"), setting, record, 0.9)
+    assert [one.counts for one in record.rounds["generate"]] == [True, True]
+    assert cores == []
+    assert len(os.listdir(tmp_path / "home" / "packed")) == 1  # by the warm-up, since no llama2 runs in these contests
+    assert capsys.readouterr().err.startswith("generate ..")
+    assert table.measure("generate", contest("print(2)"), setting, record, 0.9)
+    assert capsys.readouterr().err == ""  # nothing was left to do
+    measured = [one["title"] for one in json.loads((tmp_path / "table.json").read_text())["rows"]]
+    assert measured == ["generate, start to first token", "generate, peak memory"]
 
 
 # The models
