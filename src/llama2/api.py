@@ -16,6 +16,7 @@ from llama2.engine.request import Event, FinishReason, Logprob, Request, Samplin
 from llama2.engine.runner import Runner
 from llama2.engine.scheduler import blocks_for
 from llama2.errors import ContextError, DialogError, EngineError, RequestError
+from llama2.hub import store
 from llama2.text.dialog import Dialog, Message
 
 Messages = str | Sequence[Message | Mapping[str, str]]
@@ -74,7 +75,8 @@ def load(
     fetch: what, bytes done, bytes in all. Raises HubError, CheckpointError, and what Model raises.
     """
     path = hub.locate(fspath(name_or_path), progress=progress)
-    return Model(checkpoint.open(path), threads=threads, runner=runner, context=context, sequences=sequences)
+    opened = checkpoint.open(path, vocabulary=store.kept(path, "vocabulary"))
+    return Model(opened, threads=threads, runner=runner, context=context, sequences=sequences)
 
 
 class Model:

@@ -86,8 +86,11 @@ class Checkpoint:
         self.tensors = {}
 
 
-def open(path: str | Path) -> Checkpoint:
-    """Open a model file or folder, whichever format it has. Raises CheckpointError with the reason when it cannot."""
+def open(path: str | Path, *, vocabulary: Path | None = None) -> Checkpoint:
+    """Open a model file or folder, whichever format it has. Raises CheckpointError with the reason when it cannot.
+
+    `vocabulary` is where what was derived from the model's vocabulary is kept, so that the next start is quick.
+    """
     from llama2.checkpoint import gguf
 
-    return gguf.read(Path(path))
+    return gguf.read(Path(path), vocabulary)

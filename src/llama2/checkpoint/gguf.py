@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from llama2.checkpoint import kept
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps
 from llama2.checkpoint.quantize import FORMATS, nbytes
@@ -28,7 +30,7 @@ from llama2.errors import CheckpointError, ConfigError
 from llama2.text.tokenizer import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
-    from llama2.text.tokenizer import Tokenizer
+    from llama2.text.tokenizer import Arrays, Tokenizer
 
 T = TypeVar("T")
 
@@ -36,6 +38,9 @@ _MAX_KEYS = 1 << 12
 _MAX_TENSORS = 1 << 14
 _MAX_STRINGS = 1 << 20  # in all arrays together
 _MAX_TEXT = 1 << 23  # bytes of all names and single strings together
+
+# Raised whenever what is kept of a vocabulary changes.
+_LAYOUT = 1
 
 # GGUF's value types; a scalar's code serves struct and NumPy alike.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -73,14 +78,17 @@ _UNSUPPORTED = (
 )
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
     """Open a Llama in GGUF; of a split model, the first part.
 
-    Reads the header alone; tensors and vocabulary stay in the file until they are asked for. Raises CheckpointError
-    when the file is damaged, hostile or of another kind, and ConfigError when its hyperparameters contradict each
-    other.
+    Reads the header alone; tensors and vocabulary stay in the file until they are asked for. From the second time on, a
+    file `vocabulary` saves walking over the vocabulary and putting it in order. Raises CheckpointError when the file is
+    damaged, hostile or of another kind, and ConfigError when its hyperparameters contradict each other.
     """
-    parts = _parts(path)
+    facts = {"vocabulary": _LAYOUT}
+    known = kept.read(vocabulary, path, facts) if vocabulary else None
+    starts, sizes = known["spans"].view(np.int64).reshape(2, -1).tolist() if known else ([], [])
+    parts = _parts(path, dict(zip(starts, sizes, strict=True)))
     metadata = _Metadata(path, parts[0].metadata)
     architecture = metadata.need("general.architecture", str)
     if architecture != "llama":
@@ -90,7 +98,18 @@ def read(path: Path) -> Checkpoint:
     tensors = {tensor.name: tensor for part in parts for tensor in part.tensors()}
     if len(tensors) < sum(len(part.infos) for part in parts):
         raise damaged(path, "has a tensor that another part has too")
-    build_tokenizer = _tokenizer(metadata, tensors)
+
+    def keep(make: Callable[[], Arrays]) -> Arrays:
+        if known:
+            return known
+        arrays = make()
+        if vocabulary:
+            spans = np.array([[*parts[0].spans], [*parts[0].spans.values()]], np.int64).ravel().view(np.uint8)
+            with suppress(OSError):  # as with packed weights, whose warning tells of it
+                kept.write(vocabulary, path, facts, {**arrays, "spans": spans})
+        return arrays
+
+    build_tokenizer = _tokenizer(metadata, tensors, keep)
     config = _config(metadata, tensors)
     return Checkpoint(
         path=path,
@@ -105,9 +124,9 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def _parts(path: Path) -> list[_Part]:
+def _parts(path: Path, spans: Mapping[int, int]) -> list[_Part]:
     """The file, or every file of a split model: `NAME-00001-of-00003.gguf` and its neighbours."""
-    first = _Part.parse(path)
+    first = _Part.parse(path, spans)
     count = _Metadata(path, first.metadata).find("split.count", int) or 1
     if count == 1:
         return [first]
@@ -116,7 +135,7 @@ def _parts(path: Path) -> list[_Part]:
         raise CheckpointError(f"{path}: is one of {count} parts; open the first, named …-00001-of-{count:05}.gguf")
     parts = [first]
     for i in range(1, count):
-        part = _Part.parse(path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf"))
+        part = _Part.parse(path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf"), {})
         if part.metadata.get("split.no") != i or part.metadata.get("split.count") != count:
             raise damaged(part.file.path, f"is not part {i + 1} of {count}")
         parts.append(part)
@@ -141,16 +160,17 @@ class _Part:
     metadata: dict[str, Any]
     infos: list[_Info]
     end: int  # of the header
+    spans: dict[int, int]  # bytes of each array of strings, by where it starts
 
     @classmethod
-    def parse(cls, path: Path) -> _Part:
+    def parse(cls, path: Path, spans: Mapping[int, int]) -> _Part:
         file = MappedFile(path)
         magic = file.view(0, min(4, file.size), "the magic").tobytes()
         if magic != b"GGUF":
             raise CheckpointError(
                 f"{path}: is not a GGUF file, for it begins with {magic!r}; check the path, or download it again"
             )
-        cursor = _Cursor(file, 4)
+        cursor = _Cursor(file, 4, dict(spans))
         version = cursor.number("I")
         if version in (2 << 24, 3 << 24):
             raise CheckpointError(f"{path}: is big-endian; convert it on a little-endian machine")
@@ -171,7 +191,7 @@ class _Part:
             if info.name in infos:
                 raise damaged(path, f"has tensor {quote(info.name)} twice")
             infos[info.name] = info
-        return cls(file, metadata, list(infos.values()), cursor.at)
+        return cls(file, metadata, list(infos.values()), cursor.at, cursor.spans)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor under GGUF's name: known format, aligned, inside the file, apart from all others."""
@@ -202,9 +222,10 @@ class _Part:
 class _Cursor:
     """Reads a header front to back. Whatever would leave the file raises CheckpointError."""
 
-    def __init__(self, file: MappedFile, at: int) -> None:
+    def __init__(self, file: MappedFile, at: int, spans: dict[int, int]) -> None:
         self.file = file
         self.at = at
+        self.spans = spans  # bytes of each array of strings, by where it starts; what is known saves a walk
         self.strings = self.text = 0  # seen so far, against the limits
 
     def number(self, code: str) -> Any:
@@ -268,15 +289,15 @@ class _Cursor:
         self.strings += count
         if self.strings > _MAX_STRINGS:
             raise damaged(self.file.path, f"{what} has {count} strings, more than any Llama")
-        strings = _Strings(self.file, self.at, count, what)
-        at, buffer, length_at = self.at, self.file.buffer, _STRUCTS["Q"].unpack_from
-        try:
-            for _ in repeat(None, count):
-                at += 8 + length_at(buffer, at)[0]
-        except (struct.error, OverflowError):
-            at = max(at, self.file.size) + 8
-        self.bytes(at - self.at, what)
-        return strings
+        if self.at not in self.spans:
+            at, buffer, length_at = self.at, self.file.buffer, _STRUCTS["Q"].unpack_from
+            try:
+                for _ in repeat(None, count):
+                    at += 8 + length_at(buffer, at)[0]
+            except (struct.error, OverflowError):
+                at = max(at, self.file.size) + 8
+            self.spans[self.at] = at - self.at
+        return _Strings(self.file.path, self.bytes(self.spans[self.at], what), count, what)
 
     def tensor_info(self) -> _Info:
         name = self.name(64, "tensor")
@@ -292,17 +313,23 @@ class _Cursor:
 class _Strings(Sequence[str]):
     """An array of strings of known length, decoded when one is first asked for."""
 
-    def __init__(self, file: MappedFile, at: int, count: int, what: str) -> None:
-        self._file, self._at, self._count, self._what = file, at, count, what
+    def __init__(self, path: Path, data: NDArray[np.uint8], count: int, what: str) -> None:
+        self._path, self._data, self._count, self._what = path, data, count, what
 
     @cached_property
     def _items(self) -> list[str]:
-        items, at, buffer, length_at = [], self._at, self._file.buffer, _STRUCTS["Q"].unpack_from
-        for _ in repeat(None, self._count):
-            start = at + 8
-            at = start + length_at(buffer, at)[0]
-            items.append(_decode(self._file.path, buffer[start:at], self._what))
+        items, at, data, length_at = [], 0, self._data.tobytes(), _STRUCTS["Q"].unpack_from
+        try:
+            for _ in repeat(None, self._count):
+                start = at + 8
+                at = start + length_at(data, at)[0]
+                items.append(data[start:at].decode())
+        except UnicodeDecodeError:
+            raise damaged(self._path, f"{self._what} is not UTF-8") from None
         return items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
 
     def __len__(self) -> int:
         return self._count
@@ -433,7 +460,9 @@ def _rename(path: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> d
     return renamed
 
 
-def _tokenizer(metadata: _Metadata, tensors: Mapping[str, Tensor]) -> Callable[[], Tokenizer]:
+def _tokenizer(
+    metadata: _Metadata, tensors: Mapping[str, Tensor], keep: Callable[[Callable[[], Arrays]], Arrays]
+) -> Callable[[], Tokenizer]:
     """Check the vocabulary's outline, and return what builds the tokenizer."""
     path = metadata.path
     model = metadata.need("tokenizer.ggml.model", str)
@@ -493,6 +522,7 @@ def _tokenizer(metadata: _Metadata, tensors: Mapping[str, Tensor]) -> Callable[[
             add_eos=flag("add_eos_token", False),
             add_space_prefix=flag("add_space_prefix", not bpe),
             eot_id=ids["eot"],
+            keep=keep,
         )
 
     return build

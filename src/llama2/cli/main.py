@@ -10,23 +10,35 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
-from llama2.cli import bench, chat, generate, models
 from llama2.cli.options import expand
 from llama2.cli.output import UsageError, one_line
 from llama2.errors import Llama2Error
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-app.command(epilog=chat.EXAMPLE)(expand(chat.chat))
-app.command(epilog=generate.EXAMPLE)(expand(generate.generate))
-app.command(epilog=bench.EXAMPLE)(expand(bench.bench))
-app.add_typer(models.app)
+#: Commands, and which file of this package has them.
+FILES = {
+    **{name: name for name in ("chat", "generate", "bench")},
+    **dict.fromkeys(("pull", "list", "show", "rm"), "models"),
+}
 
 
-@app.callback(invoke_without_command=True, epilog="Example: llama2 chat 'Why is the sky blue?'")
+def program(asked: str | None) -> typer.Typer:
+    """The program with the command that is `asked` for alone, so that it starts sooner; with all for any other word."""
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.callback(invoke_without_command=True, epilog="Example: llama2 chat 'Why is the sky blue?'")(_program)
+    for file in [FILES[asked]] if asked in FILES else dict.fromkeys(FILES.values()):
+        module = import_module(f"llama2.cli.{file}")
+        if file == "models":
+            app.add_typer(module.app)
+        else:
+            app.command(epilog=module.EXAMPLE)(expand(getattr(module, file)))
+    return app
+
+
 def _program(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
@@ -52,7 +64,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a narrow encoding must not end an answer
     try:
-        status = app(words, prog_name="llama2", standalone_mode=False)
+        asked = next((word for word in words if not word.startswith("-")), None)
+        status = program(asked)(words, prog_name="llama2", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         status = 130

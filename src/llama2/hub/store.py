@@ -57,6 +57,11 @@ def key(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
 
 
+def kept(model: Path, what: str) -> Path:
+    """The file that keeps `what` was derived from a model file: its packed weights, its vocabulary."""
+    return home() / "packed" / f"{key(model)}-{what}.bin"
+
+
 def _facts(path: Path, expected: str) -> tuple[Path, dict[str, Any]]:
     """Where the record of a verified file lies, and what it has to say to count."""
     stat = path.stat()

@@ -1,6 +1,7 @@
-"""One Tokenizer over SentencePiece models and byte-level BPE; libraries do the work (paper 2.2, spec 2.1–2.2).
+"""One Tokenizer over SentencePiece models and byte-level BPE (paper 2.2, spec 2.1–2.2).
 
-A vocabulary comes from a SentencePiece `tokenizer.model`, a Hugging Face `tokenizer.json`, or a GGUF file's metadata.
+The libraries sentencepiece and tokenizers do the work, but for byte-level merges (bpe.py). A vocabulary comes from a
+SentencePiece `tokenizer.model`, a Hugging Face `tokenizer.json`, or a GGUF file's metadata.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llama2.errors import TokenizerError
-from llama2.text import modelproto
+from llama2.text import bpe, modelproto
 
 #: Token types as SentencePiece and GGUF number them.
 TYPES = frozenset(range(1, 7))
@@ -44,6 +49,11 @@ _LLAMA3_WORDS = (
 
 #: Byte-level BPE works on texts of about this many characters, and refuses a single word longer than the limit.
 _CHUNK, _LONGEST_WORD = 1 << 16, 1 << 20
+#: It remembers the tokens of so many words of up to so many bytes.
+_REMEMBERED, _REMEMBERED_LENGTH = 1 << 14, 64
+
+#: A vocabulary that was checked, as arrays that a file can hold.
+Arrays = Mapping[str, NDArray[np.uint8]]
 
 
 class Tokenizer(ABC):
@@ -187,47 +197,39 @@ class _SentencePiece(Tokenizer):
 class _ByteLevelBpe(Tokenizer):
     kind = "bpe"
 
-    def __init__(
-        self, pieces: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str, **options: Any
-    ) -> None:
-        from tokenizers import Tokenizer as Library
-        from tokenizers.models import BPE
-
-        tokens: dict[int, dict[str, int]] = {kind: {} for kind in TYPES}
-        for token, (piece, kind) in enumerate(zip(pieces, types, strict=True)):
-            tokens[kind][piece] = token
-        vocabulary = tokens[NORMAL] | tokens[BYTE]
-        missing = [chr(byte) for byte in range(0x20, 0x7F) if _LETTERS[byte] not in vocabulary]
-        if missing:
-            raise TokenizerError(f"the vocabulary has no token for {missing[0]!r}: its byte tokens are incomplete")
-        pairs = list(map(tuple, map(str.split, merges)))
-        try:
-            model = BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe")  # type: ignore[arg-type]
-        except Exception as error:  # the library raises Exception itself
-            raise TokenizerError(f"the vocabulary's merges are damaged: {_one_line(error)}") from None
-        super().__init__(len(pieces), tokens[CONTROL], **options)
+    def __init__(self, arrays: Arrays, pre: str, **options: Any) -> None:
+        self._merges = bpe.Merges(arrays)
+        control, user = (
+            {self._merges.piece(token): token for token in np.flatnonzero(arrays["types"] == kind).tolist()}
+            for kind in (CONTROL, USER_DEFINED)
+        )
+        super().__init__(len(self._merges), control, **options)
         self.pre = pre
-        self._pieces = pieces
-        self._user = tokens[USER_DEFINED]
-        self._user_ids = frozenset(self._user.values())
-        self._user_pattern = _any_of(self._user)
-        self._library = Library(model)
-        self._library.pre_tokenizer = _pre_tokenizer(pre)
+        self._user = user
+        self._user_ids = frozenset(user.values())
+        self._user_pattern = _any_of(user)
+        self._split_words = _pre_tokenizer(pre).pre_tokenize_str
+        self._remembered = lru_cache(_REMEMBERED)(self._tokens)
 
     def _encode(self, text: str) -> list[int]:
-        """As the library does it, bytes that the vocabulary has no token for are left out."""
+        """As the tokenizers library does it, bytes that the vocabulary has no token for are left out."""
         ids: list[int] = []
         for part, token in _split(text, self._user_pattern, self._user):
             if token is not None:
                 ids.append(token)
                 continue
             for start, end in pairwise(_cuts(part)):
-                ids += self._library.encode(part[start:end], add_special_tokens=False).ids
+                for word, _ in self._split_words(part[start:end]):
+                    ids += (self._remembered if len(word) <= _REMEMBERED_LENGTH else self._tokens)(word)
         return ids
 
+    def _tokens(self, word: str) -> tuple[int, ...]:
+        whole = self._merges.find(word) if self.pre == "llama-bpe" else None
+        return self._merges.merge(word) if whole is None else (whole,)
+
     def _bytes(self, token: int) -> bytes:
-        piece = self._pieces[token]
-        return piece.encode() if token in self._user_ids else b"".join(_BYTES.get(c) or c.encode() for c in piece)
+        piece = self._merges.piece(token)
+        return piece.encode() if token in self._user_ids else b"".join(bpe.BYTES.get(c) or c.encode() for c in piece)
 
 
 def from_sentencepiece(path: str | Path) -> Tokenizer:
@@ -303,18 +305,40 @@ def from_vocabulary(
     add_eos: bool,
     add_space_prefix: bool,
     eot_id: int | None = None,
+    keep: Callable[[Callable[[], Arrays]], Arrays] = lambda make: make(),
 ) -> Tokenizer:
-    """The tokenizer that a GGUF file's metadata describes. Raises TokenizerError when its parts do not fit together."""
-    texts = _texts(pieces)
-    _check_ids(len(texts), bos_id=bos_id, eos_id=eos_id, eot_id=eot_id, unk_id=unk_id)
-    if len(types) != len(texts) or not TYPES.issuperset(types):
-        raise TokenizerError(f"the vocabulary of {len(texts)} tokens needs as many token types, each from 1 to 6")
-    types = list(map(_safe_type, texts, types))
+    """The tokenizer that a GGUF file's metadata describes. Raises TokenizerError when its parts do not fit together.
+
+    `keep` is given what checks the vocabulary and makes its arrays, and returns those or, from an earlier time, equals.
+    """
+    if kind == "bpe" and pre not in PRE_TOKENIZERS:
+        raise TokenizerError(f"pre-tokenizer {pre!r} is not supported; known: {', '.join(PRE_TOKENIZERS)}")
+
+    def make() -> Arrays:
+        texts = _texts(pieces)
+        _check_ids(len(texts), bos_id=bos_id, eos_id=eos_id, eot_id=eot_id, unk_id=unk_id)
+        if len(types) != len(texts) or not TYPES.issuperset(types):
+            raise TokenizerError(f"the vocabulary of {len(texts)} tokens needs as many token types, each from 1 to 6")
+        safe = list(map(_safe_type, texts, types))
+        if kind == "bpe":
+            words = {text: i for i, text in enumerate(texts) if safe[i] in (NORMAL, BYTE)}
+            return {**bpe.arrange(texts, words, merges or ()), "types": np.array(safe, np.uint8)}
+        model = _model_proto(
+            texts, scores, safe, unk_id=unk_id, bos_id=bos_id, eos_id=eos_id, add_dummy_prefix=add_space_prefix
+        )
+        return {"model": np.frombuffer(model, np.uint8)}
+
+    arrays = keep(make)
     options = {"bos_id": bos_id, "eos_id": eos_id, "eot_id": eot_id, "add_bos": add_bos, "add_eos": add_eos}
     if kind == "bpe":
-        if pre not in PRE_TOKENIZERS:
-            raise TokenizerError(f"pre-tokenizer {pre!r} is not supported; known: {', '.join(PRE_TOKENIZERS)}")
-        return _ByteLevelBpe(texts, types, merges or (), PRE_TOKENIZERS[pre], **options)
+        return _ByteLevelBpe(arrays, PRE_TOKENIZERS[str(pre)], **options)
+    return _SentencePiece(arrays["model"].tobytes(), **options)
+
+
+def _model_proto(
+    texts: Sequence[str], scores: Sequence[float] | None, types: list[int], *, unk_id: int | None, **options: Any
+) -> bytes:
+    """The SentencePiece model of a vocabulary, with other `options` of modelproto.build."""
     if scores is None or len(scores) != len(texts) or not all(map(math.isfinite, scores)):
         raise TokenizerError(f"a SentencePiece vocabulary of {len(texts)} tokens needs as many finite scores")
     values = {text for text, kind in zip(texts, types, strict=True) if kind == BYTE}
@@ -324,28 +348,7 @@ def from_vocabulary(
         raise TokenizerError("a SentencePiece vocabulary needs an unknown token")
     unk_id = types.index(UNKNOWN) if unk_id is None else unk_id
     types[unk_id] = UNKNOWN  # some converters call it a control token
-    model = modelproto.build(
-        texts,
-        scores,
-        types,
-        unk_id=unk_id,
-        bos_id=bos_id,
-        eos_id=eos_id,
-        byte_fallback=bool(values),
-        add_dummy_prefix=add_space_prefix,
-    )
-    return _SentencePiece(model, **options)
-
-
-def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level pieces: itself if it is printable, else one from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_in = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(stand_in)) for byte in range(256)]
-
-
-_LETTERS = _byte_letters()
-_BYTES = {letter: bytes([byte]) for byte, letter in enumerate(_LETTERS)}
+    return modelproto.build(texts, scores, types, unk_id=unk_id, byte_fallback=bool(values), **options)
 
 
 def _pre_tokenizer(pre: str) -> Any:

@@ -1,0 +1,104 @@
+"""What was derived from a model file, kept on disk so that the next start is a memory map.
+
+Such a file is: magic, length and CRC-32 of the header, header, then each array from a 64-byte boundary. The header says
+all that the content depends on, the model file's path, size and time among it, and how long each array is. A file
+counts only if its header is whole and about the same things, its length is exactly what it should be, and its content
+has the CRC-32 that the header states, if it states one; files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+_MAGIC = b"llama2 kept arrays\n".ljust(24, b"\0")
+_START = struct.Struct("<24sQI")
+
+
+def write(path: Path, model: Path, facts: Mapping[str, Any], arrays: Mapping[str, Bytes]) -> None:
+    """Keep `arrays`, to be checked whenever they are read. Raises OSError, and leaves nothing half written."""
+    sizes = {name: data.nbytes for name, data in arrays.items()}
+    write_stream(path, model, facts, sizes, arrays.items(), check=_crc32(arrays))
+
+
+def write_stream(
+    path: Path,
+    model: Path,
+    facts: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    content: Iterable[tuple[str, Bytes]],
+    *,
+    check: int | None = None,
+) -> None:
+    """`write` for arrays, of these `sizes` in bytes, that come one after another and are too long to check."""
+    import tempfile
+
+    text = json.dumps({"facts": {**_identity(model), **facts}, "sizes": sizes, "crc32": check}).encode()
+    places, total = _places(_START.size + len(text), sizes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(_START.pack(_MAGIC, len(text), zlib.crc32(text)) + text)
+            for name, data in content:
+                file.seek(places[name])
+                file.write(data.data)
+            file.truncate(total)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read(path: Path, model: Path, facts: Mapping[str, Any]) -> dict[str, Bytes] | None:
+    """The arrays that were kept of this `model` and about exactly these `facts`, mapped; None when there are none."""
+    try:
+        data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        magic, length, check = _START.unpack_from(data.data)
+        text = data[_START.size : _START.size + length].tobytes()
+        if magic != _MAGIC or zlib.crc32(text) != check:
+            return None
+        header = json.loads(text)
+        places, total = _places(_START.size + length, header["sizes"])
+        if header["facts"] != {**_identity(model), **facts} or len(data) != total:
+            return None
+        arrays = {name: data[at : at + header["sizes"][name]] for name, at in places.items()}
+        if header["crc32"] is not None and header["crc32"] != _crc32(arrays):
+            return None
+        os.utime(path)  # used now
+    except (OSError, ValueError, struct.error):
+        return None
+    return arrays
+
+
+def _identity(model: Path) -> dict[str, Any]:
+    stat = model.stat()
+    return {"path": str(model.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _crc32(arrays: Mapping[str, Bytes]) -> int:
+    return reduce(lambda check, data: zlib.crc32(data.data, check), arrays.values(), 0)
+
+
+def _places(at: int, sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Where each array begins when the header ends at `at`, and where the file ends."""
+    places = {}
+    for name, size in sizes.items():
+        places[name] = at = _aligned(at)
+        at += size
+    return places, _aligned(at)
+
+
+def _aligned(offset: int) -> int:
+    return (offset + 63) // 64 * 64
