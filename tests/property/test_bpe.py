@@ -38,3 +38,4 @@ def test_words_become_the_librarys_tokens(
     for word in [*words, *pieces]:
         assert list(ours.merge(word)) == [token.id for token in library.tokenize(word)]
         assert ours.find(word) == ids.get(word)
+    assert ours.find("\uffff") is None

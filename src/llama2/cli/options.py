@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -52,6 +53,8 @@ class ModelOptions:
 
     def load(self, *, sequences: int = 1) -> Model:
         """The model, ready for so many answers of the whole context at once; fetched first if need be."""
+        if self.runner == "native":  # NumPy multiplies no matrices then, and its threads would only be in the way
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from llama2 import api
 
         return api.load(self.name, threads=self.threads, runner=self.runner, context=self.context, sequences=sequences)

@@ -117,7 +117,7 @@ class Merges:
             tokens[left], tokens[right] = self._merged[at], -1
             after[left] = after[right]
             if after[left] < len(tokens):
-                pass
+                before[after[left]] = left
             offer(before[left])
             offer(left)
         return tuple(token for token in tokens if token >= 0)
