@@ -1,4 +1,4 @@
-"""Weights repacked for the instruction set, kept on disk so that the next start is a memory map.
+"""Weights repacked for the instruction set, kept on disk so that the next start need not do it again.
 
 The file (checkpoint/kept.py) holds each quantised matrix in native/packed.h's layout.
 """
@@ -22,7 +22,7 @@ from llama2.native import default_threads
 Bytes = NDArray[np.uint8]
 
 #: Raised whenever native/packed.h changes what it writes.
-LAYOUT = 3
+LAYOUT = 4
 _DEFAULT_LIMIT = 32 << 30
 
 
@@ -38,8 +38,8 @@ def pack(checkpoint: Checkpoint, native: ModuleType) -> dict[str, Bytes]:
     tensors = [[t.name, t.format, *t.shape, sizes[t.name]] for t in wanted.values()]
     facts = {"isa": native.isa, "layout": LAYOUT, "tensors": tensors}
     path = store.kept(checkpoint.path, native.isa)
-    if (mapped := kept.read(path, checkpoint.path, facts)) is not None:
-        return mapped
+    if (found := kept.read(path, checkpoint.path, facts, resident=True)) is not None:
+        return found
     checkpoint.check_finite()
     try:
         kept.write_stream(path, checkpoint.path, facts, sizes, _packed(wanted, sizes, native))
@@ -50,8 +50,8 @@ def pack(checkpoint: Checkpoint, native: ModuleType) -> dict[str, Bytes]:
         )
         return dict(_packed(wanted, sizes, native))
     evict(keep=path)
-    mapped = kept.read(path, checkpoint.path, facts)
-    return mapped if mapped is not None else dict(_packed(wanted, sizes, native))
+    found = kept.read(path, checkpoint.path, facts, resident=True)
+    return found if found is not None else dict(_packed(wanted, sizes, native))
 
 
 def limit() -> int:

@@ -149,28 +149,27 @@ template <Format format> class PanelGroup {
     static constexpr bool has_min = f.scales == Scales::half_min || f.scales == Scales::super_min;
     static constexpr int quads = f.group / 4;  // vectors of unpacked weights
     static constexpr int nibbles = f.bits == 8 ? quads : quads / 2;
-    static constexpr int vectors = nibbles + (f.bits == 5 || f.bits == 6);
     static constexpr int offset = f.bits == 8 ? simd::kByteBias : f.offset;
+    static constexpr Record record{f};
 
 public:
     static constexpr int halves = 32 / f.group;  // groups in 32 columns
-    static constexpr int record =                // bytes of 32 columns
-        (vectors * 4 + (super ? 1 : 2) * (has_min ? 2 : 1)) * simd::kLanes * halves;
 
-    LLAMA2_INLINE PanelGroup(const uint8_t* panel, const Panel& part, int64_t g) {
+    // Group g of a panel.
+    LLAMA2_INLINE PanelGroup(const uint8_t* panel, int64_t g) {
         using namespace simd;
-        const uint8_t *scales = panel + part.scales, *minima = panel + part.minima;
+        const uint8_t* at = panel + g / record.groups * record.bytes;
+        const int64_t i = g % record.groups;
         if constexpr (!super) {
-            scale_ = load_f16((const uint16_t*)scales + g * kLanes);
-            if constexpr (has_min) minimum_ = load_f16((const uint16_t*)minima + g * kLanes);
+            scale_ = load_f16((const uint16_t*)(at + record.scales));
+            if constexpr (has_min) minimum_ = load_f16((const uint16_t*)(at + record.minima));
         } else {
-            const int64_t d = g / (256 / f.group) * kLanes;
-            scale_ = mul(load_f16((const uint16_t*)(panel + part.d) + d), load_i8((const int8_t*)scales + g * kLanes));
+            scale_ = mul(load_f16((const uint16_t*)at), load_i8((const int8_t*)(at + record.scales + i * kLanes)));
             if constexpr (has_min)
-                minimum_ =
-                    sub(zero(), mul(load_f16((const uint16_t*)(panel + part.dmin) + d), load_u8(minima + g * kLanes)));
+                minimum_ = sub(zero(), mul(load_f16((const uint16_t*)(at + record.dmin)),
+                                           load_u8(at + record.minima + i * kLanes)));
         }
-        const uint8_t* at = panel + part.weights + g * vectors * 4 * kLanes;
+        at += record.weights + i * record.group_bytes;
         LLAMA2_UNROLL
         for (int j = 0; j < nibbles; ++j) {
             const B bytes = load_bytes(at + j * 4 * kLanes);
@@ -231,33 +230,26 @@ private:
 };
 
 constexpr int64_t kTile = simd::kPanels * simd::kLanes;  // sums of one token
-constexpr int64_t kAhead = 4096;
 
-// One panel times one token. Memory is the limit: each group asks for its share of the stream kAhead bytes further on.
+// One panel times one token. Memory is the limit, and a panel one stream, which the processor reads ahead by itself.
 // a: the token's groups, the refining ones last. y: (kLanes)
 template <Format format>
-void token_product(const uint8_t* panel, const Panel& part, int64_t columns, const ActivationGroup* a, float* y) {
+void token_product(const uint8_t* panel, int64_t columns, const ActivationGroup* a, float* y) {
     using namespace simd;
     using Group = PanelGroup<format>;
     alignas(64) float sums[kLanes] = {};
-    const uint8_t* ahead = panel + kAhead;
     const int64_t count = columns / 32;
     const auto add = [&](int64_t place, const ActivationGroup& group) {
         LLAMA2_UNROLL
         for (int half = 0; half < Group::halves; ++half) {
-            const Group one(panel, part, place * Group::halves + half);
+            const Group one(panel, place * Group::halves + half);
             const Group* groups[] = {&one};
             const ActivationGroup* a[] = {&group};
             float* y[] = {sums};
             Group::template add<1, 1>(groups, a, half, y);
         }
     };
-    for (int64_t g = 0; g < count; ++g) {
-        LLAMA2_UNROLL
-        for (int i = 0; i < Group::record; i += 64) prefetch(ahead + i);
-        ahead += Group::record;
-        add(g, a[g]);
-    }
+    for (int64_t g = 0; g < count; ++g) add(g, a[g]);
     for (int64_t g = count; g < count + kRefined; ++g) add(a[g].place, a[g]);
     store(y, load(sums));
 }
@@ -273,14 +265,14 @@ template <int M, class Product> LLAMA2_INLINE bool tile_of(int64_t& t, int64_t e
 // P panels (1 or 2) times the tokens of a block, columns 32·first … 32·last. Unpacked once, a group of weights meets
 // every token, whose sums wait in y: (tokens, kPanels, kLanes).
 template <Format format, int P>
-void block_product(const uint8_t* panel, const Panel& part, const ActivationGroup* a, int64_t tokens, int64_t first,
+void block_product(const uint8_t* panel, int64_t panel_bytes, const ActivationGroup* a, int64_t tokens, int64_t first,
                    int64_t last, float* y) {
     using Group = PanelGroup<format>;
     for (int64_t g = first; g < last; ++g) {
         LLAMA2_UNROLL
         for (int half = 0; half < Group::halves; ++half) {
-            const Group one(panel, part, g * Group::halves + half);
-            const Group other(panel + (P - 1) * part.bytes, part, g * Group::halves + half);
+            const Group one(panel, g * Group::halves + half);
+            const Group other(panel + (P - 1) * panel_bytes, g * Group::halves + half);
             const Group* groups[] = {&one, &other};
             int64_t t = 0;
             const auto tile = [&](auto size, int64_t from) {
@@ -299,7 +291,7 @@ void block_product(const uint8_t* panel, const Panel& part, const ActivationGrou
 
 // Likewise the refining groups at `a` in the order given: (tokens · kRefined).
 template <Format format, int P>
-void block_refinement(const uint8_t* panel, const Panel& part, const ActivationGroup* a, const uint8_t* order,
+void block_refinement(const uint8_t* panel, int64_t panel_bytes, const ActivationGroup* a, const uint8_t* order,
                       int64_t tokens, float* y) {
     using Group = PanelGroup<format>;
     for (int64_t i = 0, end; i < tokens * kRefined; i = end) {
@@ -307,8 +299,8 @@ void block_refinement(const uint8_t* panel, const Panel& part, const ActivationG
         for (end = i + 1; end < tokens * kRefined && a[order[end]].place == g;) ++end;
         LLAMA2_UNROLL
         for (int half = 0; half < Group::halves; ++half) {
-            const Group one(panel, part, g * Group::halves + half);
-            const Group other(panel + (P - 1) * part.bytes, part, g * Group::halves + half);
+            const Group one(panel, g * Group::halves + half);
+            const Group other(panel + (P - 1) * panel_bytes, g * Group::halves + half);
             const Group* groups[] = {&one, &other};
             int64_t k = i;
             const auto tile = [&](auto size, int64_t from) {
@@ -373,13 +365,12 @@ struct Weight {
     Format format = Format::F32;
     int64_t rows = 0, columns = 0;
     const uint8_t* data = nullptr;
-    Panel panel;
+    int64_t panel_bytes = 0;  // of kLanes rows
 
     Weight() = default;
     Weight(Format f, int64_t r, int64_t c, const uint8_t* p) : format(f), rows(r), columns(c), data(p) {
         const int64_t row = row_bytes(f, c);  // refuses columns that do not divide
-        if (packed()) panel = Panel(f, c);
-        else panel.bytes = simd::kLanes * row;
+        panel_bytes = packed() ? llama2::panel_bytes(f, c) : simd::kLanes * row;
     }
     bool packed() const { return info(format).bits != 0; }
     int64_t bytes() const { return packed() ? packed_bytes(format, rows, columns) : rows * row_bytes(format, columns); }
@@ -406,26 +397,26 @@ template <Format format>
 void packed_results(const Weight& w, int64_t first, int64_t count, const Activations& x, int64_t block, Results& out) {
     using simd::kPanels;
     const int64_t tokens = x.block_size(block), groups = w.columns / 32;
-    const uint8_t* data = w.data + first * w.panel.bytes;
+    const uint8_t* data = w.data + first * w.panel_bytes;
     const ActivationGroup* a = x.block_groups(block);
     if (tokens == 1) {
         for (int64_t p = 0; p < count; ++p)
-            token_product<format>(data + p * w.panel.bytes, w.panel, w.columns, a, out.at(p, 0));
+            token_product<format>(data + p * w.panel_bytes, w.columns, a, out.at(p, 0));
         return;
     }
     const auto each = [&](auto&& product) {
         int64_t p = 0;
         for (; p + kPanels <= count; p += kPanels)
-            product(std::integral_constant<int, kPanels>{}, data + p * w.panel.bytes, out.at(p, 0));
-        for (; p < count; ++p) product(std::integral_constant<int, 1>{}, data + p * w.panel.bytes, out.at(p, 0));
+            product(std::integral_constant<int, kPanels>{}, data + p * w.panel_bytes, out.at(p, 0));
+        for (; p < count; ++p) product(std::integral_constant<int, 1>{}, data + p * w.panel_bytes, out.at(p, 0));
     };
     each([&](auto, const uint8_t*, float* y) { std::memset(y, 0, size_t(tokens * kTile) * 4); });
     for (int64_t g = 0; g < groups; g += kSegment)
         each([&](auto P, const uint8_t* panel, float* y) {
-            block_product<format, P>(panel, w.panel, a, tokens, g, std::min(g + kSegment, groups), y);
+            block_product<format, P>(panel, w.panel_bytes, a, tokens, g, std::min(g + kSegment, groups), y);
         });
     each([&](auto P, const uint8_t* panel, float* y) {
-        block_refinement<format, P>(panel, w.panel, a + groups * tokens, x.refining + x.block_start(block) * kRefined,
+        block_refinement<format, P>(panel, w.panel_bytes, a + groups * tokens, x.refining + x.block_start(block) * kRefined,
                                     tokens, y);
     });
 }
@@ -433,7 +424,7 @@ void packed_results(const Weight& w, int64_t first, int64_t count, const Activat
 template <Format format>
 void plain_results(const Weight& w, int64_t first, int64_t count, const Activations& x, int64_t block, Results& out) {
     for (int64_t p = 0; p < count; ++p) {
-        const uint8_t* data = w.data + (first + p) * w.panel.bytes;
+        const uint8_t* data = w.data + (first + p) * w.panel_bytes;
         const auto tile = [&](auto size, int64_t t) {
             constexpr int M = size;
             alignas(64) float y[M * simd::kLanes];

@@ -226,7 +226,7 @@ private:
     // A unit is some panels times a block of tokens: few enough that every thread gets several, whole pairs of panels,
     // and for a single token about 64 KB of weights.
     int64_t panels_a_unit(const Weight& w, int64_t N) const {
-        const int64_t most = N == 1 ? std::max<int64_t>(1, (64 << 10) / w.panel.bytes) : kUnitPanels;
+        const int64_t most = N == 1 ? std::max<int64_t>(1, (64 << 10) / w.panel_bytes) : kUnitPanels;
         const int64_t even = panels(w.rows) * token_blocks(N) / (4 * pool_.threads());
         return std::clamp<int64_t>(even / simd::kPanels * simd::kPanels, simd::kPanels,
                                    std::max<int64_t>(most, simd::kPanels));

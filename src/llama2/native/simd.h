@@ -55,16 +55,6 @@ inline int32_t load_four(const int8_t* p) {
 
 namespace llama2::simd {
 
-inline void prefetch(const void* p) {
-#if defined(__x86_64__) || defined(_M_X64)
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
-#elif !defined(_MSC_VER)
-    __builtin_prefetch(p);
-#else
-    (void)p;
-#endif
-}
-
 // Of lanes that are not negative.
 inline int32_t largest_lane(I x) {
 #if defined(LLAMA2_ISA_AVX512_VNNI)
