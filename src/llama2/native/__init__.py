@@ -1,6 +1,6 @@
 """The C++ half: one extension module for each instruction set, of which the best that this processor runs is used.
 
-`LLAMA2_ISA` (avx512_vnni, avx2, neon_dotprod or plain) forces one. Results of one instruction set are bitwise
+`LLAMA2_ISA` (avx512_bf16, avx512_vnni, avx2, neon_dotprod or plain) forces one. Results of one instruction set are bitwise
 reproducible; those of two agree within rounding.
 """
 

@@ -1,8 +1,10 @@
 // Attention over the paged key/value cache.
 //
 // A cache block holds kBlock positions of all layers. For one layer and one key/value head (E = head size):
-//     keys    (E, kBlock)   half precision, so that a vector is kLanes keys
-//     values  (kBlock, E)   half precision, E padded to whole vectors
+//     keys    (E / kDepth, kBlock, kDepth)   so that a lane is a key
+//     values  (kBlock / kDepth, E, kDepth)   so that a lane is a dimension; E padded to whole vectors
+// as half precision numbers (kDepth = 1) or, where the processor multiplies pairs of them, bfloat16 (kDepth = 2). Then
+// a position that is written for the first time and whose neighbour in the pair is not yet there makes that one zero.
 // A query's sums are made tile by tile (a tile is a block, at its absolute position) with running maximum and sum
 // (Milakov & Gimelshein 2018); kChunk positions make a partial result, and partial results are merged in order. Nothing
 // of that depends on which other queries are computed beside it.
@@ -31,12 +33,9 @@ inline void clear_partial(float* p, int64_t head_size) {
     std::memset(p + 1, 0, size_t(simd::kLanes + head_size) * 4);
 }
 
-inline simd::F load_number(const uint16_t* p) { return simd::load_f16(p); }
-inline simd::F load_number(const float* p) { return simd::load(p); }
-
-// One tile for M queries (each of `query_size` floats, scaled by 1/√E), of which query m sees the first counts[m] > 0
-// keys, and never fewer than the one before it. `Number` is half precision, or float for keys and values converted
-// beforehand, which changes no bit.
+// One tile for M queries (each of `query_size` numbers, scaled by 1/√E, as multiply_add wants them), of which query m
+// sees the first counts[m] > 0 keys, and never fewer than the one before it. `Number` is the cache's, or float for keys
+// and values converted beforehand, which changes no bit.
 template <int M, class Number>
 void attend_tile(const float* const* queries, float* const* partials, const Number* keys, const Number* values,
                  int64_t query_size, int64_t head_size, const int* counts) {
@@ -52,15 +51,15 @@ void attend_tile(const float* const* queries, float* const* partials, const Numb
             LLAMA2_UNROLL
             for (int v = 0; v < strip; ++v) scores[m][v] = zero();
         }
-        for (int64_t e = 0; e < query_size; ++e) {
+        for (int64_t e = 0; e < query_size / kDepth; ++e) {
             F key[strip];
             LLAMA2_UNROLL
-            for (int v = 0; v < strip; ++v) key[v] = load_number(keys + e * kBlock + (first + v) * kLanes);
+            for (int v = 0; v < strip; ++v) key[v] = load_cached(keys + (e * kBlock + (first + v) * kLanes) * kDepth);
             LLAMA2_UNROLL
             for (int m = 0; m < M; ++m) {
                 const F q = set(queries[m][e]);
                 LLAMA2_UNROLL
-                for (int v = 0; v < strip; ++v) scores[m][v] = fma(q, key[v], scores[m][v]);
+                for (int v = 0; v < strip; ++v) scores[m][v] = multiply_add(q, key[v], scores[m][v]);
             }
         }
         LLAMA2_UNROLL
@@ -90,7 +89,9 @@ void attend_tile(const float* const* queries, float* const* partials, const Numb
             sums = add(sums, weight);
         }
         store(p + 1, sums);
+        if constexpr (kDepth == 2) join(weights[m]);
     }
+    const auto steps = [&](int m) { return (counts[m] + kDepth - 1) / kDepth; };
     constexpr int wide = M * 4 <= 16 ? 4 : (M * 2 <= 16 ? 2 : 1);
     const auto accumulate = [&](int64_t e, auto width) {
         constexpr int W = width;
@@ -100,24 +101,26 @@ void attend_tile(const float* const* queries, float* const* partials, const Numb
             LLAMA2_UNROLL
             for (int v = 0; v < W; ++v) sum[m][v] = load(partials[m] + 1 + kLanes + e + v * kLanes);
         }
-        for (int t = 0; t < counts[0]; ++t) {
+        for (int t = 0; t < steps(0); ++t) {
             F value[W];
             LLAMA2_UNROLL
-            for (int v = 0; v < W; ++v) value[v] = load_number(values + t * head_size + e + v * kLanes);
+            for (int v = 0; v < W; ++v) value[v] = load_cached(values + (t * head_size + e + v * kLanes) * kDepth);
             LLAMA2_UNROLL
             for (int m = 0; m < M; ++m) {
                 const F weight = set(weights[m][t]);
                 LLAMA2_UNROLL
-                for (int v = 0; v < W; ++v) sum[m][v] = fma(weight, value[v], sum[m][v]);
+                for (int v = 0; v < W; ++v) sum[m][v] = multiply_add(weight, value[v], sum[m][v]);
             }
         }
         LLAMA2_UNROLL
         for (int m = 0; m < M; ++m) {
-            for (int t = counts[0]; t < counts[m]; ++t) {
+            for (int t = steps(0); t < steps(m); ++t) {
                 const F weight = set(weights[m][t]);
                 LLAMA2_UNROLL
-                for (int v = 0; v < W; ++v)
-                    sum[m][v] = fma(weight, load_number(values + t * head_size + e + v * kLanes), sum[m][v]);
+                for (int v = 0; v < W; ++v) {
+                    const F value = load_cached(values + (t * head_size + e + v * kLanes) * kDepth);
+                    sum[m][v] = multiply_add(weight, value, sum[m][v]);
+                }
             }
             LLAMA2_UNROLL
             for (int v = 0; v < W; ++v) store(partials[m] + 1 + kLanes + e + v * kLanes, sum[m][v]);

@@ -20,9 +20,9 @@
 namespace {
 
 #if defined(_M_X64)
-bool bit(int leaf, int part, int index) {
+bool bit(int leaf, int part, int index, int subleaf = 0) {
     int r[4];
-    __cpuidex(r, leaf, 0);
+    __cpuidex(r, leaf, subleaf);
     return (r[part] >> index) & 1;
 }
 bool saved_by_system(unsigned long long mask) { return bit(1, 2, 27) && (_xgetbv(0) & mask) == mask; }
@@ -36,14 +36,18 @@ std::vector<std::string> supported() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni"))
+        __builtin_cpu_supports("avx512vnni")) {
+        if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
         names.push_back("avx512_vnni");
+    }
     if (avx2) names.push_back("avx2");
 #elif defined(_M_X64)
     const bool avx2 = saved_by_system(6) && bit(1, 2, 12) && bit(1, 2, 29) && bit(7, 1, 5);
     if (avx2 && saved_by_system(0xe6) && bit(7, 1, 16) && bit(7, 1, 17) && bit(7, 1, 30) && bit(7, 1, 31) &&
-        bit(7, 2, 11))
+        bit(7, 2, 11)) {
+        if (bit(7, 0, 5, 1)) names.push_back("avx512_bf16");
         names.push_back("avx512_vnni");
+    }
     if (avx2) names.push_back("avx2");
 #elif defined(__aarch64__) && defined(__linux__)
     if (getauxval(AT_HWCAP) & (1ul << 20)) names.push_back("neon_dotprod");  // HWCAP_ASIMDDP

@@ -31,6 +31,12 @@ inline uint16_t f32_to_f16(float value) {  // round to nearest, ties to even
     return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+inline uint16_t f32_to_bf16(float value) {  // round to nearest, ties to even
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
 inline float bf16_to_f32(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
 
 }  // namespace llama2

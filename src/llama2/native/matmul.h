@@ -124,17 +124,14 @@ public:
         const int64_t start = block * kTokenBlock, size = std::min(kTokenBlock, tokens_ - start);
         const ActivationGroup* g = groups_.get() + start * activation_groups(columns_) + columns_ / 32 * size;
         uint8_t* out = refining_.get() + start * kRefined;
-        counts_.assign(size_t(columns_ / 32) + 1, 0);
-        for (int64_t i = 0; i < size * kRefined; ++i) ++counts_[size_t(g[i].place) + 1];
-        std::partial_sum(counts_.begin(), counts_.end(), counts_.begin());
-        for (int64_t i = 0; i < size * kRefined; ++i) out[counts_[size_t(g[i].place)]++] = uint8_t(i);
+        std::iota(out, out + size * kRefined, uint8_t(0));
+        std::sort(out, out + size * kRefined, [&](int i, int j) { return std::pair(g[i].place, i) < std::pair(g[j].place, j); });
     }
     Activations view(const float* floats) const { return {floats, groups_.get(), refining_.get(), tokens_, columns_}; }
 
 private:
     Buffer<ActivationGroup> groups_;
     Buffer<uint8_t> refining_;
-    std::vector<int32_t> counts_;
     int64_t tokens_ = 0, columns_ = 0;
 };
 

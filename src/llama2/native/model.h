@@ -218,7 +218,7 @@ private:
         float* normalised = source.norm ? normalised_.reserve(N * columns) : nullptr;
         quantised_.reserve(N, columns);
         pool_.run(N, [&](int64_t t, int) { prepare(t, normalised + t * columns, quantised_); });
-        for (int64_t block = 0; block < token_blocks(N); ++block) quantised_.order(block);
+        pool_.run(token_blocks(N), [&](int64_t block, int) { quantised_.order(block); });
         const Activations all = quantised_.view(source.norm ? normalised : source.x);
         pool_.run(units, [&](int64_t unit, int) { body(unit, all); });
     }
@@ -316,28 +316,36 @@ private:
     }
     uint16_t* values(uint16_t* keys) const { return keys + kBlock * config_.head_size; }
 
-    // Rotates a token's queries (scaled by 1/√E) in place, and writes its rotated keys and its values to the cache.
+    // Rotates a token's queries (scaled by 1/√E) in place, as attention wants them, and writes its rotated keys and its
+    // values to the cache.
     void rotate_and_cache(const Step& step, int64_t t, int64_t layer, float* qkv) const {
+        using simd::kDepth, simd::to_cached;
         const int64_t E = config_.head_size, stride = padded(E), position = step.positions[t];
         const int32_t block = step.blocks[step.sequences[t] * step.width + position / kBlock];
+        const int64_t at = position % kBlock, lane = at % kDepth;
+        const bool alone = lane == 0 && (t + 1 == step.tokens_count || step.sequences[t + 1] != step.sequences[t]);
         const float* turn = rotations_.get() + t * E;
         const float scale = 1.0f / std::sqrt(float(E));
         for (int64_t h = 0; h < config_.heads; ++h, qkv += E)
             for (int64_t i = 0; i < E; i += 2) {
                 const float a = qkv[i], b = qkv[i + 1];
-                qkv[i] = (a * turn[i] - b * turn[i + 1]) * scale;
-                qkv[i + 1] = (a * turn[i + 1] + b * turn[i]) * scale;
+                const float x = (a * turn[i] - b * turn[i + 1]) * scale, y = (a * turn[i + 1] + b * turn[i]) * scale;
+                if constexpr (kDepth == 1) qkv[i] = x, qkv[i + 1] = y;
+                else qkv[i / 2] = std::bit_cast<float>(uint32_t(to_cached(y)) << 16 | to_cached(x));
             }
         const float* value = qkv + config_.kv_heads * E;
         for (int64_t g = 0; g < config_.kv_heads; ++g, qkv += E, value += E) {
-            uint16_t* key = keys(block, layer, g) + position % kBlock;
-            uint16_t* out = values(keys(block, layer, g)) + position % kBlock * stride;
+            uint16_t* key = keys(block, layer, g) + at * kDepth;
+            uint16_t* out = values(keys(block, layer, g)) + at / kDepth * stride * kDepth + lane;
             for (int64_t i = 0; i < E; i += 2) {
                 const float a = qkv[i], b = qkv[i + 1];
-                key[i * kBlock] = f32_to_f16(a * turn[i] - b * turn[i + 1]);
-                key[(i + 1) * kBlock] = f32_to_f16(a * turn[i + 1] + b * turn[i]);
+                key[i * kBlock] = to_cached(a * turn[i] - b * turn[i + 1]);
+                key[i * kBlock + (kDepth == 1 ? kBlock : 1)] = to_cached(a * turn[i + 1] + b * turn[i]);
             }
-            for (int64_t i = 0; i < E; ++i) out[i] = f32_to_f16(value[i]);
+            for (int64_t i = 0; i < E; ++i) {
+                out[i * kDepth] = to_cached(value[i]);
+                if (kDepth == 2 && alone) out[i * kDepth + 1] = 0;
+            }
         }
     }
 
@@ -357,6 +365,7 @@ private:
 
     // One chunk of positions for one tile and one key/value head. partials: (rows, partial_size), rows by (token,
     // head); converted: room for a block's keys and values.
+    template <int depth = simd::kDepth>
     void attend_chunk(const Step& step, const QueryTile& tile, int64_t layer, int64_t head, int64_t chunk,
                       const float* qkv, float* partials, float* converted) const {
         const int64_t E = config_.head_size, share = config_.heads / config_.kv_heads, wide = padded(E);
@@ -392,13 +401,16 @@ private:
                     while (tile_of<2>(row, rows, some)) {}
                 while (tile_of<1>(row, rows, some)) {}
             };
-            if (rows - row <= simd::kAttentionRows) {
-                attend_rows(key, value);
-            } else {  // worth converting once for all
-                convert(key, kBlock * E, converted);
-                convert(value, kBlock * wide, converted + kBlock * E);
-                attend_rows(static_cast<const float*>(converted), static_cast<const float*>(converted + kBlock * E));
+            if constexpr (depth == 1) {
+                if (rows - row > simd::kAttentionRows) {  // worth converting once for all
+                    convert(key, kBlock * E, converted);
+                    convert(value, kBlock * wide, converted + kBlock * E);
+                    const float* floats = converted;
+                    attend_rows(floats, floats + kBlock * E);
+                    continue;
+                }
             }
+            attend_rows(key, value);
         }
     }
 

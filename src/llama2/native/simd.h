@@ -10,6 +10,13 @@
 //   dot<bits, quads, P, M> sums[m][p][lane] += Σ_j Σ_i w[p][j][lane][i]·x[m][4j + i]; w is 0 … 2^bits − 1, or signed
 //   for 8
 //                          bits (stored with kByteBias added, where the instruction wants unsigned weights)
+//
+// The key/value cache holds 16-bit numbers, of which a lane takes kDepth at a time (attention.h):
+//
+//   to_cached              a number as the cache holds it
+//   load_cached            kLanes · kDepth of them
+//   multiply_add(a, b, c)  c[lane] + Σ_i a[lane][i]·b[lane][i], i < kDepth
+//   join(x)                2·kLanes floats at x, rounded and joined by kDepth to a lane, in place
 #pragma once
 
 #include <cmath>
@@ -43,7 +50,11 @@ inline int32_t load_four(const int8_t* p) {
 }
 }  // namespace llama2::simd
 
-#if defined(LLAMA2_ISA_AVX512_VNNI)
+#if defined(LLAMA2_ISA_AVX512_BF16)
+#define LLAMA2_ISA_AVX512_VNNI  // and what simd_avx512_bf16.h adds to it
+#include "simd_avx512_vnni.h"
+#include "simd_avx512_bf16.h"
+#elif defined(LLAMA2_ISA_AVX512_VNNI)
 #include "simd_avx512_vnni.h"
 #elif defined(LLAMA2_ISA_AVX2)
 #include "simd_avx2.h"
@@ -54,6 +65,14 @@ inline int32_t load_four(const int8_t* p) {
 #endif
 
 namespace llama2::simd {
+
+#if !defined(LLAMA2_ISA_AVX512_BF16)
+constexpr int kDepth = 1;  // half precision; both factors are floats by then
+inline uint16_t to_cached(float x) { return f32_to_f16(x); }
+inline F load_cached(const uint16_t* p) { return load_f16(p); }
+inline F load_cached(const float* p) { return load(p); }
+inline F multiply_add(F a, F b, F c) { return fma(a, b, c); }
+#endif
 
 // Of lanes that are not negative.
 inline int32_t largest_lane(I x) {

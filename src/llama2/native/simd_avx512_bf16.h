@@ -1,0 +1,15 @@
+// AVX-512 with dot products of bfloat16 pairs, for attention: twice as many products an instruction as with floats.
+#pragma once
+
+namespace llama2::simd {
+
+constexpr int kDepth = 2;
+inline uint16_t to_cached(float x) { return f32_to_bf16(x); }
+inline F load_cached(const uint16_t* p) { return _mm512_loadu_ps(p); }  // a lane is a pair
+inline F multiply_add(F a, F b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+inline void join(float* x) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(load(x + kLanes), load(x));
+    store(x, (F)pairs);
+}
+
+}  // namespace llama2::simd
