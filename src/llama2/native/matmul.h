@@ -32,9 +32,6 @@ static_assert(sizeof(ActivationGroup) == 64);
 // cuts the Kullback–Leibler divergence of the logits to a third, for two groups more a product.
 constexpr int kRefined = 2;
 
-// Groups a token has: one for every 32 columns, then the refining ones, by place.
-inline int64_t activation_groups(int64_t columns) { return columns / 32 + kRefined; }
-
 // A group with a NaN or an infinity gets NaN scales, so that nothing hides it.
 inline void quantize_group(const float* x, int64_t place, ActivationGroup& out) {
     using namespace simd;
@@ -58,8 +55,9 @@ inline void quantize_group(const float* x, int64_t place, ActivationGroup& out) 
     for (int h = 0; h < 2; ++h) out.negative_half[h] = -sums[h], out.half[h] = out.scale * float(sums[h]);
 }
 
-// x: (columns) → group g of the token at groups[g · stride], for its activation_groups(columns).
-inline void quantize_activations(const float* x, int64_t columns, ActivationGroup* groups, int64_t stride) {
+// x: (columns) → the token's group g at groups[g · stride], and its refining group n at refining[n · tokens].
+inline void quantize_activations(const float* x, int64_t columns, ActivationGroup* groups, int64_t stride,
+                                 ActivationGroup* refining, int64_t tokens) {
     const int64_t count = columns / 32;
     int64_t places[kRefined];
     float scales[kRefined];
@@ -79,7 +77,7 @@ inline void quantize_activations(const float* x, int64_t columns, ActivationGrou
         alignas(64) float rest[32] = {};
         if (n == 0 || places[n] != places[n - 1])  // there may be fewer groups
             for (int i = 0; i < 32; ++i) rest[i] = x[places[n] * 32 + i] - group.scale * float(group.q[i]);
-        quantize_group(rest, places[n], groups[(count + n) * stride]);
+        quantize_group(rest, places[n], refining[n * tokens]);
     }
 }
 
@@ -87,11 +85,18 @@ inline void quantize_activations(const float* x, int64_t columns, ActivationGrou
 // of columns stands together.
 constexpr int64_t kTokenBlock = 64;
 inline int64_t token_blocks(int64_t tokens) { return (tokens + kTokenBlock - 1) / kTokenBlock; }
+// A full block's groups of the same columns stand a line further apart than there are tokens: otherwise all groups of a
+// token would fall into one set of the first cache.
+inline int64_t group_stride(int64_t tokens) { return tokens == kTokenBlock ? tokens + 1 : tokens; }
+// Groups of a block with so many tokens, the refining ones among them.
+inline int64_t block_groups(int64_t tokens, int64_t columns) {
+    return columns / 32 * group_stride(tokens) + kRefined * tokens;
+}
 
 // Tokens on their way into a product: as floats, and quantised (where the columns divide into groups).
 struct Activations {
     const float* floats;  // (N, columns)
-    // Block by block (n tokens): (activation_groups(columns), n)
+    // Block by block (n tokens): (columns / 32, group_stride(n)), then the refining groups, (kRefined, n)
     const ActivationGroup* groups;
     // Block by block: its kRefined · n refining groups by place, as indices into them.
     const uint8_t* refining;
@@ -99,8 +104,8 @@ struct Activations {
 
     int64_t block_start(int64_t block) const { return block * kTokenBlock; }
     int64_t block_size(int64_t block) const { return std::min(kTokenBlock, tokens - block_start(block)); }
-    const ActivationGroup* block_groups(int64_t block) const {
-        return groups + block_start(block) * activation_groups(columns);
+    const ActivationGroup* block_activations(int64_t block) const {
+        return groups + block * block_groups(kTokenBlock, columns);
     }
 };
 static_assert(kTokenBlock * kRefined <= 256);
@@ -110,26 +115,35 @@ class ActivationBuffer {
 public:
     void reserve(int64_t tokens, int64_t columns) {
         tokens_ = tokens, columns_ = columns;
-        groups_.reserve(tokens * activation_groups(columns));
+        groups_.reserve(token_blocks(tokens) * block_groups(std::min(tokens, kTokenBlock), columns));
         refining_.reserve(tokens * kRefined);
     }
     void quantize(int64_t token, const float* x) {
         if (columns_ % 32) return;
-        const int64_t start = token / kTokenBlock * kTokenBlock, size = std::min(kTokenBlock, tokens_ - start);
-        quantize_activations(x, columns_, groups_.get() + start * activation_groups(columns_) + (token - start), size);
+        const int64_t block = token / kTokenBlock, t = token % kTokenBlock, size = block_size(block);
+        quantize_activations(x, columns_, groups(block) + t, group_stride(size), refining(block) + t, size);
     }
     // After all tokens of the block.
     void order(int64_t block) {
         if (columns_ % 32) return;
-        const int64_t start = block * kTokenBlock, size = std::min(kTokenBlock, tokens_ - start);
-        const ActivationGroup* g = groups_.get() + start * activation_groups(columns_) + columns_ / 32 * size;
-        uint8_t* out = refining_.get() + start * kRefined;
-        std::iota(out, out + size * kRefined, uint8_t(0));
-        std::sort(out, out + size * kRefined, [&](int i, int j) { return std::pair(g[i].place, i) < std::pair(g[j].place, j); });
+        const int64_t size = block_size(block);
+        const ActivationGroup* g = refining(block);
+        uint8_t* out = refining_.get() + block * kTokenBlock * kRefined;
+        for (int64_t i = 0; i < size * kRefined; ++i) {  // nearly all of them have one of a few places
+            int64_t at = i;
+            for (; at > 0 && g[out[at - 1]].place > g[i].place; --at) out[at] = out[at - 1];
+            out[at] = uint8_t(i);
+        }
     }
     Activations view(const float* floats) const { return {floats, groups_.get(), refining_.get(), tokens_, columns_}; }
 
 private:
+    int64_t block_size(int64_t block) const { return std::min(kTokenBlock, tokens_ - block * kTokenBlock); }
+    ActivationGroup* groups(int64_t block) { return groups_.get() + block * block_groups(kTokenBlock, columns_); }
+    ActivationGroup* refining(int64_t block) {
+        return groups(block) + columns_ / 32 * group_stride(block_size(block));
+    }
+
     Buffer<ActivationGroup> groups_;
     Buffer<uint8_t> refining_;
     int64_t tokens_ = 0, columns_ = 0;
@@ -277,7 +291,7 @@ void block_product(const uint8_t* panel, int64_t panel_bytes, const ActivationGr
                 const ActivationGroup* at[M];
                 float* sums[M];
                 LLAMA2_UNROLL
-                for (int m = 0; m < M; ++m) at[m] = a + g * tokens + from + m, sums[m] = y + (from + m) * kTile;
+                for (int m = 0; m < M; ++m) at[m] = a + g * group_stride(tokens) + from + m, sums[m] = y + (from + m) * kTile;
                 Group::template add<P, M>(groups, at, half, sums);
             };
             while (tile_of<simd::kTokens>(t, tokens, tile)) {}
@@ -395,7 +409,7 @@ void packed_results(const Weight& w, int64_t first, int64_t count, const Activat
     using simd::kPanels;
     const int64_t tokens = x.block_size(block), groups = w.columns / 32;
     const uint8_t* data = w.data + first * w.panel_bytes;
-    const ActivationGroup* a = x.block_groups(block);
+    const ActivationGroup* a = x.block_activations(block);
     if (tokens == 1) {
         for (int64_t p = 0; p < count; ++p)
             token_product<format>(data + p * w.panel_bytes, w.columns, a, out.at(p, 0));
@@ -413,7 +427,7 @@ void packed_results(const Weight& w, int64_t first, int64_t count, const Activat
             block_product<format, P>(panel, w.panel_bytes, a, tokens, g, std::min(g + kSegment, groups), y);
         });
     each([&](auto P, const uint8_t* panel, float* y) {
-        block_refinement<format, P>(panel, w.panel_bytes, a + groups * tokens, x.refining + x.block_start(block) * kRefined,
+        block_refinement<format, P>(panel, w.panel_bytes, a + groups * group_stride(tokens), x.refining + x.block_start(block) * kRefined,
                                     tokens, y);
     });
 }

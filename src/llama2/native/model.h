@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -111,33 +112,21 @@ public:
         for (int64_t t = 0; t < N; ++t)
             dequantize_row(embedding_.format, embedding_.data + step.tokens[t] * row, D, x + t * D);
         const auto tiles = query_tiles(step);
-        const auto add = [&](int64_t t, int64_t r, const float* y, int64_t count) {
-            float* out = x + t * D + r;
-            if (count == simd::kLanes) simd::store(out, simd::add(simd::load(out), simd::load(y)));
-            else
-                for (int64_t i = 0; i < count; ++i) out[i] += y[i];
-        };
         for (size_t l = 0; l < layers_.size(); ++l) {
             const Layer& layer = layers_[l];
-            const auto store_at = [&](int64_t offset) {
-                return [=](int64_t t, int64_t r, const float* y, int64_t count) {
-                    copy_row(qkv + t * (Q + 2 * K) + offset + r, y, count);
-                };
-            };
-            products({x, D, floats(layer.attention_norm)}, N, part(layer.wq, store_at(0)), part(layer.wk, store_at(Q)),
-                     part(layer.wv, store_at(Q + K)));
+            const int64_t stride = Q + 2 * K;
+            products({x, D, floats(layer.attention_norm)}, N, {{layer.wq, qkv, stride, false},
+                     {layer.wk, qkv + Q, stride, false}, {layer.wv, qkv + Q + K, stride, false}});
             over_tokens(N, [&](int64_t t) { rotate_and_cache(step, t, int64_t(l), qkv + t * (Q + 2 * K)); });
             attend(step, tiles, int64_t(l), qkv, attended);
-            products({attended, Q, nullptr}, N, part(layer.wo, add));
+            products({attended, Q, nullptr}, N, {{layer.wo, x, D, true}});
             gated_products({x, D, floats(layer.ffn_norm)}, N, layer.w1, layer.w3, hidden);
-            products({hidden, config_.hidden, nullptr}, N, part(layer.w2, add));
+            products({hidden, config_.hidden, nullptr}, N, {{layer.w2, x, D, true}});
         }
         const int64_t M = step.outputs_count;
         float* last = last_.reserve(M * D);
         for (int64_t i = 0; i < M; ++i) std::memcpy(last + i * D, x + step.outputs[i] * D, size_t(D) * 4);
-        products({last, D, floats(norm_)}, M, part(output_, [&](int64_t t, int64_t r, const float* y, int64_t count) {
-                     copy_row(logits + t * config_.vocab + r, y, count);
-                 }));
+        products({last, D, floats(norm_)}, M, {{output_, logits, config_.vocab, false}});
     }
 
 private:
@@ -185,11 +174,13 @@ private:
         const float* norm;
     };
 
-    template <class Write> struct Part {
+    // A product of a source: `out` takes its results, or has them added, for row r of token t at out[t · stride + r].
+    struct Product {
         const Weight& weight;
-        Write write;  // (token, first row, results, count)
+        float* out;
+        int64_t stride;
+        bool add;
     };
-    template <class Write> static Part<Write> part(const Weight& weight, Write write) { return {weight, write}; }
 
     // Calls body(unit, activations) for every unit, after the activations of all N tokens have been made. A single
     // token is prepared by every thread for itself, which is cheaper than waiting for one another.
@@ -244,32 +235,24 @@ private:
             body(p, std::min<int64_t>(kUnitPanels, last - p), unit % blocks);
     }
 
-    template <class... Writes> void products(const Source& source, int64_t N, Part<Writes>... parts) {
-        const int64_t total = (units(parts.weight, N) + ...);
-        with_activations(source, N, total,
-                         [&](int64_t unit, const Activations& x) { (one_product(unit, N, x, parts) || ...); });
-    }
-
-    // Does `unit` if it belongs to this part; otherwise subtracts the part's units from it.
-    template <class Write>
-    bool one_product(int64_t& unit, int64_t N, const Activations& x, const Part<Write>& part) const {
-        const Weight& w = part.weight;
-        const int64_t mine = units(w, N);
-        if (unit >= mine) {
-            unit -= mine;
-            return false;
-        }
-        over_panels(w, N, unit, [&](int64_t first, int64_t count, int64_t block) {
-            Results results;
-            multiply(w, first, count, x, block, results);
-            for (int64_t t = 0; t < x.block_size(block); ++t)
-                for (int64_t p = 0; p < count; ++p) {
-                    const int64_t row = (first + p) * simd::kLanes;
-                    part.write(x.block_start(block) + t, row, results.at(p, t),
-                               std::min<int64_t>(simd::kLanes, w.rows - row));
-                }
+    void products(const Source& source, int64_t N, std::initializer_list<Product> all) {
+        int64_t total = 0;
+        for (const Product& product : all) total += units(product.weight, N);
+        with_activations(source, N, total, [&](int64_t unit, const Activations& x) {
+            const Product* product = all.begin();
+            for (int64_t mine; unit >= (mine = units(product->weight, N)); ++product) unit -= mine;
+            over_panels(product->weight, N, unit, [&](int64_t first, int64_t count, int64_t block) {
+                Results results;
+                const Output out(*product, first, count, x, block);
+                multiply(product->weight, first, count, x, block, results);
+                out.each([&](float* to, int64_t p, int64_t t, int64_t rows) {
+                    float* y = results.at(p, t);
+                    if (product->add)
+                        for (int64_t i = 0; i < rows; ++i) y[i] += to[i];
+                    copy_row(to, y, rows);
+                });
+            });
         });
-        return true;
     }
 
     // out = silu(w1 x) ⊙ w3 x: (N, F)
@@ -277,19 +260,40 @@ private:
         with_activations(source, N, units(w1, N), [&](int64_t unit, const Activations& x) {
             over_panels(w1, N, unit, [&](int64_t first, int64_t count, int64_t block) {
                 Results gates, values;
+                const Output to({w1, out, w1.rows, false}, first, count, x, block);
                 multiply(w1, first, count, x, block, gates);
                 multiply(w3, first, count, x, block, values);
-                for (int64_t t = 0; t < x.block_size(block); ++t)
-                    for (int64_t p = 0; p < count; ++p) {
-                        const int64_t row = (first + p) * simd::kLanes;
-                        float* y = values.at(p, t);
-                        simd::store(y, simd::mul(simd::silu(simd::load(gates.at(p, t))), simd::load(y)));
-                        copy_row(out + (x.block_start(block) + t) * w1.rows + row, y,
-                                 std::min<int64_t>(simd::kLanes, w1.rows - row));
-                    }
+                to.each([&](float* to, int64_t p, int64_t t, int64_t rows) {
+                    float* y = values.at(p, t);
+                    simd::store(y, simd::mul(simd::silu(simd::load(gates.at(p, t))), simd::load(y)));
+                    copy_row(to, y, rows);
+                });
             });
         });
     }
+
+    // Where the results of some panels and one block of tokens go. They are asked for before the product begins, as the
+    // outputs of all tokens are more than the second cache holds.
+    class Output {
+    public:
+        Output(const Product& product, int64_t first, int64_t count, const Activations& x, int64_t block)
+            : out_(product.out + x.block_start(block) * product.stride + first * simd::kLanes),
+              stride_(product.stride), tokens_(x.block_size(block)), count_(count),
+              rows_(product.weight.rows - first * simd::kLanes) {
+            if (tokens_ > 1) each([](float* to, int64_t, int64_t, int64_t) { simd::prefetch_to_write(to); });
+        }
+        // body(place, panel, token, rows)
+        template <class Body> void each(Body&& body) const {
+            for (int64_t t = 0; t < tokens_; ++t)
+                for (int64_t p = 0; p < count_; ++p)
+                    body(out_ + t * stride_ + p * simd::kLanes, p, t,
+                         std::min<int64_t>(simd::kLanes, rows_ - p * simd::kLanes));
+        }
+
+    private:
+        float* out_;
+        int64_t stride_, tokens_, count_, rows_;
+    };
 
     // --- attention ---------------------------------------------------------------------------------------------------
 

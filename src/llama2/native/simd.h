@@ -74,6 +74,14 @@ inline F load_cached(const float* p) { return load(p); }
 inline F multiply_add(F a, F b, F c) { return fma(a, b, c); }
 #endif
 
+inline void prefetch_to_write(const float* p) {
+#if defined(_MSC_VER) && !defined(__clang__)
+    (void)p;
+#else
+    __builtin_prefetch(p, 1);
+#endif
+}
+
 // Of lanes that are not negative.
 inline int32_t largest_lane(I x) {
 #if defined(LLAMA2_ISA_AVX512_VNNI)
