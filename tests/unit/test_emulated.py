@@ -138,6 +138,12 @@ def kernels(command: list[str]) -> Iterator[Driver]:
 
 
 @pytest.fixture
+def isa() -> str:
+    """None that attends in bfloat16."""
+    return ""
+
+
+@pytest.fixture
 def start(command: list[str]) -> Iterator[Callable[..., DriverRunner]]:
     """Starts a runner of a model in a driver of its own, on one thread: emulated ones only wait for each other."""
     drivers = []

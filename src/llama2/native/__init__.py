@@ -1,7 +1,7 @@
 """The C++ half: one extension module for each instruction set, of which the best that this processor runs is used.
 
-`LLAMA2_ISA` (avx512_bf16, avx512_vnni, avx2, neon_dotprod or plain) forces one. Results of one instruction set are bitwise
-reproducible; those of two agree within rounding.
+`LLAMA2_ISA` (avx512_bf16, avx512_vnni, avx2, neon_dotprod or plain) forces one. Results of one instruction set are
+bitwise reproducible; those of two agree within rounding.
 """
 
 from __future__ import annotations

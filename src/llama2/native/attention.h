@@ -3,8 +3,7 @@
 // A cache block holds kBlock positions of all layers. For one layer and one key/value head (E = head size):
 //     keys    (E / kDepth, kBlock, kDepth)   so that a lane is a key
 //     values  (kBlock / kDepth, E, kDepth)   so that a lane is a dimension; E padded to whole vectors
-// as half precision numbers (kDepth = 1) or, where the processor multiplies pairs of them, bfloat16 (kDepth = 2). Then
-// a position that is written for the first time and whose neighbour in the pair is not yet there makes that one zero.
+// as half precision numbers (kDepth = 1) or, where the processor multiplies pairs of them, bfloat16 (kDepth = 2).
 // A query's sums are made tile by tile (a tile is a block, at its absolute position) with running maximum and sum
 // (Milakov & Gimelshein 2018); kChunk positions make a partial result, and partial results are merged in order. Nothing
 // of that depends on which other queries are computed beside it.
@@ -89,9 +88,8 @@ void attend_tile(const float* const* queries, float* const* partials, const Numb
             sums = add(sums, weight);
         }
         store(p + 1, sums);
-        if constexpr (kDepth == 2) join(weights[m]);
+        join(weights[m]);
     }
-    const auto steps = [&](int m) { return (counts[m] + kDepth - 1) / kDepth; };
     constexpr int wide = M * 4 <= 16 ? 4 : (M * 2 <= 16 ? 2 : 1);
     const auto accumulate = [&](int64_t e, auto width) {
         constexpr int W = width;
@@ -101,7 +99,7 @@ void attend_tile(const float* const* queries, float* const* partials, const Numb
             LLAMA2_UNROLL
             for (int v = 0; v < W; ++v) sum[m][v] = load(partials[m] + 1 + kLanes + e + v * kLanes);
         }
-        for (int t = 0; t < steps(0); ++t) {
+        for (int t = 0; t < counts[0] / kDepth; ++t) {
             F value[W];
             LLAMA2_UNROLL
             for (int v = 0; v < W; ++v) value[v] = load_cached(values + (t * head_size + e + v * kLanes) * kDepth);
@@ -114,14 +112,16 @@ void attend_tile(const float* const* queries, float* const* partials, const Numb
         }
         LLAMA2_UNROLL
         for (int m = 0; m < M; ++m) {
-            for (int t = steps(0); t < steps(m); ++t) {
+            const auto step = [&](int t, auto&& seen) {
                 const F weight = set(weights[m][t]);
                 LLAMA2_UNROLL
                 for (int v = 0; v < W; ++v) {
-                    const F value = load_cached(values + (t * head_size + e + v * kLanes) * kDepth);
+                    const F value = seen(load_cached(values + (t * head_size + e + v * kLanes) * kDepth));
                     sum[m][v] = multiply_add(weight, value, sum[m][v]);
                 }
-            }
+            };
+            for (int t = counts[0] / kDepth; t < counts[m] / kDepth; ++t) step(t, [](F value) { return value; });
+            if (counts[m] % kDepth) step(counts[m] / kDepth, first_of_pairs);  // the second may be anything
             LLAMA2_UNROLL
             for (int v = 0; v < W; ++v) store(partials[m] + 1 + kLanes + e + v * kLanes, sum[m][v]);
         }

@@ -140,9 +140,7 @@ public:
 private:
     int64_t block_size(int64_t block) const { return std::min(kTokenBlock, tokens_ - block * kTokenBlock); }
     ActivationGroup* groups(int64_t block) { return groups_.get() + block * block_groups(kTokenBlock, columns_); }
-    ActivationGroup* refining(int64_t block) {
-        return groups(block) + columns_ / 32 * group_stride(block_size(block));
-    }
+    ActivationGroup* refining(int64_t block) { return groups(block) + columns_ / 32 * group_stride(block_size(block)); }
 
     Buffer<ActivationGroup> groups_;
     Buffer<uint8_t> refining_;
@@ -244,8 +242,7 @@ constexpr int64_t kTile = simd::kPanels * simd::kLanes;  // sums of one token
 
 // One panel times one token. Memory is the limit, and a panel one stream, which the processor reads ahead by itself.
 // a: the token's groups, the refining ones last. y: (kLanes)
-template <Format format>
-void token_product(const uint8_t* panel, int64_t columns, const ActivationGroup* a, float* y) {
+template <Format format> void token_product(const uint8_t* panel, int64_t columns, const ActivationGroup* a, float* y) {
     using namespace simd;
     using Group = PanelGroup<format>;
     alignas(64) float sums[kLanes] = {};
@@ -291,7 +288,8 @@ void block_product(const uint8_t* panel, int64_t panel_bytes, const ActivationGr
                 const ActivationGroup* at[M];
                 float* sums[M];
                 LLAMA2_UNROLL
-                for (int m = 0; m < M; ++m) at[m] = a + g * group_stride(tokens) + from + m, sums[m] = y + (from + m) * kTile;
+                for (int m = 0; m < M; ++m)
+                    at[m] = a + g * group_stride(tokens) + from + m, sums[m] = y + (from + m) * kTile;
                 Group::template add<P, M>(groups, at, half, sums);
             };
             while (tile_of<simd::kTokens>(t, tokens, tile)) {}
@@ -411,8 +409,7 @@ void packed_results(const Weight& w, int64_t first, int64_t count, const Activat
     const uint8_t* data = w.data + first * w.panel_bytes;
     const ActivationGroup* a = x.block_activations(block);
     if (tokens == 1) {
-        for (int64_t p = 0; p < count; ++p)
-            token_product<format>(data + p * w.panel_bytes, w.columns, a, out.at(p, 0));
+        for (int64_t p = 0; p < count; ++p) token_product<format>(data + p * w.panel_bytes, w.columns, a, out.at(p, 0));
         return;
     }
     const auto each = [&](auto&& product) {
@@ -427,8 +424,8 @@ void packed_results(const Weight& w, int64_t first, int64_t count, const Activat
             block_product<format, P>(panel, w.panel_bytes, a, tokens, g, std::min(g + kSegment, groups), y);
         });
     each([&](auto P, const uint8_t* panel, float* y) {
-        block_refinement<format, P>(panel, w.panel_bytes, a + groups * group_stride(tokens), x.refining + x.block_start(block) * kRefined,
-                                    tokens, y);
+        block_refinement<format, P>(panel, w.panel_bytes, a + groups * group_stride(tokens),
+                                    x.refining + x.block_start(block) * kRefined, tokens, y);
     });
 }
 

@@ -115,8 +115,10 @@ public:
         for (size_t l = 0; l < layers_.size(); ++l) {
             const Layer& layer = layers_[l];
             const int64_t stride = Q + 2 * K;
-            products({x, D, floats(layer.attention_norm)}, N, {{layer.wq, qkv, stride, false},
-                     {layer.wk, qkv + Q, stride, false}, {layer.wv, qkv + Q + K, stride, false}});
+            products({x, D, floats(layer.attention_norm)}, N,
+                     {{layer.wq, qkv, stride, false},
+                      {layer.wk, qkv + Q, stride, false},
+                      {layer.wv, qkv + Q + K, stride, false}});
             over_tokens(N, [&](int64_t t) { rotate_and_cache(step, t, int64_t(l), qkv + t * (Q + 2 * K)); });
             attend(step, tiles, int64_t(l), qkv, attended);
             products({attended, Q, nullptr}, N, {{layer.wo, x, D, true}});
@@ -277,9 +279,8 @@ private:
     class Output {
     public:
         Output(const Product& product, int64_t first, int64_t count, const Activations& x, int64_t block)
-            : out_(product.out + x.block_start(block) * product.stride + first * simd::kLanes),
-              stride_(product.stride), tokens_(x.block_size(block)), count_(count),
-              rows_(product.weight.rows - first * simd::kLanes) {
+            : out_(product.out + x.block_start(block) * product.stride + first * simd::kLanes), stride_(product.stride),
+              tokens_(x.block_size(block)), count_(count), rows_(product.weight.rows - first * simd::kLanes) {
             if (tokens_ > 1) each([](float* to, int64_t, int64_t, int64_t) { simd::prefetch_to_write(to); });
         }
         // body(place, panel, token, rows)
@@ -327,7 +328,6 @@ private:
         const int64_t E = config_.head_size, stride = padded(E), position = step.positions[t];
         const int32_t block = step.blocks[step.sequences[t] * step.width + position / kBlock];
         const int64_t at = position % kBlock, lane = at % kDepth;
-        const bool alone = lane == 0 && (t + 1 == step.tokens_count || step.sequences[t + 1] != step.sequences[t]);
         const float* turn = rotations_.get() + t * E;
         const float scale = 1.0f / std::sqrt(float(E));
         for (int64_t h = 0; h < config_.heads; ++h, qkv += E)
@@ -346,10 +346,7 @@ private:
                 key[i * kBlock] = to_cached(a * turn[i] - b * turn[i + 1]);
                 key[i * kBlock + (kDepth == 1 ? kBlock : 1)] = to_cached(a * turn[i + 1] + b * turn[i]);
             }
-            for (int64_t i = 0; i < E; ++i) {
-                out[i * kDepth] = to_cached(value[i]);
-                if (kDepth == 2 && alone) out[i * kDepth + 1] = 0;
-            }
+            for (int64_t i = 0; i < E; ++i) out[i * kDepth] = to_cached(value[i]);
         }
     }
 

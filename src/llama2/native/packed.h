@@ -1,7 +1,7 @@
 // Weights repacked for the instruction set: panels of kLanes rows, one lane a row.
 //
-// A panel (P = kLanes rows) is one stream of records, each of a block of K formats' 256 columns, and of one group of the
-// others', so that a product with one token reads memory straight on. A record holds:
+// A panel (P = kLanes rows) is one stream of records, each of a block of K formats' 256 columns, and of one group of
+// the others', so that a product with one token reads memory straight on. A record holds:
 //     d, dmin    P half precision numbers (Scales::super*)
 //     scales     for each group P half precision numbers (Scales::half*) or bytes (Scales::super*)
 //     minima     likewise, where the format has them

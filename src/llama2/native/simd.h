@@ -16,7 +16,8 @@
 //   to_cached              a number as the cache holds it
 //   load_cached            kLanes · kDepth of them
 //   multiply_add(a, b, c)  c[lane] + Σ_i a[lane][i]·b[lane][i], i < kDepth
-//   join(x)                2·kLanes floats at x, rounded and joined by kDepth to a lane, in place
+//   first_of_pairs         the second numbers of all lanes made zero
+//   join(x)                kBlock floats at x, rounded and joined by kDepth to a lane, in place
 #pragma once
 
 #include <cmath>
@@ -52,8 +53,8 @@ inline int32_t load_four(const int8_t* p) {
 
 #if defined(LLAMA2_ISA_AVX512_BF16)
 #define LLAMA2_ISA_AVX512_VNNI  // and what simd_avx512_bf16.h adds to it
-#include "simd_avx512_vnni.h"
 #include "simd_avx512_bf16.h"
+#include "simd_avx512_vnni.h"
 #elif defined(LLAMA2_ISA_AVX512_VNNI)
 #include "simd_avx512_vnni.h"
 #elif defined(LLAMA2_ISA_AVX2)
@@ -72,6 +73,8 @@ inline uint16_t to_cached(float x) { return f32_to_f16(x); }
 inline F load_cached(const uint16_t* p) { return load_f16(p); }
 inline F load_cached(const float* p) { return load(p); }
 inline F multiply_add(F a, F b, F c) { return fma(a, b, c); }
+inline F first_of_pairs(F x) { return x; }
+inline void join(float*) {}
 #endif
 
 inline void prefetch_to_write(const float* p) {
