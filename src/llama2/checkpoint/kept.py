@@ -100,7 +100,7 @@ def _load(path: Path, size: int) -> Bytes:
         def fill(start: int) -> None:
             piece = data[start : start + _PIECE]
             while len(piece):
-                count = os.preadv(file.fileno(), [piece], start)
+                count = os.preadv(file.fileno(), [piece.data], start)
                 if count == 0:
                     raise OSError(f"{path} became shorter")
                 start, piece = start + count, piece[count:]

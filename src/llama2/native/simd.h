@@ -52,9 +52,8 @@ inline int32_t load_four(const int8_t* p) {
 }  // namespace llama2::simd
 
 #if defined(LLAMA2_ISA_AVX512_BF16)
-#define LLAMA2_ISA_AVX512_VNNI  // and what simd_avx512_bf16.h adds to it
+#define LLAMA2_ISA_AVX512_VNNI  // which it extends
 #include "simd_avx512_bf16.h"
-#include "simd_avx512_vnni.h"
 #elif defined(LLAMA2_ISA_AVX512_VNNI)
 #include "simd_avx512_vnni.h"
 #elif defined(LLAMA2_ISA_AVX2)

@@ -1,6 +1,8 @@
 // AVX-512 with dot products of bfloat16 pairs, for attention: twice as many products an instruction as with floats.
 #pragma once
 
+#include "simd_avx512_vnni.h"
+
 namespace llama2::simd {
 
 constexpr int kDepth = 2;
