@@ -51,7 +51,7 @@ def rotations(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021): turns the pairs (2i, 2i + 1) of x (B, T, heads, E) by rope (T, E / 2, 2)."""
-    a, b = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)  # (B, T, heads, E / 2)
+    a, b = x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)  # (B, T, heads, E / 2)
     cos, sin = rope[:, None].unbind(-1)  # (T, 1, E / 2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
@@ -209,9 +209,10 @@ class Transformer(nn.Module):
 
 
 class Cache:
-    """Keys and values of B sequences that grow together, so that a token is computed once.
+    """Keys and values of B sequences that grow together, so that decoding computes each token once.
 
-    `model(prompt, cache)`, then `model(next, cache)`, one or more tokens at a time. It has room for `length` of each.
+    `model(prompt, cache)`, then `model(next, cache)` with one or more tokens, all without gradients; there is room for
+    `length` tokens of each sequence.
     """
 
     def __init__(self, model: Transformer, batch: int, length: int) -> None:
