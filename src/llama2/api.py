@@ -63,7 +63,8 @@ def load(
     name_or_path: str | PathLike[str] = hub.DEFAULT,
     *,
     threads: int | None = None,
-    runner: Literal["native", "numpy"] = "native",
+    runner: Literal["native", "numpy", "torch"] = "native",
+    compile: bool = False,
     context: int | None = None,
     sequences: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
@@ -73,10 +74,13 @@ def load(
     `context` is how many tokens prompt and answer may have together, by default as many as the model was made for; a
     shorter one saves memory. The cache holds `sequences` requests of the whole context at once. `progress` is told of a
     fetch: what, bytes done, bytes in all. Raises HubError, CheckpointError, and what Model raises.
+
+    The torch runner takes the GPU if there is one, and with `compile` is faster after its first steps. In a program
+    that torchrun started, it shares the model among the processes: this returns in the first, the others end here.
     """
     path = hub.locate(fspath(name_or_path), progress=progress)
     opened = checkpoint.open(path, vocabulary=store.kept(path, "vocabulary"))
-    return Model(opened, threads=threads, runner=runner, context=context, sequences=sequences)
+    return Model(opened, threads=threads, runner=runner, compile=compile, context=context, sequences=sequences)
 
 
 class Model:
@@ -91,7 +95,8 @@ class Model:
         checkpoint: Checkpoint,
         *,
         threads: int | None = None,
-        runner: Literal["native", "numpy"] = "native",
+        runner: Literal["native", "numpy", "torch"] = "native",
+        compile: bool = False,
         context: int | None = None,
         sequences: int = 1,
     ) -> None:
@@ -103,9 +108,8 @@ class Model:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
-        self.engine = Engine(
-            _runner(runner, checkpoint, sequences * blocks_for(context), threads), self.tokenizer, context=context
-        )
+        arithmetic = _runner(runner, checkpoint, sequences * blocks_for(context), threads, compile)
+        self.engine = Engine(arithmetic, self.tokenizer, context=context)
 
     def __enter__(self) -> Model:
         return self
@@ -198,7 +202,11 @@ def _request(prompt: Sequence[int], options: Options, *, continues: bool = False
     )
 
 
-def _runner(kind: str, checkpoint: Checkpoint, n_blocks: int, threads: int | None) -> Runner:
+def _runner(kind: str, checkpoint: Checkpoint, n_blocks: int, threads: int | None, compile: bool) -> Runner:
+    if compile and kind != "torch":
+        raise RequestError(f"compile is for the torch runner, not for {kind}; choose that one, or leave it out")
+    if threads is not None and kind in ("numpy", "torch"):
+        raise RequestError(f"threads: the {kind} runner leaves them to its library; set OMP_NUM_THREADS instead")
     if kind == "native":
         from llama2.engine.runner_native import NativeRunner
 
@@ -208,7 +216,15 @@ def _runner(kind: str, checkpoint: Checkpoint, n_blocks: int, threads: int | Non
     if kind == "numpy":
         from llama2.engine.runner_numpy import NumpyRunner
 
-        if threads is not None:
-            raise RequestError("threads: the numpy runner leaves them to NumPy; set OMP_NUM_THREADS instead")
         return NumpyRunner(checkpoint, n_blocks)
-    raise RequestError(f"runner={kind!r} must be native or numpy")
+    if kind == "torch":
+        try:
+            from llama2.engine.runner_torch import start
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise EngineError(
+                "the torch runner needs PyTorch, which is not installed; `pip install 'whole-llama[train]'` brings it"
+            ) from None
+        return start(checkpoint, n_blocks, compile=compile)
+    raise RequestError(f"runner={kind!r} must be native, numpy or torch")

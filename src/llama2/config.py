@@ -93,6 +93,31 @@ class ModelConfig:
         embeddings = self.vocab_size * d * (1 if self.tied_embeddings else 2)
         return embeddings + d + self.n_layers * layer
 
+    def matrix_parameters(self) -> int:
+        """Parameters that every token is multiplied with: all but norms and the table that embeddings are read from."""
+        read = 0 if self.tied_embeddings else self.vocab_size * self.dim
+        return self.parameters() - read - (2 * self.n_layers + 1) * self.dim
+
+    def matrix_flops(self) -> int:
+        """Floating-point operations of a token's forward pass, attention apart: 2 a parameter (spec 12.1)."""
+        return 2 * self.matrix_parameters()
+
+    def attention_flops(self, keys: int) -> int:
+        """Floating-point operations of a token's scores with `keys` tokens and of the mixture of their values."""
+        return 4 * self.n_layers * self.n_heads * self.head_dim * keys
+
+    def causal_attention_flops(self, length: int) -> int:
+        """`attention_flops` of a token on average over a sequence, where token t reads t keys: 1 to `length`."""
+        return self.attention_flops(length + 1) // 2  # exact, because that is a multiple of 4
+
+    def training_flops(self, tokens: int) -> int:
+        """Floating-point operations of training on `tokens`: 6 a parameter and token, by convention (spec 12.1)."""
+        return 6 * self.parameters() * tokens
+
+    def cache_bytes(self, tokens: int = 1, *, number: int = 2) -> int:
+        """Bytes of the keys and values of `tokens` tokens in all layers, of `number` bytes each (spec 12.1)."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * number * tokens
+
     def inverse_frequencies(self) -> list[float]:
         """Radians a position turns pair i by, `theta ** (-2i / head_dim)` after scaling; head_dim / 2 values."""
         frequencies = [self.rope_theta ** (-2 * i / self.head_dim) for i in range(self.head_dim // 2)]
@@ -153,10 +178,18 @@ def _published(
     )
 
 
-#: The paper's sizes. 34B was never released; its shape is Code Llama 34B's, which was initialised from it (spec 1.1).
+#: Llama 2's sizes. 34B was never released; its shape is Code Llama 34B's, which was initialised from it (spec 1.1).
 SIZES: dict[str, ModelConfig] = {
     "7B": _published(4096, 32, 32, 32, 11008, 4096),
     "13B": _published(5120, 40, 40, 40, 13824, 4096),
     "34B": _published(8192, 48, 64, 8, 22016, 4096),
     "70B": _published(8192, 80, 64, 8, 28672, 4096),
+}
+
+#: Llama 1's sizes, for comparison (spec 1.1): half the context, every query head with keys of its own.
+LLAMA_1_SIZES: dict[str, ModelConfig] = {
+    "7B": _published(4096, 32, 32, 32, 11008, 2048, eps=1e-6),
+    "13B": _published(5120, 40, 40, 40, 13824, 2048, eps=1e-6),
+    "33B": _published(6656, 60, 52, 52, 17920, 2048, eps=1e-6),
+    "65B": _published(8192, 80, 64, 64, 22016, 2048, eps=1e-6),
 }

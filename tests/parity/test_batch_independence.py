@@ -20,8 +20,9 @@ from llama2 import checkpoint, native
 from llama2.checkpoint import Checkpoint
 from llama2.engine.engine import Engine
 from llama2.engine.request import Event, Request, Sampling
-from llama2.engine.runner import BLOCK, Batch
+from llama2.engine.runner import BLOCK, Batch, Runner
 from llama2.engine.runner_native import NativeRunner
+from llama2.engine.runner_torch import TorchRunner
 from models import tiny_config, write_tiny_gguf
 
 Ints = NDArray[np.int32]
@@ -55,6 +56,13 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> NativeRunner:
     return NativeRunner(checkpoint.open(path), BLOCKS, threads=2)
 
 
+@pytest.fixture(scope="module")
+def torch_runner(tmp_path_factory: pytest.TempPathFactory) -> TorchRunner:
+    path = tmp_path_factory.mktemp("tiny") / "model.gguf"
+    write_tiny_gguf(path)
+    return TorchRunner(checkpoint.open(path), BLOCKS)
+
+
 def prompt(vocabulary: int, length: int, seed: int) -> Ints:
     return np.random.default_rng(seed).integers(3, vocabulary, length, dtype=np.int32)
 
@@ -66,7 +74,7 @@ def tables(lengths: Sequence[int], seed: int = 0) -> list[Ints]:
     return [np.array(part) for part in np.split(free[: sum(needs)], np.cumsum(needs)[:-1])]
 
 
-def step(runner: NativeRunner, parts: Sequence[tuple[Ints, int, Ints]]) -> list[Floats]:
+def step(runner: Runner, parts: Sequence[tuple[Ints, int, Ints]]) -> list[Floats]:
     """One forward pass over several sequences' (tokens, first position, cache blocks): logits after every token."""
     width = max(len(table) for _, _, table in parts)
     lengths = [len(tokens) for tokens, _, _ in parts]
@@ -80,7 +88,7 @@ def step(runner: NativeRunner, parts: Sequence[tuple[Ints, int, Ints]]) -> list[
     return np.split(runner.forward(batch), np.cumsum(lengths)[:-1])
 
 
-def run(runner: NativeRunner, prompts: Sequence[Ints], chunks: Sequence[Iterator[int]], seed: int = 0) -> list[Floats]:
+def run(runner: Runner, prompts: Sequence[Ints], chunks: Sequence[Iterator[int]], seed: int = 0) -> list[Floats]:
     """Logits after every token of every prompt; `chunks` says how many tokens of each run in the next step."""
     places = tables([len(tokens) for tokens in prompts], seed)
     done = [0] * len(prompts)
@@ -120,6 +128,17 @@ def test_logits_under_any_schedule(runner: NativeRunner, plan: list[tuple[int, l
     together = run(runner, prompts, [cycle(sizes) for _, sizes in plan])
     for tokens, logits in zip(prompts, together, strict=True):
         assert_same_bytes(logits, *run(runner, [tokens], [repeat(len(tokens))]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(plan=st.lists(st.tuples(st.integers(1, 90), st.lists(st.integers(1, 70), min_size=1)), min_size=1, max_size=5))
+def test_torch_under_any_schedule(torch_runner: TorchRunner, plan: list[tuple[int, list[int]]]) -> None:
+    """Not the same bits, but nothing of what another sequence says, or of what stood in the cache before."""
+    prompts = [prompt(torch_runner.config.vocab_size, length, seed=length) for length, _ in plan]
+    together = run(torch_runner, prompts, [cycle(sizes) for _, sizes in plan])
+    for tokens, logits in zip(prompts, together, strict=True):
+        [alone] = run(torch_runner, [tokens], [repeat(len(tokens))])
+        np.testing.assert_allclose(logits, alone, rtol=0, atol=1e-5)
 
 
 def test_rejected_tokens_leave_no_trace(model: Checkpoint) -> None:

@@ -203,14 +203,30 @@ def test_a_failed_answer_is_an_exception(model: Model, monkeypatch: pytest.Monke
     [
         ({"context": 0}, ContextError, "context=0 must be from 1 to 256"),
         ({"context": 257}, ContextError, "context=257"),
-        ({"runner": "cuda"}, RequestError, "runner='cuda' must be native or numpy"),
+        ({"runner": "cuda"}, RequestError, "runner='cuda' must be native, numpy or torch"),
         ({"threads": 0}, RequestError, "threads=0"),
-        ({"threads": 2, "runner": "numpy"}, RequestError, "OMP_NUM_THREADS"),
+        ({"threads": 2, "runner": "numpy"}, RequestError, "the numpy runner leaves them .* OMP_NUM_THREADS"),
+        ({"threads": 2, "runner": "torch"}, RequestError, "the torch runner leaves them .* OMP_NUM_THREADS"),
+        ({"compile": True}, RequestError, "compile is for the torch runner, not for native"),
+        ({"compile": True, "runner": "numpy"}, RequestError, "compile is for the torch runner, not for numpy"),
     ],
 )
 def test_what_cannot_be_loaded(path: Path, settings: dict[str, Any], error: type[Exception], reason: str) -> None:
     with pytest.raises(error, match=reason):
         llama2.load(path, **settings)
+
+
+def test_the_torch_runner_answers_as_numpy_does(model: Model, path: Path) -> None:
+    with llama2.load(path, runner="torch", context=64) as other:
+        ids = [m.generate("to be or", max_tokens=20, temperature=0).token_ids for m in (model, other)]
+    assert ids[0] == ids[1]
+
+
+def test_without_pytorch_its_runner_says_how_to_get_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "llama2.engine.runner_torch", raising=False)
+    with pytest.raises(EngineError, match=r"needs PyTorch, .* `pip install 'whole-llama\[train\]'`"):
+        llama2.load(path, runner="torch")
 
 
 def test_a_name_that_is_no_model(tmp_path: Path) -> None:

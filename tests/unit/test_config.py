@@ -1,6 +1,7 @@
 """The published sizes, and how positions turn (paper 2.2, table 1)."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llama2.config import SIZES, ModelConfig, RopeScaling
+from llama2.config import LLAMA_1_SIZES, SIZES, ModelConfig, RopeScaling
 from llama2.errors import ConfigError
 
 TINY = ModelConfig(
@@ -30,6 +31,57 @@ def test_published_sizes(name: str, parameters: int, tensors: int) -> None:
     shapes = SIZES[name].tensor_shapes()
     assert SIZES[name].parameters() == sum(math.prod(shape) for shape in shapes.values()) == parameters
     assert len(shapes) == tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("7B", 6_738_415_616), ("13B", 13_015_864_320), ("33B", 32_528_943_616), ("65B", 65_285_660_672)],
+)
+def test_sizes_of_llama_1(name: str, parameters: int) -> None:
+    config = LLAMA_1_SIZES[name]
+    assert config.parameters() == parameters
+    assert (config.n_kv_heads, config.context_length) == (config.n_heads, 2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices", "attention", "mean_attention", "training"),
+    [
+        ("7B", 13_214_154_752, 2_147_483_648, 1_074_003_968, 8.086e22),
+        ("13B", 25_703_219_200, 3_355_443_200, 1_678_131_200, 1.562e23),
+        ("34B", 66_962_063_360, 6_442_450_944, 3_222_011_904, 4.049e23),
+        ("70B", 137_426_370_560, 10_737_418_240, 5_370_019_840, 8.277e23),
+    ],
+)
+def test_operations_of_a_token(name: str, matrices: int, attention: int, mean_attention: int, training: float) -> None:
+    config = SIZES[name]
+    assert config.matrix_flops() == 2 * config.matrix_parameters() == matrices
+    assert config.attention_flops(4096) == attention
+    assert config.causal_attention_flops(4096) == mean_attention
+    assert config.training_flops(2 * 10**12) == pytest.approx(training, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "context"),
+    [("7B", 524_288, 2.0), ("13B", 819_200, 3.125), ("34B", 196_608, 0.75), ("70B", 327_680, 1.25)],
+)
+def test_bytes_of_the_cache(name: str, token: int, context: float) -> None:
+    """Of a token, and in GiB of a whole context; numbers of four bytes take twice as much."""
+    assert SIZES[name].cache_bytes() == token
+    assert SIZES[name].cache_bytes(4096) == context * 2**30
+    assert SIZES[name].cache_bytes(3, number=4) == 6 * token
+
+
+def test_grouping_saves_seven_eighths_of_the_cache_of_70b() -> None:
+    assert replace(SIZES["70B"], n_kv_heads=64).cache_bytes() == 2_621_440
+
+
+def test_operations_do_not_depend_on_who_holds_the_head() -> None:
+    """By hand, 2 layers of (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24) and the head's 10 * 16; attention is 4 * 2 * 16."""
+    for tied in (False, True):
+        config = replace(TINY, tied_embeddings=tied)
+        assert config.matrix_parameters() == 2 * 1920 + 160
+        assert config.attention_flops(5) == 5 * 128
+        assert config.causal_attention_flops(4) == (1 + 2 + 3 + 4) * 128 / 4
 
 
 def test_a_tied_output_head_is_no_tensor_and_counts_once() -> None:

@@ -39,7 +39,12 @@ class ModelOptions:
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")
     ] = None
-    runner: Annotated[Literal["native", "numpy"], typer.Option(help="Who does the arithmetic.")] = "native"
+    runner: Annotated[
+        Literal["native", "numpy", "torch"], typer.Option(help="Who does the arithmetic; torch uses a GPU.")
+    ] = "native"
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Let the torch runner compile itself: slow at first, then faster.")
+    ] = False
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
     ] = None
@@ -53,11 +58,18 @@ class ModelOptions:
 
     def load(self, *, sequences: int = 1) -> Model:
         """The model, ready for so many answers of the whole context at once; fetched first if need be."""
-        if self.runner == "native":  # NumPy multiplies no matrices then, and its threads would only be in the way
+        if self.runner != "numpy":  # NumPy multiplies no matrices then, and its threads would only be in the way
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from llama2 import api
 
-        return api.load(self.name, threads=self.threads, runner=self.runner, context=self.context, sequences=sequences)
+        return api.load(
+            self.name,
+            threads=self.threads,
+            runner=self.runner,
+            compile=self.compile,
+            context=self.context,
+            sequences=sequences,
+        )
 
 
 @dataclass(frozen=True)

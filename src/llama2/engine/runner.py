@@ -1,4 +1,4 @@
-"""The seam between the engine and whoever does the arithmetic (native, NumPy, later torch)."""
+"""The seam between the engine and whoever does the arithmetic (native, NumPy, torch)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.config import ModelConfig
+from llama2.errors import EngineError
 
 #: Tokens in one block of the key/value cache. Attention's tiles stand at absolute positions of this size, so the same
 #: sums are made in the same order whatever else is in the batch (architecture, decision 1).
@@ -43,3 +44,10 @@ class Runner(Protocol):
         out wrong leave no trace.
         """
         ...
+
+
+def cache_too_large(n_blocks: int) -> EngineError:
+    """What a runner raises when there is no memory for so many blocks."""
+    return EngineError(
+        f"a key/value cache of {n_blocks * BLOCK} tokens does not fit into memory; choose a shorter context"
+    )

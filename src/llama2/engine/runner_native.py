@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from llama2 import native
 from llama2.checkpoint import Checkpoint, Tensor
 from llama2.engine import packed
-from llama2.engine.runner import BLOCK, Batch
+from llama2.engine.runner import BLOCK, Batch, cache_too_large
 from llama2.errors import EngineError
 
 
@@ -31,9 +31,7 @@ class NativeRunner:
         try:
             self._model = module.Model(*shape, c.norm_eps, c.inverse_frequencies(), threads, n_blocks)
         except MemoryError:
-            raise EngineError(
-                f"a key/value cache of {n_blocks * BLOCK} tokens does not fit into memory; choose a shorter context"
-            ) from None
+            raise cache_too_large(n_blocks) from None
         matrices = packed.pack(checkpoint, module)
         for tensor in checkpoint.tensors.values():
             if tensor.name == "tok_embeddings.weight":

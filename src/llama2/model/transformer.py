@@ -1,0 +1,238 @@
+"""Llama 2's network (paper 2.2), whole: what happens between a token's id and the logits of the next one.
+
+B batch  T time  S keys  D width  H query heads  K key/value heads  E head size  F hidden width  V vocabulary
+
+Modules are named so that parameters have Meta's names (`layers.0.attention.wq.weight`); pairs of dimensions that rotary
+embedding turns stand side by side, as in Meta's checkpoints. There are no biases and there is no dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama2.checkpoint import Checkpoint
+from llama2.checkpoint import Tensor as Stored
+from llama2.config import ModelConfig
+from llama2.errors import ContextError
+
+#: Queries (B, T, H, E), keys and values (B, T, K, E) of T tokens → what they read (B, T, H, E).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class RMSNorm(nn.Module):
+    """Scales each vector to root mean square 1, then by a learnt weight (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()  # squares of halves overflow
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight
+
+
+def rotations(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
+    """Cosine and sine of the angle by which a position turns each pair of dimensions: (T,) → (T, E / 2, 2) float32."""
+    # In float64, because a float32 angle at position 4095 is wrong in the fourth digit (spec 12.2).
+    turns = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)  # (E / 2,)
+    angles = positions[:, None] * turns  # (T, E / 2)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021): turns the pairs (2i, 2i + 1) of x (B, T, heads, E) by rope (T, E / 2, 2)."""
+    a, b = x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)  # (B, T, heads, E / 2)
+    cos, sin = rope[:, None].unbind(-1)  # (T, 1, E / 2)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Grouped-query attention (Ainslie et al. 2023): query head j reads key/value head j // (H / K).
+
+    q (B, T, H, E), k and v (B, S, K, E) → (B, T, H, E). `visible`, which broadcasts to (B, T, S), says which keys a
+    token may read; without it, S = T and a token reads those up to its own.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T or S, E)
+    mask = None if visible is None else visible[..., None, :, :]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Projects to queries, keys and values, turns the first two by their positions, and mixes what is read."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend = attention) -> Tensor:
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, E)
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, E)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, E)
+        y = attend(rotate(q, rope), rotate(k, rope), v)  # (B, T, H, E)
+        out: Tensor = self.wo(y.flatten(-2))  # (B, T, D)
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): a hidden layer whose units are gated by others."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.w2 = nn.Linear(c.hidden_dim, c.dim, bias=False)
+        self.w3 = nn.Linear(c.dim, c.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F) within
+        return out
+
+
+class Block(nn.Module):
+    """Pre-normalised residual block."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attention = Attention(c)
+        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.feed_forward = FeedForward(c)
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend = attention) -> Tensor:
+        h: Tensor = x + self.attention(self.attention_norm(x), rope, attend)  # (B, T, D)
+        out: Tensor = h + self.feed_forward(self.ffn_norm(h))  # (B, T, D)
+        return out
+
+
+class Past(Protocol):
+    """What tokens may read beside one another: keys and values of those before them."""
+
+    def advance(self, count: int) -> Tensor:
+        """Positions of the `count` tokens that run next: (T,)."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep their keys and values, and let each read what comes up to it: an Attend of `layer`."""
+        ...
+
+
+class Transformer(nn.Module):
+    """The language model, with random weights. Fits torch.compile, and torch's meta device at any size."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.frequencies = tuple(config.inverse_frequencies())
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = None if config.tied_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.initialise()
+
+    def forward(self, tokens: Tensor, past: Past | None = None) -> Tensor:
+        """Logits of the token after each one, having read those before: (B, T) ids → (B, T, V) float32.
+
+        With `past`, such as a Cache, the tokens continue what is in it.
+        """
+        return self.logits(self.features(tokens, past))
+
+    def features(self, tokens: Tensor, past: Past | None = None) -> Tensor:
+        """What the output head reads: (B, T) ids → (B, T, D)."""
+        count = tokens.shape[1]
+        positions = torch.arange(count, device=tokens.device) if past is None else past.advance(count)  # (T,)
+        rope = rotations(positions, self.frequencies)  # (T, E / 2, 2)
+        x: Tensor = self.tok_embeddings(tokens)  # (B, T, D)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, attention if past is None else partial(past.attend, i))  # (B, T, D)
+        x = self.norm(x)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The output head, which may be the embeddings again: (…, D) → (…, V) float32."""
+        y: Tensor = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+        return y.float()
+
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Draw random weights, also for a model that was built on the meta device and then given memory.
+
+        Meta published no initialisation. Normal with deviation 0.02 is `initializer_range` of the released models'
+        configuration at Hugging Face; dividing it by √(2L) where a block adds to the residual is GPT-2's rule (Radford
+        et al. 2019), which keeps the sum of 2L additions from growing with depth.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                adds = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+                deviation = 0.02 / (2 * self.config.n_layers) ** 0.5 if adds else 0.02
+                nn.init.normal_(parameter, std=deviation, generator=generator)
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Transformer:
+        """The checkpoint's network, its weights converted one tensor at a time."""
+        with torch.device("meta"):
+            model = cls(checkpoint.config)
+        weights = ((name, torch.from_numpy(tensor.dequantize())) for name, tensor in checkpoint.tensors.items())
+        model.load_state_dict({name: weight.to(device, dtype) for name, weight in weights}, assign=True)
+        return model
+
+    def tensors(self) -> dict[str, Stored]:
+        """The weights as a checkpoint holds them, by Meta's names; on the CPU they share their memory.
+
+        Raises KeyError for a number format that checkpoints do not have.
+        """
+        return {
+            name: Stored(
+                name,
+                _FORMATS[weight.dtype],
+                tuple(weight.shape),
+                weight.detach().cpu().contiguous().view(torch.uint8).flatten().numpy(),
+            )
+            for name, weight in self.state_dict().items()
+        }
+
+
+class Cache:
+    """Keys and values of B sequences that grow together, so that decoding computes each token once.
+
+    `model(prompt, cache)`, then `model(next, cache)` with one or more tokens, all without gradients; there is room for
+    `length` tokens of each sequence.
+    """
+
+    def __init__(self, model: Transformer, batch: int, length: int) -> None:
+        c, shape = model.config, (batch, length, model.config.n_kv_heads, model.config.head_dim)
+        self.keys = [model.norm.weight.new_empty(shape) for _ in range(c.n_layers)]  # (B, length, K, E)
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.length = 0
+
+    def advance(self, count: int) -> Tensor:
+        """Positions of the next `count` tokens: (T,). Raises ContextError when there is no room for them."""
+        start, end, room = self.length, self.length + count, self.keys[0].shape[1]
+        if end > room:
+            raise ContextError(f"a cache of {room} tokens has no room for {end}; make a longer one")
+        self.length = end
+        return torch.arange(start, end, device=self.keys[0].device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep k and v (B, T, K, E), and attend with q (B, T, H, E) to all up to each token."""
+        start, end = self.length - q.shape[1], self.length
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, start:end], values[:, start:end] = k, v
+        visible = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)  # (T, S)
+        return attention(q, keys[:, :end], values[:, :end], visible)

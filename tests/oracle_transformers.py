@@ -1,0 +1,95 @@
+"""transformers' LlamaForCausalLM with the weights of a checkpoint of ours, in float32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2.checkpoint import Checkpoint
+from llama2.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+def rotate_half_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Rows of wq or wk from Meta's order, pairs side by side, to Hugging Face's, first halves before second ones."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(0, 2, 1, 3).reshape(rows, columns)
+
+
+def their_names(c: ModelConfig) -> dict[str, str]:
+    """Hugging Face's name of each tensor, by Meta's."""
+    names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+    parts = {
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+    }
+    for i in range(c.n_layers):
+        names |= {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in parts.items()}
+    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
+
+
+def their_order(c: ModelConfig, name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The rows of the tensor that Meta calls `name` as Hugging Face orders them."""
+    if name.endswith(("wq.weight", "wk.weight")):
+        return rotate_half_order(weight, c.n_heads if name.endswith("wq.weight") else c.n_kv_heads)
+    return weight
+
+
+def transformers_model(model: Checkpoint) -> LlamaForCausalLM:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    scaling = c.rope_scaling
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if scaling:
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling and scaling.kind == "llama3":
+        rope |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+    config = LlamaConfig(
+        hidden_size=c.dim,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads,
+        head_dim=c.head_dim,
+        intermediate_size=c.hidden_dim,
+        vocab_size=c.vocab_size,
+        max_position_embeddings=c.context_length,
+        rms_norm_eps=c.norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=c.tied_embeddings,
+        attn_implementation="eager",
+        dtype="float32",
+    )
+    names, state = their_names(c), dict[str, torch.Tensor]()
+    for name, tensor in model.tensors.items():
+        weight = their_order(c, name, tensor.dequantize())
+        state[names[name]] = torch.from_numpy(np.ascontiguousarray(weight))
+    if c.tied_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    network = LlamaForCausalLM(config).eval()
+    network.load_state_dict(state, strict=True)
+    return network
+
+
+def theirs(network: LlamaForCausalLM, tokens: list[int]) -> NDArray[np.float32]:
+    import torch
+
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = network(torch.tensor([tokens])).logits[0].numpy()
+    return logits
