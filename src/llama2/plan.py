@@ -41,22 +41,31 @@ FORMATS = {name: name for name in BLOCKS if name not in ("Q5_K", "Q4_K", "Q3_K")
 }
 
 
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 1e-30 <= value <= 1e30:
+            raise PlanError(f"{name}={value} must be a positive number, from 1e-30 to 1e30")
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A device. What is None is not known, and neither is what follows from it."""
+    """A device. What is None is not known, and neither is what follows from it. Raises PlanError, out of range."""
 
     name: str
     memory: float | None = None  # bytes
     operations: float | None = None  # multiplications and additions a second in products of matrices, without sparsity
     bandwidth: float | None = None  # bytes a second from its memory
     watts: float | None = None  # at full power
-    overhead: int = (
-        1 << 30
-    )  # bytes that the program itself takes; on a GPU an allowance for context, kernels, allocator
+    overhead: int = 1 << 30  # bytes of the program itself; on a GPU an allowance for context, kernels and allocator
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "operations", "bandwidth", "watts"):
+            if (value := getattr(self, name)) is not None:
+                _positive(**{name: value})
 
 
 #: A process of ours on the CPU: Python, NumPy, the vocabulary. It is what docs/results/2026-11-24-two-cores.md saw
-#: (167 MiB at the peak of SmolLM2-135M) without weights, cache and activations, rounded up.
+#: (167 MiB at the peak of SmolLM2-135M) beyond weights, cache and activations, rounded up.
 PROCESS = 64 << 20
 
 #: GPUs by name: memory, dense BF16 operations, memory bandwidth and design power, as their makers state them.
@@ -75,7 +84,7 @@ GPUS = {
 }
 
 #: Share of a GPU's operations that training puts to use, attention counted. Llama 2's four sizes took 1.54e24 FLOPs in
-#: 3,311,616 hours of 312 TFLOP/s, 41 % (paper table 2): all hours that were paid for, restarts and stalls among them.
+#: 3,311,616 hours of 312 TFLOP/s, 41 % (paper table 2): all reported hours, whatever happened in them.
 #: While it ran, Llama 1's 65B reached 49 % (380 tokens a second and GPU, Touvron et al. 2023a, 2.4).
 MFU = 0.41
 
@@ -220,7 +229,7 @@ def _seconds(machine: Machine, flops: float, nbytes: float) -> float | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+class TrainingRun:
     """A training run but for its model and machine. Raises PlanError for a value out of range."""
 
     context: int  # tokens of a sequence
@@ -256,7 +265,7 @@ class Training:
     cost: float | None
 
 
-def training(config: ModelConfig, gpu: Machine, run: Schedule, *, gpus: int = 1) -> Training:
+def training(config: ModelConfig, gpu: Machine, run: TrainingRun, *, gpus: int = 1) -> Training:
     """Plan AdamW in mixed precision, with all that lasts sharded over `gpus` (FSDP2).
 
     memory: 16 bytes a parameter (float32 parameters, gradients, AdamW's mean and variance) over all GPUs; gathered, the
@@ -285,7 +294,7 @@ def training(config: ModelConfig, gpu: Machine, run: Schedule, *, gpus: int = 1)
     )
 
 
-def _training_memory(config: ModelConfig, gpu: Machine, run: Schedule, gpus: int) -> dict[str, int]:
+def _training_memory(config: ModelConfig, gpu: Machine, run: TrainingRun, gpus: int) -> dict[str, int]:
     tokens = min(run.sequences * run.context, -(-run.batch_tokens // gpus))
     share = -(-config.parameters() // gpus)
     ends = config.parameters() - config.n_layers * _layer(config)  # embeddings, last norm, head: gathered together
@@ -349,7 +358,7 @@ class Reproduced:
 def reproduce(mfu: float = MFU) -> dict[str, Reproduced]:
     """The paper's table 2 and ours, by size, and "total". Raises PlanError when `mfu` is out of range."""
     runs = {
-        name: training(SIZES[name], GPUS["A100-80GB"], Schedule(context=SIZES[name].context_length, mfu=mfu))
+        name: training(SIZES[name], GPUS["A100-80GB"], TrainingRun(context=SIZES[name].context_length, mfu=mfu))
         for name in TABLE_2
     }
     rows = {}
@@ -375,9 +384,3 @@ def _reproduced(
         paper_mfu=used,
         paper_mfu_6n=used * matrices / (matrices + attention),
     )
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value <= 1e30:
-            raise PlanError(f"{name}={value} must be a positive number, at most 1e30")

@@ -61,7 +61,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train; None where nothing is given, and then as `planning.Schedule` has it."""
+    """How to train; None where nothing is given, and then as `planning.TrainingRun` has it."""
 
     tokens: Annotated[
         float | None, typer.Option(metavar="N", help="Training: tokens in all.", show_default="2e12, the paper's")
@@ -195,7 +195,7 @@ def _train(
         if not 1 <= given[whole] <= 1e30:
             raise typer.BadParameter(f"--{whole.replace('_', '-')} {given[whole]} must be from 1 to 1e30")
         given[whole] = int(given[whole])
-    settings = planning.Schedule(context=context or config.context_length, **given)
+    settings = planning.TrainingRun(context=context or config.context_length, **given)
     planned = planning.training(config, machine, settings, gpus=gpus)
     facts = {
         **_about(name, config, machine, gpus, planned.memory),
@@ -279,9 +279,6 @@ def _machine(on: MachineOptions, default: str, *, integers: bool) -> Machine:
         )
         if value is not None
     }
-    for name, value in given.items():
-        if not 0 < value <= 1e30:
-            raise typer.BadParameter(f"{name} must be a positive number, and is {value:g}")
     name = (on.on or default).lower()
     if name != _HERE:
         gpus = {gpu.lower(): machine for gpu, machine in GPUS.items()}
