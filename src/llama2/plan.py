@@ -41,45 +41,43 @@ FORMATS = {name: name for name in BLOCKS if name not in ("Q5_K", "Q4_K", "Q3_K")
 }
 
 
-def _positive(**values: float) -> None:
+def _positive(**values: float | None) -> None:
     for name, value in values.items():
-        if not 1e-30 <= value <= 1e30:
+        if value is not None and not 1e-30 <= value <= 1e30:
             raise PlanError(f"{name}={value} must be a positive number, from 1e-30 to 1e30")
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A device. What is None is not known, and neither is what follows from it. Raises PlanError, out of range."""
+    """A device; None is not known, and neither is what follows from it. Raises PlanError for a value out of range."""
 
     name: str
+    operations: float  # multiplications and additions a second in products of matrices, without sparsity
+    bandwidth: float  # bytes a second from its memory
     memory: float | None = None  # bytes
-    operations: float | None = None  # multiplications and additions a second in products of matrices, without sparsity
-    bandwidth: float | None = None  # bytes a second from its memory
     watts: float | None = None  # at full power
     overhead: int = 1 << 30  # bytes of the program itself; on a GPU an allowance for context, kernels and allocator
 
     def __post_init__(self) -> None:
-        for name in ("memory", "operations", "bandwidth", "watts"):
-            if (value := getattr(self, name)) is not None:
-                _positive(**{name: value})
+        _positive(operations=self.operations, bandwidth=self.bandwidth, memory=self.memory, watts=self.watts)
 
 
 #: A process of ours on the CPU: Python, NumPy, the vocabulary. It is what docs/results/2026-11-24-two-cores.md saw
 #: (167 MiB at the peak of SmolLM2-135M) beyond weights, cache and activations, rounded up.
 PROCESS = 64 << 20
 
-#: GPUs by name: memory, dense BF16 operations, memory bandwidth and design power, as their makers state them.
+#: GPUs by name: dense BF16 operations, memory bandwidth, memory and design power, as their makers state them.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Machine("A100-40GB", 40e9, 312e12, 1555e9, 400),  # NVIDIA A100 data sheet, SXM
-        Machine("A100-80GB", 80e9, 312e12, 2039e9, 400),  # the same; the paper's
-        Machine("H100", 80e9, 989.4e12, 3350e9, 700),  # NVIDIA H100 data sheet, SXM; Hopper white paper
-        Machine("H200", 141e9, 989.4e12, 4800e9, 700),  # NVIDIA H200 data sheet, SXM
-        Machine("B200", 180e9, 2250e12, 8000e9, 1000),  # NVIDIA DGX B200 data sheet, one of eight
-        Machine("L40S", 48e9, 362e12, 864e9, 350),  # NVIDIA L40S data sheet
-        Machine("RTX-4090", 24e9, 165.2e12, 1008e9, 450),  # NVIDIA Ada GPU architecture white paper
-        Machine("MI300X", 192e9, 1307.4e12, 5300e9, 750),  # AMD Instinct MI300X data sheet
+        Machine("A100-40GB", 312e12, 1555e9, 40e9, 400),  # NVIDIA A100 data sheet, SXM
+        Machine("A100-80GB", 312e12, 2039e9, 80e9, 400),  # the same; the paper's
+        Machine("H100", 989.4e12, 3350e9, 80e9, 700),  # NVIDIA H100 data sheet, SXM; Hopper white paper
+        Machine("H200", 989.4e12, 4800e9, 141e9, 700),  # NVIDIA H200 data sheet, SXM
+        Machine("B200", 2250e12, 8000e9, 180e9, 1000),  # NVIDIA DGX B200 data sheet, one of eight
+        Machine("L40S", 362e12, 864e9, 48e9, 350),  # NVIDIA L40S data sheet
+        Machine("RTX-4090", 165.2e12, 1008e9, 24e9, 450),  # NVIDIA Ada GPU architecture white paper
+        Machine("MI300X", 1307.4e12, 5300e9, 192e9, 750),  # AMD Instinct MI300X data sheet
     )
 }
 
@@ -159,8 +157,8 @@ class Generation:
     memory: dict[str, int]  # bytes on each device, by part
     prefill_flops: int  # for a token, on average over a prompt that fills the context
     decode_flops: int  # for a token, the last of the context
-    prefill_seconds: float | None  # for all prompts, at the machine's limits
-    step_seconds: float | None  # for a token of each answer, at the machine's limits
+    prefill_seconds: float  # for all prompts, at the machine's limits
+    step_seconds: float  # for a token of each answer, at the machine's limits
     joules: float | None  # for a token of one answer, at full power
 
 
@@ -194,7 +192,7 @@ def generation(
     decode = config.matrix_flops() + config.attention_flops(context)
     prefill_seconds = _seconds(machine, batch * prefill / devices, -(-batch * context // STEP) * read)
     step_seconds = _seconds(machine, batch * decode / devices, read + cache)
-    joules = None if machine.watts is None or step_seconds is None else machine.watts * devices * step_seconds / batch
+    joules = None if machine.watts is None else machine.watts * devices * step_seconds / batch
     return Generation(
         memory=memory,
         prefill_flops=prefill // context,
@@ -222,9 +220,7 @@ def _live(config: ModelConfig) -> int:
     return 2 * config.dim + 2 * heads + 2 * kv + 2 * config.hidden_dim
 
 
-def _seconds(machine: Machine, flops: float, nbytes: float) -> float | None:
-    if machine.operations is None or machine.bandwidth is None:
-        return None
+def _seconds(machine: Machine, flops: float, nbytes: float) -> float:
     return max(flops / machine.operations, nbytes / machine.bandwidth)
 
 
@@ -243,9 +239,7 @@ class TrainingRun:
     intensity: float = INTENSITY  # kg of CO₂ equivalent a kWh
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) is not None and field.name != "recompute":
-                _positive(**{field.name: getattr(self, field.name)})
+        _positive(**{field.name: getattr(self, field.name) for field in fields(self) if field.name != "recompute"})
         if self.mfu > 1:
             raise PlanError(f"mfu={self.mfu} must be at most 1, all that a GPU can do")
 
@@ -272,11 +266,9 @@ def training(config: ModelConfig, gpu: Machine, run: TrainingRun, *, gpus: int =
     bfloat16 parameters of the layer at work and of the next, and a layer's gradients in bfloat16 and float32;
     activations (`saved_bytes`); logits and their gradients in float32.
     FLOPs: 6 N a token, and 3 times the causal attention of a forward pass. hours = FLOPs / (operations * MFU).
-    Raises PlanError when the machine's operations are not known.
+    Raises PlanError when `gpus` is out of range.
     """
     _positive(gpus=gpus)
-    if gpu.operations is None:
-        raise PlanError(f"{gpu.name}: its operations a second are not known; give them")
     matrix = config.training_flops(run.tokens)
     attention = 3 * run.tokens * config.causal_attention_flops(run.context)
     hours = (matrix + attention) / (gpu.operations * run.mfu) / 3600
@@ -331,7 +323,8 @@ def energy(gpu_hours: float, watts: float, pue: float = PUE, intensity: float = 
     return megawatt_hours, megawatt_hours * pue * intensity
 
 
-#: The paper's table 2: GPU-hours on A100-80GB, watts of a GPU, tonnes of CO₂ equivalent.
+#: The paper's table 2: GPU-hours on A100-80GB, watts of a GPU (one of its two clusters is capped at 350), tonnes of CO₂
+#: equivalent.
 TABLE_2 = {
     "7B": (184_320, 400, 31.22),
     "13B": (368_640, 400, 62.44),

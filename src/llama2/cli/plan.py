@@ -36,10 +36,12 @@ class MachineOptions:
     gpus: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="So many of them share the model.", show_default="1")
     ] = None
-    memory: Annotated[float | None, typer.Option(metavar="GB", help="Memory of one.")] = None
-    tflops: Annotated[float | None, typer.Option(metavar="X", help="10^12 operations a second of one.")] = None
-    bandwidth: Annotated[float | None, typer.Option(metavar="GB/S", help="Speed of the memory of one.")] = None
-    watts: Annotated[float | None, typer.Option(metavar="W", help="Power of one.")] = None
+    memory: Annotated[float | None, typer.Option(metavar="GB", help="Memory of each, instead of its own.")] = None
+    tflops: Annotated[float | None, typer.Option(metavar="X", help="10^12 operations a second of each, instead.")] = (
+        None
+    )
+    bandwidth: Annotated[float | None, typer.Option(metavar="GB/S", help="Speed of each memory, instead.")] = None
+    watts: Annotated[float | None, typer.Option(metavar="W", help="Power of each, instead.")] = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def plan(
         str | None, typer.Argument(help=f"A size ({', '.join(planning.NAMED)}), or a model that is here.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence.", show_default="the model's own")
+        int | None, typer.Option(min=1, metavar="N", help="Tokens of a sequence.", show_default="the model's own")
     ] = None,
     machine: MachineOptions,
     generation: GenerationOptions,
@@ -162,23 +164,18 @@ def _generate(
         "decode_step_seconds": planned.step_seconds,
         "decode_joules_per_token": planned.joules,
     }
+    tokens, rate = batch * context, batch / planned.step_seconds
+    prefill = f"prefill of {tokens:,} tokens, {tokens / planned.prefill_seconds:,.1f} tokens/s"
+    decode = f"decode of {_count(batch, 'token')} at the context's end, {rate:,.1f} tokens/s"
     lines = [
         f"{one_line(name)}: {config.parameters():,} parameters in {format}, {_count(batch, 'sequence')} of {context:,} "
         f"tokens on {_title(machine, gpus)}",
         *_memory(planned.memory, machine, gpus),
         _row("FLOPs", f"{planned.prefill_flops / 1e9:,.2f} G", "for a token of prefill: 2 a weight, and attention"),
         _row("", f"{planned.decode_flops / 1e9:,.2f} G", "for the context's last token"),
+        _row("at best", _time(planned.prefill_seconds), prefill),
+        _row("", _time(planned.step_seconds), decode),
     ]
-    if planned.prefill_seconds is None or planned.step_seconds is None:
-        lines.append("no times: give --tflops and --bandwidth")
-    else:
-        tokens, rate = batch * context, batch / planned.step_seconds
-        prefill = f"prefill of {tokens:,} tokens, {tokens / planned.prefill_seconds:,.1f} tokens/s"
-        decode = f"decode of {_count(batch, 'token')} at the context's end, {rate:,.1f} tokens/s"
-        lines += [
-            _row("at best", _time(planned.prefill_seconds), prefill),
-            _row("", _time(planned.step_seconds), decode),
-        ]
     if planned.joules is not None:
         lines.append(_row("energy", f"{planned.joules:,.2f} J", "for a token of decode, at full power"))
     return facts, lines
@@ -298,7 +295,7 @@ def _machine(on: MachineOptions, default: str, *, integers: bool) -> Machine:
             from llama2 import native
 
             given[name] = getattr(native.module(), rate)(native.default_threads(), _SECONDS)
-    return Machine(_HERE, **given, overhead=planning.PROCESS)
+    return Machine("this machine", **given, overhead=planning.PROCESS)
 
 
 def _refuse(mode: str, given: Mapping[str, object], *groups: Any) -> None:
@@ -325,16 +322,9 @@ def _about(name: str, config: ModelConfig, machine: Machine, gpus: int, memory: 
 
 
 def _title(machine: Machine, gpus: int) -> str:
-    rates = [
-        f"{value / unit:,.4g} {of}"
-        for value, unit, of in (
-            (machine.memory, 1e9, "GB"),
-            (machine.operations, 1e12, "T operations/s"),
-            (machine.bandwidth, 1e9, "GB/s"),
-        )
-        if value is not None
-    ]
-    return f"{gpus:,} × {machine.name} ({', '.join(rates)})" if gpus > 1 else f"{machine.name} ({', '.join(rates)})"
+    memory = "" if machine.memory is None else f"{machine.memory / 1e9:,.4g} GB, "
+    rates = f"{machine.operations / 1e12:,.4g} T operations/s, {machine.bandwidth / 1e9:,.4g} GB/s"
+    return f"{f'{gpus:,} × ' if gpus > 1 else ''}{machine.name} ({memory}{rates})"
 
 
 def _memory(memory: Mapping[str, int], machine: Machine, gpus: int) -> list[str]:
