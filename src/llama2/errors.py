@@ -43,3 +43,7 @@ class ContextError(RequestError):
 
 class EngineError(Llama2Error):
     """The forward pass cannot run, or its result is unusable (for example not a number)."""
+
+
+class PlanError(Llama2Error):
+    """What is to be planned is not known, does not go together, or is out of range."""

@@ -225,6 +225,7 @@ def test_the_first_token_comes_soon(llama2: Program) -> None:
     [
         (["--help"], {"torch", "transformers", "numpy", "prompt_toolkit", "rich", "jinja2", "huggingface_hub"}),
         (["chat", QUESTION, "--max-tokens", "1"], {"torch", "transformers", "prompt_toolkit", "rich", "sentencepiece"}),
+        (["plan", "7B", "--on", "H100"], {"torch", "transformers", "numpy", "prompt_toolkit", "rich", "jinja2"}),
     ],
 )
 def test_a_command_imports_only_what_it_needs(words: list[str], absent: set[str], llama2: Program) -> None:

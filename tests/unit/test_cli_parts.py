@@ -3,19 +3,16 @@
 import io
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import typer
 
-from llama2.cli import bench, options
+from llama2.cli import options
 from llama2.cli.answer import Reply
 from llama2.cli.conversation import Conversation
 from llama2.cli.options import AnswerOptions
 from llama2.cli.output import one_line, write
-from llama2.config import ModelConfig
 from llama2.errors import Llama2Error
 
 
@@ -199,26 +196,3 @@ def test_an_answer_cannot_steer_the_terminal(terminal: bool, shown: str, monkeyp
     monkeypatch.setattr("sys.stdout", stream)
     write("\x1b]0;x\x07 \t\né\x9b")
     assert stream.getvalue() == shown
-
-
-@dataclass
-class _Tensor:
-    shape: tuple[int, ...]
-    bits: int
-
-    @property
-    def data(self) -> SimpleNamespace:
-        rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
-        return SimpleNamespace(nbytes=rows * columns * self.bits // 8)
-
-
-@pytest.mark.parametrize(("tied", "head"), [(True, 0), (False, 50 * 8 * 2)])
-def test_what_a_token_costs(tied: bool, head: int) -> None:
-    config = ModelConfig(8, 1, 2, 1, 16, 50, 4, 64, tied_embeddings=tied)
-    tensors = {name: _Tensor(shape, 16 if len(shape) == 2 else 32) for name, shape in config.tensor_shapes().items()}
-    checkpoint = SimpleNamespace(config=config, tensors=tensors)
-    layer = 8 * 8 + 4 * 8 + 4 * 8 + 8 * 8 + 3 * 16 * 8  # wq wk wv wo, w1 w2 w3
-    assert bench.operations(checkpoint, 10) == 2 * (10 * layer + 50 * 8)  # type: ignore[arg-type]
-    norms = 3 * 8 * 4
-    embeddings = 50 * 8 * 2 if tied else 0
-    assert bench.bytes_read(checkpoint) == layer * 2 + norms + embeddings + head  # type: ignore[arg-type]

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llama2 import plan
 from llama2.cli.options import ModelOptions
 from llama2.engine.request import Event, Request, Sampling
 from llama2.errors import ContextError, EngineError
 
 if TYPE_CHECKING:
     from llama2.api import Model
-    from llama2.checkpoint.checkpoint import Checkpoint
 
 EXAMPLE = "Example: llama2 bench -m smollm2-135m-instruct --prompt 512 --generate 128 --threads 2 --json"
 _SECONDS = 0.25  # for each of the machine's limits, in each repeat
@@ -122,6 +122,7 @@ def measure(model: Model, threads: int, work: Work) -> Run:
     from llama2 import native
 
     machine, checkpoint = native.module(), model.checkpoint
+    needed = plan.bytes_read(checkpoint.config, {name: tensor.format for name, tensor in checkpoint.tensors.items()})
     int8 = machine.int8_gemm_rate(threads, _SECONDS)
     prefilled = prefill(model, work)
     read = machine.read_bandwidth(threads, _SECONDS)
@@ -131,8 +132,8 @@ def measure(model: Model, threads: int, work: Work) -> Run:
         decode_tokens_per_second=decoded,
         int8_operations_per_second=int8,
         read_bytes_per_second=read,
-        prefill_share_of_int8=operations(checkpoint, work.prompt) / work.prompt * prefilled / int8,
-        decode_share_of_read=bytes_read(checkpoint) * decoded / work.batch / read,
+        prefill_share_of_int8=plan.prefill_flops(checkpoint.config, work.prompt) / work.prompt * prefilled / int8,
+        decode_share_of_read=needed * decoded / work.batch / read,
     )
 
 
@@ -210,21 +211,3 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def operations(checkpoint: Checkpoint, prompt: int) -> int:
-    """Multiplications and additions of the matrices in a prefill, whose last token alone needs the output head."""
-    weights = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if len(tensor.shape) == 2}
-    head = weights[_head(checkpoint)]
-    layers = sum(count for name, count in weights.items() if name.startswith("layers."))
-    return 2 * (prompt * layers + head)
-
-
-def bytes_read(checkpoint: Checkpoint) -> int:
-    """Bytes of weights that a token of an answer needs: all but the embeddings, of which it needs one row."""
-    unread = {"tok_embeddings.weight"} - {_head(checkpoint)}
-    return sum(tensor.data.nbytes for name, tensor in checkpoint.tensors.items() if name not in unread)
-
-
-def _head(checkpoint: Checkpoint) -> str:
-    return "tok_embeddings.weight" if checkpoint.config.tied_embeddings else "output.weight"

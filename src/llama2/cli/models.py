@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -49,13 +50,9 @@ def list_(as_json: Json = False) -> None:
 @app.command(epilog="Example: llama2 show smollm2-135m-instruct")
 def show(name: Name, as_json: Json = False) -> None:
     """Describe a model that is here: its architecture, number formats, tokenizer, template and licence."""
-    from llama2 import checkpoint, hub
-    from llama2.errors import HubError
+    from llama2 import checkpoint
 
-    path = hub.find(name)
-    if path is None:
-        raise HubError(f"{name}: not here; `llama2 pull {name}` fetches it")
-    with checkpoint.open(path) as model:
+    with checkpoint.open(here(name)) as model:
         facts = _describe(model)
     if as_json:
         print(json.dumps(facts))
@@ -95,6 +92,17 @@ def rm(
         raise typer.Exit(1)
     freed = hub.remove(name)
     print(json.dumps({"name": name, "freed": freed}) if as_json else f"{name}: deleted, {_size(freed)} freed")
+
+
+def here(name: str) -> Path:
+    """The model's file or folder. Raises HubError when it would have to be fetched."""
+    from llama2 import hub
+    from llama2.errors import HubError
+
+    path = hub.find(name)
+    if path is None:
+        raise HubError(f"{name}: not here; `llama2 pull {name}` fetches it")
+    return path
 
 
 def _describe(model: Any) -> dict[str, Any]:
