@@ -36,6 +36,10 @@ class ModelOptions:
         str | None,
         typer.Option("--model", "-m", metavar="NAME", help="Name, file or Hugging Face repository; see `llama2 list`."),
     ] = None
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin.", show_default="the model's own"),
+    ] = None
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")
     ] = None
@@ -57,7 +61,14 @@ class ModelOptions:
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from llama2 import api
 
-        return api.load(self.name, threads=self.threads, runner=self.runner, context=self.context, sequences=sequences)
+        return api.load(
+            self.name,
+            threads=self.threads,
+            runner=self.runner,
+            context=self.context,
+            sequences=sequences,
+            tokenizer=self.tokenizer,
+        )
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,10 @@ class Tokenizer(ABC):
         """Whether `token` loses its leading space as the first of a text, because encoding put that space there."""
         return False
 
+    def model_file(self) -> bytes | None:
+        """The SentencePiece `tokenizer.model` of this vocabulary; None for byte-level BPE."""
+        return None
+
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
         """Ids of literal text without lone surrogates."""
@@ -189,6 +193,10 @@ class _SentencePiece(Tokenizer):
         if self._model.is_unknown(token):
             piece = self._model.decode([token])
         return piece.replace("▁", " ").encode()
+
+    def model_file(self) -> bytes:
+        model: bytes = self._model.serialized_model_proto()
+        return model
 
     def drops_space(self, token: int) -> bool:
         return self._adds_space and self._model.id_to_piece(token).startswith("▁")
