@@ -148,7 +148,12 @@ def _members(file: MappedFile) -> dict[str, tuple[int, int]]:
         )
         at = ends[-1]
         name = name_bytes.decode("ascii", "replace")
-        if not name.isprintable() or "\ufffd" in name or "\\" in name or {"", ".", ".."} & {*name.split("/")}:
+        if (
+            not name.isprintable()
+            or "\ufffd" in name
+            or "\\" in name
+            or {"", ".", ".."} & {*name.removesuffix("/").split("/")}
+        ):
             raise damaged(path, f"has a member {quote(name)}, which is no path in a folder of its own")
         if name in members:
             raise damaged(path, f"has member {quote(name)} twice")
