@@ -99,11 +99,10 @@ def test_a_zip_of_64_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_torch_loads_what_is_written(mapped: bool, tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "a.pth")
     tensors = pth.read(tmp_path / "a.pth")
-    with (tmp_path / "b.pth").open("wb") as file:
-        writer = pth.Writer(file, {name: (tensor.format, tensor.shape) for name, tensor in tensors.items()})
+    described = {name: (tensor.format, tensor.shape) for name, tensor in tensors.items()}
+    with (tmp_path / "b.pth").open("wb") as file, pth.writing(file, described) as add:
         for tensor in tensors.values():
-            writer.add(tensor.data)
-        writer.close()
+            add(tensor.data)
     loaded = torch.load(tmp_path / "b.pth", weights_only=True, mmap=mapped)
     assert list(loaded) == list(TENSORS)
     for name, value in loaded.items():

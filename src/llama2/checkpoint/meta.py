@@ -121,7 +121,7 @@ def _config(params: Metadata, rows: int) -> ModelConfig:
             n_layers=params.need("n_layers", int),
             n_heads=heads,
             n_kv_heads=heads if kv_heads is None else kv_heads,
-            hidden_dim=_hidden_dim(dim, 256 if multiple is None else multiple, multiplier),
+            hidden_dim=hidden_dim(dim, 256 if multiple is None else multiple, multiplier),
             vocab_size=rows if vocab in (None, -1) else vocab,
             head_dim=_head_dim(dim, heads),
             context_length=context,
@@ -138,9 +138,9 @@ def _head_dim(dim: int, heads: int) -> int:
     return dim // heads
 
 
-def _hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
+def hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
     """Width of the feed-forward layer by Meta's rule (spec 1.1); both truncations are part of it."""
-    if multiple_of < 1 or not (multiplier is None or 0 < multiplier < 1 << 20):
+    if multiple_of < 1 or not (multiplier is None or 0 < multiplier < 1 << 23):
         raise ConfigError(f"multiple_of={multiple_of} and ffn_dim_multiplier={multiplier} must be positive numbers")
     hidden = int(2 * (4 * dim) / 3)
     if multiplier is not None:
@@ -197,7 +197,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, shards: int = 1) -> None:
     for a model that cannot be expressed, or not be cut so.
     """
     config = replace(checkpoint.config, tied_embeddings=False)
-    params, model = _params(checkpoint.path, config), checkpoint.tokenizer.model_file()
+    params, model = to_params(checkpoint.path, config), checkpoint.tokenizer.model_file()
     if model is None:
         raise CheckpointError(f"{checkpoint.path}: has a byte-level vocabulary, which no {_TOKENIZER} can hold")
     sizes = {key: getattr(config, key) for key in ("n_kv_heads", "dim", "hidden_dim", "vocab_size")}
@@ -216,12 +216,10 @@ def write(checkpoint: Checkpoint, folder: Path, *, shards: int = 1) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         files = [stack.enter_context(create(folder / _SHARD.format(i))) for i in range(shards)]
-        writers = [pth.Writer(file, cut) for file in files]
+        adds = [stack.enter_context(pth.writing(file, cut)) for file in files]
         for tensor in tensors:
-            for writer, piece in zip(writers, _pieces(tensor, shards), strict=True):
-                writer.add(piece)
-        for writer in writers:
-            writer.close()
+            for add, piece in zip(adds, _pieces(tensor, shards), strict=True):
+                add(piece)
         for name, content in ((_PARAMS, json.dumps(params).encode()), (_TOKENIZER, model)):
             stack.enter_context(create(folder / name)).write(content)
 
@@ -238,13 +236,13 @@ def _pieces(tensor: Tensor, shards: int) -> Iterator[Bytes]:
             yield np.ascontiguousarray(part).reshape(-1)
 
 
-def _params(path: Path, config: ModelConfig) -> dict[str, Any]:
+def to_params(path: Path, config: ModelConfig) -> dict[str, Any]:
     """`params.json` of a configuration, with the keys that Meta's own files have."""
     if config.rope_scaling or config.head_dim * config.n_heads != config.dim:
         raise CheckpointError(f"{path}: has rope scaling or a head size that {_PARAMS} has no key for")
     params = {
         "dim": config.dim,
-        **_multiples(config.dim, config.hidden_dim),
+        **multiples(config.dim, config.hidden_dim),
         "n_heads": config.n_heads,
         "n_layers": config.n_layers,
         "norm_eps": float(str(np.float32(config.norm_eps))),  # GGUF has it in float32: 1e-5 again, not 9.9999997e-6
@@ -257,15 +255,15 @@ def _params(path: Path, config: ModelConfig) -> dict[str, Any]:
     return params
 
 
-def _multiples(dim: int, hidden: int) -> dict[str, Any]:
+def multiples(dim: int, hidden: int) -> dict[str, Any]:
     """`multiple_of` and, where need be, `ffn_dim_multiplier`, by which Meta's rule gives this width."""
     for multiple in (256 >> i for i in range(9)):
-        if _hidden_dim(dim, multiple, None) == hidden:
+        if hidden_dim(dim, multiple, None) == hidden:
             return {"multiple_of": multiple}
     multiple = min(4096, hidden & -hidden)  # the largest power of two that divides it
-    wanted = (hidden + 0.5) / _hidden_dim(dim, 1, None)
+    wanted = (hidden + 0.5) / hidden_dim(dim, 1, None)
     multipliers = (round(wanted, digits) for digits in range(1, 18))
     return {
         "multiple_of": multiple,
-        "ffn_dim_multiplier": next(m for m in multipliers if m and _hidden_dim(dim, multiple, m) == hidden),
+        "ffn_dim_multiplier": next(m for m in multipliers if m and hidden_dim(dim, multiple, m) == hidden),
     }

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -127,17 +128,17 @@ def _members(file: MappedFile) -> dict[str, tuple[int, int]]:
     if file.view(0, min(4, file.size), "the magic").tobytes() != b"PK\3\4":
         raise CheckpointError(f"{path}: is not a zip of torch.save (PyTorch 1.6 or newer); save it again with that")
     at = file.size - _END.size
-    *_, count, size, start, _ = fields(_END, at, b"PK\5\6", "end of a zip's directory")
+    *_, entries, size, start, _ = fields(_END, at, b"PK\5\6", "end of a zip's directory")
     locator = at - _LOCATOR.size
     if locator >= 0 and file.view(locator, 4, "the locator").tobytes() == b"PK\6\7":
         _, at, _ = fields(_LOCATOR, locator, b"PK\6\7", "locator")
-        *_, count, size, start = fields(_END_64, at, b"PK\6\6", "end of a zip's directory of 64 bits")
-    if count > _MAX_MEMBERS:
-        raise damaged(path, f"claims {count} members, and the limit is {_MAX_MEMBERS}")
+        *_, entries, size, start = fields(_END_64, at, b"PK\6\6", "end of a zip's directory of 64 bits")
+    if entries > _MAX_MEMBERS:
+        raise damaged(path, f"claims {entries} members, and the limit is {_MAX_MEMBERS}")
 
     members: dict[str, tuple[int, int]] = {}
     at = start
-    for _ in range(count):
+    for _ in range(entries):
         _, _, flags, method, _, _, _, packed, size, *lengths, _, _, _, offset = fields(
             _ENTRY, at, b"PK\1\2", "entry of a zip's directory"
         )
@@ -361,37 +362,30 @@ def _are(values: Any, *kinds: type) -> bool:
     return type(values) is tuple and [*map(type, values)] == [*kinds]
 
 
-class Writer:
-    """Writes a file that torch.load(weights_only=True) opens, tensor by tensor: `add` each, in order, then `close`.
+@contextmanager
+def writing(
+    file: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
+    """Write a file that torch.load(weights_only=True) opens, of tensors given as format and shape by name.
 
-    `tensors` are format and shape by name.
+    What it yields is called with the bytes of one tensor after another, in their order.
     """
+    from zipfile import ZipFile, ZipInfo
 
-    def __init__(self, file: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        from zipfile import ZipFile
-
-        self._file, self._zip, self._count = file, ZipFile(file, "w"), 0
-        self._member("data.pkl", _program(tensors))
-        self._member("byteorder", b"little")
-
-    def add(self, data: NDArray[np.uint8]) -> None:
-        """The next tensor's bytes, flat."""
-        self._member(f"data/{self._count}", data.data)
-        self._count += 1
-
-    def close(self) -> None:
-        self._member("version", b"3\n")
-        self._zip.close()
-
-    def _member(self, name: str, data: bytes | memoryview) -> None:
-        from zipfile import ZipInfo
-
+    def member(name: str, data: bytes | memoryview) -> None:
         info = ZipInfo(f"archive/{name}")
-        start = self._file.tell() + _LOCAL.size + len(info.filename) + _LOCAL_64 + 4
+        start = file.tell() + _LOCAL.size + len(info.filename) + _LOCAL_64 + 4
         padding = -start % _ALIGNMENT
         info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
-        with self._zip.open(info, "w", force_zip64=True) as member:
-            member.write(data)
+        with archive.open(info, "w", force_zip64=True) as target:
+            target.write(data)
+
+    with ZipFile(file, "w") as archive:
+        member("data.pkl", _program(tensors))
+        member("byteorder", b"little")
+        keys = count()
+        yield lambda data: member(f"data/{next(keys)}", data.data)
+        member("version", b"3\n")
 
 
 def _program(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
