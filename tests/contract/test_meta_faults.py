@@ -158,9 +158,7 @@ def test_a_file_of_another_model(folder: Path) -> None:
     edit = second(lambda t: t.update({"norm.weight": t["norm.weight"] * 2}))
     edit(folder)
     model = checkpoint.open(folder)
-    with pytest.raises(
-        CheckpointError, match=r"01\.pth: tensor 'norm\.weight' is not that of consolidated\.00\.pth"
-    ):
+    with pytest.raises(CheckpointError, match=r"01\.pth: tensor 'norm\.weight' is not that of consolidated\.00\.pth"):
         model.check_finite()
 
 
@@ -170,9 +168,7 @@ def test_weights_that_are_not_numbers(folder: Path) -> None:
 
     second(spoil)(folder)
     model = checkpoint.open(folder)
-    with pytest.raises(
-        CheckpointError, match=r"'layers\.1\.feed_forward\.w2\.weight' holds weights that"
-    ):
+    with pytest.raises(CheckpointError, match=r"'layers\.1\.feed_forward\.w2\.weight' holds weights that"):
         model.check_finite()
 
 
