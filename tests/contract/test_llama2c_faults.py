@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_gguf_faults import MB, RUNNER
 
 from llama2 import checkpoint
-from llama2.errors import CheckpointError, ConfigError, TokenizerError
+from llama2.errors import CheckpointError, TokenizerError
 from llama2c_bytes import GROUP, header, random_weights, tokenizer_bin, version_0, version_1, version_2
 from models import tiny_config
+from refusals import assert_refused_cheaply, refusal
 
 CONFIG = tiny_config(n_layers=1, vocab_size=8, hidden_dim=96, context_length=4, norm_eps=1e-5)
 WEIGHTS = random_weights(CONFIG)
@@ -99,12 +96,7 @@ def test_the_unchanged_file_is_valid(version: int, tmp_path: Path) -> None:
 def test_fault(fault: str, tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(FAULTS[fault][0])
-    with pytest.raises((CheckpointError, ConfigError)) as caught:
-        checkpoint.open(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ")
-    assert message.isprintable()
-    assert re.search(FAULTS[fault][1], message)
+    assert re.search(FAULTS[fault][1], refusal(path))
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
@@ -113,8 +105,7 @@ def test_cut_short(version: int, tmp_path: Path) -> None:
     path.write_bytes(FILES[version])
     for size in [len(FILES[version]) - 1, 999, *reversed(range(260))]:
         os.truncate(path, size)
-        with pytest.raises((CheckpointError, ConfigError)):
-            checkpoint.open(path)
+        refusal(path)
 
 
 @pytest.mark.parametrize(("version", "name", "at"), [(1, "norm.weight", 256 + 4 * 2 * 64), (2, "output.weight", -4)])
@@ -127,7 +118,7 @@ def test_weights_that_are_not_numbers(version: int, name: str, at: int, tmp_path
 
 @pytest.mark.parametrize("options", [[], ["-O"]])
 def test_time_and_memory(options: list[str], tmp_path: Path) -> None:
-    """A second and 64 MB, for everything above; also where `assert` does nothing."""
+    """A second and 64 MB beyond the file, for everything above; also where `assert` does nothing."""
     paths = [tmp_path / str(i) for i, _ in enumerate(FAULTS)]
     for path, (data, _) in zip(paths, FAULTS.values(), strict=True):
         path.write_bytes(data)
@@ -135,15 +126,7 @@ def test_time_and_memory(options: list[str], tmp_path: Path) -> None:
     for i in range(10):  # headers that are possible, and need the longest sums
         paths.append(tmp_path / f"large {i}")
         paths[-1].write_bytes(header(replace(large, head_dim=2, vocab_size=1 + i), 1).ljust(1 << 20, b"\0"))
-    run = subprocess.run(
-        [sys.executable, *options, "-c", RUNNER, *map(str, paths)], capture_output=True, text=True, check=True
-    )
-    results = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(results) == len(paths)
-    for path, result in zip(paths, results, strict=True):
-        assert result["reason"], path
-        assert result["seconds"] < 1, path
-        assert result["memory"] < 64 * MB, path
+    assert_refused_cheaply(paths, options)
 
 
 def edited(token: int, score: float | None = None, text: bytes | None = None) -> list[Any]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from test_gguf_faults import MB, RUNNER
 
 from llama2.checkpoint import pth
 from llama2.errors import CheckpointError
@@ -34,6 +30,7 @@ from meta_bytes import (
     tuple_,
     whole,
 )
+from refusals import MB, assert_refused_cheaply
 
 Edit = Callable[[PthBytes], object]
 
@@ -341,25 +338,15 @@ def test_zip_of_64_bits_that_lies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["-O"]])
-def test_time_and_memory(options: list[str], tmp_path: Path) -> None:
+def test_time_and_memory(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second and 64 MB beyond the file's size, for everything above; also where `assert` does nothing."""
-    paths = [write(tmp_path / f"{i}.pth", edit) for i, (edit, _) in enumerate(FAULTS.values())]
-    paths.sort(key=lambda path: path.stat().st_size)  # for the peak of memory only grows
-    code = RUNNER.replace("llama2.checkpoint.open(path).check_finite()", "llama2.checkpoint.pth.read(Path(path))")
-    code = code.replace("import llama2.checkpoint\n", "import llama2.checkpoint.pth\n")
-    run = subprocess.run(
-        [sys.executable, *options, "-c", code, *map(str, paths)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
-    results = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(results) == len(paths)
-    for path, result in zip(paths, results, strict=True):
-        assert result["reason"], path
-        assert result["seconds"] < 1, path
-        assert result["memory"] < path.stat().st_size + 64 * MB, path
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    for i, (edit, _) in enumerate(FAULTS.values()):
+        folders.append(tmp_path / str(i))
+        folders[-1].mkdir()
+        write(folders[-1] / "consolidated.00.pth", edit)
+    assert_refused_cheaply(folders, options)
     assert not (tmp_path / "called").exists()
 
 

@@ -23,7 +23,7 @@ class Tensor:
     """One named tensor, still in its file's number format.
 
     `shape` is PyTorch's order, (rows, columns) or (n,). `source` is a read-only uint8 view of exactly the tensor's
-    bytes in the mapped file, where they stand there in Meta's order; else what puts a copy of them into that order.
+    bytes in the mapped file if they stand there in Meta's order, else what makes a copy of them in that order.
     """
 
     name: str
