@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,3 +243,36 @@ def test_the_published_sizes_keep_their_params(tmp_path: Path) -> None:
                 "n_layers": 80, "norm_eps": 1e-05},
     }.items():  # fmt: skip
         assert meta.to_params(tmp_path, SIZES[size]) == published | {"vocab_size": 32000}
+
+
+WRITER = """
+import re, resource, sys
+from pathlib import Path
+from llama2 import checkpoint
+from llama2.checkpoint import llama2c, meta
+
+def write(source, target):
+    model = checkpoint.open(source)
+    meta.write(model, target / "meta", shards=2)
+    llama2c.write(model, target / "c.bin", version=2)
+
+small, large, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+write(small, small)  # whatever is imported is imported now
+data = 1024 * int(re.search(r"VmData:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+resource.setrlimit(resource.RLIMIT_DATA, (data + limit, data + limit))
+write(large, large)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory cannot be limited here")
+def test_writers_hold_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """With less memory than the model has, and four times its largest tensor: in parts, joined, cut and quantised."""
+    config = replace(CONFIG, dim=512, hidden_dim=1024, head_dim=32, n_layers=8)
+    small = write_folder(tmp_path / "small", random_tensors(dtype=torch.float32), 2)
+    tensors = random_tensors(config, torch.float32)
+    large = write_folder(tmp_path / "large", tensors, 4, dim=512, n_layers=8, multiple_of=1024)
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    limit = 4 * max(sizes) + (4 << 20)
+    assert sum(sizes) > 6 * limit
+    subprocess.run([sys.executable, "-c", WRITER, str(small), str(large), str(limit)], check=True, timeout=60)
+    assert_holds(checkpoint.open(large / "meta"), tensors)
