@@ -106,6 +106,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "attributes of another kind": (value(b"}" + A + b"b"), "has a str where a dict should be"),
     # tensors
     "an offset below zero": (view(offset=-1), r"has a tensor of shape \(2, 3\) at -1 in a storage of 6 numbers"),
+    "an offset far below zero": (view(offset=-(1 << 62)), r"at -4611686018427387904 in a storage of 6 numbers"),
     "an offset too large": (view(offset=1), r"has a tensor of shape \(2, 3\) at 1 in a storage of 6 numbers"),
     "more rows than there are": (view(shape=numbers(3, 3)), r"has a tensor of shape \(3, 3\) at 0 in a storage of 6"),
     "2^64 numbers": (
@@ -290,6 +291,7 @@ DIRECTORY, ENTRY, LOCAL = b"PK\5\6", b"PK\1\2", b"PK\3\4"
         (patched(DIRECTORY, 16, "I", 0), "has no entry of a zip's directory at byte 0"),
         (PthBytes().encode() + b"\0", "has no end of a zip's directory"),
         (patched(ENTRY, 8, "H", 1), "is compressed or encrypted"),
+        (patched(ENTRY, 10, "H", 8), "is compressed or encrypted"),
         (patched(ENTRY, 20, "I", 23), "is compressed or encrypted"),
         (patched(ENTRY, 24, "I", 2**32 - 1), "has a member without its size or place"),
         (patched(ENTRY, 28, "H", 65535), "needs bytes"),
