@@ -36,11 +36,11 @@ def without(name: str) -> Edit:
     return lambda folder: (folder / name).unlink()
 
 
-def second(change: Callable[[Tensors], object]) -> Edit:
-    """The second of the two files with its tensors changed."""
+def second(change: Callable[[Tensors], object], name: str = "consolidated.01.pth") -> Edit:
+    """The second of the two files, or that of this name, with its tensors changed."""
 
     def edit(folder: Path) -> None:
-        path = folder / "consolidated.01.pth"
+        path = folder / name
         tensors = torch.load(path, weights_only=True)
         change(tensors)
         torch.save(tensors, path)
@@ -104,7 +104,10 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "a negative base": (params(rope_theta=-1.0), "rope_theta=-1.0 must be a positive number"),
     # tensors
     "a tensor missing": (second(lambda t: t.pop("output.weight")), r"01\.pth: lacks tensor 'output\.weight'"),
-    "no embeddings": (without(ONE), "tok_embeddings"),
+    "no embeddings": (
+        second(lambda t: t.pop("tok_embeddings.weight"), ZERO),
+        r"00\.pth: lacks tensor 'tok_embeddings\.weight'",
+    ),
     "a tensor too many": (second(lambda t: t.update(bias=torch.ones(1))), r"01\.pth: has tensor 'bias', which no Lla"),
     "another format": (
         second(lambda t: t.update({"norm.weight": t["norm.weight"].float()})),

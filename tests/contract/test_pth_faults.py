@@ -146,6 +146,10 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         view(data=tuple_(text("storage"), EMPTY[:-2], text("0"), text("cpu"), whole(6)) + b"Q"),
         "has a persistent object that is no storage",
     ),
+    "a persistent object of another kind": (
+        value(tuple_(text("module"), name("torch", "FloatStorage"), text("0"), text("cpu"), whole(6)) + b"Q"),
+        "has a persistent object that is no storage",
+    ),
     "a persistent text": (value(A + b"Q"), "has a persistent object that is no storage"),
     "half floats in a storage of floats": (
         view(data=storage("HalfStorage", count=6)),

@@ -217,6 +217,10 @@ def test_other_refusals_to_write(tmp_path: Path, source: checkpoint.Checkpoint) 
     write_tiny_gguf(tmp_path / "a.gguf", tokenizer="bpe")
     with pytest.raises(CheckpointError, match="needs a SentencePiece vocabulary with <unk>, <s> and </s> at"):
         llama2c.write(checkpoint.open(tmp_path / "a.gguf"), tmp_path / "a.bin")
+    source.tokenizer.bos_id = 7
+    with pytest.raises(CheckpointError, match="needs a SentencePiece vocabulary with <unk>, <s> and </s> at"):
+        llama2c.write(source, tmp_path / "a.bin")
+    source.tokenizer.bos_id = 1
     (tmp_path / "tokenizer.bin").write_bytes(b"another model's")
     with pytest.raises(CheckpointError, match=r"tokenizer\.bin: is another model's tokenizer; choose another folder"):
         llama2c.write(source, tmp_path / "a.bin")

@@ -32,6 +32,7 @@ Bytes = NDArray[np.uint8]
 _PARAMS, _TOKENIZER = "params.json", "tokenizer.model"
 _SHARD, _SHARDS = "consolidated.{:02}.pth", "consolidated.*.pth"
 _MAX_PARAMS = 1 << 16  # bytes; Meta's have about 150
+_EMBEDDINGS = "tok_embeddings.weight"
 _ROPE_FREQS = "rope.freqs"  # θ^(−2i/E), which nobody needs
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -65,8 +66,9 @@ def read(path: Path) -> Checkpoint:
     if file.size > _MAX_PARAMS:
         raise damaged(file.path, f"has {file.size} bytes, and the limit is {_MAX_PARAMS}")
     params = parse(file.path, file.view(0, file.size, "its text").tobytes(), "its text")
-    embeddings = shards[0].get("tok_embeddings.weight")
-    config = _config(Metadata(file.path, params), embeddings.shape[0] if embeddings else 0)
+    if _EMBEDDINGS not in shards[0]:
+        raise damaged(paths[0], f"lacks tensor {quote(_EMBEDDINGS)}")
+    config = _config(Metadata(file.path, params), shards[0][_EMBEDDINGS].shape[0])
 
     tensors = {}
     for name, shape in config.tensor_shapes().items():
@@ -169,7 +171,7 @@ def _axis(name: str, shape: tuple[int, ...]) -> int | None:
     """Along which axis a tensor is cut; None for a norm, which stands whole in every file."""
     if len(shape) == 1:
         return None
-    return 1 if name.endswith(("tok_embeddings.weight", "attention.wo.weight", "feed_forward.w2.weight")) else 0
+    return 1 if name.endswith((_EMBEDDINGS, "attention.wo.weight", "feed_forward.w2.weight")) else 0
 
 
 def _join(pieces: Sequence[Tensor], axis: int) -> Bytes:
@@ -205,7 +207,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, shards: int = 1) -> None:
         sizes_ = ", ".join(f"{key}={size}" for key, size in sizes.items())
         raise CheckpointError(f"{checkpoint.path}: {shards} files must divide {sizes_}; choose another number")
     tensors = [
-        replace(checkpoint.tensors.get(name) or checkpoint.tensors["tok_embeddings.weight"], name=name)
+        replace(checkpoint.tensors.get(name) or checkpoint.tensors[_EMBEDDINGS], name=name)
         for name in config.tensor_shapes()
     ]
     cut = {}

@@ -312,9 +312,9 @@ class _Machine:
 
     def storage(self, identity: Any) -> _Storage:
         """The storage that `("storage", its type, its key, its device, its length)` stands for."""
-        if not _are(identity, str, _Name, str, str, int) or identity[1] not in _FORMATS or identity[4] < 0:
+        kind, name, key, _, count = identity if _are(identity, str, _Name, str, str, int) else ("", _DICT, "", "", 0)
+        if kind != "storage" or name not in _FORMATS or count < 0:
             raise self.refuse("a persistent object that is no storage of tensors")
-        _, name, key, _, count = identity
         format = _FORMATS[name]
         if key not in self.storages:
             raise damaged(self.path, f"lacks storage {quote(key)}")
