@@ -63,7 +63,7 @@ def strings(count: int, seed: int = 0, words: float = 0.7) -> list[str]:
     return made
 
 
-def train_sentencepiece(vocab_size: int = 700) -> bytes:
+def train_sentencepiece(vocab_size: int = 700, user_defined: Sequence[str] = ("<tool>", "▁▁▁")) -> bytes:
     """A SentencePiece model with Llama 2's training options (spec 2.1), from texts made here."""
     import sentencepiece
 
@@ -82,7 +82,7 @@ def train_sentencepiece(vocab_size: int = 700) -> bytes:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         unk_surface=" \u2047 ",
-        user_defined_symbols=["<tool>", "▁▁▁"],
+        user_defined_symbols=list(user_defined),
         num_threads=1,
         minloglevel=2,
     )

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from llama2.errors import TokenizerError
+from llama2.text import huggingface
 from llama2.text import tokenizer as tokenizers
-from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_tokenizer_json, from_vocabulary
+from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_vocabulary
 from texts import train_bpe, train_sentencepiece
 
 # A byte-level vocabulary by hand: three control tokens, printable ASCII and space, two merges, one user-defined token.
@@ -179,7 +180,7 @@ def test_damaged_tokenizer_json_is_refused(tmp_path: Path) -> None:
     for text in [json.dumps(b) for b in bad] + ["{", "[" * 10**5, "\x00"]:
         path.write_text(text)
         with pytest.raises(TokenizerError) as caught:
-            from_tokenizer_json(path)
+            huggingface.read(path.parent)
         assert "\n" not in str(caught.value)
 
 

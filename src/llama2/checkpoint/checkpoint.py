@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +22,26 @@ if TYPE_CHECKING:
 class Tensor:
     """One named tensor, still in its file's number format.
 
-    `shape` is PyTorch's order, (rows, columns) or (n,). `data` is a read-only uint8 view of exactly the tensor's bytes
-    in the mapped file; nothing is read until it is touched.
+    `shape` is PyTorch's order, (rows, columns) or (n,). `source` is a read-only uint8 view of exactly the tensor's
+    bytes in the mapped file if they stand there in Meta's order, else what makes a copy of them in that order.
     """
 
     name: str
     format: str  # "F32", "F16", "BF16", "Q8_0", "Q4_0", … as in quantize.FORMATS
     shape: tuple[int, ...]
-    data: NDArray[np.uint8]
+    source: NDArray[np.uint8] | Callable[[], NDArray[np.uint8]]
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        """The tensor's bytes in Meta's order. Nothing is read before this; a copy is made each time, and not kept."""
+        return self.source() if callable(self.source) else self.source
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes `data` has, without touching it."""
+        from llama2.checkpoint import quantize
+
+        return quantize.nbytes(self.format, self.shape)
 
     def dequantize(self) -> NDArray[np.float32]:
         """The tensor's values in float32, in `shape`."""
@@ -47,7 +59,7 @@ class Checkpoint:
     """
 
     path: Path
-    format: str  # "gguf", later "huggingface", "meta", "llama2c"
+    format: str  # "gguf", "huggingface", later "meta", "llama2c"
     config: ModelConfig
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, Any]
@@ -91,6 +103,9 @@ def open(path: str | Path, *, vocabulary: Path | None = None) -> Checkpoint:
 
     `vocabulary` is where what was derived from the model's vocabulary is kept, so that the next start is quick.
     """
-    from llama2.checkpoint import gguf
+    from llama2.checkpoint import gguf, huggingface
 
-    return gguf.read(Path(path), vocabulary)
+    path = Path(path)
+    if huggingface.matches(path):
+        return huggingface.read(path)
+    return gguf.read(path, vocabulary)

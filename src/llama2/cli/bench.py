@@ -223,7 +223,7 @@ def operations(checkpoint: Checkpoint, prompt: int) -> int:
 def bytes_read(checkpoint: Checkpoint) -> int:
     """Bytes of weights that a token of an answer needs: all but the embeddings, of which it needs one row."""
     unread = {"tok_embeddings.weight"} - {_head(checkpoint)}
-    return sum(tensor.data.nbytes for name, tensor in checkpoint.tensors.items() if name not in unread)
+    return sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name not in unread)
 
 
 def _head(checkpoint: Checkpoint) -> str:
