@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 Bytes = NDArray[np.uint8]
 
 _MAX_TEXT = 1 << 20  # bytes of a JSON file or a template
+_MAX_SHARDS = 1 << 10
 _SHARD = 5 * 10**9  # bytes of tensors in one file, as transformers has it
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII)
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 
 _NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
@@ -110,7 +112,7 @@ def _inside(folder: Path, name: str) -> Path:
 
     In the Hub's cache, files are links to the blobs of the same repository.
     """
-    if not name.isprintable() or name in ("", "..") or name != Path(name).name or {"\\", ":"} & {*name}:
+    if not _FILE_NAME.fullmatch(name):
         raise CheckpointError(f"{folder}: {quote(name)} is not the name of a file in it; download it again")
     path, root = folder / name, Path(os.path.realpath(folder))
     target, blobs = Path(os.path.realpath(path)), root.parent.with_name("blobs")
@@ -149,8 +151,11 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise damaged(index, "has no weight_map from tensors to files")
     tensors: dict[str, Tensor] = {}
-    for file in sorted({*places.values()}):
-        path = _inside(folder, file)
+    names = sorted({*places.values()})
+    if len(names) > _MAX_SHARDS:
+        raise damaged(index, f"names {len(names)} files, and the limit is {_MAX_SHARDS}")
+    files = {name: _inside(folder, name) for name in names}
+    for file, path in files.items():
         part = safetensors.read(path)
         if wrong := sorted(part.keys() ^ {name for name, place in places.items() if place == file}):
             verb = "has" if wrong[0] in part else "lacks"

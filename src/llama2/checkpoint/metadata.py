@@ -59,7 +59,7 @@ class Metadata:
         if kind is float and type(value) is int:
             value = float(value)
         if value is not None and type(value) is not kind:
-            wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+            wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a table"}
             expected = wanted.get(kind, "an array")
             raise CheckpointError(f"{self.path}: {key} must be {expected}; convert the model again")
         return value

@@ -46,17 +46,19 @@ def _from_model(
 ) -> Tokenizer:
     plain = tokenizer.from_sentencepiece(path)
     added = _added(path.parent, settings)
-    rest = _rest(path, plain.vocab_size, max(added, default=-1) + 1 if size is None else size)
+    size = max([plain.vocab_size, *(token + 1 for token in added)]) if size is None else size
+    rest = _rest(path, plain.vocab_size, size)
     tokens = _unused(rest) | {token: entry for token, entry in added.items() if token in rest}
     ids = plain.control | {text: token for token, (text, _) in tokens.items()}
-    ends = {"bos_id": (plain.bos_id, bos_id), "eos_id": (plain.eos_id, eos_id)}
-    options: dict[str, Any] = {}
-    for name, (own, fallback) in ends.items():
-        text = _content(settings.get(name.replace("_id", "_token")))
-        options[name] = ids.get(text, own if own is not None else fallback)
-    options["add_bos"] = bool(settings.get("add_bos_token", True)) and options["bos_id"] is not None
-    options["add_eos"] = bool(settings.get("add_eos_token", False))
-    return tokenizer.from_sentencepiece(path, [tokens[token] for token in sorted(tokens)], **options)
+    bos = ids.get(_content(settings.get("bos_token")), bos_id if plain.bos_id is None else plain.bos_id)
+    return tokenizer.from_sentencepiece(
+        path,
+        [tokens[token] for token in rest],
+        bos_id=bos,
+        eos_id=ids.get(_content(settings.get("eos_token")), eos_id if plain.eos_id is None else plain.eos_id),
+        add_bos=bos is not None and bool(settings.get("add_bos_token", True)),
+        add_eos=bool(settings.get("add_eos_token", False)),
+    )
 
 
 def _from_json(
