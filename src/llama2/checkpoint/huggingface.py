@@ -436,9 +436,9 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def _rule(config: ModelConfig, divisors: Sequence[float]) -> RopeScaling:
-    """Llama 3.1's scaling with these divisors, which GGUF keeps in float32. Raises CheckpointError when it is not."""
-    rule = RopeScaling("llama3", factor=max(divisors))
-    expected = replace(config, rope_scaling=rule).rope_divisors()
-    if not np.allclose(divisors, expected, rtol=1e-6, atol=0):
-        raise CheckpointError("its rotary divisors are not those of Llama 3.1's rule, and config.json has no other")
-    return rule
+    """Llama 3.1's scaling with these divisors, which GGUF keeps in float32. Raises CheckpointError without one."""
+    for context in (1 << k for k in range(5, 21)):
+        rule = RopeScaling("llama3", factor=max(divisors), original_context=context)
+        if np.allclose(divisors, replace(config, rope_scaling=rule).rope_divisors(), rtol=1e-6, atol=0):
+            return rule
+    raise CheckpointError("its rotary divisors are not those of Llama 3.1's rule, and config.json has no other")
