@@ -217,6 +217,8 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         rope(**LLAMA3 | {"low_freq_factor": 4.0}, original_max_position_embeddings=8192),
         "high_freq_factor must be larger",
     ),
+    "scaling of no kind": (rope(factor=2.0), "lacks rope_type"),
+    "scaling by kind of layer": (config(rope_parameters={"full_attention": {"rope_type": "yarn"}}), "lacks rope_type"),
     "two scalings": (
         config(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_theta": 1e4, "factor": 4.0}),
         "rope_parameters and rope_scaling contradict each other",

@@ -201,7 +201,9 @@ def _rope(metadata: Metadata) -> tuple[float, RopeScaling | None]:
     theta = rope.find("rope_theta", float)
     theta = metadata.find("rope_theta", float) if theta is None else theta
     theta = 10000.0 if theta is None else theta
-    kind = rope.find("rope_type", str) or rope.find("type", str) or "default"
+    kind = rope.find("rope_type", str) or rope.find("type", str)
+    if kind is None:
+        kind = "default" if rope.values.keys() <= {"rope_theta"} else rope.need("rope_type", str)
     if rope.find("partial_rotary_factor", float) not in (None, 1):
         raise CheckpointError(f"{path}: rotates a part of each head, which no Llama does; choose another model")
     try:

@@ -87,8 +87,8 @@ def _from_json(
         "types": types,
         "bos_id": bos,
         "eos_id": ids.get(_content(settings.get("eos_token")), eos_id),
-        "add_bos": bos is not None and _adds_bos(source.get("post_processor"), settings),
-        "add_eos": bool(settings.get("add_eos_token", False)),
+        "add_bos": bos is not None and _adds("bos_token", source, settings),
+        "add_eos": _adds("eos_token", source, settings),
     }
     if sentencepiece:
         return tokenizer.from_vocabulary(
@@ -303,11 +303,14 @@ def _comparable(scheme: Any) -> Any:
     return defaults | {key: _comparable(value) for key, value in scheme.items() if key != "trim_offsets"}
 
 
-def _adds_bos(post_processor: Any, config: Mapping[str, Any]) -> bool:
-    if "add_bos_token" in config:
-        return bool(config["add_bos_token"])
-    steps = (post_processor or {}).get("processors", [post_processor or {}])
-    return any("SpecialToken" in part for step in steps for part in step.get("single", ())[:1])
+def _adds(name: str, source: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a text gets BOS in front, or EOS behind: by the settings, else by a step of the post-processor."""
+    if f"add_{name}" in settings:
+        return bool(settings[f"add_{name}"])
+    whole = source.get("post_processor") or {}
+    place = slice(1) if name == "bos_token" else slice(-1, None)
+    parts = [part for step in whole.get("processors", [whole]) for part in step.get("single", ())[place]]
+    return any("SpecialToken" in part for part in parts)
 
 
 def _content(token: Any) -> Any:
