@@ -109,6 +109,10 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "one offset": (tensor(NORM, data_offsets=[0]), "or no two offsets"),
     "offset of -4": (tensor(NORM, data_offsets=[-4, 28]), "or no two offsets"),
     "offsets backwards": (tensor(NORM, data_offsets=[32, 0]), r"has -32 bytes, and F32 of shape \[8\] needs 32"),
+    "more bytes than numbers": (
+        tensor(NORM, data_offsets=[2176, 2400]),
+        r"has 224 bytes, and F32 of shape \[8\] needs 32",
+    ),
     "dimensions whose product is 2^64": (
         tensor(NORM, shape=[2**32, 2**32]),
         "F32 of shape .* needs 73786976294838206464",

@@ -305,6 +305,8 @@ def test_tokenizers_that_transformers_loads(kind: str, without: str, tmp_path: P
     for name, content in tokenizer_files.files(ours, "{{ bos_token }}{{ messages[0].content }}").items():
         if name != without:
             (written / name).write_bytes(content)
+    ignores = json.loads((written / "tokenizer.json").read_text())["model"]["ignore_merges"]
+    assert ignores == (kind == "llama-bpe")  # Llama 3 takes a word that is a token before its merges
     theirs, again = AutoTokenizer.from_pretrained(written), tokenizer_files.read(written)
     assert again.vocabulary().pieces == ours.vocabulary().pieces
     assert (again.bos_id, again.eos_id, again.add_bos) == (ours.bos_id, ours.eos_id, ours.add_bos)
@@ -345,6 +347,9 @@ def test_added_tokens(tmp_path: Path) -> None:
     assert 701 not in ours.encode("<|im_end|>")
     assert ours.vocabulary().pieces[700:] == ["<tool>", "<|im_end|>", "[PAD702]", "[PAD703]"]
     assert ours.vocabulary().types[700:] == [4, 3, 5, 5]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<pad>"}))
+    assert tokenizer_files.read(tmp_path, size=704).eos_id == 2  # <pad> is beyond the embeddings
+    assert tokenizer_files.read(tmp_path).eos_id == 704
     decoder = {"700": {"content": "<a>", "special": True}, "702": {"content": "<b>", "special": False}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
     ours = tokenizer_files.read(tmp_path)

@@ -1,5 +1,6 @@
 """Files of tensors, between this reader and writer and the safetensors library's."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,10 @@ def test_what_the_library_reads(tmp_path: Path) -> None:
     assert all(read[name].dtype == t.dtype and torch.equal(read[name], t) for name, t in TENSORS.items())
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 8 == 0  # where the first tensor begins
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    assert (8 + length) % 8 == 0  # where the first tensor begins
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    assert all(header[name]["data_offsets"][0] % t.dtype.itemsize == 0 for name, t in TENSORS.items())
     assert [*tmp_path.iterdir()] == [path]
 
 

@@ -376,7 +376,7 @@ def _numbered(tensors: list[Tensor], shard: int) -> Iterator[tuple[int, Tensor]]
     """Each tensor with the number of its file."""
     number = size = 0
     for tensor in tensors:
-        if size and size + tensor.nbytes > shard:
+        if size + tensor.nbytes > shard:
             number, size = number + 1, 0
         size += tensor.nbytes
         yield number, tensor
