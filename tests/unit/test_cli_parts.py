@@ -3,13 +3,15 @@
 import io
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import typer
+from numpy.typing import NDArray
 
+from llama2.checkpoint import Tensor
 from llama2.cli import bench, options
 from llama2.cli.answer import Reply
 from llama2.cli.conversation import Conversation
@@ -201,21 +203,15 @@ def test_an_answer_cannot_steer_the_terminal(terminal: bool, shown: str, monkeyp
     assert stream.getvalue() == shown
 
 
-@dataclass
-class _Tensor:
-    shape: tuple[int, ...]
-    bits: int
-
-    @property
-    def data(self) -> SimpleNamespace:
-        rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
-        return SimpleNamespace(nbytes=rows * columns * self.bits // 8)
+def untouched() -> NDArray[np.uint8]:
+    raise AssertionError("a tensor was read")
 
 
 @pytest.mark.parametrize(("tied", "head"), [(True, 0), (False, 50 * 8 * 2)])
 def test_what_a_token_costs(tied: bool, head: int) -> None:
     config = ModelConfig(8, 1, 2, 1, 16, 50, 4, 64, tied_embeddings=tied)
-    tensors = {name: _Tensor(shape, 16 if len(shape) == 2 else 32) for name, shape in config.tensor_shapes().items()}
+    shapes = config.tensor_shapes().items()
+    tensors = {name: Tensor(name, "F16" if len(shape) == 2 else "F32", shape, untouched) for name, shape in shapes}
     checkpoint = SimpleNamespace(config=config, tensors=tensors)
     layer = 8 * 8 + 4 * 8 + 4 * 8 + 8 * 8 + 3 * 16 * 8  # wq wk wv wo, w1 w2 w3
     assert bench.operations(checkpoint, 10) == 2 * (10 * layer + 50 * 8)  # type: ignore[arg-type]

@@ -51,14 +51,15 @@ def _from_model(
     tokens = _unused(rest) | {token: entry for token, entry in added.items() if token in rest}
     ids = plain.control | {text: token for token, (text, _) in tokens.items()}
     bos = ids.get(_content(settings.get("bos_token")), bos_id if plain.bos_id is None else plain.bos_id)
-    return tokenizer.from_sentencepiece(
-        path,
-        [tokens[token] for token in rest],
-        bos_id=bos,
-        eos_id=ids.get(_content(settings.get("eos_token")), eos_id if plain.eos_id is None else plain.eos_id),
-        add_bos=bos is not None and bool(settings.get("add_bos_token", True)),
-        add_eos=bool(settings.get("add_eos_token", False)),
-    )
+    options = {
+        "bos_id": bos,
+        "eos_id": ids.get(_content(settings.get("eos_token")), eos_id if plain.eos_id is None else plain.eos_id),
+        "add_bos": bos is not None and bool(settings.get("add_bos_token", True)),
+        "add_eos": bool(settings.get("add_eos_token", False)),
+    }
+    if not rest and all(getattr(plain, name) == value for name, value in options.items()):
+        return plain
+    return tokenizer.from_sentencepiece(path, [tokens[token] for token in rest], **options)
 
 
 def _from_json(
