@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
 from llama2.errors import CheckpointError
 from llama2.text import huggingface as tokenizer_files
-from texts import strings, train_bpe, train_sentencepiece
+from texts import from_pieces, strings, train_bpe, train_sentencepiece
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -185,6 +186,26 @@ def test_a_folder_opens_like_any_model(saved: Callable[[str], Path], tmp_path: P
     assert len(answers[0].token_ids) == 40
 
 
+def test_a_repository_of_the_hub_opens(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, commit = tmp_path / "models--some--llama", "0123456789" * 4
+    snapshot = repository / "snapshots" / commit
+    for folder in (repository / "blobs", repository / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for file in saved("sharded").iterdir():
+        content = file.read_bytes()
+        blob = hashlib.sha256(content).hexdigest()
+        (repository / "blobs" / blob).write_bytes(content)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with llama2.load("some/llama") as model, llama2.load(saved("sharded")) as same:
+        assert model.checkpoint.name == "llama"
+        assert model.generate("Hello", max_tokens=8, seed=1) == same.generate("Hello", max_tokens=8, seed=1)
+
+
 def test_weights_that_changed_are_checked_again(saved: Callable[[str], Path], tmp_path: Path) -> None:
     """What is kept of a folder is known by the times of its files, not by the folder's own."""
     huggingface.write(tmp_path, checkpoint.open(saved("grouped")))
@@ -316,6 +337,31 @@ def test_tokenizers_that_transformers_loads(kind: str, without: str, tmp_path: P
         ids = ours.encode(text, bos=ours.add_bos, special=True)
         assert theirs.encode(text) == ids == again.encode(text, bos=again.add_bos, special=True), text
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), text
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_runs_of_spaces(equal: bool, tmp_path: Path) -> None:
+    """Llama 2's are equally good (spec 2.1), and grow from the left; those of other vocabularies are as they are."""
+    from transformers import AutoTokenizer
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁▁b"]
+    pieces += ["▁" * n for n in (2, 4, 8, 16, 3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15)]
+    types = [2, 3, 3] + [6] * 256 + [1] * (len(pieces) - 259)
+    scores = [-float(i) for i in range(len(pieces))]
+    for i, piece in enumerate(pieces[260:], 260):
+        if not piece.strip("▁"):
+            scores[i] = -1e9 if equal else -500.0 - len(piece)
+    ours = from_pieces(pieces, scores, types)
+    for name, content in tokenizer_files.files(ours, None).items():
+        (tmp_path / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    again = tokenizer_files.read(tmp_path)
+    texts = [f"{' ' * n}{end}" for n in range(70) for end in ("", "a", "b", "b  a", "xab")]
+    for text in texts:
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text) == again.encode(text), text
+    if equal:
+        assert ours.encode(" " * 32) == [pieces.index("▁" * 16)] * 2 + [pieces.index("▁")]
 
 
 def test_vocabulary_that_transformers_saved(tmp_path: Path) -> None:

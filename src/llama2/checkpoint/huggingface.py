@@ -57,7 +57,7 @@ _LAYER_NAMES = {
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 #: Keys of config.json that would change the arithmetic, or have code run, and the values with which they do not.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "architectures": (["LlamaForCausalLM"],),
     "hidden_act": ("silu", "swish"),
@@ -86,7 +86,7 @@ def read(folder: Path) -> Checkpoint:
     """
     values = _object(folder, "config.json")
     metadata = Metadata(folder / "config.json", values)
-    for key, allowed in _REQUIRED.items():
+    for key, allowed in _SUPPORTED.items():
         value = values.get(key)
         if value is not None and value not in allowed:
             raise CheckpointError(f"{metadata.path}: {key}={_shown(value)} is not supported; choose another model")
@@ -150,14 +150,15 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         )
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise damaged(index, "has no weight_map from tensors to files")
+    expected: dict[str, set[str]] = {}  # tensors of each file
+    for name, file in places.items():
+        expected.setdefault(file, set()).add(name)
+    if len(expected) > _MAX_SHARDS:
+        raise damaged(index, f"names {len(expected)} files, and the limit is {_MAX_SHARDS}")
     tensors: dict[str, Tensor] = {}
-    names = sorted({*places.values()})
-    if len(names) > _MAX_SHARDS:
-        raise damaged(index, f"names {len(names)} files, and the limit is {_MAX_SHARDS}")
-    files = {name: _inside(folder, name) for name in names}
-    for file, path in files.items():
+    for path, names in [(_inside(folder, file), expected[file]) for file in sorted(expected)]:
         part = safetensors.read(path)
-        if wrong := sorted(part.keys() ^ {name for name, place in places.items() if place == file}):
+        if wrong := sorted(part.keys() ^ names):
             verb = "has" if wrong[0] in part else "lacks"
             raise damaged(path, f"{verb} tensor {quote(wrong[0])}, against {_INDEX}")
         tensors |= part
@@ -295,7 +296,11 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _licence(folder: Path) -> str | None:
     """What the model card's first lines, between two of `---`, call the licence."""
-    card = (_text(folder, "README.md") or b"").decode(errors="replace")
+    path = _inside(folder, "README.md")
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        card = file.read(_MAX_TEXT).decode(errors="replace")
     front = re.match(r"---\r?\n(.*?\n)---", card, re.DOTALL)
     licence = re.search(r"^license:[ \t]*(\S+)", front[1], re.MULTILINE) if front else None
     return licence[1].strip("'\"") if licence else None
@@ -342,7 +347,7 @@ def _shown(value: Any) -> str:
 
 
 def write(folder: Path, source: Checkpoint, *, shard: int = _SHARD) -> None:
-    """Write a checkpoint of F32, F16 and BF16 tensors, one in memory at a time, into an existing folder.
+    """Write a checkpoint of F32, F16 and BF16 tensors, one in memory at a time, into an empty folder.
 
     A file holds up to `shard` bytes of tensors, and at least one. Raises CheckpointError when a tensor's format, the
     rotary scaling or the file system does not allow it, and TokenizerError as `text.huggingface.files` does.
@@ -391,9 +396,8 @@ def _configurations(source: Checkpoint) -> dict[str, dict[str, Any]]:
     c, tokenizer = source.config, source.tokenizer
     formats = {tensor.format for tensor in source.tensors.values() if len(tensor.shape) == 2}
     dtype = _DTYPES.get(min(formats), "float32") if len(formats) == 1 else "float32"
-    others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
-    eos = tokenizer.eos_id if not others else [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), *others]
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
+    stops = sorted(tokenizer.stop_ids, key=lambda token: (token != tokenizer.eos_id, token))
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,28 +158,35 @@ def _unused(ids: Iterable[int]) -> Tokens:
 def _scores(path: Path, pieces: Sequence[str], types: Sequence[int], merges: Sequence[str]) -> list[float]:
     """Scores in the order of `merges`. Raises TokenizerError when no scores have that order.
 
-    SentencePiece joins any two pieces whose text together is a piece, the best first. So every way to cut a piece into
-    two must be among the merges, and the merges that make a piece must stand together.
+    SentencePiece joins any two pieces whose text together is a piece, the best first, and of equals the leftmost. So
+    every way to cut a piece into two must be among the merges, and the merges that make a piece must stand together.
+    Llama 2's runs of spaces are all equally good; a run grows from the left where the longest left part comes first.
     """
     normal = {text for text, kind in zip(pieces, types, strict=True) if kind == NORMAL}
-    ranks: dict[str, int] = {}
-    made: dict[str, int] = {}  # how many merges make a piece
+    cuts = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    cuts = [(left, right) for left, right in cuts if {left, right, left + right} <= normal]  # no control tokens
+    runs = [cut for cut in cuts if not "".join(cut).strip(_SPACE)]
+    equals = {left + right for left, right in runs} if runs == sorted(runs, key=_longest_first) else set()
+    ranks: dict[str, int] = {}  # of each piece that is made, all equals as a space
     last = ""
-    for left, _, right in (merge.partition(" ") for merge in merges):
-        piece = left + right
-        if not {left, right, piece} <= normal:
-            continue  # text never becomes a control token
+    for left, right in cuts:
+        piece = _SPACE if left + right in equals else left + right
         if piece != last and piece in ranks:
             raise TokenizerError(f"{path}: merges to {piece!r} do not stand together; a tokenizer.model is needed")
         last = piece
         ranks.setdefault(piece, len(ranks))
-        made[piece] = made.get(piece, 0) + 1
+    made = Counter(left + right for left, right in cuts)
     for piece in normal:
-        cuts = sum(piece[:i] in normal and piece[i:] in normal for i in range(1, len(piece)))
-        if cuts != made.get(piece, 0):
-            raise TokenizerError(f"{path}: {piece!r} is not made by all {cuts} merges; a tokenizer.model is needed")
-    kinds = zip(pieces, types, strict=True)
-    return [-float(ranks.get(piece, len(ranks))) if kind == NORMAL else 0.0 for piece, kind in kinds]
+        count = sum(piece[:i] in normal and piece[i:] in normal for i in range(1, len(piece)))
+        if count != made[piece]:
+            raise TokenizerError(f"{path}: {piece!r} is not made by all {count} merges; a tokenizer.model is needed")
+    places = (ranks.get(_SPACE if piece in equals else piece, len(ranks)) for piece in pieces)
+    return [-float(place) if kind == NORMAL else 0.0 for place, kind in zip(places, types, strict=True)]
+
+
+def _longest_first(cut: tuple[str, str]) -> tuple[int, int]:
+    """The order of the ways to make pieces that are equally good, as transformers has it."""
+    return -len(cut[0]), -len(cut[1])
 
 
 def _adds_space(path: Path, source: Mapping[str, Any]) -> bool:
@@ -266,14 +274,11 @@ def _library(source: Tokenizer, parts: tokenizer.Vocabulary) -> Any:
 
 def _merges(parts: tokenizer.Vocabulary) -> list[tuple[str, str]]:
     """Every way to make a piece of two, the best piece first, as SentencePiece does it without a list."""
-    normal = {text: i for i, (text, kind) in enumerate(zip(parts.pieces, parts.types, strict=True)) if kind == NORMAL}
-    scores = parts.scores or ()
-    return [
-        (piece[:i], piece[i:])
-        for piece in sorted(normal, key=lambda text: -scores[normal[text]])
-        for i in range(1, len(piece))
-        if piece[:i] in normal and piece[i:] in normal
-    ]
+    scores = dict(zip(parts.pieces, parts.scores or (), strict=True))
+    normal = {text for text, kind in zip(parts.pieces, parts.types, strict=True) if kind == NORMAL}
+    cuts = [(text[:i], text[i:]) for text in normal for i in range(1, len(text))]
+    known = [(left, right) for left, right in cuts if left in normal and right in normal]
+    return sorted(known, key=lambda cut: (-scores["".join(cut)], *_longest_first(cut), cut))
 
 
 def _object(path: Path) -> dict[str, Any]:
