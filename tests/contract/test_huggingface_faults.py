@@ -351,6 +351,24 @@ def bpe(**values: Any) -> Edit:
     return lambda folder: folder.tokenizer["model"].update(values)
 
 
+def merged(*merges: str) -> Edit:
+    """A vocabulary in which aaa can be made in two ways."""
+    pieces = ["<unk>", "a", "b", "aa", "aaa", "ab"]
+
+    def edit(folder: Folder) -> None:
+        folder.tokenizer["added_tokens"] = []
+        folder.tokenizer["model"] |= {"vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": [*merges]}
+
+    return edit
+
+
+def test_merges_that_stand_together(tmp_path: Path) -> None:
+    folder = Folder()
+    merged("a a", "aa a", "a aa", "a b")(folder)
+    folder.config |= {"bos_token_id": None, "eos_token_id": None}
+    assert checkpoint.open(folder.write(tmp_path / "model")).tokenizer.encode("aaaaa")[-2:] == [3, 4]  # aa aa a
+
+
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
@@ -358,6 +376,8 @@ def bpe(**values: Any) -> Edit:
         (bpe(vocab={str(i): i for i in range(7)}), "has 7 tokens, and the model 6 rows of embeddings"),
         (bpe(vocab={"<unk>": 0, "▁": 1, "a": 10**9}), "the ids of its .* tokens are not 0 to"),
         (bpe(vocab=[1]), "malformed"),
+        (merged("a a", "aa a", "a b", "a aa"), "merges to 'aaa' do not stand together"),
+        (merged("a a", "aa a", "a b"), "'aaa' is not made by all 2 merges"),
         (bpe(merges=[]), "'▁a' is not made by all 1 merges; a tokenizer.model is needed"),
         (
             tokenizer_json(normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}),

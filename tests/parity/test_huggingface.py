@@ -24,6 +24,7 @@ from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
 from llama2.errors import CheckpointError
 from llama2.text import huggingface as tokenizer_files
+from llama2.text.tokenizer import from_sentencepiece
 from texts import from_pieces, strings, train_bpe, train_sentencepiece
 
 if TYPE_CHECKING:
@@ -378,6 +379,29 @@ def test_vocabulary_that_transformers_saved(tmp_path: Path) -> None:
         assert again.encode(text) == ours.encode(text), text
         if text[:1] not in (" ", "▁") and "<s>" not in text and "</s>" not in text:
             assert again.encode(text) == theirs.encode(text, add_special_tokens=False), text
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False, "add_eos_token": False}])
+def test_tokens_that_the_post_processor_adds(settings: dict[str, bool], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    ours = from_sentencepiece(tmp_path / "tokenizer.model", add_eos=True)
+    for name, content in tokenizer_files.files(ours, None).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "tokenizer.model").unlink()
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("a", "b") == [
+        1,
+        *ours.encode("a"),
+        2,
+        1,
+        *ours.encode("b"),
+        2,
+    ]
+    ends = {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(ends | settings))
+    again = tokenizer_files.read(tmp_path)
+    assert again.add_bos == again.add_eos == (not settings)
 
 
 def test_added_tokens(tmp_path: Path) -> None:
