@@ -382,26 +382,21 @@ def test_vocabulary_that_transformers_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"add_bos_token": False, "add_eos_token": False}])
-def test_tokens_that_the_post_processor_adds(settings: dict[str, bool], tmp_path: Path) -> None:
+@pytest.mark.parametrize("eos", [True, False])
+def test_tokens_that_the_post_processor_adds(settings: dict[str, bool], eos: bool, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
-    ours = from_sentencepiece(tmp_path / "tokenizer.model", add_eos=True)
+    ours = from_sentencepiece(tmp_path / "tokenizer.model", add_eos=eos)
     for name, content in tokenizer_files.files(ours, None).items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "tokenizer.model").unlink()
-    assert AutoTokenizer.from_pretrained(tmp_path).encode("a", "b") == [
-        1,
-        *ours.encode("a"),
-        2,
-        1,
-        *ours.encode("b"),
-        2,
-    ]
+    one, two = (ours.encode(text, bos=True, eos=eos) for text in "ab")
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("a", "b") == one + two
     ends = {"bos_token": "<s>", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(ends | settings))
     again = tokenizer_files.read(tmp_path)
-    assert again.add_bos == again.add_eos == (not settings)
+    assert (again.add_bos, again.add_eos) == (not settings, eos and not settings)
 
 
 def test_added_tokens(tmp_path: Path) -> None:
