@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 import llama2
 from llama2 import checkpoint
-from llama2.checkpoint import Tensor, gguf_writer, huggingface
+from llama2.checkpoint import Tensor, gguf_writer, huggingface, quantize
 from llama2.config import RopeScaling
 from llama2.engine.runner import Batch, Runner
 from llama2.engine.runner_native import NativeRunner
@@ -111,7 +112,7 @@ def test_transformers_loads_what_is_written(name: str, saved: Callable[[str], Pa
     from safetensors.torch import load_file
 
     model = checkpoint.open(saved(name))
-    huggingface.write(tmp_path, model, shard=100_000)
+    huggingface.write(model, tmp_path, shard=100_000)
     before, after = network_of(saved(name)), network_of(tmp_path)
     for key, value in before.state_dict().items():
         assert np.array_equal(value.numpy(), after.state_dict()[key].numpy()), key
@@ -131,7 +132,7 @@ def test_transformers_loads_what_is_written(name: str, saved: Callable[[str], Pa
 
 @pytest.mark.parametrize("name", ["grouped", "multi-head, tied", "multi-query, long heads", "bfloat16"])
 def test_transformers_loads_gguf(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
-    gguf_writer.write(tmp_path / "model.gguf", checkpoint.open(saved(name)))
+    gguf_writer.write(checkpoint.open(saved(name)), tmp_path / "model.gguf")
     expected = theirs(network_of(saved(name)))
     assert np.array_equal(theirs(network_of(tmp_path, gguf_file="model.gguf")), expected)
 
@@ -139,15 +140,15 @@ def test_transformers_loads_gguf(name: str, saved: Callable[[str], Path], tmp_pa
 @pytest.mark.parametrize("name", MODELS)
 def test_gguf_gives_the_same_bits(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     model = checkpoint.open(saved(name))
-    gguf_writer.write(tmp_path / "model.gguf", model)
+    gguf_writer.write(model, tmp_path / "model.gguf")
     again = checkpoint.open(tmp_path / "model.gguf")
     for key, tensor in model.tensors.items():
         assert np.array_equal(again.tensors[key].dequantize(), tensor.dequantize())
     np.testing.assert_allclose(
         again.config.inverse_frequencies(), model.config.inverse_frequencies(), rtol=1e-7, atol=0
     )
-    huggingface.write(tmp_path, again)  # and back, from divisors to their rule
-    assert checkpoint.open(tmp_path).config.rope_scaling == model.config.rope_scaling
+    huggingface.write(again, tmp_path)  # and back: from divisors to their rule, from float32 to decimals
+    assert checkpoint.open(tmp_path).config == model.config
 
 
 def test_rows_by_hand() -> None:
@@ -164,7 +165,7 @@ def test_rows_by_hand() -> None:
 
 def test_nothing_is_read_before_it_is_touched(saved: Callable[[str], Path], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    huggingface.write(tmp_path, checkpoint.open(saved("grouped")))
+    huggingface.write(checkpoint.open(saved("grouped")), tmp_path)
     model = checkpoint.open(tmp_path)
     with path.open("r+b") as file:  # the mapping sees what is written into the file after it was opened
         file.seek(8 + int.from_bytes(file.read(8), "little"))
@@ -178,7 +179,7 @@ def test_nothing_is_read_before_it_is_touched(saved: Callable[[str], Path], tmp_
 
 
 def test_a_folder_opens_like_any_model(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    gguf_writer.write(tmp_path / "model.gguf", checkpoint.open(saved("bfloat16")))
+    gguf_writer.write(checkpoint.open(saved("bfloat16")), tmp_path / "model.gguf")
     answers = []
     for path in (saved("bfloat16"), tmp_path / "model.gguf"):
         with llama2.load(path) as model:
@@ -209,7 +210,7 @@ def test_a_repository_of_the_hub_opens(
 
 def test_weights_that_changed_are_checked_again(saved: Callable[[str], Path], tmp_path: Path) -> None:
     """What is kept of a folder is known by the times of its files, not by the folder's own."""
-    huggingface.write(tmp_path, checkpoint.open(saved("grouped")))
+    huggingface.write(checkpoint.open(saved("grouped")), tmp_path)
     path = tmp_path / "model.safetensors"
     NativeRunner(checkpoint.open(tmp_path), 1)
     with path.open("r+b") as file:
@@ -274,28 +275,34 @@ def test_defaults_of_older_files(saved: Callable[[str], Path], tmp_path: Path) -
     assert checkpoint.open(multi_head).config.n_kv_heads == 3
 
 
-def test_what_no_configuration_says(saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_divisors_that_follow_no_rule(saved: Callable[[str], Path], tmp_path: Path) -> None:
     model = checkpoint.open(saved("grouped"))
     divisors = (1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0)
     model.config = replace(model.config, rope_scaling=RopeScaling("llama3", divisors=divisors))
-    with pytest.raises(CheckpointError, match=r"rotary divisors are not those of Llama 3\.1's rule"):
-        huggingface.write(tmp_path, model)
-    norm = model.tensors["norm.weight"]
-    model.config = replace(model.config, rope_scaling=None)
-    model.tensors = {**model.tensors, "norm.weight": replace(norm, format="Q8_0")}
-    with pytest.raises(
-        CheckpointError, match=r"tensor 'model\.norm\.weight' has format Q8_0, which safetensors does not"
-    ):
-        huggingface.write(tmp_path, model)
+    with pytest.raises(CheckpointError, match=r"has rotary divisors that are not Llama 3\.1's"):
+        huggingface.write(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_quantised_weights_become_float32(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    model = checkpoint.open(saved("bfloat16"))
+    name = "layers.1.attention.wq.weight"
+    wq = model.tensors[name]
+    eight = replace(wq, format="Q8_0", source=quantize.quantize(wq.dequantize(), "Q8_0"))
+    model.tensors = {**model.tensors, name: eight}
+    huggingface.write(model, tmp_path)
+    again = checkpoint.open(tmp_path).tensors
+    assert {key for key, tensor in again.items() if tensor.format == "F32"} == {name}
+    assert np.array_equal(again[name].dequantize(), eight.dequantize())
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"  # which holds them all
 
 
 def test_files_that_cannot_be_written(saved: Callable[[str], Path], tmp_path: Path) -> None:
     model = checkpoint.open(saved("grouped"))
-    with pytest.raises(
-        CheckpointError, match=r"absent/model\.safetensors: cannot be written \(No such file or directory\)"
-    ):
-        huggingface.write(tmp_path / "absent", model)
+    (tmp_path / "taken" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"taken/model\.safetensors: cannot be written \(Is a directory\)"):
+        huggingface.write(model, tmp_path / "taken")
+    shutil.rmtree(tmp_path / "taken")
     name, tensor = "layers.1.feed_forward.w3.weight", model.tensors["layers.1.feed_forward.w3.weight"]
 
     def full() -> NDArray[np.uint8]:
@@ -304,7 +311,7 @@ def test_files_that_cannot_be_written(saved: Callable[[str], Path], tmp_path: Pa
     model.tensors = {**model.tensors, name: replace(tensor, source=full)}
     for path, write in ((tmp_path / "model.gguf", gguf_writer.write), (tmp_path, huggingface.write)):
         with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\); free some room"):
-            write(path, model)
+            write(model, path)
     assert not list(tmp_path.iterdir())
 
 
@@ -427,7 +434,7 @@ def test_what_ends_an_answer(saved: Callable[[str], Path], tmp_path: Path) -> No
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2], "temperature": 0.6}))
     model = checkpoint.open(folder)
     assert model.tokenizer.stop_ids == {2, 5, 7}
-    huggingface.write(tmp_path, model)
+    huggingface.write(model, tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {
         "bos_token_id": 1,
         "eos_token_id": [7, 2],
@@ -436,7 +443,7 @@ def test_what_ends_an_answer(saved: Callable[[str], Path], tmp_path: Path) -> No
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [2, 5, 7]
     assert checkpoint.open(tmp_path).tokenizer.stop_ids == {2, 5, 7}
     with pytest.raises(CheckpointError, match=r"tokens \[5, 7\] end an answer, and GGUF has one besides EOS"):
-        gguf_writer.write(tmp_path / "model.gguf", model)
+        gguf_writer.write(model, tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(
@@ -460,6 +467,6 @@ def test_chat_templates(
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: llama2\n---\n# A model\n")
     model = checkpoint.open(folder)
     assert (model.template, model.licence, model.name) == (expected, "llama2", "model")
-    huggingface.write(tmp_path, model)
+    huggingface.write(model, tmp_path)
     again = checkpoint.open(tmp_path)
     assert (again.template, again.licence) == (expected, "llama2")

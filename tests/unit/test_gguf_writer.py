@@ -32,7 +32,7 @@ def rewrite(folder: Path, **options: Any) -> tuple[gguf.GGUFReader, gguf.GGUFRea
     """A random Llama as the package writes it, as it is written here, and that as it is read here."""
     source, path = folder / "source.gguf", folder / "written.gguf"
     write_tiny_gguf(source, **options)
-    gguf_writer.write(path, checkpoint.open(source))
+    gguf_writer.write(checkpoint.open(source), path)
     return gguf.GGUFReader(source), gguf.GGUFReader(path), checkpoint.open(path)
 
 
@@ -120,7 +120,7 @@ def test_divisors_of_llama3(tmp_path: Path) -> None:
     model = checkpoint.open(tmp_path / "source.gguf")
     rule = RopeScaling("llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
     model.config = replace(model.config, rope_scaling=rule)
-    gguf_writer.write(tmp_path / "written.gguf", model)
+    gguf_writer.write(model, tmp_path / "written.gguf")
     (found,) = (t.data for t in gguf.GGUFReader(tmp_path / "written.gguf").tensors if t.name == "rope_freqs.weight")
     numbers = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     numbers |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
@@ -138,7 +138,7 @@ def test_norms_become_float32(tmp_path: Path) -> None:
     norm = model.tensors["norm.weight"]
     halves = quantize.quantize(norm.dequantize(), "F16")
     model.tensors = {**model.tensors, norm.name: Tensor(norm.name, "F16", norm.shape, lambda: halves)}
-    gguf_writer.write(tmp_path / "written.gguf", model)
+    gguf_writer.write(model, tmp_path / "written.gguf")
     (found,) = (t for t in gguf.GGUFReader(tmp_path / "written.gguf").tensors if t.name == "output_norm.weight")
     assert found.tensor_type.name == "F32"
     assert np.array_equal(found.data, halves.view("<f2").astype(np.float32))

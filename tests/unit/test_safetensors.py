@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llama2.checkpoint import Tensor, safetensors
+from llama2.errors import CheckpointError
 
 TENSORS = {
     "a": torch.arange(15, dtype=torch.float32).reshape(3, 5) / 7,
@@ -39,9 +40,8 @@ def test_what_the_library_wrote(tmp_path: Path) -> None:
 def test_what_the_library_reads(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     formats = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    safetensors.write(
-        path, [Tensor(name, formats[t.dtype], tuple(t.shape), as_bytes(t)) for name, t in TENSORS.items()]
-    )
+    tensors = [Tensor(name, formats[t.dtype], tuple(t.shape), as_bytes(t)) for name, t in TENSORS.items()]
+    safetensors.write(tensors, path)
     read = load_file(path)
     assert read.keys() == TENSORS.keys()
     assert all(read[name].dtype == t.dtype and torch.equal(read[name], t) for name, t in TENSORS.items())
@@ -65,3 +65,10 @@ def test_tensors_at_any_address(odd: int, tmp_path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
     for name, tensor in safetensors.read(path).items():
         assert np.array_equal(tensor.dequantize(), TENSORS[name].float().numpy())
+
+
+def test_formats_that_it_has_not(tmp_path: Path) -> None:
+    tensor = Tensor("a", "Q8_0", (1, 32), np.zeros(34, np.uint8))
+    with pytest.raises(CheckpointError, match=r"tensor 'a' has format Q8_0, which safetensors does not have"):
+        safetensors.write([tensor], tmp_path / "some.safetensors")
+    assert not list(tmp_path.iterdir())

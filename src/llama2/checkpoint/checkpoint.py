@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,12 @@ class Tensor:
         from llama2.checkpoint import quantize
 
         return quantize.dequantize(self.data, self.format, self.shape)
+
+    def in_float32(self) -> Tensor:
+        """This tensor in F32, which is made whenever it is touched."""
+        if self.format == "F32":
+            return self
+        return replace(self, format="F32", source=lambda: self.dequantize().view(np.uint8).reshape(-1))
 
 
 @dataclass

@@ -6,12 +6,10 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.gguf import ROPE_FREQS, names
@@ -37,15 +35,16 @@ _FILE_TYPES = {
 _PRE = {"gpt2": "gpt-2"}
 
 
-def write(path: Path, source: Checkpoint) -> None:
-    """Write a checkpoint, one tensor in memory at a time; norms, which llama.cpp wants so, become F32.
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a model to `path`, one tensor in memory at a time.
 
-    Raises CheckpointError when the file system does not allow it, and TokenizerError as `Tokenizer.vocabulary` does.
+    Tensors keep their format, but norms become F32, as llama.cpp wants them. Raises CheckpointError when several tokens
+    end an answer or the file system does not allow it, and TokenizerError as `Tokenizer.vocabulary` does.
     """
-    tensors = _tensors(source)
-    keys = _general(source) | _hyperparameters(source.config) | _vocabulary(path, source.tokenizer)
-    if source.template is not None:
-        keys["tokenizer.chat_template"] = _text(source.template)
+    tensors = _tensors(checkpoint)
+    keys = _general(checkpoint) | _hyperparameters(checkpoint.config) | _vocabulary(checkpoint)
+    if checkpoint.template is not None:
+        keys["tokenizer.chat_template"] = _text(checkpoint.template)
     ends = list(accumulate((_aligned(tensor.nbytes) for tensor in tensors), initial=0))
     header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
     header += b"".join(_string(key) + value for key, value in keys.items())
@@ -60,36 +59,30 @@ def write(path: Path, source: Checkpoint) -> None:
             file.write(bytes(_aligned(tensor.nbytes) - tensor.nbytes))
 
 
-def _tensors(source: Checkpoint) -> list[Tensor]:
+def _tensors(checkpoint: Checkpoint) -> list[Tensor]:
     """The tensors under GGUF's names, and Llama 3.1's rotary divisors as one."""
     tensors = []
-    for name, theirs in names(source.config).items():
-        tensor = replace(source.tensors[name], name=theirs)
-        if len(tensor.shape) == 1 and tensor.format != "F32":
-            tensor = replace(tensor, format="F32", source=partial(_float32, tensor))
-        tensors.append(tensor)
-    scaling = source.config.rope_scaling
+    for name, theirs in names(checkpoint.config).items():
+        tensor = replace(checkpoint.tensors[name], name=theirs)
+        tensors.append(tensor.in_float32() if len(tensor.shape) == 1 else tensor)
+    scaling = checkpoint.config.rope_scaling
     if scaling and scaling.kind == "llama3":
-        divisors = np.array(source.config.rope_divisors(), "<f4")
+        divisors = np.array(checkpoint.config.rope_divisors(), "<f4")
         tensors.insert(0, Tensor(ROPE_FREQS, "F32", divisors.shape, divisors.view(np.uint8)))
     return tensors
 
 
-def _float32(tensor: Tensor) -> NDArray[np.uint8]:
-    return tensor.dequantize().view(np.uint8)
-
-
-def _general(source: Checkpoint) -> Keys:
-    formats = Counter(tensor.format for tensor in source.tensors.values() if len(tensor.shape) == 2)
+def _general(checkpoint: Checkpoint) -> Keys:
+    formats = Counter(tensor.format for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2)
     ((most, _),) = formats.most_common(1)
     keys = {
         "general.architecture": _text("llama"),
         "general.type": _text("model"),
-        "general.name": _text(source.name),
+        "general.name": _text(checkpoint.name),
         "general.file_type": _number(_U32, _FILE_TYPES[most]),
     }
-    if source.licence is not None:
-        keys["general.license"] = _text(source.licence)
+    if checkpoint.licence is not None:
+        keys["general.license"] = _text(checkpoint.licence)
     if any(FORMATS[format].block > 1 for format in formats):
         keys["general.quantization_version"] = _number(_U32, 2)
     return keys
@@ -116,7 +109,8 @@ def _hyperparameters(c: ModelConfig) -> Keys:
     return keys
 
 
-def _vocabulary(path: Path, tokenizer: Tokenizer) -> Keys:
+def _vocabulary(checkpoint: Checkpoint) -> Keys:
+    tokenizer = checkpoint.tokenizer
     parts = tokenizer.vocabulary()
     bpe = parts.kind == "bpe"
     keys = {
@@ -136,7 +130,7 @@ def _vocabulary(path: Path, tokenizer: Tokenizer) -> Keys:
         "bos": tokenizer.bos_id,
         "eos": tokenizer.eos_id,
         "unknown": parts.unk_id,
-        "eot": _end_of_turn(path, tokenizer),
+        "eot": _end_of_turn(checkpoint.path, tokenizer),
     }
     return keys | {f"tokenizer.ggml.{name}_token_id": _number(_U32, id) for name, id in ids.items() if id is not None}
 

@@ -346,28 +346,30 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def write(folder: Path, source: Checkpoint, *, shard: int = _SHARD) -> None:
-    """Write a checkpoint of F32, F16 and BF16 tensors, one in memory at a time, into an empty folder.
+def write(checkpoint: Checkpoint, folder: Path, *, shard: int = _SHARD) -> None:
+    """Write a model to `folder`, with one tensor in memory at a time. A file has at least one, and up to `shard` bytes.
 
-    A file holds up to `shard` bytes of tensors, and at least one. Raises CheckpointError when a tensor's format, the
-    rotary scaling or the file system does not allow it, and TokenizerError as `text.huggingface.files` does.
+    Floats keep their format; quantised weights become F32. Raises CheckpointError for rotary scaling that config.json
+    cannot express, and when the file system does not allow it; TokenizerError as `text.huggingface.files` does.
     """
     from llama2.text import huggingface
 
-    config = source.config
-    texts = huggingface.files(source.tokenizer, source.template)
-    texts |= {name: _json(value) for name, value in _configurations(source).items()}
-    if source.licence is not None:
-        texts["README.md"] = f"---\nlicense: {source.licence}\n---\n".encode()
+    config = checkpoint.config
+    texts = huggingface.files(checkpoint.tokenizer, checkpoint.template)
+    texts |= {name: _json(value) for name, value in _configurations(checkpoint).items()}
+    if checkpoint.licence is not None:
+        texts["README.md"] = f"---\nlicense: {checkpoint.licence}\n---\n".encode()
     tensors = []
     for name, theirs in _names(config).items():
-        tensor, heads = source.tensors[name], _heads(name, config)
+        tensor, heads = checkpoint.tensors[name], _heads(name, config)
+        tensor = tensor if tensor.format in safetensors.DTYPES else tensor.in_float32()
         tensors.append(replace(in_halves(tensor, heads) if heads else tensor, name=theirs))
     files = [[tensor for _, tensor in part] for _, part in groupby(_numbered(tensors, shard), key=lambda pair: pair[0])]
+    folder.mkdir(parents=True, exist_ok=True)
     places: dict[str, str] = {}
     for i, part in enumerate(files, 1):
         file = _WHOLE if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
-        safetensors.write(folder / file, part)
+        safetensors.write(part, folder / file)
         places |= {tensor.name: file for tensor in part}
     if len(files) > 1:
         total = sum(tensor.nbytes for tensor in tensors)
@@ -391,10 +393,10 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _configurations(source: Checkpoint) -> dict[str, dict[str, Any]]:
+def _configurations(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """`config.json` and `generation_config.json`, in the keys that transformers 4 and 5 understand."""
-    c, tokenizer = source.config, source.tokenizer
-    formats = {tensor.format for tensor in source.tensors.values() if len(tensor.shape) == 2}
+    c, tokenizer = checkpoint.config, checkpoint.tokenizer
+    formats = {tensor.format for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2}
     dtype = _DTYPES.get(min(formats), "float32") if len(formats) == 1 else "float32"
     stops = sorted(tokenizer.stop_ids, key=lambda token: (token != tokenizer.eos_id, token))
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
@@ -410,9 +412,9 @@ def _configurations(source: Checkpoint) -> dict[str, dict[str, Any]]:
         "head_dim": c.head_dim,
         "vocab_size": c.vocab_size,
         "max_position_embeddings": c.context_length,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": _rope_scaling(c),
+        "rms_norm_eps": _shortest(c.norm_eps),
+        "rope_theta": _shortest(c.rope_theta),
+        "rope_scaling": _rope_scaling(checkpoint),
         "tie_word_embeddings": c.tied_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
@@ -420,16 +422,22 @@ def _configurations(source: Checkpoint) -> dict[str, dict[str, Any]]:
         "use_cache": True,
         **ends,
     }
-    return {"config.json": config, "generation_config.json": ends | dict(source.metadata.get("generation_config", {}))}
+    generation = ends | dict(checkpoint.metadata.get("generation_config", {}))
+    return {"config.json": config, "generation_config.json": generation}
 
 
-def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+def _shortest(value: float) -> float:
+    """GGUF has numbers in float32: 1e-5 again, not 9.9999997e-6."""
+    return float(str(np.float32(value))) if np.float32(value) == value else value
+
+
+def _rope_scaling(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The scaling by its rule. Divisors, as GGUF has them, are Llama 3.1's of some factor, or cannot be written."""
-    scaling = config.rope_scaling
+    scaling = checkpoint.config.rope_scaling
     if scaling is None:
         return None
     if scaling.divisors is not None:
-        scaling = _rule(config, scaling.divisors)
+        scaling = _rule(checkpoint, scaling.divisors)
     if scaling.kind == "linear":
         return {"rope_type": "linear", "factor": scaling.factor}
     return {
@@ -441,10 +449,10 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
     }
 
 
-def _rule(config: ModelConfig, divisors: Sequence[float]) -> RopeScaling:
+def _rule(checkpoint: Checkpoint, divisors: Sequence[float]) -> RopeScaling:
     """Llama 3.1's scaling with these divisors, which GGUF keeps in float32. Raises CheckpointError without one."""
     for context in (1 << k for k in range(5, 21)):
         rule = RopeScaling("llama3", factor=max(divisors), original_context=context)
-        if np.allclose(divisors, replace(config, rope_scaling=rule).rope_divisors(), rtol=1e-6, atol=0):
+        if np.allclose(divisors, replace(checkpoint.config, rope_scaling=rule).rope_divisors(), rtol=1e-6, atol=0):
             return rule
-    raise CheckpointError("its rotary divisors are not those of Llama 3.1's rule, and config.json has no other")
+    raise CheckpointError(f"{checkpoint.path}: has rotary divisors that are not Llama 3.1's; config.json has no others")

@@ -69,7 +69,7 @@ def _numbers(values: Any) -> list[int]:
     return []
 
 
-def write(path: Path, tensors: Sequence[Tensor]) -> None:
+def write(tensors: Sequence[Tensor], path: Path) -> None:
     """A file of these tensors, one in memory at a time. Raises CheckpointError.
 
     Wider numbers stand first, so that each tensor lies at a multiple of its numbers' size.
