@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,12 @@ class Tensor:
 
         return quantize.dequantize(self.data, self.format, self.shape)
 
+    def in_float32(self) -> Tensor:
+        """This tensor in F32, which is made whenever it is touched."""
+        if self.format == "F32":
+            return self
+        return replace(self, format="F32", source=lambda: self.dequantize().view(np.uint8).reshape(-1))
+
 
 @dataclass
 class Checkpoint:
@@ -59,7 +65,7 @@ class Checkpoint:
     """
 
     path: Path
-    format: str  # "gguf", "meta", "llama2c", later "huggingface"
+    format: str  # "gguf", "huggingface", "meta", "llama2c"
     config: ModelConfig
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, Any]
@@ -104,10 +110,12 @@ def open(path: str | Path, *, vocabulary: Path | None = None, tokenizer: Path | 
     `vocabulary` is where what was derived from the model's vocabulary is kept, so that the next start is quick.
     `tokenizer` is a file that replaces the model's own (`read_tokenizer`).
     """
-    from llama2.checkpoint import gguf, llama2c, meta
+    from llama2.checkpoint import gguf, huggingface, llama2c, meta
 
     path = Path(path)
-    if meta.matches(path):
+    if huggingface.matches(path):
+        opened = huggingface.read(path)
+    elif meta.matches(path):
         opened = meta.read(path)
     elif llama2c.matches(path):
         opened = llama2c.read(path)
