@@ -272,16 +272,13 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 def _vocabulary(checkpoint: Checkpoint) -> bytes:
     """The `tokenizer.bin` of a checkpoint."""
-    from sentencepiece import SentencePieceProcessor
-
     tokenizer = checkpoint.tokenizer
-    model = tokenizer.model_file()
-    library = SentencePieceProcessor(model_proto=model) if model else None
-    if library is None or (library.unk_id(), tokenizer.bos_id, tokenizer.eos_id) != (0, 1, 2):
+    v = tokenizer.vocabulary()
+    if v.scores is None or (v.unk_id, tokenizer.bos_id, tokenizer.eos_id) != (0, 1, 2):
         raise CheckpointError(
             f"{checkpoint.path}: llama2.c needs a SentencePiece vocabulary with <unk>, <s> and </s> at 0, 1 and 2"
         )
-    pieces = [library.id_to_piece(token).replace("▁", " ").encode() for token in range(tokenizer.vocab_size)]
+    pieces = [piece.replace("▁", " ").encode() for piece in v.pieces]
     pieces[: len(_MARKS)] = [mark.encode() for mark in _MARKS]
-    tokens = b"".join(_TOKEN.pack(library.get_score(token), len(piece)) + piece for token, piece in enumerate(pieces))
-    return struct.pack("<I", max(map(len, pieces))) + tokens
+    tokens = (_TOKEN.pack(score, len(piece)) + piece for score, piece in zip(v.scores, pieces, strict=True))
+    return struct.pack("<I", max(map(len, pieces))) + b"".join(tokens)

@@ -228,8 +228,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, shards: int = 1) -> None:
 
 def _pieces(tensor: Tensor, shards: int) -> Iterator[Bytes]:
     """What each file has of a tensor."""
-    if tensor.format not in _FLOATS:
-        tensor = replace(tensor, format="F32", source=tensor.dequantize().view(np.uint8).reshape(-1))
+    tensor = tensor if tensor.format in _FLOATS else tensor.in_float32()
     axis = _axis(tensor.name, tensor.shape)
     if axis is None:
         yield from [tensor.data] * shards
