@@ -110,20 +110,25 @@ def open(path: str | Path, *, vocabulary: Path | None = None, tokenizer: Path | 
     `vocabulary` is where what was derived from the model's vocabulary is kept, so that the next start is quick.
     `tokenizer` is a file that replaces the model's own (`read_tokenizer`).
     """
-    from llama2.checkpoint import gguf, huggingface, llama2c, meta
-
-    path = Path(path)
-    if huggingface.matches(path):
-        opened = huggingface.read(path)
-    elif meta.matches(path):
-        opened = meta.read(path)
-    elif llama2c.matches(path):
-        opened = llama2c.read(path)
-    else:
-        opened = gguf.read(path, vocabulary)
+    opened = _read(Path(path), vocabulary)
     if tokenizer is not None:
         opened._build_tokenizer = partial(read_tokenizer, tokenizer, opened.config.vocab_size)
     return opened
+
+
+def _read(path: Path, vocabulary: Path | None) -> Checkpoint:
+    from llama2.checkpoint import gguf
+
+    if not gguf.matches(path):  # the other formats are imported when they are asked: a start must be quick
+        from llama2.checkpoint import huggingface, llama2c, meta
+
+        if huggingface.matches(path):
+            return huggingface.read(path)
+        if meta.matches(path):
+            return meta.read(path)
+        if llama2c.matches(path):
+            return llama2c.read(path)
+    return gguf.read(path, vocabulary)
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

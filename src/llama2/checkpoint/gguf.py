@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from llama2.checkpoint import kept
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps
+from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps, start_of
 from llama2.checkpoint.metadata import Metadata
 from llama2.checkpoint.quantize import FORMATS, nbytes
 from llama2.config import ModelConfig, RopeScaling
@@ -76,6 +76,11 @@ _UNSUPPORTED = (
     "residual_scale",
     "logit_scale",
 )
+
+
+def matches(path: Path) -> bool:
+    """Whether a file begins as GGUF does."""
+    return start_of(path, 4) == b"GGUF"
 
 
 def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:

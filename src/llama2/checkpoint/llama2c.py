@@ -117,8 +117,6 @@ class _Layout:
 
 def matches(path: Path) -> bool:
     """Whether a file begins with llama2.c's magic number, or with the sizes of a possible model."""
-    if not path.is_file():
-        return False
     header = start_of(path, _HEADER.size)
     try:
         return header.startswith(_MAGIC) or bool(_Layout.parse(header))

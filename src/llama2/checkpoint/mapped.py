@@ -45,7 +45,9 @@ class MappedFile:
 
 
 def start_of(path: Path, size: int) -> bytes:
-    """The first bytes of a file, by which its format is told; none when it cannot be read."""
+    """The first bytes of a file, by which its format is told; none when it is no file, or cannot be read."""
+    if not path.is_file():
+        return b""
     try:
         with path.open("rb") as file:
             return file.read(size)

@@ -46,7 +46,7 @@ def matches(path: Path) -> bool:
     """Whether `path` is a folder with weights of Meta's, or a file as they are."""
     if path.is_dir():
         return any(path.glob(_SHARDS))
-    return path.is_file() and start_of(path, 4) == b"PK\3\4"
+    return start_of(path, 4) == b"PK\3\4"
 
 
 def read(path: Path) -> Checkpoint:

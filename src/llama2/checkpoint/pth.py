@@ -32,7 +32,7 @@ from llama2.errors import CheckpointError
 T = TypeVar("T")
 
 _MAX_MEMBERS = 1 << 13  # a Llama of 80 layers has 731
-_MAX_PICKLE = 1 << 19  # bytes; that Llama's has 170,000
+_MAX_PICKLE = 1 << 19  # bytes; that Llama's has up to 160,000
 
 _END = struct.Struct("<4s4H2LH")  # … entries, size and offset of the directory, length of a comment
 _LOCATOR = struct.Struct("<4sLQL")  # …, offset of the following, …
