@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,6 +296,24 @@ def test_quantised_weights_become_float32(saved: Callable[[str], Path], tmp_path
     assert {key for key, tensor in again.items() if tensor.format == "F32"} == {name}
     assert np.array_equal(again[name].dequantize(), eight.dequantize())
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"  # which holds them all
+
+
+@pytest.mark.parametrize("write", [huggingface.write, gguf_writer.write])
+def test_one_tensor_is_in_memory_at_a_time(
+    write: Callable[[Any, Path], None], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = checkpoint.open(saved("bfloat16"))
+    made: list[weakref.ref[Any]] = []
+
+    def copied(tensor: Tensor) -> NDArray[np.uint8]:
+        assert all(data() is None for data in made)
+        data = tensor.data.copy()
+        made.append(weakref.ref(data))
+        return data
+
+    model.tensors = {name: replace(t, source=partial(copied, t)) for name, t in model.tensors.items()}
+    write(model, tmp_path / "model")
+    assert len(made) == len(model.tensors) == 21  # each once
 
 
 def test_files_that_cannot_be_written(saved: Callable[[str], Path], tmp_path: Path) -> None:
