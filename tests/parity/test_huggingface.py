@@ -24,7 +24,7 @@ from llama2.config import RopeScaling
 from llama2.engine.runner import Batch, Runner
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
-from llama2.errors import CheckpointError
+from llama2.errors import CheckpointError, TokenizerError
 from llama2.text import huggingface as tokenizer_files
 from llama2.text.tokenizer import from_sentencepiece
 from texts import from_pieces, strings, train_bpe, train_sentencepiece
@@ -314,6 +314,21 @@ def test_one_tensor_is_in_memory_at_a_time(
     model.tensors = {name: replace(t, source=partial(copied, t)) for name, t in model.tensors.items()}
     write(model, tmp_path / "model")
     assert len(made) == len(model.tensors) == 21  # each once
+
+
+def test_vocabularies_that_cannot_be_written(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "model", saved("grouped"))
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece())
+    with pytest.raises(TokenizerError, match=rf"^{folder}: the user-defined token '▁▁▁' has a space"):
+        huggingface.write(checkpoint.open(folder), tmp_path / "written")
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(model_type="unigram"))
+    for write in (huggingface.write, gguf_writer.write):
+        with pytest.raises(TokenizerError, match=rf"^{folder}: its SentencePiece model is not BPE"):
+            write(checkpoint.open(folder), tmp_path / "written")
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(TokenizerError, match=rf"^{folder}/tokenizer.json: No such file or directory$"):
+        checkpoint.open(folder).tokenizer  # noqa: B018
+    assert not (tmp_path / "written").exists()
 
 
 def test_files_that_cannot_be_written(saved: Callable[[str], Path], tmp_path: Path) -> None:
