@@ -209,6 +209,20 @@ def test_a_repository_of_the_hub_opens(
         assert model.generate("Hello", max_tokens=8, seed=1) == same.generate("Hello", max_tokens=8, seed=1)
 
 
+@pytest.mark.parametrize("name", ["odd sizes", "float16", "bfloat16"])
+def test_weights_at_odd_addresses(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """As in files whose header ends anywhere."""
+    folder = write_config(tmp_path / "model", saved(name))
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little") + 1
+    path.write_bytes(length.to_bytes(8, "little") + content[8 : 7 + length] + b" " + content[7 + length :])
+    model = checkpoint.open(folder)
+    assert model.tensors["norm.weight"].data.ctypes.data % 2 == 1
+    for runner in (NumpyRunner, NativeRunner):
+        assert np.array_equal(logits(runner(model, 4)), logits(runner(checkpoint.open(saved(name)), 4)))
+
+
 def test_weights_that_changed_are_checked_again(saved: Callable[[str], Path], tmp_path: Path) -> None:
     """What is kept of a folder is known by the times of its files, not by the folder's own."""
     huggingface.write(checkpoint.open(saved("grouped")), tmp_path)
