@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from llama2.config import RopeScaling
 from llama2.engine.runner import Batch, Runner
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
-from llama2.errors import CheckpointError
+from llama2.errors import CheckpointError, TokenizerError
 from llama2.text import huggingface as tokenizer_files
 from llama2.text.tokenizer import from_sentencepiece
 from texts import from_pieces, strings, train_bpe, train_sentencepiece
@@ -208,6 +209,20 @@ def test_a_repository_of_the_hub_opens(
         assert model.generate("Hello", max_tokens=8, seed=1) == same.generate("Hello", max_tokens=8, seed=1)
 
 
+@pytest.mark.parametrize("name", ["odd sizes", "float16", "bfloat16"])
+def test_weights_at_odd_addresses(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """As in files whose header ends anywhere."""
+    folder = write_config(tmp_path / "model", saved(name))
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little") + 1
+    path.write_bytes(length.to_bytes(8, "little") + content[8 : 7 + length] + b" " + content[7 + length :])
+    model = checkpoint.open(folder)
+    assert model.tensors["norm.weight"].data.ctypes.data % 2 == 1
+    for runner in (NumpyRunner, NativeRunner):
+        assert np.array_equal(logits(runner(model, 4)), logits(runner(checkpoint.open(saved(name)), 4)))
+
+
 def test_weights_that_changed_are_checked_again(saved: Callable[[str], Path], tmp_path: Path) -> None:
     """What is kept of a folder is known by the times of its files, not by the folder's own."""
     huggingface.write(checkpoint.open(saved("grouped")), tmp_path)
@@ -295,6 +310,39 @@ def test_quantised_weights_become_float32(saved: Callable[[str], Path], tmp_path
     assert {key for key, tensor in again.items() if tensor.format == "F32"} == {name}
     assert np.array_equal(again[name].dequantize(), eight.dequantize())
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"  # which holds them all
+
+
+@pytest.mark.parametrize("write", [huggingface.write, gguf_writer.write])
+def test_one_tensor_is_in_memory_at_a_time(
+    write: Callable[[Any, Path], None], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = checkpoint.open(saved("bfloat16"))
+    made: list[weakref.ref[Any]] = []
+
+    def copied(tensor: Tensor) -> NDArray[np.uint8]:
+        assert all(data() is None for data in made)
+        data = tensor.data.copy()
+        made.append(weakref.ref(data))
+        return data
+
+    model.tensors = {name: replace(t, source=partial(copied, t)) for name, t in model.tensors.items()}
+    write(model, tmp_path / "model")
+    assert len(made) == len(model.tensors) == 21  # each once
+
+
+def test_vocabularies_that_cannot_be_written(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "model", saved("grouped"))
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece())
+    with pytest.raises(TokenizerError, match=rf"^{folder}: the user-defined token '▁▁▁' has a space"):
+        huggingface.write(checkpoint.open(folder), tmp_path / "written")
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(model_type="unigram"))
+    for write in (huggingface.write, gguf_writer.write):
+        with pytest.raises(TokenizerError, match=rf"^{folder}: its SentencePiece model is not BPE"):
+            write(checkpoint.open(folder), tmp_path / "written")
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(TokenizerError, match=rf"^{folder}/tokenizer.json: No such file or directory$"):
+        checkpoint.open(folder).tokenizer  # noqa: B018
+    assert not (tmp_path / "written").exists()
 
 
 def test_files_that_cannot_be_written(saved: Callable[[str], Path], tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -77,11 +78,18 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's own tokenizer. Raises TokenizerError when its vocabulary is damaged or unsupported."""
-        try:
+        with self.naming():
             tokenizer: Tokenizer = self._build_tokenizer()
-        except TokenizerError as error:
-            raise TokenizerError(f"{self.path}: {error}") from None
         return tokenizer
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Whatever is wrong with the vocabulary, the message begins with the checkpoint's path, or a file's in it."""
+        try:
+            yield
+        except TokenizerError as error:
+            message = str(error)
+            raise TokenizerError(message if message.startswith(str(self.path)) else f"{self.path}: {message}") from None
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -111,7 +111,8 @@ def _hyperparameters(c: ModelConfig) -> Keys:
 
 def _vocabulary(checkpoint: Checkpoint) -> Keys:
     tokenizer = checkpoint.tokenizer
-    parts = tokenizer.vocabulary()
+    with checkpoint.naming():
+        parts = tokenizer.vocabulary()
     bpe = parts.kind == "bpe"
     keys = {
         "tokenizer.ggml.model": _text("gpt2" if bpe else "llama"),

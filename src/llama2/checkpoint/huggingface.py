@@ -355,7 +355,8 @@ def write(checkpoint: Checkpoint, folder: Path, *, shard: int = _SHARD) -> None:
     from llama2.text import huggingface
 
     config = checkpoint.config
-    texts = huggingface.files(checkpoint.tokenizer, checkpoint.template)
+    with checkpoint.naming():
+        texts = huggingface.files(checkpoint.tokenizer, checkpoint.template)
     texts |= {name: _json(value) for name, value in _configurations(checkpoint).items()}
     if checkpoint.licence is not None:
         texts["README.md"] = f"---\nlicense: {checkpoint.licence}\n---\n".encode()

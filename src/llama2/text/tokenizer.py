@@ -223,7 +223,7 @@ class _SentencePiece(Tokenizer):
         model = modelproto.read(self.model_file())
         if not model.plain:
             raise TokenizerError(
-                "its SentencePiece model is no BPE that leaves the text as it is; only it can say that"
+                "its SentencePiece model is not BPE, or changes texts, which only a tokenizer.model can say"
             )
         pieces, scores, types = map(list, zip(*model.pieces, strict=True))
         return Vocabulary("sentencepiece", pieces, scores, types, None, None, model.unk_id, model.add_dummy_prefix)
