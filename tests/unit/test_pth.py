@@ -70,17 +70,16 @@ def test_tensors_are_views_of_the_file(tmp_path: Path) -> None:
         assert not tensor.data.flags.writeable
 
 
-def test_members_that_were_zipped_again_are_not_aligned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shift", [0, 1, 2, 3])
+def test_members_that_were_zipped_again(shift: int, tmp_path: Path) -> None:
+    """They lie at odd addresses, and may have their folder as a member."""
     torch.save(TENSORS, tmp_path / "a.pth")
-    for shift in range(4):
-        with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / f"{shift}.pth", "w") as new:
-            new.writestr("a/" + "x" * shift, b"")
-            for member in old.namelist():
-                new.writestr(member, old.read(member))
-        tensors = pth.read(tmp_path / f"{shift}.pth")
-        assert_same(tensors, TENSORS)
-        assert all(tensor.data.ctypes.data % 2 == 0 for tensor in tensors.values())
-        assert all(tensor.data.ctypes.data % 4 == 0 for tensor in tensors.values() if tensor.format == "F32")
+    with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:
+        new.writestr("a/", b"")
+        new.writestr("a/" + "x" * (shift + 1), b"")
+        for member in old.namelist():
+            new.writestr(member, old.read(member))
+    assert_same(pth.read(tmp_path / "b.pth"), TENSORS)
 
 
 def test_a_zip_of_64_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
