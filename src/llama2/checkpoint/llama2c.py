@@ -271,7 +271,8 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 def _vocabulary(checkpoint: Checkpoint) -> bytes:
     """The `tokenizer.bin` of a checkpoint."""
     tokenizer = checkpoint.tokenizer
-    v = tokenizer.vocabulary()
+    with checkpoint.naming():
+        v = tokenizer.vocabulary()
     if v.scores is None or (v.unk_id, tokenizer.bos_id, tokenizer.eos_id) != (0, 1, 2):
         raise CheckpointError(
             f"{checkpoint.path}: llama2.c needs a SentencePiece vocabulary with <unk>, <s> and </s> at 0, 1 and 2"
