@@ -125,7 +125,7 @@ def source(tmp_path: Path) -> checkpoint.Checkpoint:
     config = replace(CONFIG, vocab_size=704)
     params = {"dim": 64, "multiple_of": 32, "ffn_dim_multiplier": 0.5, "n_heads": 4, "n_kv_heads": 2}
     tensors = random_tensors(config, torch.float32)
-    return checkpoint.open(write_folder(tmp_path / "meta", tensors, 2, **params, max_seq_len=256))
+    return checkpoint.open(write_folder(tmp_path / "meta", tensors, 2, **params, max_seq_len=5000))
 
 
 def weights_of(model: checkpoint.Checkpoint) -> Weights:
@@ -144,10 +144,10 @@ def test_what_is_written(version: int, source: checkpoint.Checkpoint, tmp_path: 
     else:
         expected = version_0(config, weights)
         at = expected.index(b"\x7f" * 99)
-        end = at + 256 * 16 * 4
+        end = at + 5000 * 16 * 4
         assert (len(written), written[:at], written[end:]) == (len(expected), expected[:at], expected[end:])
-        angles = np.outer(np.arange(256), 10000.0 ** (-np.arange(0, 16, 2) / 16))
-        tables = np.frombuffer(written[at:end], "<f4").reshape(2, 256, 8)
+        angles = np.outer(np.arange(5000), 10000.0 ** (-np.arange(0, 16, 2) / 16))
+        tables = np.frombuffer(written[at:end], "<f4").reshape(2, 5000, 8)
         np.testing.assert_allclose(tables, [np.cos(angles), np.sin(angles)], atol=1e-6)
     assert (tmp_path / "tokenizer.bin").read_bytes() == tokenizer_bin(llama_tokens(tokenizer_model()))
     model = checkpoint.open(tmp_path / "a.bin")

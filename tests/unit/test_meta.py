@@ -276,3 +276,7 @@ def test_writers_hold_one_tensor_at_a_time(tmp_path: Path) -> None:
     assert sum(sizes) > 6 * limit
     subprocess.run([sys.executable, "-c", WRITER, str(small), str(large), str(limit)], check=True, timeout=60)
     assert_holds(checkpoint.open(large / "meta"), tensors)
+    for name, tensor in checkpoint.open(large / "c.bin").tensors.items():
+        groups = tensors[name].numpy().reshape(-1, 64)
+        error = np.abs(tensor.dequantize().reshape(-1, 64) - groups)
+        assert np.all(error <= np.abs(groups).max(axis=1, keepdims=True) / 253)  # half a step of 127, and rounding

@@ -37,16 +37,14 @@ _SIZES = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads,
 _HEADER = struct.Struct("<4si7iBi")  # magic, version, sizes, whether the output head is tied, group
 _HEADER_BYTES = 256
 _TOKEN = struct.Struct("<fI")  # score, length
-_GROUP = 64
+_GROUP, _CHUNK = 64, 1 << 12  # weights that share a scale; groups, or positions, that are computed at a time
 _EPS, _THETA = 1e-5, 10000.0
 _MARKS = ("<unk>", "\n<s>\n", "\n</s>\n")  # how tokens 0, 1 and 2 stand in a tokenizer.bin
 _TABLES = "freqs"  # cosine and sine of each position's angles, in version 0; run.c, too, skips them
 
 _ATTENTION = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
 _FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-_LEGACY_ORDER = (
-    *("tok_embeddings", "attention_norm", *_ATTENTION, "ffn_norm", *_FEED_FORWARD, "norm", _TABLES, "output"),
-)
+_LEGACY_ORDER = ("tok_embeddings", "attention_norm", *_ATTENTION, "ffn_norm", *_FEED_FORWARD, "norm", _TABLES, "output")
 _ORDER = ("attention_norm", "ffn_norm", "norm", "tok_embeddings", *_ATTENTION, *_FEED_FORWARD, "output")
 
 
@@ -188,8 +186,8 @@ def write(checkpoint: Checkpoint, path: Path, *, version: int = 1) -> None:
         for name, shape, _ in layout.parts():
             if name == _TABLES:
                 for table in (np.cos, np.sin):
-                    for start in range(0, c.context_length, 1 << 12):
-                        positions = np.arange(start, min(start + (1 << 12), c.context_length))
+                    for start in range(0, c.context_length, _CHUNK):
+                        positions = np.arange(start, min(start + _CHUNK, c.context_length))
                         file.write(table(np.outer(positions, c.inverse_frequencies())).astype("<f4").data)
                 continue
             values = checkpoint.tensors[name].dequantize()
@@ -212,9 +210,12 @@ def _from_groups(data: Bytes, count: int, group: int) -> Bytes:
 def _to_groups(values: NDArray[np.float32], group: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Integers q and scales s, the largest of a group becoming ±127: x ≈ q · s, s = max|x| / 127."""
     x = values.reshape(-1, group)
-    scales = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-    q = np.rint(np.divide(x, scales, out=np.zeros_like(x), where=scales != 0)).astype(np.int8)
-    return q, scales[:, 0]
+    q, scales = np.zeros(x.shape, np.int8), np.empty((len(x), 1), np.float32)
+    for start in range(0, len(x), _CHUNK):  # so that what is temporary stays small
+        part = slice(start, start + _CHUNK)
+        scales[part] = s = np.abs(x[part]).max(axis=1, keepdims=True) / np.float32(127)
+        q[part] = np.rint(np.divide(x[part], s, out=np.zeros_like(x[part]), where=s != 0))
+    return q, scales
 
 
 def is_tokenizer(path: Path) -> bool:
