@@ -63,28 +63,33 @@ def strings(count: int, seed: int = 0, words: float = 0.7) -> list[str]:
     return made
 
 
-def train_sentencepiece(vocab_size: int = 700) -> bytes:
-    """A SentencePiece model with Llama 2's training options (spec 2.1), from texts made here."""
+def train_sentencepiece(
+    vocab_size: int = 700, user_defined: Sequence[str] = ("<tool>", "▁▁▁"), **options: Any
+) -> bytes:
+    """A SentencePiece model with Llama 2's training options (spec 2.1) but for `options`, from texts made here."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(s for s in strings(4000, seed=7, words=1) if s.strip() and "\x00" not in s),
         model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        character_coverage=0.99,
-        max_sentence_length=4192,
-        max_sentencepiece_length=16,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        unk_surface=" \u2047 ",
-        user_defined_symbols=["<tool>", "▁▁▁"],
-        num_threads=1,
-        minloglevel=2,
+        **{
+            "model_type": "bpe",
+            "vocab_size": vocab_size,
+            "character_coverage": 0.99,
+            "max_sentence_length": 4192,
+            "max_sentencepiece_length": 16,
+            "split_digits": True,
+            "allow_whitespace_only_pieces": True,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "unk_surface": " \u2047 ",
+            "user_defined_symbols": [*user_defined],
+            "num_threads": 1,
+            "minloglevel": 2,
+            **options,
+        },
     )
     return model.getvalue()
 

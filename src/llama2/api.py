@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from llama2 import checkpoint, hub
@@ -67,19 +68,22 @@ def load(
     compile: bool = False,
     context: int | None = None,
     sequences: int = 1,
+    tokenizer: str | PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """Open a model by name, path, or repository of the Hugging Face Hub; it is fetched first if it is not here.
 
     `context` is how many tokens prompt and answer may have together, by default as many as the model was made for; a
-    shorter one saves memory. The cache holds `sequences` requests of the whole context at once. `progress` is told of a
-    fetch: what, bytes done, bytes in all. Raises HubError, CheckpointError, and what Model raises.
+    shorter one saves memory. The cache holds `sequences` requests of the whole context at once. `tokenizer` is a file
+    (`tokenizer.model`, llama2.c's `tokenizer.bin`) that replaces the model's own. `progress` is told of a fetch: what,
+    bytes done, bytes in all. Raises HubError, CheckpointError, and what Model raises.
 
     The torch runner takes the GPU if there is one, and with `compile` is faster after its first steps. In a program
     that torchrun started, it shares the model among the processes: this returns in the first, the others end here.
     """
     path = hub.locate(fspath(name_or_path), progress=progress)
-    opened = checkpoint.open(path, vocabulary=store.kept(path, "vocabulary"))
+    own = Path(tokenizer) if tokenizer is not None else None
+    opened = checkpoint.open(path, vocabulary=store.kept(path, "vocabulary"), tokenizer=own)
     return Model(opened, threads=threads, runner=runner, compile=compile, context=context, sequences=sequences)
 
 

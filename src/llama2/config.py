@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llama2.errors import ConfigError
@@ -129,6 +129,11 @@ class ModelConfig:
         if scaling.kind == "linear":
             return [f / scaling.factor for f in frequencies]
         return [_llama3(f, scaling) for f in frequencies]
+
+    def rope_divisors(self) -> list[float]:
+        """What scaling divides each of the frequencies by; head_dim / 2 values."""
+        plain = replace(self, rope_scaling=None).inverse_frequencies()
+        return [f / scaled for f, scaled in zip(plain, self.inverse_frequencies(), strict=True)]
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Meta's tensor names and their (out, in) shapes: what a complete checkpoint holds (spec 1.4a)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import struct
@@ -17,10 +16,9 @@ import pytest
 
 from gguf_bytes import ARRAY, BOOL, F32, I32, STRING, U32, GGUFBytes, TensorBytes, array, scalar, string
 from llama2 import checkpoint
-from llama2.errors import CheckpointError, ConfigError, TokenizerError
+from llama2.errors import CheckpointError, TokenizerError
 from models import write_tiny_gguf
-
-MB = 1 << 20
+from refusals import MB, assert_refused_cheaply, refusal
 
 Edit = Callable[[GGUFBytes], object]
 
@@ -214,17 +212,6 @@ FAULTS: dict[str, tuple[Edit, str]] = {
 }
 
 
-def refusal(path: Path) -> str:
-    """The message that opening `path` ends with: one line that begins with the path."""
-    with pytest.raises((CheckpointError, ConfigError)) as caught:
-        checkpoint.open(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ")
-    assert message.isprintable()
-    assert len(message) < 400 + len(str(path))
-    return message
-
-
 def test_the_unchanged_file_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(GGUFBytes().encode())
@@ -324,28 +311,6 @@ def test_blocks_of_zeros_are_finite(tmp_path: Path) -> None:
     checkpoint.open(path).check_finite()
 
 
-RUNNER = """
-import json, re, sys, time
-from pathlib import Path
-import llama2.checkpoint
-from llama2.errors import Llama2Error
-
-def peak():
-    status = Path("/proc/self/status")  # not getrusage, whose maximum is inherited from the parent
-    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", status.read_text())[1]) if status.exists() else 0
-
-before = peak()
-for path in sys.argv[1:]:
-    start = time.process_time()  # of this process alone: the machine may be busy
-    try:
-        llama2.checkpoint.open(path).check_finite()
-        reason = None
-    except Llama2Error as error:
-        reason = str(error)
-    print(json.dumps({"reason": reason, "seconds": time.process_time() - start, "memory": peak() - before}))
-"""
-
-
 def huge_files(folder: Path) -> list[Path]:
     """Files whose numbers ask for much memory or time, and that are as large as they can be for it."""
     emoji = "\N{LLAMA}" + "a" * (2 * MB)  # one wide character makes a Python string four bytes a character
@@ -379,17 +344,7 @@ def test_time_and_memory(options: list[str], tmp_path: Path) -> None:
         edit(file)
         paths.append(tmp_path / f"{i}.gguf")
         paths[-1].write_bytes(file.encode())
-    paths += huge_files(tmp_path)  # by size, for the peak of memory only grows
-    paths.sort(key=lambda path: path.stat().st_size)
-    run = subprocess.run(
-        [sys.executable, *options, "-c", RUNNER, *map(str, paths)], capture_output=True, text=True, check=True
-    )
-    results = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(results) == len(paths)
-    for path, result in zip(paths, results, strict=True):
-        assert result["reason"], path
-        assert result["seconds"] < 1, path
-        assert result["memory"] < path.stat().st_size + 64 * MB, path
+    assert_refused_cheaply(paths + huge_files(tmp_path), options)
 
 
 @pytest.mark.parametrize("options", [[], ["-O"]])

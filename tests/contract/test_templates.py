@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from llama2.errors import DialogError, TemplateError
+from llama2.text import huggingface
 from llama2.text import template as templates
 from llama2.text.dialog import Dialog, Message
-from llama2.text.tokenizer import Tokenizer, from_tokenizer_json
+from llama2.text.tokenizer import Tokenizer
 from texts import llama2_tokenizer, train_bpe
 
 CHATML = (
@@ -24,7 +25,7 @@ CHATML = (
 @cache
 def bpe() -> Tokenizer:
     with TemporaryDirectory() as folder:
-        return from_tokenizer_json(train_bpe("llama-bpe", Path(folder, "tokenizer.json")))
+        return huggingface.read(train_bpe("llama-bpe", Path(folder, "tokenizer.json")).parent)
 
 
 def ask(*contents: str) -> Dialog:

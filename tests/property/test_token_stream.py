@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_tokenizer_json
+from llama2.text import huggingface
+from llama2.text.tokenizer import Tokenizer, from_sentencepiece
 from texts import train_bpe, train_sentencepiece
 
 UNTIMED = settings(deadline=None, max_examples=200)
@@ -19,7 +20,7 @@ KINDS = pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
 def tokenizer(kind: str) -> Tokenizer:
     with TemporaryDirectory() as folder:
         if kind == "bpe":
-            return from_tokenizer_json(train_bpe("smollm", Path(folder, "tokenizer.json")))
+            return huggingface.read(train_bpe("smollm", Path(folder, "tokenizer.json")).parent)
         Path(folder, "tokenizer.model").write_bytes(train_sentencepiece())
         return from_sentencepiece(Path(folder, "tokenizer.model"))
 

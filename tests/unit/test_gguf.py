@@ -1,5 +1,7 @@
 """The GGUF reader on files written by the `gguf` package."""
 
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -218,3 +220,12 @@ def test_default_model_opens_in_50_ms(model_path: Path) -> None:
         checkpoint.open(model_path)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.05
+
+
+def test_other_formats_are_not_imported_for_gguf(tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    program = "import sys; from llama2 import checkpoint; checkpoint.open(sys.argv[1]); print(*sys.modules)"
+    command = [sys.executable, "-c", program, str(tmp_path / "tiny.gguf")]
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "llama2.checkpoint.gguf" in modules
+    assert not {"llama2.checkpoint.meta", "llama2.checkpoint.pth", "llama2.checkpoint.llama2c"} & {*modules}

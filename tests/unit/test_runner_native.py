@@ -230,7 +230,7 @@ def poisoned(model: Checkpoint, token: int) -> Checkpoint:
     table = model.tensors["tok_embeddings.weight"]
     values = table.dequantize().copy()
     values[token] = np.nan
-    return replace(model, tensors={**model.tensors, table.name: replace(table, data=values.view(np.uint8).ravel())})
+    return replace(model, tensors={**model.tensors, table.name: replace(table, source=values.view(np.uint8).ravel())})
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from llama2.errors import TokenizerError
+from llama2.text import huggingface
 from llama2.text import tokenizer as tokenizers
-from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_tokenizer_json, from_vocabulary
+from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_vocabulary
 from texts import train_bpe, train_sentencepiece
 
 # A byte-level vocabulary by hand: three control tokens, printable ASCII and space, two merges, one user-defined token.
@@ -163,6 +164,26 @@ def test_truncated_model_files_are_refused(tmp_path: Path) -> None:
         from_sentencepiece(tmp_path / "missing.model")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram"},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"treat_whitespace_as_suffix": True},
+        {},
+    ],
+)
+def test_rules_that_only_a_model_file_says(options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(**options))
+    ours = from_sentencepiece(tmp_path / "tokenizer.model")
+    if options:
+        with pytest.raises(TokenizerError, match="is not BPE, or changes texts"):
+            ours.vocabulary()
+    else:
+        assert len(ours.vocabulary().pieces) == 700
+
+
 def test_damaged_tokenizer_json_is_refused(tmp_path: Path) -> None:
     path = train_bpe("gpt2", tmp_path / "tokenizer.json", vocab_size=300)
     good = json.loads(path.read_text())
@@ -179,7 +200,7 @@ def test_damaged_tokenizer_json_is_refused(tmp_path: Path) -> None:
     for text in [json.dumps(b) for b in bad] + ["{", "[" * 10**5, "\x00"]:
         path.write_text(text)
         with pytest.raises(TokenizerError) as caught:
-            from_tokenizer_json(path)
+            huggingface.read(path.parent)
         assert "\n" not in str(caught.value)
 
 

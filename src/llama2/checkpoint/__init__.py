@@ -1,7 +1,7 @@
 """A model on disk ⇄ Checkpoint(config, tokenizer, tensors): memory-mapped, lazy, every size checked before use.
 
 Names are Meta's (`layers.0.attention.wq.weight`); rows of wq and wk stand in Meta's interleaved rotary order. Each
-public format is one file in this package that adapts to that.
+public format is adapted to that by a file of its own in this package.
 """
 
 from __future__ import annotations

@@ -11,19 +11,20 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint import kept
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps
+from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps, start_of
+from llama2.checkpoint.metadata import Metadata
 from llama2.checkpoint.quantize import FORMATS, nbytes
 from llama2.config import ModelConfig, RopeScaling
 from llama2.errors import CheckpointError, ConfigError
@@ -31,8 +32,6 @@ from llama2.text.tokenizer import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from llama2.text.tokenizer import Arrays, Tokenizer
-
-T = TypeVar("T")
 
 _MAX_KEYS = 1 << 12
 _MAX_TENSORS = 1 << 14
@@ -65,7 +64,8 @@ _LAYER_NAMES = {
     "ffn_down": "feed_forward.w2",
     "ffn_up": "feed_forward.w3",
 }
-_ROPE_FREQS = "rope_freqs.weight"
+#: The tensor of divisors by which Llama 3.1 scales its rotary frequencies.
+ROPE_FREQS = "rope_freqs.weight"
 
 # Numbers of related architectures that would change the arithmetic unless they are zero.
 _UNSUPPORTED = (
@@ -76,6 +76,11 @@ _UNSUPPORTED = (
     "residual_scale",
     "logit_scale",
 )
+
+
+def matches(path: Path) -> bool:
+    """Whether a file begins as GGUF does."""
+    return start_of(path, 4) == b"GGUF"
 
 
 def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
@@ -89,7 +94,7 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
     known = kept.read(vocabulary, path, facts) if vocabulary else None
     starts, sizes = known["spans"].view(np.int64).reshape(2, -1).tolist() if known else ([], [])
     parts = _parts(path, dict(zip(starts, sizes, strict=True)))
-    metadata = _Metadata(path, parts[0].metadata)
+    metadata = Metadata(path, parts[0].metadata)
     architecture = metadata.need("general.architecture", str)
     if architecture != "llama":
         raise CheckpointError(
@@ -127,7 +132,7 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
 def _parts(path: Path, spans: Mapping[int, int]) -> list[_Part]:
     """The file, or every file of a split model: `NAME-00001-of-00003.gguf` and its neighbours."""
     first = _Part.parse(path, spans)
-    count = _Metadata(path, first.metadata).find("split.count", int) or 1
+    count = Metadata(path, first.metadata).find("split.count", int) or 1
     if count == 1:
         return [first]
     name = re.fullmatch(r"(.+)-00001-of-(\d{5})\.gguf", path.name)
@@ -196,7 +201,7 @@ class _Part:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor under GGUF's name: known format, aligned, inside the file, apart from all others."""
         path = self.file.path
-        alignment = _Metadata(path, self.metadata).find("general.alignment", int)
+        alignment = Metadata(path, self.metadata).find("general.alignment", int)
         alignment = 32 if alignment is None else alignment
         if not (8 <= alignment <= 1 << 16 and alignment.bit_count() == 1):
             raise CheckpointError(f"{path}: general.alignment={alignment} must be a power of two from 8 to 65536")
@@ -349,39 +354,7 @@ def _decode(path: Path, data: memoryview, what: str) -> str:
         raise damaged(path, f"{what} is not UTF-8") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Metadata:
-    """Typed look-ups in a file's metadata; a CheckpointError names the key."""
-
-    path: Path
-    values: Mapping[str, Any]
-
-    def find(self, key: str, kind: type[T]) -> T | None:
-        value = self.values.get(key)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if value is not None and type(value) is not kind:
-            wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-            expected = wanted.get(kind, "an array")
-            raise CheckpointError(f"{self.path}: {key} must be {expected}; convert the model again")
-        return value
-
-    def need(self, key: str, kind: type[T]) -> T:
-        value = self.find(key, kind)
-        if value is None:
-            raise CheckpointError(f"{self.path}: lacks {key}; convert the model again")
-        return value
-
-    def numbers(self, key: str, dtype: str) -> NDArray[Any]:
-        values = self.need(key, np.ndarray)
-        if values.dtype != dtype:
-            raise CheckpointError(
-                f"{self.path}: {key} holds {values.dtype}, must hold {dtype}; convert the model again"
-            )
-        return values
-
-
-def _config(metadata: _Metadata, tensors: Mapping[str, Tensor]) -> ModelConfig:
+def _config(metadata: Metadata, tensors: Mapping[str, Tensor]) -> ModelConfig:
     path = metadata.path
     for key in _UNSUPPORTED:
         if metadata.find(f"llama.{key}", float):
@@ -410,14 +383,14 @@ def _config(metadata: _Metadata, tensors: Mapping[str, Tensor]) -> ModelConfig:
             context_length=metadata.need("llama.context_length", int),
             norm_eps=metadata.need("llama.attention.layer_norm_rms_epsilon", float),
             rope_theta=10000.0 if theta is None else theta,
-            rope_scaling=_rope_scaling(metadata, tensors.get(_ROPE_FREQS), head_dim),
+            rope_scaling=_rope_scaling(metadata, tensors.get(ROPE_FREQS), head_dim),
             tied_embeddings="output.weight" not in tensors,
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _rope_scaling(metadata: _Metadata, divisors: Tensor | None, head_dim: int) -> RopeScaling | None:
+def _rope_scaling(metadata: Metadata, divisors: Tensor | None, head_dim: int) -> RopeScaling | None:
     """Linear scaling by its present or its former key; Llama 3.1's by the divisors that its converter stored."""
     kind = metadata.find("llama.rope.scaling.type", str)
     factor = metadata.find("llama.rope.scaling.factor", float)
@@ -436,32 +409,36 @@ def _rope_scaling(metadata: _Metadata, divisors: Tensor | None, head_dim: int) -
             f"{metadata.path}: has both linear and llama3 rope scaling; convert the model again with one"
         )
     if divisors.shape != (head_dim // 2,):
-        raise damaged(metadata.path, f"{_ROPE_FREQS} has shape {divisors.shape}, not ({head_dim // 2},)")
+        raise damaged(metadata.path, f"{ROPE_FREQS} has shape {divisors.shape}, not ({head_dim // 2},)")
     return RopeScaling("llama3", divisors=tuple(divisors.dequantize().tolist()))
+
+
+def names(config: ModelConfig) -> dict[str, str]:
+    """GGUF's name of each tensor of `config.tensor_shapes()`."""
+    theirs = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
+    for i in range(config.n_layers):
+        theirs |= {f"layers.{i}.{metas}.weight": f"blk.{i}.{name}.weight" for name, metas in _LAYER_NAMES.items()}
+    return {name: theirs.get(name, name) for name in config.tensor_shapes()}
 
 
 def _rename(path: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors of `config.tensor_shapes()` under Meta's names: all of them, with their shapes, and no others."""
-    shapes = config.tensor_shapes()
-    names = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
-    for i in range(config.n_layers):
-        names |= {f"layers.{i}.{metas}.weight": f"blk.{i}.{theirs}.weight" for theirs, metas in _LAYER_NAMES.items()}
-    renamed = {}
-    for name, shape in shapes.items():
-        source = names.get(name, name)
+    theirs, renamed = names(config), {}
+    for name, shape in config.tensor_shapes().items():
+        source = theirs[name]
         tensor = tensors.get(source)
         if tensor is None:
             raise damaged(path, f"lacks tensor {quote(source)}")
         if tensor.shape != shape:
             raise damaged(path, f"tensor {quote(source)} has shape {tensor.shape}, not {shape}")
-        renamed[name] = Tensor(name, tensor.format, shape, tensor.data)
-    if extra := sorted(tensors.keys() - {names.get(name, name) for name in shapes} - {_ROPE_FREQS}):
+        renamed[name] = replace(tensor, name=name)
+    if extra := sorted(tensors.keys() - theirs.values() - {ROPE_FREQS}):
         raise CheckpointError(f"{path}: has tensor {quote(extra[0])}, which no Llama has; choose another model")
     return renamed
 
 
 def _tokenizer(
-    metadata: _Metadata, tensors: Mapping[str, Tensor], keep: Callable[[Callable[[], Arrays]], Arrays]
+    metadata: Metadata, tensors: Mapping[str, Tensor], keep: Callable[[Callable[[], Arrays]], Arrays]
 ) -> Callable[[], Tokenizer]:
     """Check the vocabulary's outline, and return what builds the tokenizer."""
     path = metadata.path

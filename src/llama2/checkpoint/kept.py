@@ -1,9 +1,9 @@
 """What was derived from a model file, kept on disk so that the next start is a memory map.
 
 Such a file is: magic, length and CRC-32 of the header, header, then each array from a 64-byte boundary. The header says
-all that the content depends on, the model file's path, size and time among it, and how long each array is. A file
-counts only if its header is whole and about the same things, its length is exactly what it should be, and its content
-has the CRC-32 that the header states, if it states one; files appear whole or not at all.
+all that the content depends on, the path, sizes and times of the model's files among it, and how long each array is. A
+file counts only if its header is whole and about the same things, its length is exactly what it should be, and its
+content has the CRC-32 that the header states, if it states one; files appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ def _load(path: Path, size: int) -> Bytes:
 
 
 def _identity(model: Path) -> dict[str, Any]:
-    stat = model.stat()
-    return {"path": str(model.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    files = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else [model]
+    stats = [(file.name, file.stat()) for file in files]
+    return {"path": str(model.resolve()), "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]}
 
 
 def _crc32(arrays: Mapping[str, Bytes]) -> int:

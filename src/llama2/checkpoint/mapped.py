@@ -44,6 +44,17 @@ class MappedFile:
         return self._bytes[offset : offset + nbytes]
 
 
+def start_of(path: Path, size: int) -> bytes:
+    """The first bytes of a file, by which its format is told; none when it is no file, or cannot be read."""
+    if not path.is_file():
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""
+
+
 def damaged(path: Path, what: str) -> CheckpointError:
     """The error for a file that contradicts itself or ends early."""
     return CheckpointError(f"{path}: {what}; the file is damaged or cut short, download it again")

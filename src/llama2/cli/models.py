@@ -48,17 +48,23 @@ def list_(as_json: Json = False) -> None:
 
 
 @app.command(epilog="Example: llama2 show smollm2-135m-instruct")
-def show(name: Name, as_json: Json = False) -> None:
+def show(
+    name: Name,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin, instead of its own.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Describe a model that is here: its architecture, number formats, tokenizer, template and licence."""
     from llama2 import checkpoint
 
-    with checkpoint.open(here(name)) as model:
+    with checkpoint.open(here(name), tokenizer=tokenizer) as model:
         facts = _describe(model)
     if as_json:
         print(json.dumps(facts))
         return
     formats = ", ".join(f"{form} × {count}" for form, count in facts["formats"].items())
-    tokenizer, heads = facts["tokenizer"], f"{facts['heads']} heads, {facts['kv_heads']} key/value heads"
+    vocabulary, heads = facts["tokenizer"], f"{facts['heads']} heads, {facts['kv_heads']} key/value heads"
     rows = {
         "name": facts["name"],
         "architecture": f"{facts['architecture']}, {facts['layers']} layers of width {facts['dim']}, {heads}",
@@ -66,7 +72,7 @@ def show(name: Name, as_json: Json = False) -> None:
         "formats": formats,
         "context": f"{facts['context']:,} tokens",
         "tokenizer": " ".join(
-            filter(None, [tokenizer["kind"], tokenizer["pre"], f"({tokenizer['vocabulary']:,} tokens)"])
+            filter(None, [vocabulary["kind"], vocabulary["pre"], f"({vocabulary['vocabulary']:,} tokens)"])
         ),
         "template": "its own" if facts["template"] else "none",
         "licence": facts["licence"] or "not stated",

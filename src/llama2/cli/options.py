@@ -36,6 +36,10 @@ class ModelOptions:
         str | None,
         typer.Option("--model", "-m", metavar="NAME", help="Name, file or Hugging Face repository; see `llama2 list`."),
     ] = None
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin.", show_default="the model's own"),
+    ] = None
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")
     ] = None
@@ -69,6 +73,7 @@ class ModelOptions:
             compile=self.compile,
             context=self.context,
             sequences=sequences,
+            tokenizer=self.tokenizer,
         )
 
 

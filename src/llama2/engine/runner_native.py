@@ -34,14 +34,16 @@ class NativeRunner:
             raise cache_too_large(n_blocks) from None
         matrices = packed.pack(checkpoint, module)
         for tensor in checkpoint.tensors.values():
+            packs = matrices.get(tensor.name)
             if tensor.name == "tok_embeddings.weight":
-                self._set(tensor, tensor.data)
+                rows = tensor.data
+                self._set(tensor, rows)
                 if c.tied_embeddings:
-                    self._set(tensor, matrices.get(tensor.name, tensor.data), "output.weight")
+                    self._set(tensor, rows if packs is None else packs, "output.weight")
             elif len(tensor.shape) == 1:
                 self._set(tensor, tensor.dequantize().view(np.uint8), format="F32")
             else:
-                self._set(tensor, matrices.get(tensor.name, tensor.data))
+                self._set(tensor, tensor.data if packs is None else packs)
         self._model.check()
 
     def _set(

@@ -84,6 +84,12 @@ class Merges:
         start = self._ends[token - 1] if token else 0
         return str(self._text[start : self._ends[token]], "utf-8")
 
+    def texts(self) -> list[str]:
+        """All merges, the first first, each as its two pieces with a space between."""
+        order = sorted(range(len(self._pairs)), key=self._ranks.__getitem__)
+        pairs = (self._pairs[at] for at in order)
+        return [f"{self.piece(pair >> 32)} {self.piece(pair & 0xFFFFFFFF)}" for pair in pairs]
+
     def find(self, word: str) -> int | None:
         """The token that a whole word is, if it is one."""
         at = bisect_left(self._words, word, key=self.piece)

@@ -7,7 +7,8 @@ written as one. Field numbers are those of `sentencepiece_model.proto`.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
@@ -15,8 +16,42 @@ _TEXT, _SCORE, _TYPE = 1, 2, 3  # of SentencePiece
 _BPE = 2  # TrainerSpec.ModelType
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that was read. `plain`: BPE that changes nothing in a text but spaces to U+2581, as `build` makes it."""
+
+    pieces: list[tuple[str, float, int]]  # text, score, type
+    unk_id: int
+    add_dummy_prefix: bool
+    plain: bool
+
+
+def read(model: bytes) -> Model:
+    """What a whole model says, with protobuf's defaults where it is silent."""
+    vocabulary = []
+    trainer: dict[int, int] = {}  # by field: a number, or the length of anything else
+    normalizer: dict[int, int] = {}
+    for number, _, body, end in _fields(model):
+        if number == _PIECES:
+            values = {field: model[start:stop] for field, _, start, stop in _fields(model, body, end)}
+            (score,), (kind,) = struct.unpack("<f", values.get(_SCORE, bytes(4))), values.get(_TYPE, b"\1")
+            vocabulary.append((values[_TEXT].decode(), score, kind))
+        elif number in (_TRAINER, _NORMALIZER):
+            facts = trainer if number == _TRAINER else normalizer
+            for field, tag, start, stop in _fields(model, body, end):
+                facts[field] = stop - start if model[tag] & 7 else _read_varint(model, start)[0]
+    bpe = trainer.get(3, 1) == _BPE and not trainer.get(24, False)  # and spaces before words, not behind
+    unchanged = not normalizer.get(2, 0) and not normalizer.get(4, True) and bool(normalizer.get(5, True))
+    return Model(vocabulary, trainer.get(40, 0), bool(normalizer.get(3, True)), bpe and unchanged)
+
+
+def pieces(added: Iterable[tuple[str, float, int]]) -> bytes:
+    """What, behind a model's bytes, gives it more pieces: text, score and type of each."""
+    return b"".join(_piece(text.encode(), score, kind) for text, score, kind in added)
+
+
 def build(
-    pieces: Sequence[str],
+    texts: Sequence[str],
     scores: Sequence[float],
     types: Sequence[int],
     *,
@@ -27,14 +62,12 @@ def build(
     add_dummy_prefix: bool,
 ) -> bytes:
     """A BPE model with these pieces that changes nothing in a text but spaces to U+2581 (spec 2.1)."""
-    vocabulary = b"".join(
-        _piece(text.encode(), score, kind) for text, score, kind in zip(pieces, scores, types, strict=True)
-    )
-    trainer = _number(3, _BPE) + _number(4, len(pieces)) + _number(35, byte_fallback) + _bytes(44, " ⁇ ".encode())
-    trainer += _number(40, unk_id) + _bytes(45, pieces[unk_id].encode())
+    vocabulary = pieces(zip(texts, scores, types, strict=True))
+    trainer = _number(3, _BPE) + _number(4, len(texts)) + _number(35, byte_fallback) + _bytes(44, " ⁇ ".encode())
+    trainer += _number(40, unk_id) + _bytes(45, texts[unk_id].encode())
     for id_field, text_field, token in ((41, 46, bos_id), (42, 47, eos_id)):
         if token is not None:
-            trainer += _number(id_field, token) + _bytes(text_field, pieces[token].encode())
+            trainer += _number(id_field, token) + _bytes(text_field, texts[token].encode())
     normalizer = _bytes(1, b"identity") + _number(3, add_dummy_prefix) + _number(4, False) + _number(5, True)
     return vocabulary + _bytes(_TRAINER, trainer) + _bytes(_NORMALIZER, normalizer)
 

@@ -1,18 +1,18 @@
 """One Tokenizer over SentencePiece models and byte-level BPE (paper 2.2, spec 2.1–2.2).
 
 The libraries sentencepiece and tokenizers do the work, but for byte-level merges (bpe.py). A vocabulary comes from a
-SentencePiece `tokenizer.model`, a Hugging Face `tokenizer.json`, or a GGUF file's metadata.
+SentencePiece `tokenizer.model`, a Hugging Face `tokenizer.json` (huggingface.py), or a GGUF file's metadata.
 """
 
 from __future__ import annotations
 
 import codecs
-import json
 import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -54,6 +54,20 @@ _REMEMBERED, _REMEMBERED_LENGTH = 1 << 14, 64
 
 #: A vocabulary that was checked, as arrays that a file can hold.
 Arrays = Mapping[str, NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a tokenizer is made of: the arguments of `from_vocabulary` that a Tokenizer does not hold itself."""
+
+    kind: Literal["sentencepiece", "bpe"]
+    pieces: list[str]
+    scores: list[float] | None
+    types: list[int]
+    merges: list[str] | None
+    pre: str | None
+    unk_id: int | None
+    add_space_prefix: bool
 
 
 class Tokenizer(ABC):
@@ -125,6 +139,17 @@ class Tokenizer(ABC):
         """Whether `token` loses its leading space as the first of a text, because encoding put that space there."""
         return False
 
+    def model_file(self) -> bytes | None:
+        """The SentencePiece `tokenizer.model` of this vocabulary; None for byte-level BPE."""
+        return None
+
+    @abstractmethod
+    def vocabulary(self) -> Vocabulary:
+        """The parts of this tokenizer, for writing it. Raises TokenizerError for rules that no format but its own has.
+
+        Roles' markers are control tokens in them, whatever the file said.
+        """
+
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
         """Ids of literal text without lone surrogates."""
@@ -172,7 +197,7 @@ class _SentencePiece(Tokenizer):
         try:
             self._model = SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise TokenizerError(f"the SentencePiece vocabulary is damaged: {_one_line(error)}") from None
+            raise TokenizerError(f"the SentencePiece vocabulary is damaged: {one_line(error)}") from None
         size: int = self._model.get_piece_size()
         control = {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)}
         super().__init__(size, control, bos_id=bos_id, eos_id=eos_id, **options)
@@ -190,6 +215,19 @@ class _SentencePiece(Tokenizer):
             piece = self._model.decode([token])
         return piece.replace("▁", " ").encode()
 
+    def model_file(self) -> bytes:
+        model: bytes = self._model.serialized_model_proto()
+        return model
+
+    def vocabulary(self) -> Vocabulary:
+        model = modelproto.read(self.model_file())
+        if not model.plain:
+            raise TokenizerError(
+                "its SentencePiece model is not BPE, or changes texts, which only a tokenizer.model can say"
+            )
+        pieces, scores, types = map(list, zip(*model.pieces, strict=True))
+        return Vocabulary("sentencepiece", pieces, scores, types, None, None, model.unk_id, model.add_dummy_prefix)
+
     def drops_space(self, token: int) -> bool:
         return self._adds_space and self._model.id_to_piece(token).startswith("▁")
 
@@ -205,11 +243,16 @@ class _ByteLevelBpe(Tokenizer):
         )
         super().__init__(len(self._merges), control, **options)
         self.pre = pre
+        self._types = arrays["types"]
         self._user = user
         self._user_ids = frozenset(user.values())
         self._user_pattern = _any_of(user)
-        self._split_words = _pre_tokenizer(pre).pre_tokenize_str
+        self._split_words = pre_tokenizer(pre).pre_tokenize_str
         self._remembered = lru_cache(_REMEMBERED)(self._tokens)
+
+    def vocabulary(self) -> Vocabulary:
+        pieces = list(map(self._merges.piece, range(self.vocab_size)))
+        return Vocabulary("bpe", pieces, None, self._types.tolist(), self._merges.texts(), self.pre, None, False)
 
     def _encode(self, text: str) -> list[int]:
         """As the tokenizers library does it, bytes that the vocabulary has no token for are left out."""
@@ -232,62 +275,23 @@ class _ByteLevelBpe(Tokenizer):
         return piece.encode() if token in self._user_ids else b"".join(bpe.BYTES.get(c) or c.encode() for c in piece)
 
 
-def from_sentencepiece(path: str | Path) -> Tokenizer:
-    """The tokenizer of a SentencePiece `tokenizer.model`. Raises TokenizerError when it is truncated or damaged."""
+def from_sentencepiece(path: str | Path, added: Sequence[tuple[str, int]] = (), **options: Any) -> Tokenizer:
+    """The tokenizer of a SentencePiece `tokenizer.model`. Raises TokenizerError when it is truncated or damaged.
+
+    `added` tokens, each a text and its type, follow those of the file. `options` are those of Tokenizer, where they
+    differ from what the file says.
+    """
     from sentencepiece import SentencePieceProcessor
 
     try:
-        model = modelproto.retype(_read(path), _safe_type)
+        model = modelproto.retype(read(path), _safe_type)
+        model += modelproto.pieces((text, 0.0, _safe_type(text, kind)) for text, kind in added)
         library = SentencePieceProcessor(model_proto=model)
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise TokenizerError(f"{path}: not a whole SentencePiece model ({_one_line(error)}); fetch it again") from None
+        raise TokenizerError(f"{path}: not a whole SentencePiece model ({one_line(error)}); fetch it again") from None
     bos, eos = (token if token >= 0 else None for token in (library.bos_id(), library.eos_id()))
-    return _SentencePiece(model, bos_id=bos, eos_id=eos, add_bos=bos is not None, add_eos=False)
-
-
-def from_tokenizer_json(path: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face `tokenizer.json`; `tokenizer_config.json` beside it names BOS and EOS.
-
-    Only byte-level BPE with a pre-tokenizer of PRE_TOKENIZERS: repositories with a SentencePiece vocabulary have the
-    `tokenizer.model` too. Raises TokenizerError otherwise.
-    """
-    path = Path(path)
-    settings = path.with_name("tokenizer_config.json")
-    try:
-        source = json.loads(_read(path))
-        config = json.loads(_read(settings)) if settings.exists() else {}
-        model = source["model"]
-        scheme = _comparable(source["pre_tokenizer"])
-        pre = next((name for name in PRE_TOKENIZERS.values() if _scheme(name) == scheme), None)
-        if model["type"] != "BPE" or source.get("normalizer") or pre is None:
-            raise TokenizerError(
-                f"{path}: only byte-level BPE with pre-tokenizer {', '.join(PRE_TOKENIZERS)} is supported; "
-                "if the model has a tokenizer.model, use that"
-            )
-        tokens = {token: (text, NORMAL) for text, token in model["vocab"].items()}
-        for added in source.get("added_tokens", ()):
-            tokens[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
-        if sorted(tokens) != list(range(len(tokens))):
-            raise TokenizerError(f"{path}: the ids of its {len(tokens)} tokens are not 0 to {len(tokens) - 1}")
-        pieces, types = zip(*(tokens[i] for i in range(len(tokens))), strict=True)
-        ids = {text: token for token, (text, _) in tokens.items()}
-        bos, eos = (ids.get(_content(config.get(name))) for name in ("bos_token", "eos_token"))
-        return from_vocabulary(
-            "bpe",
-            pieces,
-            scores=None,
-            types=types,
-            merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
-            pre=pre,
-            bos_id=bos,
-            eos_id=eos,
-            unk_id=None,
-            add_bos=bos is not None and _adds_bos(source.get("post_processor"), config),
-            add_eos=False,
-            add_space_prefix=False,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not a tokenizer.json: {_one_line(error)}") from None
+    defaults = {"bos_id": bos, "eos_id": eos, "add_bos": bos is not None, "add_eos": False}
+    return _SentencePiece(model, **{**defaults, **options})
 
 
 def from_vocabulary(
@@ -351,7 +355,8 @@ def _model_proto(
     return modelproto.build(texts, scores, types, unk_id=unk_id, byte_fallback=bool(values), **options)
 
 
-def _pre_tokenizer(pre: str) -> Any:
+def pre_tokenizer(pre: str) -> Any:
+    """The tokenizers library's object that splits text into words, by a name that is a value of PRE_TOKENIZERS."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
@@ -422,33 +427,8 @@ def _check_ids(size: int, **ids: int | None) -> None:
             raise TokenizerError(f"{name} {token} is outside the vocabulary of {size} tokens")
 
 
-def _scheme(name: str) -> Any:
-    """A pre-tokenizer as `tokenizer.json` writes it."""
-    return _comparable(json.loads(_pre_tokenizer(name).__getstate__()))
-
-
-def _comparable(scheme: Any) -> Any:
-    """Without what does not change the ids, and with the defaults filled in."""
-    if isinstance(scheme, list):
-        return [_comparable(part) for part in scheme]
-    if not isinstance(scheme, dict):
-        return scheme
-    defaults = {"use_regex": True} if scheme.get("type") == "ByteLevel" else {}
-    return defaults | {key: _comparable(value) for key, value in scheme.items() if key != "trim_offsets"}
-
-
-def _adds_bos(post_processor: Any, config: Mapping[str, Any]) -> bool:
-    if "add_bos_token" in config:
-        return bool(config["add_bos_token"])
-    steps = (post_processor or {}).get("processors", [post_processor or {}])
-    return any("SpecialToken" in part for step in steps for part in step.get("single", ())[:1])
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _read(path: str | Path) -> bytes:
+def read(path: str | Path) -> bytes:
+    """A vocabulary's file. Raises TokenizerError."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -459,5 +439,6 @@ def _replace_each_byte(error: Any) -> tuple[str, int]:
     return "\ufffd" * (error.end - error.start), error.end
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """A library's reason as it may stand in a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

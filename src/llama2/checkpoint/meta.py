@@ -1,0 +1,270 @@
+"""Meta's folders ⇄ Checkpoint (spec 1.4a): `params.json`, `consolidated.00.pth` and so on, `tokenizer.model`.
+
+Each of the weight files is what one process of Meta's tensor parallelism holds: a part of every matrix, cut along the
+axis that suits its product, and every norm. Names, shapes and order of rows are the Checkpoint's own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2.checkpoint import pth
+from llama2.checkpoint.checkpoint import Checkpoint, Tensor, read_tokenizer
+from llama2.checkpoint.mapped import MappedFile, damaged, quote, start_of
+from llama2.checkpoint.metadata import Metadata, parse
+from llama2.checkpoint.output import create
+from llama2.config import ModelConfig
+from llama2.errors import CheckpointError, ConfigError
+
+Bytes = NDArray[np.uint8]
+
+_PARAMS, _TOKENIZER = "params.json", "tokenizer.model"
+_SHARD, _SHARDS = "consolidated.{:02}.pth", "consolidated.*.pth"
+_MAX_PARAMS = 1 << 16  # bytes; Meta's have about 150
+_EMBEDDINGS = "tok_embeddings.weight"
+_ROPE_FREQS = "rope.freqs"  # θ^(−2i/E), which nobody needs
+
+_FLOATS = ("F32", "F16", "BF16")
+_KNOWN = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
+    "rope_theta", "max_seq_len", "max_batch_size",
+}  # fmt: skip
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a folder with weights of Meta's, or a file as they are."""
+    if path.is_dir():
+        return any(path.glob(_SHARDS))
+    return start_of(path, 4) == b"PK\3\4"
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a folder of Meta's, cut for any number of processes. Nothing of a tensor is read before it is touched.
+
+    Its tokenizer lies in the folder or the one above. Its files do not tell for how long a context it was trained;
+    that is concluded from what they tell. Raises CheckpointError when a file is missing, damaged or hostile, and
+    ConfigError when the hyperparameters contradict each other.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is a file of weights alone; give the folder that has its {_PARAMS}")
+    paths = _shards(path)
+    shards = [pth.read(file) for file in paths]
+    for shard in shards:
+        shard.pop(_ROPE_FREQS, None)
+    file = MappedFile(path / _PARAMS)
+    if file.size > _MAX_PARAMS:
+        raise damaged(file.path, f"has {file.size} bytes, and the limit is {_MAX_PARAMS}")
+    params = parse(file.path, file.view(0, file.size, "its text").tobytes(), "its text")
+    if _EMBEDDINGS not in shards[0]:
+        raise damaged(paths[0], f"lacks tensor {quote(_EMBEDDINGS)}")
+    config = _config(Metadata(file.path, params), shards[0][_EMBEDDINGS].shape[0])
+
+    tensors = {}
+    for name, shape in config.tensor_shapes().items():
+        pieces = []
+        for where, shard in zip(paths, shards, strict=True):
+            if name not in shard:
+                raise damaged(where, f"lacks tensor {quote(name)}")
+            pieces.append(shard.pop(name))
+        tensors[name] = _merged(paths, shape, pieces)
+    for where, shard in zip(paths, shards, strict=True):
+        if shard:
+            raise CheckpointError(f"{where}: has tensor {quote(min(shard))}, which no Llama has; choose another model")
+    beside = next((p for p in (path / _TOKENIZER, path.parent / _TOKENIZER) if p.is_file()), path / _TOKENIZER)
+    return Checkpoint(
+        path=path,
+        format="meta",
+        config=config,
+        tensors=tensors,
+        metadata=MappingProxyType(params),
+        name=path.resolve().name,
+        _build_tokenizer=partial(read_tokenizer, beside, config.vocab_size),
+    )
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files with weights, in order: numbered from 00, and all there."""
+    found = set(folder.glob(_SHARDS))
+    paths = [folder / _SHARD.format(i) for i in range(len(found))]
+    for path in paths:
+        if path not in found:
+            raise CheckpointError(f"{path}: no such file, and {max(found).name} is there; fetch the folder again")
+    return paths
+
+
+def _config(params: Metadata, rows: int) -> ModelConfig:
+    """The hyperparameters, with the defaults of Meta's code; `rows` of embeddings are the vocabulary's size."""
+    path = params.path
+    if unknown := sorted(params.values.keys() - _KNOWN):
+        raise CheckpointError(f"{path}: sets {quote(unknown[0])}, which Llama 2 does not have; choose another model")
+    dim, heads = params.need("dim", int), params.need("n_heads", int)
+    multiple, multiplier = params.find("multiple_of", int), params.find("ffn_dim_multiplier", float)
+    kv_heads, vocab = params.find("n_kv_heads", int), params.find("vocab_size", int)
+    eps, theta = params.find("norm_eps", float), params.find("rope_theta", float)
+    context = params.find("max_seq_len", int)
+    eps = 1e-5 if eps is None else eps
+    theta = 10000.0 if theta is None else theta
+    if context is None:
+        context = 16384 if theta == 1e6 else 4096 if math.isclose(eps, 1e-5, rel_tol=1e-6) else 2048
+    try:
+        return ModelConfig(
+            dim=dim,
+            n_layers=params.need("n_layers", int),
+            n_heads=heads,
+            n_kv_heads=heads if kv_heads is None else kv_heads,
+            hidden_dim=hidden_dim(dim, 256 if multiple is None else multiple, multiplier),
+            vocab_size=rows if vocab in (None, -1) else vocab,
+            head_dim=_head_dim(dim, heads),
+            context_length=context,
+            norm_eps=eps,
+            rope_theta=theta,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _head_dim(dim: int, heads: int) -> int:
+    if heads < 1 or dim % heads:
+        raise ConfigError(f"dim={dim} must be a multiple of n_heads={heads}")
+    return dim // heads
+
+
+def hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Width of the feed-forward layer by Meta's rule (spec 1.1); both truncations are part of it."""
+    if multiple_of < 1 or not (multiplier is None or 0 < multiplier < 1 << 23):
+        raise ConfigError(f"multiple_of={multiple_of} and ffn_dim_multiplier={multiplier} must be positive numbers")
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
+
+
+def _merged(paths: Sequence[Path], shape: tuple[int, ...], pieces: Sequence[Tensor]) -> Tensor:
+    """The tensor of this shape that was cut into `pieces`, one from each path; they are joined when it is touched."""
+    first, axis = pieces[0], _axis(pieces[0].name, shape)
+    for path, piece in zip(paths, pieces, strict=True):
+        whole = tuple(size * len(pieces) if i == axis else size for i, size in enumerate(piece.shape))
+        if whole != shape:
+            raise damaged(
+                path, f"tensor {quote(first.name)} makes {whole} of {len(pieces)} files, and {_PARAMS} says {shape}"
+            )
+        if piece.format != first.format:
+            raise damaged(path, f"tensor {quote(first.name)} has {piece.format}, and {paths[0].name} {first.format}")
+    if len(pieces) == 1:
+        return first
+    source = partial(_equal, paths, pieces) if axis is None else partial(_join, pieces, axis)
+    return replace(first, shape=shape, source=source)
+
+
+def _axis(name: str, shape: tuple[int, ...]) -> int | None:
+    """Along which axis a tensor is cut; None for a norm, which stands whole in every file."""
+    if len(shape) == 1:
+        return None
+    return 1 if name.endswith((_EMBEDDINGS, "attention.wo.weight", "feed_forward.w2.weight")) else 0
+
+
+def _join(pieces: Sequence[Tensor], axis: int) -> Bytes:
+    return np.concatenate([_rows(piece) for piece in pieces], axis=axis).reshape(-1)
+
+
+def _equal(paths: Sequence[Path], pieces: Sequence[Tensor]) -> Bytes:
+    first = pieces[0].data
+    for path, piece in zip(paths, pieces, strict=True):
+        if not np.array_equal(piece.data, first):
+            raise damaged(path, f"tensor {quote(piece.name)} is not that of {paths[0].name}")
+    return first
+
+
+def _rows(tensor: Tensor) -> Bytes:
+    """A tensor's bytes as (rows, bytes of a row)."""
+    return tensor.data.reshape(tensor.shape[0], -1)
+
+
+def write(checkpoint: Checkpoint, folder: Path, *, shards: int = 1) -> None:
+    """Write a model to `folder`, cut into so many files, with one tensor in memory at a time.
+
+    Floats keep their format; quantised weights become F32. A tied output head is written as a tensor of its own, for
+    Meta's code knows no other. The context is not written, for its files have no place for it. Raises CheckpointError
+    for a model that cannot be expressed, or not be cut so.
+    """
+    config = replace(checkpoint.config, tied_embeddings=False)
+    params, model = to_params(checkpoint.path, config), checkpoint.tokenizer.model_file()
+    if model is None:
+        raise CheckpointError(f"{checkpoint.path}: has a byte-level vocabulary, which no {_TOKENIZER} can hold")
+    sizes = {key: getattr(config, key) for key in ("n_kv_heads", "dim", "hidden_dim", "vocab_size")}
+    if shards < 1 or any(size % shards for size in sizes.values()):
+        sizes_ = ", ".join(f"{key}={size}" for key, size in sizes.items())
+        raise CheckpointError(f"{checkpoint.path}: {shards} files must divide {sizes_}; choose another number")
+    tensors = [
+        replace(checkpoint.tensors.get(name) or checkpoint.tensors[_EMBEDDINGS], name=name)
+        for name in config.tensor_shapes()
+    ]
+    cut = {}
+    for tensor in tensors:
+        axis = _axis(tensor.name, tensor.shape)
+        shape = tuple(size // shards if i == axis else size for i, size in enumerate(tensor.shape))
+        cut[tensor.name] = (tensor.format if tensor.format in _FLOATS else "F32", shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        files = [stack.enter_context(create(folder / _SHARD.format(i))) for i in range(shards)]
+        adds = [stack.enter_context(pth.writing(file, cut)) for file in files]
+        for tensor in tensors:
+            for add, piece in zip(adds, _pieces(tensor, shards), strict=True):
+                add(piece)
+        for name, content in ((_PARAMS, json.dumps(params).encode()), (_TOKENIZER, model)):
+            stack.enter_context(create(folder / name)).write(content)
+
+
+def _pieces(tensor: Tensor, shards: int) -> Iterator[Bytes]:
+    """What each file has of a tensor."""
+    tensor = tensor if tensor.format in _FLOATS else tensor.in_float32()
+    axis = _axis(tensor.name, tensor.shape)
+    if axis is None:
+        yield from [tensor.data] * shards
+    else:
+        for part in np.split(_rows(tensor), shards, axis):
+            yield np.ascontiguousarray(part).reshape(-1)
+
+
+def to_params(path: Path, config: ModelConfig) -> dict[str, Any]:
+    """`params.json` of a configuration, with the keys that Meta's own files have."""
+    if config.rope_scaling or config.head_dim * config.n_heads != config.dim:
+        raise CheckpointError(f"{path}: has rope scaling or a head size that {_PARAMS} has no key for")
+    params = {
+        "dim": config.dim,
+        **multiples(config.dim, config.hidden_dim),
+        "n_heads": config.n_heads,
+        "n_layers": config.n_layers,
+        "norm_eps": float(str(np.float32(config.norm_eps))),  # GGUF has it in float32: 1e-5 again, not 9.9999997e-6
+        "vocab_size": config.vocab_size,
+    }
+    if config.n_kv_heads != config.n_heads:
+        params["n_kv_heads"] = config.n_kv_heads
+    if config.rope_theta != 10000:
+        params["rope_theta"] = config.rope_theta
+    return params
+
+
+def multiples(dim: int, hidden: int) -> dict[str, Any]:
+    """`multiple_of` and, where need be, `ffn_dim_multiplier`, by which Meta's rule gives this width."""
+    for multiple in (256 >> i for i in range(9)):
+        if hidden_dim(dim, multiple, None) == hidden:
+            return {"multiple_of": multiple}
+    multiple = min(4096, hidden & -hidden)  # the largest power of two that divides it
+    wanted = (hidden + 0.5) / hidden_dim(dim, 1, None)
+    multipliers = (round(wanted, digits) for digits in range(1, 18))
+    return {
+        "multiple_of": multiple,
+        "ffn_dim_multiplier": next(m for m in multipliers if m and hidden_dim(dim, multiple, m) == hidden),
+    }

@@ -1,0 +1,93 @@
+"""A safetensors file ⇄ named tensors (spec 1.4b; the format's description in huggingface/safetensors).
+
+A file is: length of the header in 8 bytes, little-endian; header in JSON, from each name to `dtype`, `shape` and
+`data_offsets`; the tensors, row-major, without gaps. A file is taken only if its tensors fill it to the last byte.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from llama2.checkpoint.checkpoint import Tensor
+from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps
+from llama2.checkpoint.metadata import parse
+from llama2.checkpoint.output import create
+from llama2.checkpoint.quantize import nbytes
+from llama2.errors import CheckpointError
+
+#: The number formats that Llamas have in safetensors; they have the names of quantize.FORMATS.
+DTYPES = ("F32", "F16", "BF16")
+
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER = 1 << 20  # the largest Llama's has a fifth of it
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file under its own name, as a view that nobody has touched. Raises CheckpointError."""
+    file = MappedFile(path)
+    file.check(0, _LENGTH.size, "the header's length")
+    (length,) = _LENGTH.unpack_from(file.buffer)
+    if length > _MAX_HEADER:
+        raise damaged(path, f"claims a header of {length} bytes, and the limit is {_MAX_HEADER}")
+    start = _LENGTH.size + length
+    header = parse(path, file.view(_LENGTH.size, length, "the header").tobytes(), "the header")
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, info in header.items():
+        what = f"tensor {quote(name)}"
+        dtype, shape, (begin, end) = _described(path, what, info)
+        if (size := nbytes(dtype, shape)) != end - begin:
+            raise damaged(path, f"{what} has {end - begin} bytes, and {dtype} of shape {list(shape)} needs {size}")
+        tensors[name] = Tensor(name, dtype, shape, file.view(start + begin, size, what))
+        spans.append((begin, end, name))
+    refuse_overlaps(path, spans)
+    if (total := sum(tensor.nbytes for tensor in tensors.values())) != file.size - start:
+        raise damaged(path, f"has {file.size - start} bytes for tensors that need {total}")
+    return tensors
+
+
+def _described(path: Path, what: str, info: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """A tensor's format, shape, and offsets from the end of the header."""
+    fields = info if isinstance(info, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), _numbers(fields.get("shape")), _numbers(fields.get("data_offsets"))
+    if not 1 <= len(shape) <= 4 or 0 in shape or len(offsets) != 2:
+        raise damaged(path, f"{what} has no shape of 1 to 4 dimensions, or no two offsets")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {what} has format {quote(str(dtype))}; supported are {', '.join(DTYPES)}")
+    return dtype, tuple(shape), (offsets[0], offsets[1])
+
+
+def _numbers(values: Any) -> list[int]:
+    """A list of whole numbers from 0 on; anything else becomes an empty one."""
+    if isinstance(values, list) and all(type(value) is int and value >= 0 for value in values):
+        return values
+    return []
+
+
+def write(tensors: Sequence[Tensor], path: Path) -> None:
+    """A file of these tensors, one in memory at a time. Raises CheckpointError.
+
+    Wider numbers stand first, so that each tensor lies at a multiple of its numbers' size.
+    """
+    ordered = sorted(tensors, key=lambda tensor: tensor.format != "F32")
+    for tensor in ordered:
+        if tensor.format not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {quote(tensor.name)} has format {tensor.format}, which safetensors does not have; "
+                f"convert it to one of {', '.join(DTYPES)} first"
+            )
+    ends = list(accumulate((tensor.nbytes for tensor in ordered), initial=0))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers takes no other
+    for tensor, begin, end in zip(ordered, ends, ends[1:], strict=False):
+        header[tensor.name] = {"dtype": tensor.format, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with create(path) as file:
+        file.write(_LENGTH.pack(len(text)) + text)
+        for tensor in ordered:
+            file.write(tensor.data.data)
