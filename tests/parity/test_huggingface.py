@@ -104,8 +104,8 @@ def test_logits_of_what_transformers_saved(name: str, saved: Callable[[str], Pat
     with checkpoint.open(folder) as model:
         assert model.format == "huggingface"
         np.testing.assert_allclose(logits(NumpyRunner(model, 4)), expected, rtol=0, atol=1e-4)
-        error = np.abs(logits(NativeRunner(model, 4)) - expected)  # its cache is in half precision
-        assert error.max() <= 2e-3 * np.abs(expected).max()
+        error = np.abs(logits(NativeRunner(model, 4)) - expected)  # its cache has 16-bit numbers
+        assert error.max() <= 1e-2 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", MODELS)

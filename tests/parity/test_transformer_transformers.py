@@ -70,9 +70,9 @@ def test_prefill_equals_token_by_token(model: Checkpoint) -> None:
     torch.testing.assert_close(chunks, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("start", "tolerance"), [(NumpyRunner, 1e-5), (NativeRunner, 1e-3)])
+@pytest.mark.parametrize(("start", "tolerance"), [(NumpyRunner, 1e-5), (NativeRunner, 1e-2)])
 def test_runners_agree(model: Checkpoint, start: Callable[[Checkpoint, int], Runner], tolerance: float) -> None:
-    """The tolerance is relative to the largest logit; the native runner keeps keys and values as halves."""
+    """The tolerance is relative to the largest logit; the native runner keeps keys and values in 16 bits."""
     ids = tokens(model.config, 1, 60)
     with torch.inference_mode():
         expected = Transformer.load(model)(ids)[0].numpy()
