@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llama2 import checkpoint, native
-from llama2.checkpoint import Checkpoint
+from llama2.checkpoint import Checkpoint, kept
 from llama2.engine import packed
 from llama2.errors import CheckpointError, EngineError
 from models import tiny_config, write_tiny_gguf
@@ -72,6 +72,24 @@ def test_the_second_start_maps_what_the_first_one_wrote(model: Checkpoint, folde
     mapped = packed.pack(model, native.module())
     assert not any(data.flags.writeable or data.flags.owndata for data in mapped.values())
     assert "tok_embeddings.weight" not in mapped
+
+
+@pytest.mark.parametrize(("available", "mapped"), [(1 << 40, False), (0, True)])
+def test_weights_are_mapped_where_memory_is_short(
+    available: int, mapped: bool, model: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is mapped follows the file; what was read into memory does not."""
+    monkeypatch.setattr(kept, "_available_memory", lambda: available)
+    monkeypatch.setattr(kept, "_PIECE", 1000)  # so that there are many
+    assert pack(model) == MATRICES
+    assert pack(model) == 0
+    found = packed.pack(model, native.module())
+    before = {name: data.copy() for name, data in found.items()}
+    [file] = folder.iterdir()
+    with file.open("r+b") as content:
+        content.seek(file.stat().st_size // 2)
+        content.write(bytes(64))
+    assert mapped == any((data != before[name]).any() for name, data in found.items())
 
 
 def test_an_embedding_is_packed_when_it_is_the_output_head_too(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import sys
 import zlib
 from collections.abc import Iterable, Mapping
 from functools import reduce
@@ -66,8 +65,8 @@ def write_stream(
 def read(path: Path, model: Path, facts: Mapping[str, Any], *, resident: bool = False) -> dict[str, Bytes] | None:
     """The arrays that were kept of this `model` and about exactly these `facts`; None when there are none.
 
-    They are mapped, or with `resident` read into memory of their own where that is faster to use: on Linux, which gives
-    it huge pages, and a file's mapping seldom.
+    They are mapped; with `resident` they are read into memory of their own if there is plenty. Linux gives that huge
+    pages, and a file's mapping seldom, so that it is faster to use.
     """
     try:
         data = np.memmap(path, np.uint8, "r").view(np.ndarray)
@@ -79,7 +78,7 @@ def read(path: Path, model: Path, facts: Mapping[str, Any], *, resident: bool = 
         places, total = _places(_START.size + length, header["sizes"])
         if header["facts"] != {**_identity(model), **facts} or len(data) != total:
             return None
-        if resident and sys.platform == "linux":
+        if resident and total <= _available_memory() * 3 // 4:
             data = _load(path, total)
         arrays = {name: data[at : at + header["sizes"][name]] for name, at in places.items()}
         if header["crc32"] is not None and header["crc32"] != _crc32(arrays):
@@ -88,6 +87,15 @@ def read(path: Path, model: Path, facts: Mapping[str, Any], *, resident: bool = 
     except (OSError, ValueError, struct.error):
         return None
     return arrays
+
+
+def _available_memory() -> int:
+    """Bytes that Linux could give to this process without swapping; 0 on other systems."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 0
 
 
 def _load(path: Path, size: int) -> Bytes:
