@@ -162,13 +162,16 @@ template <Format format> class PanelGroup {
     static constexpr Record record{f};
 
 public:
-    static constexpr int halves = 32 / f.group;  // groups in 32 columns
+    static constexpr int halves = 32 / f.group;            // groups in 32 columns
+    static constexpr int places = record.groups / halves;  // of 32 columns, in a record
 
-    // Group g of a panel.
-    LLAMA2_INLINE PanelGroup(const uint8_t* panel, int64_t g) {
+    // The record of columns 32·place … 32·place + 31.
+    static const uint8_t* record_of(const uint8_t* panel, int64_t place) {
+        return panel + place / places * record.bytes;
+    }
+    // Group i of the record at `at`.
+    LLAMA2_INLINE PanelGroup(const uint8_t* at, int i) {
         using namespace simd;
-        const uint8_t* at = panel + g / record.groups * record.bytes;
-        const int64_t i = g % record.groups;
         if constexpr (!super) {
             scale_ = load_f16((const uint16_t*)(at + record.scales));
             if constexpr (has_min) minimum_ = load_f16((const uint16_t*)(at + record.minima));
@@ -247,18 +250,23 @@ template <Format format> void token_product(const uint8_t* panel, int64_t column
     using Group = PanelGroup<format>;
     alignas(64) float sums[kLanes] = {};
     const int64_t count = columns / 32;
-    const auto add = [&](int64_t place, const ActivationGroup& group) {
+    const auto add = [&](const uint8_t* record, int place, const ActivationGroup& group) {
         LLAMA2_UNROLL
         for (int half = 0; half < Group::halves; ++half) {
-            const Group one(panel, place * Group::halves + half);
+            const Group one(record, place * Group::halves + half);
             const Group* groups[] = {&one};
             const ActivationGroup* a[] = {&group};
             float* y[] = {sums};
             Group::template add<1, 1>(groups, a, half, y);
         }
     };
-    for (int64_t g = 0; g < count; ++g) add(g, a[g]);
-    for (int64_t g = count; g < count + kRefined; ++g) add(a[g].place, a[g]);
+    for (int64_t g = 0; g < count; g += Group::places) {  // what a record's groups share is loaded once
+        const uint8_t* record = Group::record_of(panel, g);
+        LLAMA2_UNROLL
+        for (int place = 0; place < Group::places; ++place) add(record, place, a[g + place]);
+    }
+    for (int64_t g = count; g < count + kRefined; ++g)
+        add(Group::record_of(panel, a[g].place), a[g].place % Group::places, a[g]);
     store(y, load(sums));
 }
 
@@ -279,8 +287,9 @@ void block_product(const uint8_t* panel, int64_t panel_bytes, const ActivationGr
     for (int64_t g = first; g < last; ++g) {
         LLAMA2_UNROLL
         for (int half = 0; half < Group::halves; ++half) {
-            const Group one(panel, g * Group::halves + half);
-            const Group other(panel + (P - 1) * panel_bytes, g * Group::halves + half);
+            const int i = int(g % Group::places) * Group::halves + half;
+            const Group one(Group::record_of(panel, g), i);
+            const Group other(Group::record_of(panel + (P - 1) * panel_bytes, g), i);
             const Group* groups[] = {&one, &other};
             int64_t t = 0;
             const auto tile = [&](auto size, int64_t from) {
@@ -308,8 +317,9 @@ void block_refinement(const uint8_t* panel, int64_t panel_bytes, const Activatio
         for (end = i + 1; end < tokens * kRefined && a[order[end]].place == g;) ++end;
         LLAMA2_UNROLL
         for (int half = 0; half < Group::halves; ++half) {
-            const Group one(panel, g * Group::halves + half);
-            const Group other(panel + (P - 1) * panel_bytes, g * Group::halves + half);
+            const int i = int(g % Group::places) * Group::halves + half;
+            const Group one(Group::record_of(panel, g), i);
+            const Group other(Group::record_of(panel + (P - 1) * panel_bytes, g), i);
             const Group* groups[] = {&one, &other};
             int64_t k = i;
             const auto tile = [&](auto size, int64_t from) {
