@@ -287,9 +287,9 @@ void block_product(const uint8_t* panel, int64_t panel_bytes, const ActivationGr
     for (int64_t g = first; g < last; ++g) {
         LLAMA2_UNROLL
         for (int half = 0; half < Group::halves; ++half) {
-            const int i = int(g % Group::places) * Group::halves + half;
-            const Group one(Group::record_of(panel, g), i);
-            const Group other(Group::record_of(panel + (P - 1) * panel_bytes, g), i);
+            const int index = int(g % Group::places) * Group::halves + half;
+            const Group one(Group::record_of(panel, g), index);
+            const Group other(Group::record_of(panel + (P - 1) * panel_bytes, g), index);
             const Group* groups[] = {&one, &other};
             int64_t t = 0;
             const auto tile = [&](auto size, int64_t from) {
@@ -317,9 +317,9 @@ void block_refinement(const uint8_t* panel, int64_t panel_bytes, const Activatio
         for (end = i + 1; end < tokens * kRefined && a[order[end]].place == g;) ++end;
         LLAMA2_UNROLL
         for (int half = 0; half < Group::halves; ++half) {
-            const int i = int(g % Group::places) * Group::halves + half;
-            const Group one(Group::record_of(panel, g), i);
-            const Group other(Group::record_of(panel + (P - 1) * panel_bytes, g), i);
+            const int index = int(g % Group::places) * Group::halves + half;
+            const Group one(Group::record_of(panel, g), index);
+            const Group other(Group::record_of(panel + (P - 1) * panel_bytes, g), index);
             const Group* groups[] = {&one, &other};
             int64_t k = i;
             const auto tile = [&](auto size, int64_t from) {
