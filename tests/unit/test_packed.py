@@ -1,4 +1,4 @@
-"""Packed weights on disk: written once, then mapped; never believed when they may be another file's."""
+"""Packed weights on disk: written once, then read or mapped; never believed when they may be another file's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was derived from a model file, kept on disk so that the next start is a memory map.
+"""What was derived from a model file, kept on disk so that the next start need not do it again.
 
 Such a file is: magic, length and CRC-32 of the header, header, then each array from a 64-byte boundary. The header says
 all that the content depends on, the path, sizes and times of the model's files among it, and how long each array is. A
