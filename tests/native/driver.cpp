@@ -11,9 +11,9 @@
 //     exp N, silu N                   N floats                  → N floats
 //     uniform SEED CHOICE POSITION                              → one double
 //     draw N temperature top_k top_p min_p SEED CHOICE POSITION   N logits   → one int64
-//     model dim layers heads kv_heads hidden vocab head_size context norm_eps threads blocks   (head_size / 2) doubles
-//     tensor NAME FORMAT rows columns data
-//     step N S W M                    tokens, positions, sequences, blocks, outputs   → (M, vocab) floats
+//     model dim layers heads kv_heads hidden vocab head_size context tied norm_eps threads blocks   (head_size / 2) reals
+//     doubles tensor NAME FORMAT rows columns data step N S W M                    tokens, positions, sequences,
+//     blocks, outputs   → (M, vocab) floats
 
 #include <cstdio>
 #include <iostream>
@@ -120,7 +120,7 @@ struct Network {
         Config c{};
         for (int64_t* size : {&c.dim, &c.layers, &c.heads, &c.kv_heads, &c.hidden, &c.vocab, &c.head_size, &c.context})
             *size = line.size();
-        c.norm_eps = line.next<float>();
+        c.tied = line.next<int>() != 0, c.norm_eps = line.next<float>();
         const int threads = line.next<int>();
         const int64_t blocks = line.size();
         c.inverse_frequencies = receive<double>(c.head_size / 2);

@@ -101,15 +101,13 @@ class DriverRunner:
         c = self.config = checkpoint.config
         self.n_blocks, self._driver = n_blocks, driver
         sizes = (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.hidden_dim, c.vocab_size, c.head_dim, c.context_length)
-        request = ["model", *sizes, float(np.float32(c.norm_eps)), threads, n_blocks]
+        request = ["model", *sizes, int(c.tied_embeddings), float(np.float32(c.norm_eps)), threads, n_blocks]
         driver.send(" ".join(map(str, request)), np.array(c.inverse_frequencies()))
         for tensor in checkpoint.tensors.values():
             shape = tensor.shape if len(tensor.shape) == 2 else (1, *tensor.shape)
-            names = [tensor.name]
-            if c.tied_embeddings and tensor.name == "tok_embeddings.weight":
-                names.append("output.weight")
-            for name in names:
-                driver.send(f"tensor {name} {tensor.format} {shape[0]} {shape[1]}", tensor.data)
+            tied = c.tied_embeddings and tensor.name == "tok_embeddings.weight"
+            name = "output.weight" if tied else tensor.name
+            driver.send(f"tensor {name} {tensor.format} {shape[0]} {shape[1]}", tensor.data)
 
     def forward(self, batch: Batch) -> Floats:
         arrays = (batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.outputs)

@@ -190,6 +190,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     return make
 
 
+@pytest.mark.parametrize("format", ["F16", *QUANTISED])
+def test_embeddings_read_from_the_output_head_are_the_files(start: Start, tmp_path: Path, format: str) -> None:
+    tied = tiny(tmp_path, format, tiny_config(format, tied_embeddings=True))
+    head = replace(tied.tensors["tok_embeddings.weight"], name="output.weight")
+    apart = replace(
+        tied, config=replace(tied.config, tied_embeddings=False), tensors={**tied.tensors, "output.weight": head}
+    )
+    assert_same_bits(conversation(start(tied, 16, threads=1)), conversation(start(apart, 16, threads=1)))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_against_numpy(
     start: Start, isa: str, name: str, reference: Callable[[str, str], tuple[Checkpoint, Floats]]

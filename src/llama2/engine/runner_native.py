@@ -29,21 +29,19 @@ class NativeRunner:
         shape = (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.hidden_dim, c.vocab_size, c.head_dim, c.context_length)
         threads = threads or native.default_threads()
         try:
-            self._model = module.Model(*shape, c.norm_eps, c.inverse_frequencies(), threads, n_blocks)
+            self._model = module.Model(
+                *shape, c.tied_embeddings, c.norm_eps, c.inverse_frequencies(), threads, n_blocks
+            )
         except MemoryError:
             raise cache_too_large(n_blocks) from None
         matrices = packed.pack(checkpoint, module)
         for tensor in checkpoint.tensors.values():
+            tied = c.tied_embeddings and tensor.name == "tok_embeddings.weight"  # then read from the output head
             packs = matrices.get(tensor.name)
-            if tensor.name == "tok_embeddings.weight":
-                rows = tensor.data
-                self._set(tensor, rows)
-                if c.tied_embeddings:
-                    self._set(tensor, rows if packs is None else packs, "output.weight")
-            elif len(tensor.shape) == 1:
+            if len(tensor.shape) == 1:
                 self._set(tensor, tensor.dequantize().view(np.uint8), format="F32")
             else:
-                self._set(tensor, tensor.data if packs is None else packs)
+                self._set(tensor, tensor.data if packs is None else packs, "output.weight" if tied else tensor.name)
         self._model.check()
 
     def _set(

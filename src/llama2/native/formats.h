@@ -166,7 +166,24 @@ inline void unpack(Format format, const uint8_t* p, Fields& f) {
     }
 }
 
-// One stored row to floats. Used for embeddings, which are read where they lie.
+// The values that a block's fields stand for. out: (block)
+inline void dequantize(const FormatInfo& f, const Fields& fields, float* out) {
+    const float d = f16_to_f32(fields.d);
+    const bool has_min = f.scales == Scales::half_min || f.scales == Scales::super_min;
+    const float m = has_min ? f16_to_f32(fields.m) : 0.0f;
+    for (int i = 0; i < f.block; ++i) {
+        const int g = i / f.group;
+        const float q = float(fields.q[i] - f.offset);
+        switch (f.scales) {
+            case Scales::half: out[i] = d * q; break;
+            case Scales::half_min: out[i] = d * q + m; break;
+            case Scales::super: out[i] = (d * float(fields.scale[g])) * q; break;
+            default: out[i] = (d * float(fields.scale[g])) * q - m * float(fields.minimum[g]); break;
+        }
+    }
+}
+
+// One stored row to floats.
 inline void dequantize_row(Format format, const uint8_t* row, int64_t columns, float* out) {
     if (format == Format::F32) {
         std::memcpy(out, row, size_t(columns) * 4);
@@ -183,19 +200,7 @@ inline void dequantize_row(Format format, const uint8_t* row, int64_t columns, f
     Fields fields;
     for (int64_t start = 0; start < columns; start += f.block, row += f.bytes, out += f.block) {
         unpack(format, row, fields);
-        const float d = f16_to_f32(fields.d);
-        const bool has_min = f.scales == Scales::half_min || f.scales == Scales::super_min;
-        const float m = has_min ? f16_to_f32(fields.m) : 0.0f;
-        for (int i = 0; i < f.block; ++i) {
-            const int g = i / f.group;
-            const float q = float(fields.q[i] - f.offset);
-            switch (f.scales) {
-                case Scales::half: out[i] = d * q; break;
-                case Scales::half_min: out[i] = d * q + m; break;
-                case Scales::super: out[i] = (d * float(fields.scale[g])) * q; break;
-                default: out[i] = (d * float(fields.scale[g])) * q - m * float(fields.minimum[g]); break;
-            }
-        }
+        dequantize(f, fields, out);
     }
 }
 

@@ -19,6 +19,7 @@ namespace llama2 {
 
 struct Config {
     int64_t dim, layers, heads, kv_heads, hidden, vocab, head_size, context;
+    bool tied;  // embeddings are the output head's rows
     float norm_eps;
     std::vector<double> inverse_frequencies;  // (E / 2) radians a position
 };
@@ -65,7 +66,7 @@ public:
     int64_t block_bytes() const { return block_bytes_; }
 
     // `data` must outlive the model: packed panels for quantised formats, row-major numbers otherwise. The embedding is
-    // always given as its file stores it. Shapes are checked by `check`.
+    // given as its file stores it, and not at all where it is tied. Shapes are checked by `check`.
     void set(const std::string& name, Weight weight) {
         if (name == "tok_embeddings.weight") embedding_ = weight;
         else if (name == "norm.weight") norm_ = weight;
@@ -85,7 +86,7 @@ public:
             if (!w.data || w.rows != rows || w.columns != columns || (is_norm && w.format != Format::F32))
                 throw std::invalid_argument(std::string(name) + " is missing or has a wrong shape or format");
         };
-        expect(embedding_, config_.vocab, D, "tok_embeddings.weight", false);
+        if (!config_.tied) expect(embedding_, config_.vocab, D, "tok_embeddings.weight", false);
         expect(output_, config_.vocab, D, "output.weight", false);
         expect(norm_, 1, D, "norm.weight", true);
         for (const auto& layer : layers_) {
@@ -108,9 +109,7 @@ public:
         float* attended = attended_.reserve(N * Q);
         float* hidden = hidden_.reserve(N * config_.hidden);
         make_rotations(step);
-        const int64_t row = row_bytes(embedding_.format, D);
-        for (int64_t t = 0; t < N; ++t)
-            dequantize_row(embedding_.format, embedding_.data + step.tokens[t] * row, D, x + t * D);
+        for (int64_t t = 0; t < N; ++t) embed(step.tokens[t], x + t * D);
         const auto tiles = query_tiles(step);
         for (size_t l = 0; l < layers_.size(); ++l) {
             const Layer& layer = layers_[l];
@@ -132,6 +131,13 @@ public:
     }
 
 private:
+    void embed(int32_t token, float* x) const {
+        const int64_t D = config_.dim;
+        const Weight& w = config_.tied ? output_ : embedding_;
+        if (config_.tied && w.packed()) dequantize_packed_row(w.format, w.data, token, D, x);
+        else dequantize_row(w.format, w.data + token * row_bytes(w.format, D), D, x);
+    }
+
     static const float* floats(const Weight& w) { return reinterpret_cast<const float*>(w.data); }
 
     static Weight& member(Layer& layer, const std::string& name) {

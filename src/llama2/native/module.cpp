@@ -33,9 +33,9 @@ Weight weight_of(Format format, const In<uint8_t, 1>& data, int64_t rows, int64_
 class PyModel {
 public:
     PyModel(int64_t dim, int64_t layers, int64_t heads, int64_t kv_heads, int64_t hidden, int64_t vocab,
-            int64_t head_size, int64_t context, float norm_eps, std::vector<double> inverse_frequencies, int threads,
-            int64_t blocks)
-        : vocab_(vocab), model_(make(dim, layers, heads, kv_heads, hidden, vocab, head_size, context, norm_eps,
+            int64_t head_size, int64_t context, bool tied, float norm_eps, std::vector<double> inverse_frequencies,
+            int threads, int64_t blocks)
+        : vocab_(vocab), model_(make(dim, layers, heads, kv_heads, hidden, vocab, head_size, context, tied, norm_eps,
                                      std::move(inverse_frequencies), threads, blocks),
                                 threads, blocks) {}
 
@@ -63,15 +63,16 @@ public:
 
 private:
     static Config make(int64_t dim, int64_t layers, int64_t heads, int64_t kv_heads, int64_t hidden, int64_t vocab,
-                       int64_t head_size, int64_t context, float norm_eps, std::vector<double> frequencies, int threads,
-                       int64_t blocks) {
+                       int64_t head_size, int64_t context, bool tied, float norm_eps, std::vector<double> frequencies,
+                       int threads, int64_t blocks) {
         expect(dim > 0 && layers > 0 && heads > 0 && kv_heads > 0 && hidden > 0 && vocab > 0 && context > 0,
                "sizes must be positive");
         expect(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
         expect(head_size > 0 && head_size % 2 == 0, "head_size must be even");
         expect(int64_t(frequencies.size()) == head_size / 2, "one frequency for each pair of a head");
         expect(threads >= 1 && threads <= 1024 && blocks >= 1, "threads must be 1 to 1024, and blocks at least 1");
-        return {dim, layers, heads, kv_heads, hidden, vocab, head_size, context, norm_eps, std::move(frequencies)};
+        return {
+            dim, layers, heads, kv_heads, hidden, vocab, head_size, context, tied, norm_eps, std::move(frequencies)};
     }
 
     int64_t vocab_;
@@ -167,7 +168,7 @@ NB_MODULE(LLAMA2_MODULE, m) {
     m.def("int8_gemm_rate", &measured<int8_gemm_rate>);
     m.def("fma_rate", &measured<fma_rate>);
     nb::class_<PyModel>(m, "Model")
-        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float,
                       std::vector<double>, int, int64_t>())
         .def("set", &PyModel::set)
         .def("check", &PyModel::check)

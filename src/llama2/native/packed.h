@@ -91,4 +91,35 @@ inline void pack(Format format, const uint8_t* data, int64_t rows, int64_t colum
     }
 }
 
+// One row of packed weights to floats: the same as dequantize_row gives of its stored form.
+inline void dequantize_packed_row(Format format, const uint8_t* data, int64_t row, int64_t columns, float* out) {
+    const auto& f = info(format);
+    const Record record(f);
+    const int vector = 4 * simd::kLanes, lane = int(row % simd::kLanes);
+    const bool super = f.scales == Scales::super || f.scales == Scales::super_min;
+    const uint8_t* at = data + row / simd::kLanes * panel_bytes(format, columns);
+    Fields fields{};
+    for (int64_t block = 0; block < columns / f.block; ++block, at += record.bytes, out += f.block) {
+        for (int i = 0; i < f.block; ++i) {
+            const int column = i % f.group, quad = column / 4;
+            const uint8_t* group = at + record.weights + i / f.group * record.group_bytes + lane * 4 + column % 4;
+            if (f.bits == 8) {
+                fields.q[i] = int8_t(group[quad * vector] - simd::kByteBias);
+            } else {
+                int q = (group[quad / 2 * vector] >> quad % 2 * 4) & 15;
+                if (f.bits > 4)
+                    q |= ((group[f.group / 8 * vector] >> quad * (f.bits - 4)) & ((1 << (f.bits - 4)) - 1)) << 4;
+                fields.q[i] = int8_t(q);
+            }
+        }
+        fields.d = load_u16(at + (super ? 0 : record.scales) + 2 * lane);
+        fields.m = load_u16(at + (super ? record.dmin : record.minima) + 2 * lane);
+        for (int g = 0; super && g < record.groups; ++g) {
+            fields.scale[g] = int8_t(at[record.scales + g * simd::kLanes + lane]);
+            fields.minimum[g] = at[record.minima + g * simd::kLanes + lane];
+        }
+        dequantize(f, fields, out);
+    }
+}
+
 }  // namespace llama2
