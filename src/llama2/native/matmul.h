@@ -163,6 +163,7 @@ template <Format format> class PanelGroup {
 public:
     static constexpr int halves = 32 / f.group;            // groups in 32 columns
     static constexpr int places = record.groups / halves;  // of 32 columns, in a record
+    static constexpr int record_bytes = record.bytes;
 
     // The record of columns 32·place … 32·place + 31.
     static const uint8_t* record_of(const uint8_t* panel, int64_t place) {
@@ -242,8 +243,12 @@ private:
 
 constexpr int64_t kTile = simd::kPanels * simd::kLanes;  // sums of one token
 
-// One panel times one token. Memory is the limit, and a panel one stream, which the processor reads ahead by itself.
-// a: the token's groups, the refining ones last. y: (kLanes)
+// How far ahead of its use a record of many groups is asked for.
+constexpr int64_t kAhead = 4096;
+
+// One panel times one token. Memory is the limit, and a panel one stream, which the processor reads ahead by itself,
+// but not past the many places that a record of many groups is read at by turns. a: the token's groups, the refining
+// ones last. y: (kLanes)
 template <Format format> void token_product(const uint8_t* panel, int64_t columns, const ActivationGroup* a, float* y) {
     using namespace simd;
     using Group = PanelGroup<format>;
@@ -261,6 +266,8 @@ template <Format format> void token_product(const uint8_t* panel, int64_t column
     };
     for (int64_t g = 0; g < count; g += Group::places) {  // what a record's groups share is loaded once
         const uint8_t* record = Group::record_of(panel, g);
+        if constexpr (Group::places > 1)
+            for (int64_t line = 0; line < Group::record_bytes; line += 64) prefetch(record + kAhead + line);
         LLAMA2_UNROLL
         for (int place = 0; place < Group::places; ++place) add(record, place, a[g + place]);
     }

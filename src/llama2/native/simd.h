@@ -76,6 +76,15 @@ inline F first_of_pairs(F x) { return x; }
 inline void join(float*) {}
 #endif
 
+// Ask for a cache line; there need be no memory.
+inline void prefetch(const void* p) {
+#if defined(_MSC_VER) && !defined(__clang__)
+    (void)p;
+#else
+    __builtin_prefetch(p);
+#endif
+}
+
 inline void prefetch_to_write(const float* p) {
 #if defined(_MSC_VER) && !defined(__clang__)
     (void)p;
