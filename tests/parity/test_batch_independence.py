@@ -120,6 +120,17 @@ def test_logits_alone_in_company_and_in_chunks(model: Checkpoint) -> None:
             assert_same_bytes(company[-1], expected)
 
 
+def test_logits_whatever_threads_divide(model: Checkpoint) -> None:
+    """Threads divide the rows of products in small steps, and the tokens in large ones."""
+    mine = prompt(model.config.vocab_size, 200, seed=2)
+    [expected] = run(NativeRunner(model, BLOCKS, threads=1), [mine], [repeat(7)])
+    for threads in (1, 2, 3):
+        runner = NativeRunner(model, BLOCKS, threads=threads)
+        for length in (15, 16, 31, 32, 33, 47, 48, 63, 64, 65, 95, 96, 129, 200):
+            [logits] = run(runner, [mine[:length]], [repeat(length)])
+            assert_same_bytes(logits, expected[:length])
+
+
 @settings(max_examples=30, deadline=None)
 @given(plan=st.lists(st.tuples(st.integers(1, 90), st.lists(st.integers(1, 70), min_size=1)), min_size=1, max_size=5))
 def test_logits_under_any_schedule(runner: NativeRunner, plan: list[tuple[int, list[int]]]) -> None:

@@ -48,6 +48,20 @@ inline void rms_norm(const float* x, const float* weight, int64_t size, float ep
     for (int64_t i = whole; i < size; ++i) out[i] = x[i] * scale * weight[i];
 }
 
+// Turns pairs of numbers (RoPE) and scales them. turn: for each number cos of its pair's angle, then for each −sin or
+// sin. Sums alone, because GCC 12 fuses a difference beside a sum with their products whatever -ffp-contract says.
+inline void rotate(const float* x, const float* turn, int64_t head_size, int64_t size, float scale, float* out) {
+    const float *cos = turn, *sin = turn + head_size;
+    for (int64_t i = 0; i < size; i += 2) {
+        out[i] = (x[i] * cos[i] + x[i + 1] * sin[i]) * scale;
+        out[i + 1] = (x[i + 1] * cos[i + 1] + x[i] * sin[i + 1]) * scale;
+    }
+}
+
+inline void to_cached(const float* x, int64_t count, uint16_t* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = simd::to_cached(x[i]);
+}
+
 class Model {
 public:
     Model(Config config, int threads, int64_t blocks)
@@ -101,36 +115,144 @@ public:
     // logits: (outputs, V)
     void forward(const Step& step, float* logits) {
         check_step(step);
-        const int64_t N = step.tokens_count, D = config_.dim, E = config_.head_size;
-        const int64_t Q = config_.heads * E, K = config_.kv_heads * E;
+        const int64_t N = step.tokens_count, D = config_.dim, M = step.outputs_count;
         if (N == 0) return;
-        float* x = residual_.reserve(N * D);
-        float* qkv = qkv_.reserve(N * (Q + 2 * K));
-        float* attended = attended_.reserve(N * Q);
-        float* hidden = hidden_.reserve(N * config_.hidden);
-        make_rotations(step);
-        for (int64_t t = 0; t < N; ++t) embed(step.tokens[t], x + t * D);
-        const auto tiles = query_tiles(step);
-        for (size_t l = 0; l < layers_.size(); ++l) {
-            const Layer& layer = layers_[l];
-            const int64_t stride = Q + 2 * K;
-            products({x, D, floats(layer.attention_norm)}, N,
-                     {{layer.wq, qkv, stride, false},
-                      {layer.wk, qkv + Q, stride, false},
-                      {layer.wv, qkv + Q + K, stride, false}});
-            over_tokens(N, [&](int64_t t) { rotate_and_cache(step, t, int64_t(l), qkv + t * (Q + 2 * K)); });
-            attend(step, tiles, int64_t(l), qkv, attended);
-            products({attended, Q, nullptr}, N, {{layer.wo, x, D, true}});
-            gated_products({x, D, floats(layer.ffn_norm)}, N, layer.w1, layer.w3, hidden);
-            products({hidden, config_.hidden, nullptr}, N, {{layer.w2, x, D, true}});
-        }
-        const int64_t M = step.outputs_count;
+        residual_.reserve(N * D);
+        qkv_.reserve(N * token_floats());
+        rotations_.reserve(N * 2 * config_.head_size);
+        const std::vector<Part> parts = divide(step);
+        over_parts(parts, [&](const Crew& crew, const Part& part) {
+            over_tokens(crew, part.count, [&](int64_t t) { begin_token(step, part.first + t); });
+            project(step, crew, part, 0);
+        });
+        for (int64_t l = 0; l < config_.layers; ++l)
+            over_parts(parts, [&](const Crew& crew, const Part& part) {
+                attend_and_feed_forward(step, crew, part, l);
+                if (l + 1 < config_.layers) project(step, crew, part, l + 1);
+            });
         float* last = last_.reserve(M * D);
-        for (int64_t i = 0; i < M; ++i) std::memcpy(last + i * D, x + step.outputs[i] * D, size_t(D) * 4);
-        products({last, D, floats(norm_)}, M, {{output_, logits, config_.vocab, false}});
+        for (int64_t i = 0; i < M; ++i) std::memcpy(last + i * D, residual_.get() + step.outputs[i] * D, size_t(D) * 4);
+        products(together(), {last, D, floats(norm_)}, M, {{output_, logits, config_.vocab, false}});
     }
 
 private:
+    struct QueryTile {
+        int64_t first, count;  // tokens of one sequence
+    };
+
+    // Tokens that go through a layer together: all of a step, or a block of them.
+    struct Part {
+        int64_t first, count;
+        std::vector<QueryTile> tiles;
+    };
+
+    struct Scratch {
+        Buffer<float> normalised, attended, hidden, partials, converted;
+        ActivationBuffer quantised;
+    };
+
+    // Who computes a part, and in which memory: all threads, or one of them alone.
+    struct Crew {
+        Pool* pool;  // null for a thread alone
+        int thread;
+        Scratch& scratch;
+
+        int threads() const { return pool ? pool->threads() : 1; }
+        // As Pool::run.
+        template <class Prepare, class Body> void run(int64_t units, Prepare&& prepare, Body&& body) const {
+            if (pool) return pool->run(units, prepare, body);
+            prepare(thread);
+            for (int64_t unit = 0; unit < units; ++unit) body(unit, thread);
+        }
+        template <class Body> void run(int64_t units, Body&& body) const {
+            run(units, [](int) {}, body);
+        }
+    };
+    Crew together() { return {&pool_, 0, shared_}; }
+
+    // Threads divide the rows of every product, or the tokens: then a block of these stays with one thread through a
+    // layer, in its second cache, and threads wait for each other once a layer. For that there must be a block for
+    // every thread, and weights that the last cache holds, as each block goes through all of them.
+    bool divides_tokens(int64_t N) const {
+        const Layer& l = layers_[0];
+        int64_t bytes = 0;
+        for (const Weight* w : {&l.wq, &l.wk, &l.wv, &l.wo, &l.w1, &l.w2, &l.w3}) bytes += w->bytes();
+        return N >= kTokenBlock * pool_.threads() && bytes <= kCachedBytes;
+    }
+    static constexpr int64_t kCachedBytes = 8 << 20;
+
+    std::vector<Part> divide(const Step& step) const {
+        const int64_t N = step.tokens_count, T = pool_.threads();
+        if (!divides_tokens(N)) return {{0, N, query_tiles(step, 0, N)}};
+        // As many blocks for each thread, of nearly one size.
+        const int64_t each = (N + T * kTokenBlock - 1) / (T * kTokenBlock), count = each * T;
+        const int64_t tiles = (N + simd::kTokens - 1) / simd::kTokens;
+        std::vector<Part> parts(static_cast<size_t>(count));
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t first = i * tiles / count * simd::kTokens;
+            const int64_t end = std::min(N, (i + 1) * tiles / count * simd::kTokens);
+            // Later tokens attend to more: they are dealt out to and fro, and done first.
+            const int64_t round = i / T, thread = round % 2 ? T - 1 - i % T : i % T;
+            parts[size_t(thread * each + each - 1 - round)] = {first, end - first, query_tiles(step, first, end)};
+        }
+        return parts;
+    }
+
+    template <class Body> void over_parts(const std::vector<Part>& parts, Body&& body) {
+        if (parts.size() == 1) return body(together(), parts[0]);
+        pool_.run(int64_t(parts.size()), [&](int64_t i, int thread) {
+            body(Crew{nullptr, thread, private_[size_t(thread)]}, parts[size_t(i)]);
+        });
+    }
+
+    // Queries, and the cache's keys and values.
+    void project(const Step& step, const Crew& crew, const Part& part, int64_t l) {
+        const Layer& layer = layers_[size_t(l)];
+        const int64_t D = config_.dim, N = part.count, stride = token_floats();
+        float* q = qkv_.get() + part.first * stride;
+        float* k = q + layer.wq.rows;
+        products(
+            crew, {residual_.get() + part.first * D, D, floats(layer.attention_norm)}, N,
+            {{layer.wq, q, stride, false}, {layer.wk, k, stride, false}, {layer.wv, k + layer.wk.rows, stride, false}});
+        over_tokens(crew, N, [&](int64_t t) { rotate_and_cache(step, part.first + t, l, q + t * stride); });
+    }
+
+    void attend_and_feed_forward(const Step& step, const Crew& crew, const Part& part, int64_t l) {
+        const Layer& layer = layers_[size_t(l)];
+        const int64_t D = config_.dim, Q = layer.wo.columns, F = config_.hidden, N = part.count;
+        float* x = residual_.get() + part.first * D;
+        float* attended = crew.scratch.attended.reserve(N * Q);
+        float* hidden = crew.scratch.hidden.reserve(N * F);
+        attend(step, crew, part, l, attended);
+        products(crew, {attended, Q, nullptr}, N, {{layer.wo, x, D, true}});
+        gated_products(crew, {x, D, floats(layer.ffn_norm)}, N, layer.w1, layer.w3, hidden);
+        products(crew, {hidden, F, nullptr}, N, {{layer.w2, x, D, true}});
+    }
+
+    static constexpr int64_t kPiece = 64;  // of a head, an even number
+
+    template <class Body> void over_tokens(const Crew& crew, int64_t N, Body&& body) {
+        if (N <= 4)
+            for (int64_t t = 0; t < N; ++t) body(t);
+        else crew.run(N, [&](int64_t t, int) { body(t); });
+    }
+
+    // Queries, keys and values of a token.
+    int64_t token_floats() const { return (config_.heads + 2 * config_.kv_heads) * config_.head_size; }
+
+    // The token's embedding and its rotation, (2, E) as `rotate` wants it. In double precision, because positions reach
+    // thousands.
+    void begin_token(const Step& step, int64_t t) {
+        const int64_t E = config_.head_size;
+        embed(step.tokens[t], residual_.get() + t * config_.dim);
+        float *cos = rotations_.get() + t * 2 * E, *sin = cos + E;
+        for (int64_t i = 0; i < E; i += 2) {
+            const double angle = double(step.positions[t]) * config_.inverse_frequencies[size_t(i / 2)];
+            cos[i] = cos[i + 1] = float(std::cos(angle));
+            sin[i + 1] = float(std::sin(angle)), sin[i] = -sin[i + 1];
+        }
+    }
+
     void embed(int32_t token, float* x) const {
         const int64_t D = config_.dim;
         const Weight& w = config_.tied ? output_ : embedding_;
@@ -192,64 +314,69 @@ private:
 
     // Calls body(unit, activations) for every unit, after the activations of all N tokens have been made. A single
     // token is prepared by every thread for itself, which is cheaper than waiting for one another.
-    template <class Body> void with_activations(const Source& source, int64_t N, int64_t units, Body&& body) {
+    template <class Body>
+    void with_activations(const Crew& crew, const Source& source, int64_t N, int64_t units, Body&& body) {
         const int64_t columns = source.columns;
-        const auto prepare = [&](int64_t t, float* normalised, ActivationBuffer& quantised) {
+        const auto reserve = [&](Scratch& s) {
+            s.quantised.reserve(N, columns);
+            if (source.norm) s.normalised.reserve(N * columns);
+        };
+        const auto prepare = [&](int64_t t, Scratch& s) {
             const float* x = source.x + t * columns;
-            if (source.norm) rms_norm(x, source.norm, columns, config_.norm_eps, normalised), x = normalised;
-            quantised.quantize(t, x);
+            if (source.norm) {
+                float* normalised = s.normalised.get() + t * columns;
+                rms_norm(x, source.norm, columns, config_.norm_eps, normalised), x = normalised;
+            }
+            s.quantised.quantize(t, x);
+        };
+        const auto view = [&](const Scratch& s) {
+            return s.quantised.view(source.norm ? s.normalised.get() : source.x);
         };
         if (N == 1) {
-            for (auto& p : private_) p.normalised.reserve(columns), p.quantised.reserve(1, columns);
-            const auto view = [&](int thread) {
-                const Private& p = private_[size_t(thread)];
-                return p.quantised.view(source.norm ? p.normalised.get() : source.x);
+            const auto prepare_for_itself = [&](int thread) {
+                Scratch& s = private_[size_t(thread)];
+                reserve(s), prepare(0, s);
             };
-            pool_.run(
-                units,
-                [&](int thread) {
-                    Private& p = private_[size_t(thread)];
-                    prepare(0, p.normalised.get(), p.quantised);
-                },
-                [&](int64_t unit, int thread) { body(unit, view(thread)); });
+            crew.run(units, prepare_for_itself,
+                     [&](int64_t unit, int thread) { body(unit, view(private_[size_t(thread)])); });
             return;
         }
-        float* normalised = source.norm ? normalised_.reserve(N * columns) : nullptr;
-        quantised_.reserve(N, columns);
-        pool_.run(N, [&](int64_t t, int) { prepare(t, normalised + t * columns, quantised_); });
-        pool_.run(token_blocks(N), [&](int64_t block, int) { quantised_.order(block); });
-        const Activations all = quantised_.view(source.norm ? normalised : source.x);
-        pool_.run(units, [&](int64_t unit, int) { body(unit, all); });
+        reserve(crew.scratch);
+        crew.run(N, [&](int64_t t, int) { prepare(t, crew.scratch); });
+        crew.run(token_blocks(N), [&](int64_t block, int) { crew.scratch.quantised.order(block); });
+        const Activations all = view(crew.scratch);
+        crew.run(units, [&](int64_t unit, int) { body(unit, all); });
     }
 
     // A unit is some panels times a block of tokens: few enough that every thread gets several, whole pairs of panels,
     // and for a single token about 64 KB of weights.
-    int64_t panels_a_unit(const Weight& w, int64_t N) const {
+    int64_t panels_a_unit(const Crew& crew, const Weight& w, int64_t N) const {
         const int64_t most = N == 1 ? std::max<int64_t>(1, (64 << 10) / w.panel_bytes) : kUnitPanels;
-        const int64_t even = panels(w.rows) * token_blocks(N) / (4 * pool_.threads());
+        const int64_t even = panels(w.rows) * token_blocks(N) / (4 * crew.threads());
         return std::clamp<int64_t>(even / simd::kPanels * simd::kPanels, simd::kPanels,
                                    std::max<int64_t>(most, simd::kPanels));
     }
-    int64_t units(const Weight& w, int64_t N) const {
-        const int64_t each = panels_a_unit(w, N);
+    int64_t units(const Crew& crew, const Weight& w, int64_t N) const {
+        const int64_t each = panels_a_unit(crew, w, N);
         return (panels(w.rows) + each - 1) / each * token_blocks(N);
     }
 
     // Calls body(first panel, count, block) for a unit of `w`, at most kUnitPanels panels at a time.
-    template <class Body> void over_panels(const Weight& w, int64_t N, int64_t unit, Body&& body) const {
-        const int64_t each = panels_a_unit(w, N), blocks = token_blocks(N);
+    template <class Body>
+    void over_panels(const Crew& crew, const Weight& w, int64_t N, int64_t unit, Body&& body) const {
+        const int64_t each = panels_a_unit(crew, w, N), blocks = token_blocks(N);
         const int64_t first = unit / blocks * each, last = std::min(first + each, panels(w.rows));
         for (int64_t p = first; p < last; p += kUnitPanels)
             body(p, std::min<int64_t>(kUnitPanels, last - p), unit % blocks);
     }
 
-    void products(const Source& source, int64_t N, std::initializer_list<Product> all) {
+    void products(const Crew& crew, const Source& source, int64_t N, std::initializer_list<Product> all) {
         int64_t total = 0;
-        for (const Product& product : all) total += units(product.weight, N);
-        with_activations(source, N, total, [&](int64_t unit, const Activations& x) {
+        for (const Product& product : all) total += units(crew, product.weight, N);
+        with_activations(crew, source, N, total, [&](int64_t unit, const Activations& x) {
             const Product* product = all.begin();
-            for (int64_t mine; unit >= (mine = units(product->weight, N)); ++product) unit -= mine;
-            over_panels(product->weight, N, unit, [&](int64_t first, int64_t count, int64_t block) {
+            for (int64_t mine; unit >= (mine = units(crew, product->weight, N)); ++product) unit -= mine;
+            over_panels(crew, product->weight, N, unit, [&](int64_t first, int64_t count, int64_t block) {
                 Results results;
                 const Output out(*product, first, count, x, block);
                 multiply(product->weight, first, count, x, block, results);
@@ -264,9 +391,10 @@ private:
     }
 
     // out = silu(w1 x) ⊙ w3 x: (N, F)
-    void gated_products(const Source& source, int64_t N, const Weight& w1, const Weight& w3, float* out) {
-        with_activations(source, N, units(w1, N), [&](int64_t unit, const Activations& x) {
-            over_panels(w1, N, unit, [&](int64_t first, int64_t count, int64_t block) {
+    void gated_products(const Crew& crew, const Source& source, int64_t N, const Weight& w1, const Weight& w3,
+                        float* out) {
+        with_activations(crew, source, N, units(crew, w1, N), [&](int64_t unit, const Activations& x) {
+            over_panels(crew, w1, N, unit, [&](int64_t first, int64_t count, int64_t block) {
                 Results gates, values;
                 const Output to({w1, out, w1.rows, false}, first, count, x, block);
                 multiply(w1, first, count, x, block, gates);
@@ -304,23 +432,6 @@ private:
 
     // --- attention ---------------------------------------------------------------------------------------------------
 
-    template <class Body> void over_tokens(int64_t N, Body&& body) {
-        if (N <= 4)
-            for (int64_t t = 0; t < N; ++t) body(t);
-        else pool_.run(N, [&](int64_t t, int) { body(t); });
-    }
-
-    // cos and sin of every token's rotation: (N, E / 2, 2). In double precision, because positions reach thousands.
-    void make_rotations(const Step& step) {
-        const int64_t half = config_.head_size / 2;
-        float* out = rotations_.reserve(step.tokens_count * half * 2);
-        for (int64_t t = 0; t < step.tokens_count; ++t)
-            for (int64_t i = 0; i < half; ++i, out += 2) {
-                const double angle = double(step.positions[t]) * config_.inverse_frequencies[size_t(i)];
-                out[0] = float(std::cos(angle)), out[1] = float(std::sin(angle));
-            }
-    }
-
     uint16_t* keys(int32_t block, int64_t layer, int64_t head) const {
         return reinterpret_cast<uint16_t*>(cache_start_ + block * block_bytes_ +
                                            (layer * config_.kv_heads + head) * head_bytes_);
@@ -330,39 +441,42 @@ private:
     // Rotates a token's queries (scaled by 1/√E) in place, as attention wants them, and writes its rotated keys and its
     // values to the cache.
     void rotate_and_cache(const Step& step, int64_t t, int64_t layer, float* qkv) const {
-        using simd::kDepth, simd::to_cached;
-        const int64_t E = config_.head_size, stride = padded(E), position = step.positions[t];
+        using simd::kDepth;
+        const int64_t E = config_.head_size, wide = padded(E), position = step.positions[t];
         const int32_t block = step.blocks[step.sequences[t] * step.width + position / kBlock];
-        const int64_t at = position % kBlock, lane = at % kDepth;
-        const float* turn = rotations_.get() + t * E;
+        const int64_t at = position % kBlock;
+        const float* turn = rotations_.get() + t * 2 * E;
         const float scale = 1.0f / std::sqrt(float(E));
+        float rotated[kPiece];
+        uint16_t cached[kPiece];
+        // body(first, count) for every piece of a head
+        const auto over_pieces = [&](auto&& body) {
+            for (int64_t i = 0; i < E; i += kPiece) body(i, std::min(kPiece, E - i));
+        };
         for (int64_t h = 0; h < config_.heads; ++h, qkv += E)
-            for (int64_t i = 0; i < E; i += 2) {
-                const float a = qkv[i], b = qkv[i + 1];
-                const float x = (a * turn[i] - b * turn[i + 1]) * scale, y = (a * turn[i + 1] + b * turn[i]) * scale;
-                if constexpr (kDepth == 1) qkv[i] = x, qkv[i + 1] = y;
-                else qkv[i / 2] = std::bit_cast<float>(uint32_t(to_cached(y)) << 16 | to_cached(x));
-            }
+            over_pieces([&](int64_t i, int64_t count) {
+                rotate(qkv + i, turn + i, E, count, scale, rotated);
+                if constexpr (kDepth == 1) std::memcpy(qkv + i, rotated, size_t(count) * 4);
+                else to_cached(rotated, count, cached), std::memcpy(qkv + i / 2, cached, size_t(count) * 2);
+            });
         const float* value = qkv + config_.kv_heads * E;
         for (int64_t g = 0; g < config_.kv_heads; ++g, qkv += E, value += E) {
             uint16_t* key = keys(block, layer, g) + at * kDepth;
-            uint16_t* out = values(keys(block, layer, g)) + at / kDepth * stride * kDepth + lane;
-            for (int64_t i = 0; i < E; i += 2) {
-                const float a = qkv[i], b = qkv[i + 1];
-                key[i * kBlock] = to_cached(a * turn[i] - b * turn[i + 1]);
-                key[i * kBlock + (kDepth == 1 ? kBlock : 1)] = to_cached(a * turn[i + 1] + b * turn[i]);
-            }
-            for (int64_t i = 0; i < E; ++i) out[i * kDepth] = to_cached(value[i]);
+            uint16_t* out = values(keys(block, layer, g)) + at / kDepth * wide * kDepth + at % kDepth;
+            over_pieces([&](int64_t i, int64_t count) {
+                rotate(qkv + i, turn + i, E, count, 1, rotated);
+                to_cached(rotated, count, cached);
+                for (int64_t e = 0; e < count; e += kDepth) std::memcpy(key + (i + e) * kBlock, cached + e, 2 * kDepth);
+                to_cached(value + i, count, cached);
+                for (int64_t e = 0; e < count; ++e) out[(i + e) * kDepth] = cached[e];
+            });
         }
     }
 
-    struct QueryTile {
-        int64_t first, count;  // tokens of one sequence
-    };
-    std::vector<QueryTile> query_tiles(const Step& step) const {
+    std::vector<QueryTile> query_tiles(const Step& step, int64_t first, int64_t end) const {
         const int64_t most = std::max<int64_t>(1, 48 / (config_.heads / config_.kv_heads));  // rows in whole tiles
         std::vector<QueryTile> tiles;
-        for (int64_t t = 0; t < step.tokens_count; ++t) {
+        for (int64_t t = first; t < end; ++t) {
             const bool room = !tiles.empty() && tiles.back().count < most;
             if (room && step.sequences[t] == step.sequences[t - 1]) ++tiles.back().count;
             else tiles.push_back({t, 1});
@@ -374,10 +488,10 @@ private:
     // head); converted: room for a block's keys and values.
     template <int depth = simd::kDepth>
     void attend_chunk(const Step& step, const QueryTile& tile, int64_t layer, int64_t head, int64_t chunk,
-                      const float* qkv, float* partials, float* converted) const {
+                      float* partials, float* converted) const {
         const int64_t E = config_.head_size, share = config_.heads / config_.kv_heads, wide = padded(E);
-        const int64_t token_floats = (config_.heads + 2 * config_.kv_heads) * E, size = partial_size(wide);
         const int64_t rows = tile.count * share, last = step.positions[tile.first + tile.count - 1];
+        const int64_t size = partial_size(wide);
         const int32_t* table = step.blocks + step.sequences[tile.first] * step.width;
         for (int64_t r = 0; r < rows; ++r) clear_partial(partials + r * size, wide);
         for (int64_t start = chunk * kChunk; start < std::min((chunk + 1) * int64_t(kChunk), last + 1);
@@ -394,7 +508,7 @@ private:
                     int counts[M];
                     for (int m = 0; m < M; ++m) {
                         const int64_t t = tile.first + (first + m) / share, h = head * share + (first + m) % share;
-                        queries[m] = qkv + t * token_floats + h * E, outs[m] = partials + (first + m) * size;
+                        queries[m] = qkv_.get() + t * token_floats() + h * E, outs[m] = partials + (first + m) * size;
                         counts[m] = int(std::min<int64_t>(step.positions[t] - start + 1, kBlock));
                     }
                     attend_tile<M>(queries, outs, key_numbers, value_numbers, E, wide, counts);
@@ -421,53 +535,59 @@ private:
         }
     }
 
+    // out: (tile.count, H·E)
     void finish(const QueryTile& tile, int64_t head, const float* totals, float* out) const {
         const int64_t E = config_.head_size, share = config_.heads / config_.kv_heads;
         for (int64_t r = 0; r < tile.count * share; ++r)
             finish_partial(totals + r * partial_size(padded(E)), E,
-                           out + ((tile.first + r / share) * config_.heads + head * share + r % share) * E);
+                           out + (r / share * config_.heads + head * share + r % share) * E);
     }
 
-    // out: (N, H·E)
-    void attend(const Step& step, const std::vector<QueryTile>& tiles, int64_t layer, const float* qkv, float* out) {
+    // out: (part.count, H·E)
+    void attend(const Step& step, const Crew& crew, const Part& part, int64_t layer, float* out) {
         const int64_t G = config_.kv_heads, wide = padded(config_.head_size);
         const auto rows = [&](const QueryTile& tile) { return tile.count * (config_.heads / G); };
         const auto chunks = [&](const QueryTile& tile) {
             return step.positions[tile.first + tile.count - 1] / kChunk + 1;
         };
+        const auto finish_at = [&](const QueryTile& tile, int64_t head, const float* totals) {
+            finish(tile, head, totals, out + (tile.first - part.first) * config_.heads * config_.head_size);
+        };
         int64_t most_rows = 0, most_chunks = 0;
-        for (const auto& tile : tiles)
+        for (const auto& tile : part.tiles)
             most_rows = std::max(most_rows, rows(tile)), most_chunks = std::max<int64_t>(most_chunks, chunks(tile));
-        const int64_t size = partial_size(wide) * most_rows, count = int64_t(tiles.size()) * G;
-        for (auto& p : private_) p.converted.reserve(kBlock * (config_.head_size + wide));
+        const int64_t size = partial_size(wide) * most_rows, count = int64_t(part.tiles.size()) * G;
+        const auto reserve = [&](int thread) {
+            private_[size_t(thread)].partials.reserve(2 * size);
+            private_[size_t(thread)].converted.reserve(kBlock * (config_.head_size + wide));
+        };
         // Few queries over many keys: chunks are units of their own.
-        if (most_chunks > 1 && count < 4 * pool_.threads()) {
-            float* partials = partials_.reserve(count * most_chunks * size);
-            pool_.run(count * most_chunks, [&](int64_t unit, int thread) {
-                const QueryTile& tile = tiles[size_t(unit / most_chunks / G)];
+        if (most_chunks > 1 && count < 4 * crew.threads() && crew.threads() > 1) {
+            float* partials = crew.scratch.partials.reserve(count * most_chunks * size);
+            crew.run(count * most_chunks, reserve, [&](int64_t unit, int thread) {
+                const QueryTile& tile = part.tiles[size_t(unit / most_chunks / G)];
                 if (unit % most_chunks < chunks(tile))
-                    attend_chunk(step, tile, layer, unit / most_chunks % G, unit % most_chunks, qkv,
-                                 partials + unit * size, private_[size_t(thread)].converted.get());
+                    attend_chunk(step, tile, layer, unit / most_chunks % G, unit % most_chunks, partials + unit * size,
+                                 private_[size_t(thread)].converted.get());
             });
             for (int64_t i = 0; i < count; ++i) {
-                const QueryTile& tile = tiles[size_t(i / G)];
+                const QueryTile& tile = part.tiles[size_t(i / G)];
                 float* totals = partials + i * most_chunks * size;
                 for (int64_t chunk = 1; chunk < chunks(tile); ++chunk) merge(rows(tile), totals, totals + chunk * size);
-                finish(tile, i % G, totals, out);
+                finish_at(tile, i % G, totals);
             }
             return;
         }
-        for (auto& p : private_) p.partials.reserve(2 * size);
-        pool_.run(count, [&](int64_t unit, int thread) {
-            const QueryTile& tile = tiles[size_t(unit / G)];
+        crew.run(count, reserve, [&](int64_t unit, int thread) {
+            const QueryTile& tile = part.tiles[size_t(unit / G)];
             float *totals = private_[size_t(thread)].partials.get(), *next = totals + size;
             float* converted = private_[size_t(thread)].converted.get();
-            attend_chunk(step, tile, layer, unit % G, 0, qkv, totals, converted);
+            attend_chunk(step, tile, layer, unit % G, 0, totals, converted);
             for (int64_t chunk = 1; chunk < chunks(tile); ++chunk) {
-                attend_chunk(step, tile, layer, unit % G, chunk, qkv, next, converted);
+                attend_chunk(step, tile, layer, unit % G, chunk, next, converted);
                 merge(rows(tile), totals, next);
             }
-            finish(tile, unit % G, totals, out);
+            finish_at(tile, unit % G, totals);
         });
     }
 
@@ -487,13 +607,9 @@ private:
     std::unique_ptr<uint8_t, Free> cache_;
     uint8_t* cache_start_;
     Pool pool_;
-    Buffer<float> residual_, qkv_, attended_, hidden_, last_, normalised_, rotations_, partials_;
-    ActivationBuffer quantised_;
-    struct Private {  // of one thread
-        Buffer<float> normalised, partials, converted;
-        ActivationBuffer quantised;
-    };
-    std::vector<Private> private_;
+    Buffer<float> residual_, qkv_, rotations_, last_;  // of all tokens of a step
+    Scratch shared_;
+    std::vector<Scratch> private_;  // of each thread
 };
 
 }  // namespace llama2
