@@ -168,7 +168,7 @@ class Histories(RuleBasedStateMachine):
         for s in counts:  # what another computes already is not begun
             key = s.keys[s.cached // BLOCK] if s.cached % BLOCK == 0 and s.cached + BLOCK < s.length else None
             for earlier in self.scheduler.running[: self.scheduler.running.index(s)]:
-                ahead = earlier.length - earlier.cached > 1 and earlier.cached <= s.cached
+                ahead = earlier.length - earlier.cached > 1 and earlier.cached // BLOCK <= s.cached // BLOCK
                 assert not (s.shares and ahead and key in earlier.keys)
 
     @invariant()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from llama2.engine import sampling
 from llama2.engine.cache import chain
 from llama2.engine.lookup import Lookup
+from llama2.engine.protocol import EngineProtocol
 from llama2.engine.request import Event, FinishReason, Load, Logprob, Request
 from llama2.engine.runner import BLOCK, Batch, Runner
 from llama2.engine.sampling import Sampler
@@ -54,10 +55,9 @@ class Part:
     rows: int
 
 
-class Engine:
-    """Answers requests with one runner, batching those that are there together. Safe to call from several threads.
+class Engine(EngineProtocol):
+    """Answers requests with one runner, batching those that are there together.
 
-    A server adds requests and takes all events from `step`; a caller with one request follows `run`. Both may be mixed.
     `context` shortens the model's own; the runner's cache bounds it too. Nobody waits for a forward pass but those who
     want its events.
     """
@@ -98,12 +98,10 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do or to tell."""
         return bool(self._active or self._events)
 
     @property
     def load(self) -> Load:
-        """What there is to do, and how full the cache is."""
         with self._lock:
             s = self.scheduler
             return Load(
@@ -117,23 +115,16 @@ class Engine:
             )
 
     def add(self, request: Request) -> int:
-        """Queue a request and return the id of its events.
-
-        Raises ContextError when prompt and answer do not fit the context, RequestError when the prompt is empty or a
-        token is not in the vocabulary.
-        """
         generation = self._prepare(request)
         self._enqueue(generation)
         return generation.id
 
     def cancel(self, id: int) -> None:
-        """End a request and free its cache at once; its last event comes from `step`. Too late is no error."""
         with self._lock:
             if generation := self._active.get(id):
                 self._events.append(self._event(generation, finish="cancelled"))
 
     def run(self, request: Request) -> Iterator[Event]:
-        """The events of one request; closing the iterator cancels it. Raises like `add`, before the first event."""
         return self._follow(self._prepare(request))
 
     def step(self) -> list[Event]:
