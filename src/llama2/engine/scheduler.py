@@ -22,7 +22,7 @@ from llama2.engine.runner import BLOCK
 #: Sequences that run at once, unless a caller says otherwise.
 MAX_SEQUENCES = 64
 #: Tokens of prompts that run in a step beside growing answers, unless a caller says otherwise.
-MAX_PREFILL_TOKENS = 128
+MAX_PREFILL_TOKENS = 64
 
 
 @dataclass(slots=True, eq=False)
