@@ -1,8 +1,9 @@
 """Are answers the same bytes alone and under load? Requests one by one, then together in random load, on a real model.
 
 Alone, each runs in the whole cache, without prefix hits and drafts. Then up to 32 at a time, a number that changes at
-random, share a cache so small that some are preempted, find prefixes, draft, and are followed or taken from `step`, under
-several limits on a step. Tokens, texts, log-probabilities and reasons to end must be equal. Exit code 1 if one differs.
+random, share a cache so small that some are preempted, find prefixes, draft, and are followed or taken from `step`,
+under several limits on a step. Tokens, texts, log-probabilities and reasons to end must be equal. Exit code 1 if one
+differs.
 
     python bench/same_bytes.py -m MODEL.gguf > same_bytes.json
 """
@@ -29,14 +30,14 @@ from llama2.engine.runner_native import NativeRunner
 CLONE = Path(__file__).parents[1]
 CONTEXT = 1024
 #: Blocks of the small cache, and limits of a step: tokens, prompts' tokens beside growing answers.
-LOADS = [(200, 512, 128), (100, 512, 32), (64, 100, 512), (48, 33, 7)]
+LOADS = [(160, 512, 64), (96, 512, 16), (64, 100, 512), (48, 33, 7)]
 MOST = 32  # requests at once
 
 
 def requests(model: Model, count: int, rng: random.Random) -> list[Request]:
     """Questions about a text, a few of them behind the same one; greedy and drawn, short and long, scored or not."""
     words = (CLONE / "SECURITY.md").read_text().split()
-    texts = [" ".join(words[: rng.randrange(1, 150)]) for _ in range(10)]
+    texts = [" ".join(words[: rng.randrange(1, 120)]) for _ in range(10)]
     made = []
     for _ in range(count):
         about = rng.choice([rng.choice(texts), " ".join(rng.sample(words, rng.randrange(1, 60)))])
@@ -44,7 +45,7 @@ def requests(model: Model, count: int, rng: random.Random) -> list[Request]:
         made.append(
             Request(
                 tuple(model.render(f"{about}\n\n{ask}")),
-                rng.choice([1, 40, 120, 300]),
+                rng.choice([1, 30, 100, 300]),
                 Sampling(
                     temperature=rng.choice([0, 0.6, 1.0]),
                     top_p=rng.choice([0.9, 1.0]),
@@ -102,10 +103,7 @@ def main() -> None:
     with llama2.load(options.model, threads=options.threads, context=CONTEXT) as model:
         asked = requests(model, options.requests, rng)
         start = time.perf_counter()
-        alone = [
-            plain(list(model.engine.run(replace(request, lookup=0, cache_prompt=False))))
-            for request in asked
-        ]
+        alone = [plain(list(model.engine.run(replace(request, lookup=0, cache_prompt=False)))) for request in asked]
         print(f"alone: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         for blocks, tokens, prefill in LOADS:
             engine = Engine(

@@ -1,4 +1,4 @@
-"""What the engine's scheduling costs and saves: streams beside a long prompt, shared prompts, and Python's part of a step.
+"""What the engine's scheduling costs and saves: streams beside a long prompt, shared prompts, Python's part of a step.
 
 Tables go to stderr, one JSON object with every value to stdout.
 
@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from provenance import provenance
 
 import llama2
@@ -35,7 +37,7 @@ class Timed:
     def __init__(self, runner: Runner) -> None:
         self.runner, self.config, self.n_blocks, self.seconds = runner, runner.config, runner.n_blocks, 0.0
 
-    def forward(self, batch: Batch):  # type: ignore[no-untyped-def]
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
         """As the runner does."""
         start = time.perf_counter()
         logits = self.runner.forward(batch)
@@ -95,6 +97,19 @@ def overhead(model: Model, streams: int, temperature: float) -> tuple[float, flo
     return statistics.median(whole), statistics.median(outside)
 
 
+def medians(rows: list[dict[str, float]], *keys: str) -> list[dict[str, float]]:
+    """The median of each value over the rows that have the same keys."""
+    groups: dict[tuple[float, ...], list[dict[str, float]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [{name: statistics.median(row[name] for row in group) for name in group[0]} for group in groups.values()]
+
+
+def show(line: str) -> None:
+    """A line of a table."""
+    print(line, file=sys.stderr)
+
+
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -104,7 +119,9 @@ def main() -> None:
     options = parser.parse_args()
 
     with llama2.load(options.model, threads=options.threads, context=2048, sequences=16) as model:
-        beside, sharing, python = [], [], []
+        beside: list[dict[str, float]] = []
+        sharing: list[dict[str, float]] = []
+        python: list[dict[str, float]] = []
         alone = request(model, 100, LONG, 1)
         shared(model, [alone])
         for _ in range(options.repeat):
@@ -124,29 +141,20 @@ def main() -> None:
                     row = {"streams": streams, "temperature": temperature, "step": step, "outside": outside}
                     python.append(row)
 
-    def medians(rows: list[dict[str, float]], *keys: str) -> list[dict[str, float]]:
-        groups: dict[tuple[float, ...], list[dict[str, float]]] = {}
-        for row in rows:
-            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-        return [{name: statistics.median(row[name] for row in group) for name in group[0]} for group in groups.values()]
-
-    print(f"A prompt of {LONG} tokens beside growing answers: ms between tokens, tokens/s of the prompt", file=sys.stderr)
+    show(f"A prompt of {LONG} tokens beside growing answers: ms between tokens, tokens/s of the prompt")
     for row in medians(beside, "streams", "limit"):
-        print(
-            f"{row['streams']:4.0f} streams  limit {row['limit']:4.0f}  median {row['median'] * 1e3:6.1f}  "
-            f"longest {row['longest'] * 1e3:6.1f}  prompt {LONG / row['prompt']:7.0f}  alone {LONG / row['alone']:7.0f}",
-            file=sys.stderr,
+        show(
+            f"{row['streams']:4.0f} streams  limit {row['limit']:4.0f}  median {row['median'] * 1e3:6.1f}  longest "
+            f"{row['longest'] * 1e3:6.1f}  prompt {LONG / row['prompt']:7.0f}  alone {LONG / row['alone']:7.0f}"
         )
-    print(f"Eight requests that share {SHARED} tokens, beside one: seconds", file=sys.stderr)
+    show(f"Eight requests that share {SHARED} tokens, beside one: seconds")
     for row in medians(sharing, "own"):
-        ratio = row["eight"] / row["one"]
-        print(f"{row['own']:4.0f} own  {row['one']:.3f}  {row['eight']:.3f}  {ratio:.2f}", file=sys.stderr)
-    print("A decoding step, and what of it is not the forward pass: ms", file=sys.stderr)
+        show(f"{row['own']:4.0f} own  {row['one']:.3f}  {row['eight']:.3f}  {row['eight'] / row['one']:.2f}")
+    show("A decoding step, and what of it is not the forward pass: ms")
     for row in medians(python, "streams", "temperature"):
-        print(
+        show(
             f"{row['streams']:4.0f} streams  temperature {row['temperature']:3.1f}  {row['step'] * 1e3:6.2f}  "
-            f"{row['outside'] * 1e3:6.3f}  {row['outside'] / row['step']:.1%}",
-            file=sys.stderr,
+            f"{row['outside'] * 1e3:6.3f}  {row['outside'] / row['step']:.1%}"
         )
     about = {"model": Path(options.model).name, "threads": options.threads}
     json.dump({**provenance(), **about, "beside": beside, "sharing": sharing, "python": python}, sys.stdout, indent=2)

@@ -154,7 +154,7 @@ class Histories(RuleBasedStateMachine):
                 self.extend_keys(s)
 
     def check_plan(self, plan: list[tuple[Tokens, int]]) -> None:
-        counts = {s: count for s, count in plan}
+        counts = dict(plan)
         assert bool(plan) == bool(self.unfinished)
         assert len(counts) == len(plan)
         assert all(1 <= count <= s.length - s.cached for s, count in plan)

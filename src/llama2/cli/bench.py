@@ -184,6 +184,7 @@ def _requests(model: Model, count: int, prompt: int, answer: int | None) -> list
             prompt=tuple(i % vocabulary for i in range(1 + n * prompt, 1 + (n + 1) * prompt)),
             max_tokens=answer,
             sampling=sampling,
+            cache_prompt=False,
         )
         for n in range(count)
     ]

@@ -90,8 +90,12 @@ inline double exponentials(const float* x, int64_t n, float maximum, float* out)
         store(result, exp(sub(load(rest), set(maximum))));
         std::memcpy(out + i, result, size_t(n - i) * 4);
     }
-    double sum = 0;
-    for (int64_t j = 0; j < n; ++j) sum += out[j];
+    double sums[8] = {}, sum = 0;  // side by side, because an addition waits for the one before it
+    int64_t j = 0;
+    for (; j + 8 <= n; j += 8)
+        for (int64_t k = 0; k < 8; ++k) sums[k] += out[j + k];
+    for (const double each : sums) sum += each;
+    for (; j < n; ++j) sum += out[j];
     return sum;
 }
 
