@@ -30,7 +30,7 @@ from llama2.engine.runner_native import NativeRunner
 CLONE = Path(__file__).parents[1]
 CONTEXT = 1024
 #: Blocks of the small cache, and limits of a step: tokens, prompts' tokens beside growing answers.
-LOADS = [(160, 512, 64), (96, 512, 16), (64, 100, 512), (48, 33, 7)]
+LOADS = [(128, 512, 64), (64, 512, 16), (48, 100, 512), (36, 33, 7)]
 MOST = 32  # requests at once
 
 
