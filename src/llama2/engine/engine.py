@@ -313,7 +313,8 @@ class Engine(EngineProtocol):
         g.accepted += token == draft
         g.tokens[g.length] = token
         g.length += 1
-        chain(g.keys, g.tokens[: g.length])
+        if g.length % BLOCK == 0:
+            chain(g.keys, g.tokens[: g.length])
         if token in g.stop_tokens:
             return self._event(g, token, logprob=logprob, finish="stop")
         text = g.stops.push(g.stream.push(token))

@@ -93,13 +93,15 @@ class Scheduler(Generic[S]):
         (`_divide`). A prompt whose next block is being computed for an earlier one waits for that.
         """
         for s in self.running:
-            self._publish(s)
+            if s.published < s.cached // BLOCK:
+                self._publish(s)
         self._admit()
         answers: list[S] = []
         prompts: list[S] = []
         coming: set[bytes] = set()  # keys of the blocks that prompts have yet to compute
         for s in self.running:
-            self._reuse(s)
+            if s.length - s.cached > 1:
+                self._reuse(s)
             if s.length - s.cached == 1:
                 answers.append(s)
                 continue
@@ -108,8 +110,8 @@ class Scheduler(Generic[S]):
                 prompts.append(s)
             coming.update(s.keys[done:])
         room = self.max_batch_tokens - len(answers)
-        counts = _divide(min(room, self.max_prefill_tokens) if answers else room, prompts)
-        counts.update((s, 1) for s in answers)
+        counts = dict.fromkeys(answers, 1)
+        counts |= _divide(min(room, self.max_prefill_tokens) if answers else room, prompts)
         plan = []
         for s in self.running:  # which becomes shorter when its last are preempted
             if count := self._grow(s, counts.get(s, 0)):
@@ -139,6 +141,8 @@ class Scheduler(Generic[S]):
 
     def _grow(self, s: S, count: int) -> int:
         """Get blocks for `count` more tokens, from sequences that came later if need be; for how many there are."""
+        if s.cached + count <= len(s.blocks) * BLOCK:
+            return count
         while blocks_for(s.cached + count) - len(s.blocks) > self.cache.available and self.running[-1] is not s:
             last = self.running.pop()
             self._free(last)
