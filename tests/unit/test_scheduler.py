@@ -93,7 +93,7 @@ def test_a_prompt_goes_on_by_itself_when_the_one_it_waited_for_is_cancelled() ->
 
 
 def test_what_a_cancelled_or_ended_sequence_computed_is_found_again_but_the_last_token_runs() -> None:
-    scheduler: Scheduler[Sequence] = Scheduler(100)
+    scheduler: Scheduler[Sequence] = Scheduler(100, max_prefill_tokens=100)
     scheduler.add(first := sequence(0, [0] * 64))
     assert step(scheduler) == [(0, 64)]
     scheduler.remove(first)

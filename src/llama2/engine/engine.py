@@ -342,7 +342,6 @@ class Engine(EngineProtocol):
             if finish != "error" and not g.stops.found:
                 text += g.stops.push(g.stream.flush()) + g.stops.flush()
         scores, g.prompt_logprobs = g.prompt_logprobs, None
-        g.shares = g.request.cache_prompt
         told = (0, 0, 0) if finish is None else (g.cached_tokens, g.drafted, g.accepted)
         return Event(g.id, token, text, finish, logprob, error, None if scores is None else tuple(scores), *told)
 

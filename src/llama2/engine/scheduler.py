@@ -95,13 +95,13 @@ class Scheduler(Generic[S]):
         for s in self.running:
             if s.published < s.cached // BLOCK:
                 self._publish(s)
+            if s.length - s.cached > 1:
+                self._reuse(s)
         self._admit()
         answers: list[S] = []
         prompts: list[S] = []
         coming: set[bytes] = set()  # keys of the blocks that prompts have yet to compute
         for s in self.running:
-            if s.length - s.cached > 1:
-                self._reuse(s)
             if s.length - s.cached == 1:
                 answers.append(s)
                 continue
