@@ -193,6 +193,20 @@ def test_followed_and_added_requests_share_steps_and_lose_no_event() -> None:
     assert {event.request for event in rest} == {added}
 
 
+def test_a_cancellation_right_after_a_step_is_not_lost() -> None:
+    class Hasty(Engine):
+        def step(self) -> list[Event]:
+            events = super().step()
+            self.cancel(added)
+            return events
+
+    e = Hasty(HistoryRunner(count), ByteTokenizer())
+    added = e.add(Request((9,), 20, GREEDY))
+    next(e.run(Request((5,), 1, GREEDY)))
+    told = [(event.token, event.finish) for event in Engine.step(e)]
+    assert told == [(counted([9], 1)[0], None), (None, "cancelled")]
+
+
 def test_threads_may_follow_requests_of_one_engine() -> None:
     e = engine(count)
     answers: dict[int, list[int | None]] = {}
