@@ -74,7 +74,8 @@ def load(
     """Open a model by name, path, or repository of the Hugging Face Hub; it is fetched first if it is not here.
 
     `context` is how many tokens prompt and answer may have together, by default as many as the model was made for; a
-    shorter one saves memory. The cache holds `sequences` requests of the whole context at once. `tokenizer` is a file
+    shorter one saves memory. The cache holds `sequences` requests of the whole context at once, or more that are
+    shorter. `tokenizer` is a file
     (`tokenizer.model`, llama2.c's `tokenizer.bin`) that replaces the model's own. `progress` is told of a fetch: what,
     bytes done, bytes in all. Raises HubError, CheckpointError, and what Model raises.
 
@@ -90,8 +91,10 @@ def load(
 class Model:
     """A checkpoint, and the engine that runs it. Close it, or use it in `with`, to let go of the file.
 
-    The cache holds `sequences` requests of the whole context at once. Several threads may use one model; their
-    requests share the steps of its engine.
+    The cache holds `sequences` requests of the whole context at once, or more that are shorter; when it is full, those
+    that came last wait. What nobody needs of it keeps prompts and answers, so that a prompt which begins like one of
+    them, as the next turn of a dialog does, is not read again from its beginning. Several threads may use one model;
+    their requests share the steps of its engine.
     """
 
     def __init__(
