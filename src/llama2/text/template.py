@@ -7,21 +7,17 @@ template then writes is split at its own control tokens, and that character is d
 
 from __future__ import annotations
 
-import atexit
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from itertools import accumulate, chain, islice, pairwise
-from threading import Event, Lock, Timer
 from typing import Any
 
 from llama2.errors import DialogError, TemplateError
 from llama2.text import sandbox
 from llama2.text.tokenizer import Tokenizer
+from llama2.text.worker import Worker
 
 #: Templates that have been read: sha256 of their source. Any other renders in a process of its own.
 KNOWN = {
@@ -48,7 +44,6 @@ RESERVED = frozenset(
 
 #: Seconds that an unknown template may take to render; with starting and killing its process, under a second.
 SECONDS = 0.6
-_START_SECONDS = 20.0
 _LONGEST_SOURCE = 1 << 20
 
 #: How chat formats write roles. What has this shape and is no control token marks roles in ordinary text.
@@ -242,73 +237,17 @@ def _run(source: str, jobs: Sequence[dict[str, Any]]) -> list[list[str] | None]:
     """What the template writes for each of `jobs`, None where it fails; raises TemplateError if the first one does."""
     if len(source) > _LONGEST_SOURCE:
         raise TemplateError(f"chat template: its {len(source)} characters are more than the limit of {_LONGEST_SOURCE}")
-    results = [sandbox.attempt(source, job) for job in jobs] if known(source) else _render_apart(source, jobs)
+    if known(source):
+        results = [sandbox.attempt(source, job) for job in jobs]
+    else:
+        results = _worker.ask({"source": source, "jobs": jobs}, SECONDS)
     if "error" in results[0]:
         raise TemplateError(f"chat template: {results[0]['error']}")
     return [result.get("texts") for result in results]
 
 
-class _Worker:
-    """A process that renders one request after another until it is killed."""
-
-    def __init__(self) -> None:
-        """Raises TemplateError when it does not start."""
-        command = [sys.executable, "-P", sandbox.__file__]
-        pipe = subprocess.PIPE
-        try:
-            self._process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-        except OSError as error:
-            raise TemplateError(f"chat template: cannot start a process to render it: {error}") from None
-        atexit.register(self.close)
-        if not self.exchange(b"", _START_SECONDS):
-            raise TemplateError("chat template: the process to render it does not start")
-
-    def exchange(self, line: bytes, seconds: float) -> bytes:
-        """The process's next line after `line` was sent; empty if it died, which it does after `seconds`."""
-        killed = Event()
-
-        def kill() -> None:
-            killed.set()
-            self._process.kill()
-
-        timer = Timer(seconds, kill)
-        timer.start()
-        try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-            answer: bytes = self._process.stdout.readline()
-        except OSError:
-            answer = b""
-        timer.cancel()
-        timer.join()
-        if killed.is_set() or not answer.endswith(b"\n"):
-            self.close()
-            return b""
-        return answer
-
-    def close(self) -> None:
-        """End the process; a second time is no error."""
-        atexit.unregister(self.close)
-        self._process.kill()
-        self._process.communicate()
-
-    def alive(self) -> bool:
-        return self._process.poll() is None
+def _failure(reason: str) -> TemplateError:
+    return TemplateError(f"chat template: {reason}")
 
 
-_lock = Lock()
-_worker: _Worker | None = None
-
-
-def _render_apart(source: str, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`sandbox.attempt` for each of `jobs`, in another process. Raises TemplateError when that has to be killed."""
-    global _worker  # noqa: PLW0603
-    request = json.dumps({"source": source, "jobs": jobs}).encode() + b"\n"
-    with _lock:
-        if _worker is None or not _worker.alive():
-            _worker = _Worker()
-        answer = _worker.exchange(request, SECONDS)
-    if not answer:
-        raise TemplateError(f"chat template: it took more than {SECONDS} s or too much memory, and was stopped")
-    results: list[dict[str, Any]] = json.loads(answer)
-    return results
+_worker = Worker(sandbox.__file__, _failure)
