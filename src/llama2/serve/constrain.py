@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -150,7 +150,7 @@ class _Vocabulary:
         self.bare = [token for token in self.first if len(self.tokens[token]) == 1]  # nothing but the space
         self.tokens += [self.tokens[token][1:] for token in self.first]
         self._tokenizer = tokenizer
-        self._library = LLTokenizer(self)
+        self._library = LLTokenizer(cast(Any, self))
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)

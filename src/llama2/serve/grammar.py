@@ -1,6 +1,6 @@
 """Compiles llguidance grammars within limits; as a program, tries strangers' grammars for a parent that can kill it.
 
-The library bounds the work of each token, but not that of compiling: `(a{1000}){1000}` runs for minutes. So a grammar is
+The library bounds the work of a token, but not that of compiling: `(a{1000}){1000}` runs for minutes. So a grammar is
 compiled in a process of its own first, over a vocabulary of bytes.
 """
 
@@ -21,7 +21,11 @@ def matcher(vocabulary: Any, grammar: str) -> Any:
     By these limits a matcher takes at most about 20 MB, of which copies share what they can, and a token some 20 ms.
     """
     limits = llguidance.LLParserLimits(
-        max_grammar_size=20_000, max_lexer_states=10_000, step_max_items=25000, precompute_large_lexemes=False, verbose_errors=False
+        max_grammar_size=20_000,
+        max_lexer_states=10_000,
+        step_max_items=25000,
+        precompute_large_lexemes=False,
+        verbose_errors=False,
     )
     start = llguidance.LLMatcher(vocabulary, grammar, limits=limits, log_level=0)
     trial = start.deep_copy()
