@@ -148,12 +148,22 @@ class _Vocabulary:
         self.spaced = np.array([t for t in range(self.size) if tokenizer.drops_space(t)], np.int64)
         self.first = {int(token): self.size + i for i, token in enumerate(self.spaced)}
         self.bare = [token for token in self.first if len(self.tokens[token]) == 1]  # nothing but the space
-        self.tokens += [self.tokens[token][1:] for token in self.first]
+        ids = {text: token for token, text in enumerate(self.tokens)}  # the last: single bytes come first
+        bare = [self.tokens[token][1:] for token in self.first]
+        # What must come is one token as a rule, and then its like with the same bytes are not allowed by themselves.
+        self.alike = np.array([ids.get(text, self.size + i) for i, text in enumerate(bare)], np.int64)
+        self.tokens += bare
         self._tokenizer = tokenizer
         self._library = LLTokenizer(cast(Any, self))
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+        """Tokens of what must come next, in the middle of a text: as the tokenizer has them, or else the longest."""
+        encode, before = self._tokenizer.encode, "\n" if self.first else ""
+        skipped = encode(before)
+        tokens = encode(before + text)
+        rest = tokens[len(skipped) :]
+        exact = b"".join(map(self._tokenizer.token_bytes, rest)) == text.encode()
+        return rest if exact and tokens[: len(skipped)] == skipped else self._library.greedy_tokenize(text)
 
     def says_nothing(self, tokens: NDArray[np.int32]) -> bool:
         """Whether `tokens` are a prompt without text, after which an answer starts a text of its own."""
@@ -205,7 +215,7 @@ class _Follower:
             bias = self._follow(answer, begins)
         allowed = bias[: v.size] != 0
         if begins and not answer:
-            allowed[v.spaced] = bias[v.size :] != 0
+            allowed[v.spaced] = (bias[v.size :] | bias[v.alike]) != 0
             allowed[v.bare] = True
         allowed[v.stops] = self._matcher.is_accepting()
         np.copyto(logits[: v.size], -math.inf, where=~allowed)
