@@ -18,10 +18,8 @@ HERMES = (
     """{{ message.role }}
 {{ message.content }}<|im_end|>
 {% elif message.role == 'assistant' %}<|im_start|>assistant
-{%- if message.content %}
-{{ message.content }}{% endif %}
-{%- for call in message.tool_calls %}
-<tool_call>
+{%- if message.content %}{{ '\\n' + message.content }}{% endif %}
+{%- for call in message.tool_calls %}{{ '\\n' }}<tool_call>
 """
     + _JSON_CALL.replace("KEY", "arguments")
     + """}
@@ -35,7 +33,7 @@ HERMES = (
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-).replace("%}\n<tool_call>", "%}\n{{- '\\n' }}<tool_call>")
+)
 
 #: Llama 3.1: declarations in the first question, a call is a whole answer, one at a time, answers of role ipython.
 LLAMA3 = (

@@ -175,7 +175,7 @@ class _Vocabulary:
             raise RequestError(f"{constraint.field}: its grammar has more than {LONGEST} characters; simplify it")
         all_parts = (*constraint.parts, constraint)
         try:
-            fault = _worker.ask([part.grammar for part in all_parts], SECONDS)
+            fault = _worker.ask([len(self.tokens), [part.grammar for part in all_parts]], SECONDS)
         except RequestError as error:
             raise RequestError(f"{constraint.field}: {error}") from None
         if fault is not None:

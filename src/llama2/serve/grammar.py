@@ -7,7 +7,8 @@ compiled in a process of its own first, over a vocabulary of bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import llguidance
 
@@ -35,8 +36,27 @@ def matcher(vocabulary: Any, grammar: str) -> Any:
     return start
 
 
-def first_error(vocabulary: Any, grammars: Sequence[str]) -> tuple[int, str] | None:
-    """Which of `grammars` is the first that cannot be used, and why."""
+class _Bytes:
+    """A vocabulary of `size` tokens, of which 256 are bytes and the others nothing."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    special_token_ids = ()
+
+    def __init__(self, size: int) -> None:
+        self.tokens = [bytes([value]) for value in range(256)] + [b""] * (size - 255)
+        self.eos_token_id = len(self.tokens) - 1
+
+    def __call__(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+_vocabulary = lru_cache(8)(lambda size: llguidance.LLTokenizer(cast(Any, _Bytes(size))))
+
+
+def first_error(size: int, grammars: Sequence[str]) -> tuple[int, str] | None:
+    """Which of `grammars` is the first that cannot be used, over a vocabulary of about `size` tokens, and why."""
+    vocabulary = _vocabulary(size)
     for i, grammar in enumerate(grammars):
         try:
             matcher(vocabulary, grammar)
@@ -48,5 +68,4 @@ def first_error(vocabulary: Any, grammars: Sequence[str]) -> tuple[int, str] | N
 if __name__ == "__main__":
     from llama2.text.sandbox import serve
 
-    letters = llguidance.LLTokenizer("byte")
-    serve(lambda grammars: first_error(letters, grammars), MEMORY)
+    serve(lambda request: first_error(*request), MEMORY)

@@ -161,6 +161,9 @@ def _answered(messages: Sequence[Message]) -> dict[int, int]:
             raise DialogError(f"message {i}: the call of {call.name!r} before it has no answer; add a tool's message")
         calls = message.tool_calls or calls
         open_calls = [*range(len(calls))] if message.tool_calls else open_calls
+    if messages[-1].role == "tool" and open_calls:
+        call = calls[open_calls[0]]
+        raise DialogError(f"message {len(messages) - 1}: the call of {call.name!r} has no answer; add a tool's message")
     return answered
 
 
