@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llama2.engine.request import Event
 from llama2.errors import DialogError, RequestError, TemplateError
-from llama2.serve.constrain import Constrainer
+from llama2.serve.constrain import Constrainer, json_schema
 from llama2.serve.tools import CallArguments, CallReader, CallStart, Piece, Text, Toolset
 from llama2.text import huggingface
 from llama2.text.bpe import LETTERS
@@ -563,3 +563,29 @@ def test_pieces_come_as_soon_as_they_are_certain() -> None:
     }
     assert CallArguments(0, "x").delta() == {"tool_calls": [{"index": 0, "function": {"arguments": "x"}}]}
     assert Text("x").delta() == {"content": "x"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_schema_and_tools_together(name: str) -> None:
+    """The answer is a call, or what the schema says; with `none` or a forced call, that alone."""
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    response = json_schema(schema, "response_format.json_schema.schema")
+
+    def ask(choice: Any) -> Toolset:
+        return Toolset(TOOLS, choice, None, *family(name), response)
+
+    assert ask("none").constraints == (response,)
+    assert ask("required").constraints == toolset(name, "required").constraints
+    kinds = set()
+    for seed in range(30):
+        _, finish, reader = answer(name, ask("auto"), seed)
+        message = reader.message()
+        if finish == "stop":
+            kinds.add("tool_calls" in message)
+            if "tool_calls" not in message:
+                jsonschema.validate(json.loads(message["content"]), schema)
+    assert kinds == {True, False}
+    with pytest.raises(RequestError, match=r"^response_format.json_schema.schema: keywords"):
+        constrainer(name).processor(
+            Toolset(TOOLS, None, None, *family(name), json_schema({"not": {}}, response.field)).constraints[0]
+        )

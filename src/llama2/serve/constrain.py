@@ -44,12 +44,14 @@ _OPTIONS = {"whitespace_pattern": r"[ ]|\r?\n[ \t]{0,40}"}
 class Constraint:
     """A grammar as llguidance reads it, and the request's field that it comes from, which errors name.
 
-    `parts` are grammars that it is made of, whose own fields are named where they are at fault.
+    `parts` are grammars that it is made of, whose own fields are named where they are at fault. `schema` is the JSON
+    schema that it is, as it may stand in another grammar.
     """
 
     grammar: str
     field: str
     parts: tuple[Constraint, ...] = ()
+    schema: str | None = None
 
 
 def json_object(field: str = "response_format") -> Constraint:
@@ -63,7 +65,8 @@ def json_schema(schema: Mapping[str, Any], field: str) -> Constraint:
     What the schema leaves open stays open: without `additionalProperties: false` an object may have more properties.
     Keywords that no draft of JSON Schema knows are annotations, as the standard says. Raises RequestError.
     """
-    return Constraint(f'{{"grammars": [{{"json_schema": {as_json(schema, field)}}}]}}', field)
+    text = as_json(schema, field)
+    return Constraint(f'{{"grammars": [{{"json_schema": {text}}}]}}', field, schema=text)
 
 
 def regex(pattern: str, field: str) -> Constraint:

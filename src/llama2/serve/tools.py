@@ -47,18 +47,25 @@ class Toolset:
     `declared` goes to Dialog.render; `constraints` to Constrainer.processor, none or one; each answer has a `reader` of
     its own. With `tool_choice="none"`, or without tools, the model is told of none, and all of its answer is text. With
     `auto`, what begins as a call becomes a whole one of a declared function; `required` or a function's name makes the
-    answer one. Several calls follow one another if the model knows that and `parallel` allows it.
+    answer one. Several calls follow one another if the model knows that and `parallel` allows it. An answer that is no
+    call follows `response`, a JSON schema's constraint, if there is one.
 
     Raises RequestError that names the field which is malformed, or says that the model knows no tools.
     """
 
     def __init__(
-        self, tools: Any, tool_choice: Any, parallel: bool | None, template: str | None, tokenizer: Tokenizer
+        self,
+        tools: Any,
+        tool_choice: Any,
+        parallel: bool | None,
+        template: str | None,
+        tokenizer: Tokenizer,
+        response: Constraint | None = None,
     ) -> None:
         functions = _functions(tools)
         choice = _choice(tool_choice, functions)
         self.declared: Sequence[Mapping[str, Any]] | None = None
-        self.constraints: tuple[Constraint, ...] = ()
+        self.constraints = () if response is None else (response,)
         self._functions: tuple[Function, ...] = ()
         self._format: CallFormat | None = None
         self._tokenizer = tokenizer
@@ -70,10 +77,18 @@ class Toolset:
             raise RequestError(f"tools: {error}") from None
         self.declared = tools
         self._functions = tuple(f for f in functions if choice in ("auto", "required", f.name))
-        several = parallel is not False and choice in ("auto", "required")
-        grammar = _grammar(self._format, self._functions, tokenizer, several=several, auto=choice == "auto")
+        rules = _calls(
+            self._format, self._functions, tokenizer, parallel is not False and choice in ("auto", "required")
+        )
         parts = tuple(constrain.json_schema(function.parameters, function.field) for function in self._functions)
-        self.constraints = (constrain.lark(grammar, "tools", parts),)
+        if choice != "auto":
+            start = f"start: {_terms(self._format.opening, tokenizer)} calls"
+        elif response is not None and response.schema is not None:
+            start = f"start: {_terms(self._format.opening, tokenizer)} calls | %json {response.schema}"
+            parts = (response, *parts)
+        else:
+            start = _text_or_calls(self._format, tokenizer)
+        self.constraints = (constrain.lark(f"{start}\n{rules}", "tools", parts),)
 
     def reader(self) -> CallReader:
         """A reader for one answer."""
@@ -129,37 +144,37 @@ def _choice(choice: Any, functions: Sequence[Function]) -> str:
     return name
 
 
-def _grammar(
-    format: CallFormat, functions: Sequence[Function], tokenizer: Tokenizer, *, several: bool, auto: bool
-) -> str:
-    """Lark of an answer: calls, one or `several`; if `auto`, also text, which ends where a call's marker stands."""
-
-    def terms(text: str) -> str:
-        return " ".join(_term(part, token) for part, token in tokenizer.split(text))
-
-    call = " | ".join(f"call_{i}" for i in range(len(functions)))
+def _calls(format: CallFormat, functions: Sequence[Function], tokenizer: Tokenizer, several: bool) -> str:
+    """Rules of Lark: `calls` is what follows the opening, one call or `several`, to the end of the last."""
     rules = [
-        f"call_{i}: {json.dumps(function.name)} {terms(format.middle)} "
+        f"call_{i}: {json.dumps(function.name)} {_terms(format.middle, tokenizer)} "
         f"%json {constrain.as_json(function.parameters, function.field)}"
         for i, function in enumerate(functions)
     ]
-    more = f"({terms(format.joint)} call)*" if several and format.joint is not None else ""
-    rules += [f"call: {call}", f"calls: call {more} {terms(format.closing)}"]
-    if not auto:
-        return "\n".join([f"start: {terms(format.opening)} calls", *rules])
-    rules.append("text: /(?s:.*)/")
-    marker = format.marker
-    if not marker:  # the answer is a call from its first letter, whatever white space stands between
-        pattern = r"\s*".join(map(_quoted, re.findall(r"\w+|[^\w\s]", format.opening)))
-        rules += [f"head[lazy]: /\\s*{pattern}/", "start: text | head calls"]
-    else:
-        rest = terms(format.opening.lstrip()[len(marker) :])
-        parts = [*tokenizer.split(marker)]
-        if parts[0][1] is not None:
-            rules += [f"start: text | text? {terms(marker)} {rest} calls"]
-        else:
-            rules += [f"head[lazy]: /(?s:.*){_quoted(marker)}/", f"start: text | head {rest} calls"]
+    more = f"({_terms(format.joint, tokenizer)} call)*" if several and format.joint is not None else ""
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
+    rules.append(f"calls: call {more} {_terms(format.closing, tokenizer)}")
     return "\n".join(rules)
+
+
+def _text_or_calls(format: CallFormat, tokenizer: Tokenizer) -> str:
+    """Rules of Lark: an answer is text, but once the marker of a call stands in it, calls follow."""
+    marker = format.marker
+    if not marker:  # a call is an answer that begins as one, whatever white space is in it
+        opening = r"\s*".join(map(_quoted, re.findall(r"\w+|[^\w\s]", format.opening)))
+        rules = f"start: text | head calls\nhead[lazy]: /\\s*{opening}/"
+    else:
+        rest = _terms(format.opening.lstrip()[len(marker) :], tokenizer)
+        if next(tokenizer.split(marker))[1] is not None:
+            rules = f"start: text | text? {_terms(marker, tokenizer)} {rest} calls"
+        else:
+            rules = f"start: text | head {rest} calls\nhead[lazy]: /(?s:.*){_quoted(marker)}/"
+    return f"{rules}\ntext: /(?s:.*)/"
+
+
+def _terms(text: str, tokenizer: Tokenizer) -> str:
+    """Control tokens, literal text, and ids in it, as terms of Lark."""
+    return " ".join(_term(part, token) for part, token in tokenizer.split(text))
 
 
 def _term(text: str, token: int | None) -> str:
