@@ -98,6 +98,11 @@ def test_formats_are_read_from_what_templates_write() -> None:
         ("{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}", "does not write calls as a name and then"),
         ("{{ tools }}{{ messages[1].tool_calls }}", "does not write calls"),  # not what follows the prompt
         ("{{ tools }}{{ raise_exception('no') }}", "does not write calls"),
+        (
+            "{{ tools | length }}{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+            "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}{% if add_generation_prompt %}go{% endif %}",
+            "does not write calls",  # after another prompt than the one for an answer
+        ),
     ],
 )
 def test_templates_without_calls_are_refused(template: str, reason: str) -> None:
@@ -473,6 +478,7 @@ LLAMA_CALL = '{"name": "weather", "parameters": {"a": ["}", {"b": "\\\\"}]}}'
         ("hermes", "<tool_call><tool_call>" + HERMES_CALL, "<tool_call><tool_call>", ['{"city": "R}\\"{om"}']),
         ("llama3", LLAMA_CALL, None, ['{"a": ["}", {"b": "\\\\"}]}']),
         ("llama3", " " + LLAMA_CALL, None, ['{"a": ["}", {"b": "\\\\"}]}']),
+        ("llama3", LLAMA_CALL + LLAMA_CALL, LLAMA_CALL, ['{"a": ["}", {"b": "\\\\"}]}']),
         ("llama3", "See: " + LLAMA_CALL, "See: " + LLAMA_CALL, []),
         ("llama3", '{"name": "Ann", "age": 3}', '{"name": "Ann", "age": 3}', []),
         ("llama3", '{"named": 1}', '{"named": 1}', []),
@@ -561,6 +567,11 @@ def test_pieces_come_as_soon_as_they_are_certain() -> None:
             {"index": 0, "id": start.id, "type": "function", "function": {"name": "weather", "arguments": ""}}
         ]
     }
+    other = toolset("hermes").reader()
+    assert other.push(Event(0, None, '<tool_call>{"name": "weatherX')) == [
+        Text('<tool_call>{"name": "'),
+        Text("weatherX"),
+    ]
     assert CallArguments(0, "x").delta() == {"tool_calls": [{"index": 0, "function": {"arguments": "x"}}]}
     assert Text("x").delta() == {"content": "x"}
 
@@ -589,3 +600,21 @@ def test_a_schema_and_tools_together(name: str) -> None:
         constrainer(name).processor(
             Toolset(TOOLS, None, None, *family(name), json_schema({"not": {}}, response.field)).constraints[0]
         )
+
+
+def test_control_tokens_of_a_call_are_told_apart() -> None:
+    _, ours = family("mistral")
+    format = CallFormat("[TOOL_CALLS]", "[INST]", "[/INST]", None, "[TOOL_CALLS]")
+    begin, middle, end = (ours.control[text] for text in ("[TOOL_CALLS]", "[INST]", "[/INST]"))
+
+    def read(*parts: int | str) -> dict[str, Any]:
+        reader = CallReader(format, {"f"}, ours)
+        for part in parts:
+            reader.push(Event(0, part, "") if isinstance(part, int) else Event(0, None, part))
+        reader.push(Event(0, None, "", "stop"))
+        return reader.message()
+
+    (call,) = read("a", begin, "f", middle, "{}", end, "b")["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": "{}"}
+    assert read("a", begin, "f", end, "{}", end, "b") == {"content": "af{}b"}
+    assert read("a", "[TOOL_CALLS]", "f", "[INST]", "{}") == {"content": "a[TOOL_CALLS]f[INST]{}"}

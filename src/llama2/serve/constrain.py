@@ -162,11 +162,9 @@ class _Vocabulary:
     def __call__(self, text: str) -> list[int]:
         """Tokens of what must come next, in the middle of a text: as the tokenizer has them, or else the longest."""
         encode, before = self._tokenizer.encode, "\n" if self.first else ""
-        skipped = encode(before)
-        tokens = encode(before + text)
-        rest = tokens[len(skipped) :]
-        exact = b"".join(map(self._tokenizer.token_bytes, rest)) == text.encode()
-        return rest if exact and tokens[: len(skipped)] == skipped else self._library.greedy_tokenize(text)
+        tokens = encode(before + text)[len(encode(before)) :]
+        exact = b"".join(map(self._tokenizer.token_bytes, tokens)) == text.encode()
+        return tokens if exact else self._library.greedy_tokenize(text)
 
     def says_nothing(self, tokens: NDArray[np.int32]) -> bool:
         """Whether `tokens` are a prompt without text, after which an answer starts a text of its own."""

@@ -363,12 +363,11 @@ class CallReader:
 
     def _read_name(self, pieces: list[Piece]) -> bool:
         name = _LETTERS.match(self._held)[0]  # type: ignore[index]  # it matches nothing too
-        if len(name) == len(self._held):
-            if len(name) <= 64:
-                return False
-            end = None
-        else:
-            end = _match(self._middle, self._held, len(name)) if name in self._names else None
+        end: int | None = None
+        if len(name) == len(self._held) and any(known.startswith(name) for known in self._names):
+            return False
+        if name in self._names:
+            end = _match(self._middle, self._held, len(name))
         if end is not None and end != _MORE:
             end = _match("{", self._held, end)
         if end is None:  # not a call after all
