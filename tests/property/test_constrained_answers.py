@@ -136,6 +136,12 @@ def test_an_answer_to_a_regular_expression_matches(
     assert said is None or re.fullmatch(pattern, said)
 
 
+def test_a_prompt_without_text_begins_one() -> None:
+    """Also where the answer continues it, and of the answer `▁a` the space is not seen."""
+    for seed in range(10):
+        assert answer("sentencepiece", regex(" [ab]", "regex"), seed, continues=True) in (" a", " b", None)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32))

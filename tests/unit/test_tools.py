@@ -99,7 +99,7 @@ def test_formats_are_read_from_what_templates_write() -> None:
         ("{{ tools }}{{ messages[1].tool_calls }}", "does not write calls"),  # not what follows the prompt
         ("{{ tools }}{{ raise_exception('no') }}", "does not write calls"),
         (
-            "{{ tools | length }}{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+            "{{ tools | length }} {% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
             "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}{% if add_generation_prompt %}go{% endif %}",
             "does not write calls",  # after another prompt than the one for an answer
         ),
