@@ -139,6 +139,7 @@ def test_what_is_masked_is_minus_infinity_and_the_rest_stays(
         (lambda: json_schema({"const": "x" * (1 << 19)}, "f"), "f: its grammar has more than 524288 characters"),
         (lambda: regex("(", "f"), "f: "),
         (lambda: regex("(?=a)b", "f"), "f: "),
+        (lambda: regex("a\ud800", "f"), "f: character 1 is a lone surrogate"),
         (lambda: lark("begin: x", "f"), "f: "),
         (lambda: lark('start: "a', "f"), "f: "),
         (lambda: lark('start: "a"', "f", (json_schema({"not": {}}, "part"),)), "part: keywords"),

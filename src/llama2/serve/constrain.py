@@ -71,7 +71,10 @@ def json_schema(schema: Mapping[str, Any], field: str) -> Constraint:
 
 def regex(pattern: str, field: str) -> Constraint:
     """Text that a regular expression of Rust's syntax matches from beginning to end; there is no look-around."""
-    return Constraint(LLMatcher.grammar_from_regex(pattern), field)
+    try:
+        return Constraint(LLMatcher.grammar_from_regex(pattern), field)
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{field}: character {error.start} is a lone surrogate; remove it") from None
 
 
 def lark(source: str, field: str, parts: tuple[Constraint, ...] = ()) -> Constraint:
@@ -168,7 +171,7 @@ class _Vocabulary:
 
     def says_nothing(self, tokens: NDArray[np.int32]) -> bool:
         """Whether `tokens` are a prompt without text, after which an answer starts a text of its own."""
-        return not any(map(self._tokenizer.token_bytes, tokens.tolist()))
+        return not any(map(self._tokenizer.token_bytes, tokens))  # which stops at the first that says something
 
     def compile(self, constraint: Constraint) -> Any:
         """The matcher of a grammar, tried in a process of its own first. Raises RequestError."""

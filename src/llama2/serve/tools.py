@@ -1,13 +1,15 @@
 """Tools: what a request declares, what holds an answer to it, and an answer's text to calls, piece by piece.
 
-toolset = Toolset(body.tools, body.tool_choice, body.parallel_tool_calls, template, tokenizer)
-prompt, _ = Dialog(messages).render(tokenizer, template, tools=toolset.declared)
-request = Request(prompt, processors=tuple(map(constrainer.processor, toolset.constraints)))
-reader = toolset.reader()
-for event in engine.run(request):
-    for piece in reader.push(event):         # Text, CallStart and CallArguments; `piece.delta()` is a chunk's delta
-        ...
-reader.message(), reader.finish_reason(event.finish)
+    toolset = Toolset(body.tools, body.tool_choice, body.parallel_tool_calls, template, tokenizer)
+    prompt, _ = Dialog(messages).render(tokenizer, template, tools=toolset.declared)
+    request = Request(tuple(prompt), processors=tuple(map(constrainer.processor, toolset.constraints)))
+    reader = toolset.reader()
+    for event in engine.run(request):
+        for piece in reader.push(event):  # Text, CallStart, CallArguments
+            send(piece.delta())
+    reader.message(), reader.finish_reason(event.finish)
+
+Processors and readers belong to one answer: make them anew for each choice.
 """
 
 from __future__ import annotations

@@ -16,6 +16,13 @@ from llama2.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 
+_FOLLOWING = {
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "tool": ("tool", "assistant", "user"),
+}
+
 #: Llama 2's role markers. They are ordinary text to its tokenizer, so no message may contain one.
 SPECIAL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
@@ -62,12 +69,7 @@ class Dialog:
         for i, message in enumerate(self.messages):
             if message.role not in expected:
                 raise DialogError(f"message {i}: role {message.role} where {' or '.join(expected)} must come")
-            if message.role == "assistant":
-                expected = ("tool",) if message.tool_calls else ("user",)
-            else:
-                expected = ("tool", "assistant", "user") if message.role == "tool" else ("assistant",)
-            if message.role == "system":
-                expected = ("user",)
+            expected = ("tool",) if message.tool_calls else _FOLLOWING[message.role]
         if self.messages[-1].role == "system":
             raise DialogError("message 0: a system message alone asks nothing; add a user message")
         self._answered = _answered(self.messages)
