@@ -20,7 +20,7 @@ from llama2.errors import ContextError, DialogError, EngineError, RequestError
 from llama2.hub import store
 from llama2.text.dialog import Dialog, Message
 
-Messages = str | Sequence[Message | Mapping[str, str]]
+Messages = str | Sequence[Message | Mapping[str, Any]]
 
 
 class Options(TypedDict, total=False):
@@ -128,16 +128,19 @@ class Model:
         """Let go of the model's file."""
         self.checkpoint.close()
 
-    def render(self, messages: Messages, *, neutralise: bool = False) -> list[int]:
+    def render(
+        self, messages: Messages, *, neutralise: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids that ask for the answer to a dialog, in the model's chat format; a text is one user message.
 
-        Raises DialogError when the messages are out of order, or contain a role marker and it is not to be neutralised;
-        TemplateError when the model's chat template fails.
+        `tools` are declarations of functions in OpenAI's form. Raises DialogError when the messages are out of order,
+        contain a role marker and it is not to be neutralised, or use tools that the format does not know; TemplateError
+        when the model's chat template fails.
         """
         dialog = Dialog([Message("user", messages)] if isinstance(messages, str) else messages)
-        if dialog.messages[-1].role != "user":
+        if dialog.messages[-1].role == "assistant":
             raise DialogError(f"message {len(dialog.messages) - 1}: the last one must be the user's, to be answered")
-        return dialog.render(self.tokenizer, self.checkpoint.template, neutralise=neutralise)[0]
+        return dialog.render(self.tokenizer, self.checkpoint.template, neutralise=neutralise, tools=tools)[0]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of which the model continues `text`; where there would be none, the token that begins a text."""

@@ -1,0 +1,1 @@
+"""HTTP and what it plugs into the engine."""
