@@ -31,7 +31,7 @@ def convert(
     format: Annotated[
         str | None,
         typer.Option(
-            metavar="FORMAT",
+            "--format",
             help="F32, F16, BF16, for GGUF also Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, for llama2.c Q8_0.",
             show_default="the source's, F32 where DST has it not",
         ),

@@ -5,6 +5,7 @@ Each part returns what goes into the receipt, and raises ParityError at the firs
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,7 @@ def take(
                 "tensors": tensors(source, output, report),
             }
             if output.format == "huggingface":
-                facts["tokenizer"] |= library(output.path / "tokenizer.json", source.tokenizer)
+                facts["tokenizer"] |= library(output.path, source.tokenizer)
             if run:
                 from llama2.convert import answers
 
@@ -92,6 +93,8 @@ def configuration(source: Checkpoint, output: Checkpoint) -> dict[str, Any]:
             differences[name] = {"source": before, "output": after}
         if not same:
             raise ParityError(f"{name} was {before} and is {after}")
+    if output.format == "huggingface" and output.metadata["tie_word_embeddings"] != output.config.tied_embeddings:
+        raise ParityError("config.json and its tensors disagree on whether the output head is tied")
     return {"differences": differences}
 
 
@@ -203,14 +206,19 @@ def _vocabularies(source: Tokenizer, output: Tokenizer) -> None:
         raise ParityError(f"the vocabulary's {name} {_change(old, new)}")
 
 
-def library(path: Path, source: Tokenizer) -> dict[str, Any]:
-    """What the tokenizers library, and so transformers, makes of the same texts and of every token's own.
+def library(folder: Path, source: Tokenizer) -> dict[str, Any]:
+    """What transformers reads beside the `tokenizer.model` that we do: which tokens begin and end a text, and what the
+    tokenizers library makes of the same texts and of every token's own.
 
     Texts with a control token are left out: there, it is one, and here it is text.
     """
     from tokenizers import Tokenizer as Library
 
-    theirs, parts = Library.from_file(str(path)), source.vocabulary()
+    theirs, parts = Library.from_file(str(folder / "tokenizer.json")), source.vocabulary()
+    settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    for name, token in (("bos_token", source.bos_id), ("eos_token", source.eos_id)):
+        if settings.get(name) != (wanted := None if token is None else parts.pieces[token]):
+            raise ParityError(f"tokenizer_config.json: {name} {_change(wanted, settings.get(name))}")
     marks = [*source.control, *([] if parts.unk_id is None else [parts.pieces[parts.unk_id]])]
     own = (source.token_bytes(token).decode(errors="ignore") for token in range(source.vocab_size))
     count = 0

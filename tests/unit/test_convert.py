@@ -1,0 +1,117 @@
+"""Conversions from any format to any other, and what their receipts say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from llama2 import checkpoint
+from llama2.checkpoint import quantize
+from llama2.convert import bounds, convert, samples
+from meta_bytes import CONFIG, random_tensors, write_folder
+from conversions import Sources, plain_vocabulary
+
+
+@pytest.mark.parametrize("version", [None, "Q8_0"])
+def test_ring(version: str | None, tmp_path: Path) -> None:
+    """Meta in 8 files, grouped queries → Hugging Face → GGUF → llama2.c → Meta in 2 files, each with a full receipt."""
+    tensors = random_tensors(dtype=torch.float32)
+    path = write_folder(tmp_path / "first", tensors, 8)
+    (path / "tokenizer.model").write_bytes(plain_vocabulary())
+    for text, name in (("a", "LICENSE"), ("b", "USE_POLICY.md"), ("c", "Notice"), ("d", "README.md"), ("e", "notes")):
+        (path / name).write_text(text)
+    steps: list[tuple[Path, Any, dict[str, Any]]] = [
+        (tmp_path / "second", "hf", {}),
+        (tmp_path / "third.gguf", "gguf", {}),
+        (tmp_path / "fourth.bin", "llama2c", {"format": version}),
+        (tmp_path / "last", "meta", {"shards": 2}),
+    ]
+    for target, to, options in steps:
+        receipt = convert(path, target, to, **options)
+        exact = to != "llama2c" or version is None
+        assert receipt["answers"]["bitwise_equal"] == exact
+        assert len(receipt["answers"]["tokens"]) == 200
+        assert receipt["answers"]["same_tokens"] == 200 if exact else receipt["answers"]["same_tokens"] > 150
+        assert len(set(receipt["answers"]["tokens"])) > 50  # no answer that repeats one token proves much
+        assert receipt["tensors"]["bitwise_equal"] == receipt["tensors"]["count"] if exact else 5
+        assert receipt["tokenizer"]["strings"] == 1000
+        assert receipt["tokenizer"]["tokens"] > 10000
+        assert receipt["chat_template"] == {
+            "kept": True,
+            "dialogs": 50,
+            "tokens": receipt["chat_template"]["tokens"],
+            "refused": 0,
+        }
+        whole = target.is_dir()
+        place = target / "receipt.json" if whole else target.with_name(f"{target.name}.receipt.json")
+        assert json.loads(place.read_text()) == receipt
+        for file in receipt["output"]["files"]:
+            found = (target if whole else target.parent) / file["name"]
+            assert (found.stat().st_size, sha256(found.read_bytes()).hexdigest()) == (file["bytes"], file["sha256"])
+        assert {file["name"] for file in receipt["source"]["files"]} >= {
+            path.name if path.is_file() else "tokenizer.model"
+        }
+        prefix = target / "" if whole else target
+        for name, text in (("LICENSE", "a"), ("USE_POLICY.md", "b"), ("Notice", "c")):
+            assert Path(f"{prefix}/{name}" if whole else f"{prefix}.{name}").read_text() == text
+        assert (target / "README.md").exists() == (to == "hf")
+        path = target
+    last = checkpoint.open(path)
+    assert last.config == checkpoint.open(tmp_path / "first").config
+    if version is None:
+        for name, tensor in last.tensors.items():
+            assert tensor.data.tobytes() == tensors[name].numpy().tobytes()
+
+
+@pytest.mark.parametrize("format", [*bounds.BOUNDS])
+def test_rounding_is_within_its_bounds(format: str, sources: Sources, out: Path) -> None:
+    receipt = convert(sources["gguf"], out / "q.gguf", "gguf", format=format)
+    each = receipt["tensors"]["each"]
+    assert {facts.get("rounded_to") for facts in each.values()} == {None, format}
+    rms = max(facts.get("relative_rms", 0) for facts in each.values())
+    bits = {"F16": 11, "BF16": 8, "Q8_0": 7, "Q5_1": 4.5, "Q5_0": 4.3, "Q4_1": 3.5, "Q4_0": 3.3}[format]
+    assert rms < 2**-bits
+    assert 0 < receipt["answers"]["mean_divergence"] < receipt["answers"]["divergence_limit"]
+    back = convert(out / "q.gguf", out / "back", "hf")  # every format's values are float32
+    assert back["tensors"]["bitwise_equal"] == back["tensors"]["count"]
+    assert back["answers"]["bitwise_equal"]
+
+
+@pytest.mark.parametrize("format", [*bounds.BOUNDS])
+def test_bounds_hold_and_are_no_wider_than_they_must(format: str) -> None:
+    """The gguf package's own rounding keeps them, and comes within a tenth of them where numbers are adverse."""
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(0, scale, (500, 32)) for scale in (1e-8, 1e-4, 1.0, 1e3)]
+    rows.append(np.where(rng.random((500, 32)) < 0.5, -1.0, 1.0) * rng.uniform(0.9, 1, (500, 32)))
+    rows.append(rng.uniform(5, 5.1, (500, 32)))
+    x = np.concatenate(rows).astype(np.float32)
+    kind = gguf.GGMLQuantizationType[format]
+    y = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind).reshape(x.shape).astype(np.float64)
+    block = quantize.FORMATS[format].block
+    bound = np.broadcast_to(bounds.BOUNDS[format](x.astype(np.float64).reshape(-1, block)), (x.size // block, block))
+    share = np.abs(y - x).reshape(-1, block) / bound
+    assert 0.8 < share.max() <= 1
+
+
+def test_the_same_samples_everywhere() -> None:
+    strings, dialogs = samples.strings(), samples.dialogs()
+    assert (len(strings), len(set(strings)) > 950, len(dialogs)) == (1000, True, 50)
+    digest = sha256("\0".join(strings).encode(errors="surrogatepass")).hexdigest()
+    assert digest.startswith("c0d054f3771c0c69")
+    joined = "".join(strings)
+    assert all(
+        mark in joined for mark in ("<s>", "[INST]", "<|im_end|>", "\ud800", "한국어", "\r\n", "👩‍👩‍👧", "\u3000", "▁")
+    )
+    assert {messages[-1].role for messages in dialogs} == {"user", "assistant"}
+    assert {messages[0].role for messages in dialogs} == {"user", "system"}
+    assert {len(messages) for messages in dialogs} == {1, 2, 3, 4, 5, 6, 7}
