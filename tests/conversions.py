@@ -28,7 +28,7 @@ def plain_vocabulary() -> bytes:
 
 
 def write_sources(root: Path) -> Sources:
-    """Models by format, with wq and wk of one shape; and two that are tied, of which one has a byte-level vocabulary."""
+    """One model by format, with wq and wk of one shape; and two that are tied, one with a byte-level vocabulary."""
     config = replace(CONFIG, n_kv_heads=16)
     write_folder(root / "meta", random_tensors(config, torch.float32), 4, n_kv_heads=16)
     (root / "meta" / "tokenizer.model").write_bytes(plain_vocabulary())

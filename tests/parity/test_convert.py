@@ -115,7 +115,7 @@ def llama_cpp_tokens(port: int, prompt: list[int], stops: list[int]) -> list[int
         "logit_bias": [[token, False] for token in stops],
     }
     body = json.dumps(request).encode()
-    sent = urllib.request.Request(f"http://127.0.0.1:{port}/completion", body, {"Content-Type": "application/json"})  # noqa: S310
+    sent = urllib.request.Request(f"http://127.0.0.1:{port}/completion", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(sent, timeout=120) as response:  # noqa: S310
         tokens: list[int] = json.load(response)["tokens"]
     return tokens

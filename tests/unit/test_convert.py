@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from conversions import Sources, plain_vocabulary
 from llama2 import checkpoint
 from llama2.checkpoint import quantize
 from llama2.convert import bounds, convert, samples
-from meta_bytes import CONFIG, random_tensors, write_folder
-from conversions import Sources, plain_vocabulary
+from meta_bytes import random_tensors, write_folder
 
 
 @pytest.mark.parametrize("version", [None, "Q8_0"])

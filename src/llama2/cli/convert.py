@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,27 +54,36 @@ def convert(
     from llama2.convert import convert as run
     from llama2.convert.receipt import lost
 
-    for name in ("SIGTERM", "SIGHUP"):  # the second is unknown to Windows
-        if number := getattr(signal, name, None):
-            signal.signal(number, _end)
-    facts = run(
-        here(source),
-        target,
-        to,
-        format=format.upper() if format else None,
-        tokenizer=tokenizer,
-        shards=shards,
-        run=receipt == "full",
-        force=force,
-    )
+    with ending_by_signals():
+        facts = run(
+            here(source),
+            target,
+            to,
+            format=format.upper() if format else None,
+            tokenizer=tokenizer,
+            shards=shards,
+            run=receipt == "full",
+            force=force,
+        )
     for words in lost(facts):
         warn(f"{target}: {to} has no place for {words}")
     print(json.dumps(facts) if as_json else _summary(target, facts))
 
 
-def _end(number: int, _: object) -> None:
-    """Leave by an exception, so that what was begun is removed."""
-    sys.exit(128 + number)
+@contextmanager
+def ending_by_signals() -> Iterator[None]:
+    """A signal to end is an exception meanwhile, so that what was begun is removed."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _summary(target: Path, facts: dict[str, Any]) -> str:
