@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+import llama2
 from conversions import Sources, plain_vocabulary
 from llama2 import checkpoint
-from llama2.checkpoint import quantize
+from llama2.checkpoint import huggingface, quantize
+from llama2.config import RopeScaling
 from llama2.convert import bounds, convert, samples
 from meta_bytes import random_tensors, write_folder
+from models import write_tiny_gguf
 
 
 @pytest.mark.parametrize("version", [None, "Q8_0"])
@@ -112,3 +116,43 @@ def test_the_same_samples_everywhere() -> None:
     assert {messages[-1].role for messages in dialogs} == {"user", "assistant"}
     assert {messages[0].role for messages in dialogs} == {"user", "system"}
     assert {len(messages) for messages in dialogs} == {1, 2, 3, 4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("format", ["Q2_K", "Q4_K", "Q6_K"])
+def test_formats_that_are_only_read_stay_or_become_float32(format: str, tmp_path: Path, out: Path) -> None:
+    write_tiny_gguf(tmp_path / "k.gguf", format=format)
+    for target, to in ((out / "k.gguf", "gguf"), (out / "k", "hf")):
+        receipt = convert(tmp_path / "k.gguf", target, to)  # type: ignore[arg-type]
+        formats = {each["output"] for name, each in receipt["tensors"]["each"].items() if "norm" not in name}
+        assert formats == {format if to == "gguf" else "F32"}
+        assert receipt["answers"]["bitwise_equal"]
+
+
+@pytest.mark.parametrize(
+    "scaling", [RopeScaling("linear", factor=4), RopeScaling("llama3", factor=8, original_context=64)]
+)
+def test_rotary_scaling(scaling: RopeScaling, sources: Sources, out: Path) -> None:
+    """GGUF has Llama 3.1's as float32 divisors, so that logits may differ in their last bits."""
+    model = checkpoint.open(sources["tied"])
+    huggingface.write(replace(model, config=replace(model.config, rope_scaling=scaling)), out / "scaled")
+    receipt = convert(out / "scaled", out / "scaled.gguf", "gguf")
+    assert receipt["answers"]["mean_divergence"] <= 1e-9
+    assert receipt["answers"]["divergence_limit"] == (1e-6 if scaling.kind == "llama3" else 0)
+    assert receipt["tensors"]["bitwise_equal"] == receipt["tensors"]["count"] == len(model.tensors)
+    back = convert(out / "scaled.gguf", out / "back", "hf")
+    assert json.loads((out / "back" / "config.json").read_text())["rope_scaling"]["factor"] == scaling.factor
+    assert back["answers"]["same_tokens"] == 200
+
+
+def test_progress_and_the_public_name(sources: Sources, out: Path) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+    llama2.convert.convert(
+        sources["gguf"],
+        out / "hf",
+        "hf",
+        progress=lambda what, done, total: told.setdefault(what, []).append((done, total)),
+    )
+    assert [*told] == ["writing", "comparing", "running the source", "running the output"]
+    for steps in told.values():
+        assert steps == sorted(steps)
+        assert steps[-1][0] == steps[-1][1]

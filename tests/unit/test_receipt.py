@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conversions import Sources
+from llama2 import checkpoint
 from llama2.checkpoint import Checkpoint, gguf, gguf_writer, huggingface, llama2c, meta
-from llama2.convert import convert
-from llama2.errors import ParityError
+from llama2.convert import answers, convert
+from llama2.errors import EngineError, ParityError
 from llama2.text import tokenizer as tokenizers
 from meta_bytes import CONFIG
 
@@ -261,3 +264,45 @@ def test_mistakes_are_noticed(name: str, sources: Sources, out: Path, monkeypatc
     assert str(caught.value).startswith(f"{out / 'model'}: would not be the same model as {sources[source]}: ")
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "name", ["hf, no permutation", "gguf, wq and wk swapped", "meta, embeddings cut along their rows"]
+)
+def test_our_own_reader_sees_none_of_the_shared_mistakes(
+    name: str, sources: Sources, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is why the receipt compares files by definitions of its own (layouts.py)."""
+    source, to, mistake, _ = SHARED[name]
+    before = checkpoint.open(sources[source])
+    mistake(monkeypatch)
+    WRITERS[to].write(before, out / "model", **({"shards": 4} if to == "meta" else {}))
+    after = checkpoint.open(out / "model")
+    assert all(after.tensors[name].data.tobytes() == tensor.data.tobytes() for name, tensor in before.tensors.items())
+
+
+def test_answers_notice_what_numbers_do_not_show(sources: Sources, out: Path) -> None:
+    source = checkpoint.open(sources["gguf"])
+    same = answers.compare(source, source, (), silent)
+    assert (same["bitwise_equal"], same["same_tokens"], same["largest_divergence"]) == (True, 200, 0)
+    other = config(norm_eps=2e-5)(source)
+    with pytest.raises(ParityError, match=r"logits differ by up to .*, from token 0 of an answer on"):
+        answers.compare(source, other, (), silent)
+    rounded = answers.compare(source, config(norm_eps=1.01e-5)(source), ("F16",), silent)
+    assert 0 < rounded["mean_divergence"] < 0.01 == rounded["divergence_limit"]
+    with pytest.raises(ParityError, match=r"diverge by .* nats on average; the limit is 0\.01"):
+        answers.compare(source, moved(wq="wk", wk="wq", wv="wo")(source), ("F16",), silent)
+    numbers = source.tensors["norm.weight"].dequantize() * float("nan")
+    broken = replace(source.tensors["norm.weight"], source=numbers.view("u1"))
+    with pytest.raises(EngineError, match=r"model\.gguf: .*not a number"):
+        answers.compare(replace(source, tensors={**source.tensors, "norm.weight": broken}), source, (), silent)
+
+
+def test_divergence_by_hand() -> None:
+    """P = (1/2, 1/4, 1/4), Q = (1/4, 1/4, 1/2): ½ ln 2 + ¼ ln 1 + ¼ ln ½ = ¼ ln 2."""
+    p, q = (np.log(np.array(values, np.float32)) + 3 for values in ((0.5, 0.25, 0.25), (0.25, 0.25, 0.5)))
+    assert answers._divergence(p, q) == pytest.approx(math.log(2) / 4, rel=1e-6)
+
+
+def silent(*_: object) -> None:
+    pass

@@ -6,8 +6,9 @@ T tokens of the answer  V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from llama2.engine.request import Request, Sampling
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.scheduler import blocks_for
 from llama2.errors import EngineError, ParityError
+from llama2.hub.progress import Progress
 
 Row = NDArray[np.float32]  # (V,)
 
@@ -32,7 +34,7 @@ TOKENS, PROMPT_TOKENS = 200, 32
 _ROUNDED = 1e-6
 
 
-def compare(source: Checkpoint, output: Checkpoint, lossy: Collection[str]) -> dict[str, Any]:
+def compare(source: Checkpoint, output: Checkpoint, lossy: Collection[str], report: Progress) -> dict[str, Any]:
     """Let the source continue a text greedily, and the output along the same tokens, and compare all logits.
 
     `lossy` are the formats to which tensors were rounded. Without any, every logit must have the same bits: quantised
@@ -41,11 +43,11 @@ def compare(source: Checkpoint, output: Checkpoint, lossy: Collection[str]) -> d
     ParityError, and EngineError when a model cannot run.
     """
     tokenizer, context = source.tokenizer, min(source.config.context_length, output.config.context_length)
-    prompt = tokenizer.encode(PROMPT, bos=tokenizer.add_bos)[: min(PROMPT_TOKENS, context - 1)]
+    prompt = tokenizer.encode(PROMPT, bos=tokenizer.add_bos)[: min(PROMPT_TOKENS, context - 1)] or [0]
     count = min(TOKENS, context - len(prompt))
     as_run = replace(source, tensors={name: _as_run(t, output.tensors[name]) for name, t in source.tensors.items()})
-    first = _Answer(as_run, prompt, count)
-    second = _Answer(output, prompt, count, first.tokens)
+    first = _Answer(as_run, prompt, count, partial(report, "running the source"))
+    second = _Answer(output, prompt, count, partial(report, "running the output"), first.tokens)
 
     pairs = list(zip(first.logits, second.logits, strict=True))
     same = [np.array_equal(a.view(np.uint32), b.view(np.uint32)) for a, b in pairs]
@@ -81,7 +83,16 @@ class _Answer:
     `logits` are those that each token was drawn from, and `preferred` the likeliest tokens by them.
     """
 
-    def __init__(self, model: Checkpoint, prompt: list[int], count: int, tokens: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        model: Checkpoint,
+        prompt: list[int],
+        count: int,
+        report: Callable[[int, int], None],
+        tokens: list[int] | None = None,
+    ) -> None:
+        self._report, self._count = report, count
+        self._size = sum(tensor.nbytes for tensor in model.tensors.values())  # about what each token reads
         self.logits: list[Row] = []
         self.preferred: list[int] = []
         self._follow, self._stops = tokens, sorted(model.tokenizer.stop_ids)
@@ -95,6 +106,7 @@ class _Answer:
 
     def _process(self, logits: Row, history: NDArray[np.int32], prompt_length: int) -> None:
         self.logits.append(logits.copy())
+        self._report(self._size * len(self.logits), self._size * self._count)
         logits[self._stops] = -np.inf
         self.preferred.append(int(logits.argmax()))
         if self._follow is not None:

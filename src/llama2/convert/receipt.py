@@ -17,7 +17,7 @@ import numpy as np
 
 import llama2
 from llama2.checkpoint import Checkpoint
-from llama2.checkpoint.quantize import FORMATS, dequantize
+from llama2.checkpoint.quantize import FORMATS, dequantize, nbytes
 from llama2.config import ModelConfig
 from llama2.convert import layouts, samples
 from llama2.convert.bounds import BOUNDS, groups
@@ -50,7 +50,7 @@ def take(
             facts = {
                 "tool": {"name": "llama2", "version": llama2.__version__},
                 "configuration": configuration(source, output),
-                "tokenizer": tokenizer(source.tokenizer, output.tokenizer, report),
+                "tokenizer": tokenizer(source.tokenizer, output.tokenizer),
                 "chat_template": chat_template(source, output),
                 "tensors": tensors(source, output, report),
             }
@@ -60,8 +60,7 @@ def take(
                 from llama2.convert import answers
 
                 lossy = {each["rounded_to"] for each in facts["tensors"]["each"].values() if "rounded_to" in each}
-                report("running both models", 0, 0)
-                facts["answers"] = answers.compare(source, output, lossy)
+                facts["answers"] = answers.compare(source, output, lossy, report)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -103,14 +102,15 @@ def tensors(source: Checkpoint, output: Checkpoint, report: Progress) -> dict[st
     source's, else with the bounds of `bounds`.
     """
     before, after = layouts.tensors(source), layouts.tensors(output)
-    total = sum(math.prod(tensor.shape) for tensor in before.values())
+    sizes = {name: nbytes(before[name].format, before[name].shape) for name in output.config.tensor_shapes()}
     done, each = 0, {}
-    for name, tensor in before.items():
-        each[name] = _tensor(name, tensor, after[name])
-        done += math.prod(tensor.shape)
-        report("comparing numbers", done, total)
+    for name, size in sizes.items():
+        each[name] = _tensor(name, before[name], after[name])
+        done += size
+        report("comparing", done, sum(sizes.values()))
     equal = sum("rounded_to" not in facts for facts in each.values())
-    return {"count": len(each), "bitwise_equal": equal, "numbers": total, "each": each}
+    numbers = sum(math.prod(before[name].shape) for name in each)
+    return {"count": len(each), "bitwise_equal": equal, "numbers": numbers, "each": each}
 
 
 def _tensor(name: str, before: Stored, after: Stored) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _pieces(tensor: Stored) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def tokenizer(source: Tokenizer, output: Tokenizer, report: Progress) -> dict[str, Any]:
+def tokenizer(source: Tokenizer, output: Tokenizer) -> dict[str, Any]:
     """Both vocabularies token by token; the ids that both give `samples.strings`, and what they make of the ids again;
     and every token's own text encoded.
     """
@@ -167,12 +167,12 @@ def tokenizer(source: Tokenizer, output: Tokenizer, report: Progress) -> dict[st
     for text in samples.strings():
         before, after = _attempt(source.encode, text), _attempt(output.encode, text)
         if before != after:
-            raise ParityError(f"the text {text!r} has other tokens: {_change(before, after)}")
+            raise ParityError(f"the text {_short(text)} has other tokens: {_change(before, after)}")
         if isinstance(before, list):
             count += len(before)
             reverse = before[::-1]  # whole characters become broken ones
             if (source.decode(before), source.decode(reverse)) != (output.decode(before), output.decode(reverse)):
-                raise ParityError(f"the tokens {before} stand for other text")
+                raise ParityError(f"the tokens {_short(before)} stand for other text")
     for token in range(source.vocab_size):
         data = source.token_bytes(token)
         if output.token_bytes(token) != data:
@@ -180,9 +180,8 @@ def tokenizer(source: Tokenizer, output: Tokenizer, report: Progress) -> dict[st
         text = data.decode(errors="ignore")
         if source.encode(text) != output.encode(text):
             raise ParityError(
-                f"the text {text!r} has other tokens: {_change(source.encode(text), output.encode(text))}"
+                f"the text {_short(text)} has other tokens: {_change(source.encode(text), output.encode(text))}"
             )
-    report("comparing tokens", source.vocab_size, source.vocab_size)
     return {"strings": samples.STRINGS, "tokens": count, "vocabulary": source.vocab_size}
 
 
@@ -228,7 +227,7 @@ def library(folder: Path, source: Tokenizer) -> dict[str, Any]:
             continue
         found = theirs.encode(text, add_special_tokens=False).ids
         if found != ids:
-            raise ParityError(f"tokenizer.json: the text {text!r} has other tokens: {_change(ids, found)}")
+            raise ParityError(f"tokenizer.json: the text {_short(text)} has other tokens: {_change(ids, found)}")
         count += 1
     return {"texts_in_tokenizer_json": count}
 
@@ -263,8 +262,12 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _change(before: object, after: object) -> str:
-    texts = (repr(value) for value in (before, after))
-    return "was {} and is {}".format(*(text if len(text) <= 80 else text[:79] + "…" for text in texts))
+    return f"was {_short(before)} and is {_short(after)}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def lost(facts: Mapping[str, Any]) -> list[str]:
