@@ -38,5 +38,9 @@ def write_sources(root: Path) -> Sources:
     convert(root / "meta", root / "c" / "model.bin", "llama2c", run=False)
     write_tiny_gguf(root / "bpe.gguf", tokenizer="bpe", template=CHATML, config=tiny_config(tied_embeddings=True))
     write_tiny_gguf(root / "tied.gguf", template=CHATML, config=tiny_config(tied_embeddings=True, vocab_size=310))
+    write_tiny_gguf(root / "odd.gguf", config=tiny_config(hidden_dim=100))
     names = {"meta": "meta", "hf": "hf", "gguf": "model.gguf", "llama2c": "c/model.bin"}
-    return {kind: root / name for kind, name in (names | {"bpe": "bpe.gguf", "tied": "tied.gguf"}).items()}
+    return {
+        kind: root / name
+        for kind, name in (names | {"bpe": "bpe.gguf", "tied": "tied.gguf", "odd": "odd.gguf"}).items()
+    }

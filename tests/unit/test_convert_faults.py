@@ -41,6 +41,12 @@ REFUSALS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "shards that divide nothing": ("gguf", "meta", {"shards": 3}, "3 files must divide n_kv_heads=16"),
     "byte-level to Meta's": ("bpe", "meta", {}, r"bpe\.gguf: has a byte-level vocabulary, .*; choose gguf or hf"),
     "byte-level to llama2.c": ("bpe", "llama2c", {}, r"needs a SentencePiece vocabulary .*; choose gguf or hf"),
+    "rows that are no whole blocks": (
+        "odd",
+        "gguf",
+        {"format": "Q8_0"},
+        r"odd\.gguf: .*: Q8_0 needs rows of a multiple of 32",
+    ),
     "a tokenizer that is none": ("gguf", "hf", {"tokenizer": Path(__file__)}, "not a whole SentencePiece model"),
 }
 
@@ -90,7 +96,7 @@ def test_what_is_there_is_not_replaced_unless_asked(sources: Sources, out: Path)
     folder = out / "folder"
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match="folder: is a folder that was not written by a conversion"):
+    with pytest.raises(CheckpointError, match="folder: is a folder that no conversion wrote"):
         convert(sources["gguf"], folder, "hf", run=False, force=True)
     shutil.rmtree(folder)
     convert(sources["gguf"], folder, "hf", run=False)
@@ -99,6 +105,13 @@ def test_what_is_there_is_not_replaced_unless_asked(sources: Sources, out: Path)
     convert(sources["gguf"], folder, "meta", run=False, force=True)
     assert checkpoint.open(folder).format == "meta"
     assert not (folder / "config.json").exists()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"thesis\.txt: would be lost with the folder"):
+        convert(sources["gguf"], folder, "hf", run=False, force=True)
+    (folder / "thesis.txt").unlink()
+    convert(sources["hf"], folder, "gguf", run=False, force=True)  # a file takes a folder's place, and back
+    convert(sources["gguf"], folder, "hf", run=False, force=True)
+    assert checkpoint.open(folder).format == "huggingface"
 
 
 def test_files_beside_a_model_stay(sources: Sources, out: Path) -> None:

@@ -115,6 +115,10 @@ def _formats(model: Checkpoint, to: str, format: str | None) -> dict[str, str]:
         chosen = format or (tensor.format if keeps else "F32")
         plain = to == "llama2c" or (to == "gguf" and len(tensor.shape) == 1)  # integers are its writer's work; norms
         formats[name] = "F32" if plain else chosen
+        try:
+            quantize.nbytes(formats[name], tensor.shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{model.path}: {name}: {error}; choose another format") from None
     return formats
 
 
@@ -193,7 +197,7 @@ def _inputs(model: Checkpoint, tokenizer: Path | None) -> list[Path]:
     path = model.path
     if path.is_dir():
         kinds = {".json", ".jinja", ".model", ".safetensors", ".pth"}
-        files = [file for file in sorted(path.iterdir()) if file.suffix in kinds]
+        files = [file for file in sorted(path.iterdir()) if file.suffix in kinds and file.is_file()]
         if model.format == "meta":
             files = [*meta.files(path), path / "params.json"]
     elif split := re.fullmatch(r"(.+)-00001(-of-\d{5}\.gguf)", path.name):

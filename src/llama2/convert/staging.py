@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
     try:
         yield stage
         _place(stage, target, force)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{target}: cannot be written ({reason}); free some room, or choose another") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -45,13 +49,20 @@ def _check(target: Path, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(f"{target}: is there already; choose another name, or replace it with --force")
-    if target.is_symlink() or not target.is_dir():
-        return
-    if not (target / RECEIPT).is_file():
-        raise CheckpointError(f"{target}: is a folder that was not written by a conversion; remove it yourself")
+    if target.is_dir() and not target.is_symlink():
+        try:
+            receipt = json.loads((target / RECEIPT).read_bytes())
+            written = {RECEIPT, *(file["name"] for file in receipt["output"]["files"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{target}: is a folder that no conversion wrote; remove it, or choose another"
+            ) from None
+        if others := sorted(path.name for path in target.iterdir() if path.name not in written):
+            raise CheckpointError(f"{target / others[0]}: would be lost with the folder; move it to another place")
 
 
 def _place(stage: Path, target: Path, force: bool) -> None:
+    """Move everything to its place. What goes wrong leaves what was there, and nothing new."""
     placed: list[Path] = []
     try:
         for file in sorted(stage.iterdir(), key=lambda file: file.name == target.name):
@@ -59,24 +70,24 @@ def _place(stage: Path, target: Path, force: bool) -> None:
             if file.name != target.name and place.exists():
                 if place.read_bytes() == file.read_bytes():
                     continue
-                if not force:
+                if not (force and file.name.startswith(f"{target.name}.")):
                     raise CheckpointError(f"{place}: is there already; move it, or replace it with --force")
-            if place.is_dir() and not place.is_symlink():
-                replaced = stage / "replaced"
-                place.rename(replaced)
-                try:
-                    file.rename(place)
-                except BaseException:
-                    replaced.rename(place)
-                    raise
+            if not place.exists():
+                placed.append(place)
+            if place.exists() and (place.is_dir() or file.is_dir()):  # the system replaces files alone
+                _exchange(file, place, stage / "replaced")
             else:
-                fresh = not place.exists()
                 file.replace(place)
-                if fresh:
-                    placed.append(place)
-    except BaseException as error:
+    except BaseException:
         for place in placed:
-            place.unlink() if place.is_file() else shutil.rmtree(place)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{target}: cannot be put in place ({error.strerror})") from error
+            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        raise
+
+
+def _exchange(new: Path, place: Path, old: Path) -> None:
+    place.rename(old)
+    try:
+        new.rename(place)
+    except BaseException:
+        old.rename(place)
         raise
