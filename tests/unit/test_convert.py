@@ -156,3 +156,15 @@ def test_progress_and_the_public_name(sources: Sources, out: Path) -> None:
     for steps in told.values():
         assert steps == sorted(steps)
         assert steps[-1][0] == steps[-1][1]
+
+
+def test_byte_level_and_a_template(sources: Sources, out: Path) -> None:
+    """Of tokens that no text yields, tokenizer.json does not say that they are unused; that is no difference."""
+    receipt = convert(sources["bpe"], out / "hf", "hf")
+    assert receipt["chat_template"]["kept"]
+    assert receipt["chat_template"]["tokens"] > 50 * 20
+    assert receipt["tokenizer"]["texts_in_tokenizer_json"] > 1000
+    again = convert(out / "hf", out / "again.gguf", "gguf")
+    assert again["chat_template"] == receipt["chat_template"]
+    kinds = [set(checkpoint.open(path).tokenizer.vocabulary().types) for path in (sources["bpe"], out / "hf")]
+    assert [5 in found for found in kinds] == [True, False]
