@@ -28,7 +28,7 @@ from llama2.hub.progress import Progress
 from llama2.text.dialog import Dialog, Message
 from llama2.text.tokenizer import NORMAL, UNUSED, Tokenizer, Vocabulary
 
-_CHUNK = 1 << 19  # numbers compared at a time
+_CHUNK = 1 << 16  # numbers compared at a time, so that temporary arrays stay in the cache
 
 
 def take(
