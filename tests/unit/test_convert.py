@@ -104,6 +104,15 @@ def test_bounds_hold_and_are_no_wider_than_they_must(format: str) -> None:
     assert 0.8 < share.max() <= 1
 
 
+def test_bounds_by_hand() -> None:
+    """Q4_0, largest -8: d = 1, codes -8 to 7. Between them half of d, beyond 7 what is missing; d is off by 2^-11 · 8."""
+    x = np.zeros((1, 32))
+    x[0, :4] = -8, 7.75, 7.25, 3
+    slack = 8 / 2048 + 8 * 2.0**-25
+    expected = [0.5 + slack, 0.75 + slack, 0.5 + slack, 0.5 + slack]
+    assert bounds.BOUNDS["Q4_0"](x)[0, :4].tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_same_samples_everywhere() -> None:
     strings, dialogs = samples.strings(), samples.dialogs()
     assert (len(strings), len(set(strings)) > 950, len(dialogs)) == (1000, True, 50)
