@@ -105,7 +105,7 @@ def test_bounds_hold_and_are_no_wider_than_they_must(format: str) -> None:
 
 
 def test_bounds_by_hand() -> None:
-    """Q4_0, largest -8: d = 1, codes -8 to 7. Between them half of d, beyond 7 what is missing; d is off by 2^-11 · 8."""
+    """Q4_0, largest -8: d = 1, codes -8 to 7. Half of d, or what is missing beyond 7, and 8 times what d is off by."""
     x = np.zeros((1, 32))
     x[0, :4] = -8, 7.75, 7.25, 3
     slack = 8 / 2048 + 8 * 2.0**-25
