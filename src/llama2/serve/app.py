@@ -1,0 +1,90 @@
+"""The application: routes, the page, and how failures are told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+import llama2
+from llama2.errors import Llama2Error
+from llama2.serve import answers, llamacpp, openai, wire
+from llama2.serve.errors import Refusal
+from llama2.serve.models import Models
+
+log = logging.getLogger("llama2.serve")
+
+
+def application(models: Models) -> FastAPI:
+    """The server over these models. Their engines stop when the application does."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            models.close()
+
+    app = FastAPI(title="llama2", version=llama2.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.models = models
+    app.include_router(openai.router)
+    app.include_router(llamacpp.router)
+    app.mount("/", Page(directory=Path(__file__).with_name("page"), html=True))
+    app.add_exception_handler(Llama2Error, _failed)
+    app.add_exception_handler(RequestValidationError, _failed)
+    app.add_exception_handler(HTTPException, _failed)
+    app.add_exception_handler(Exception, _failed)
+    return app
+
+
+async def _failed(http: HttpRequest, error: Exception) -> Response:
+    refusal = _refusal(error)
+    return openai.reply(refusal.body(), refusal.headers, refusal.status_code)
+
+
+def _refusal(error: Exception) -> Refusal:
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, RequestValidationError):
+        return wire.refusal(error)
+    if isinstance(error, Llama2Error):
+        return answers.refuse(error)
+    if isinstance(error, HTTPException):
+        return Refusal(error.status_code, f"{error.detail}", code="not_found" if error.status_code == 404 else None)
+    return Refusal(500, "an internal error, which the server's log explains", type="server_error")
+
+
+class Page(StaticFiles):
+    """The chat page's files, which may load nothing but what this server has, and stand in no other page."""
+
+    HEADERS = (
+        (
+            b"content-security-policy",
+            b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+            b"connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        ),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+        (b"cross-origin-opener-policy", b"same-origin"),
+        (b"cross-origin-resource-policy", b"same-origin"),
+        (b"cache-control", b"no-cache"),
+    )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application of the page's files."""
+
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *self.HEADERS]
+            await send(message)
+
+        await super().__call__(scope, receive, with_headers)
