@@ -8,10 +8,10 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+
 from serving import ENDLESS, Server, chat, serving, write_model
 
 CHAT = "/v1/chat/completions"
@@ -126,7 +126,13 @@ def test_messages_that_are_no_dialog(server: Server, messages: Any) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["http://169.254.169.254/latest", "http://a\\@b/", "file:///etc/passwd", "data:image/png;base64,AA==", "{listener}"],
+    [
+        "http://169.254.169.254/latest",
+        "http://a\\@b/",
+        "file:///etc/passwd",
+        "data:image/png;base64,AA==",
+        "{listener}",
+    ],
 )
 def test_nothing_that_an_address_names_is_fetched(server: Server, url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -182,8 +188,10 @@ def test_too_many_answers_at_once(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("store", True), ("previous_response_id", "r"), ("tools", [{}]), ("truncation", "auto"), ("n", 2)]
-    + [("input", [{"type": "function_call_output"}]), ("input", 5), ("text", {"format": {"type": "json_object"}})],
+    [
+        *(("store", True), ("previous_response_id", "r"), ("tools", [{}]), ("truncation", "auto"), ("n", 2)),
+        *(("input", [{"type": "function_call_output"}]), ("input", 5), ("text", {"format": {"type": "json_object"}})),
+    ],
 )
 def test_responses_fields(server: Server, field: str, value: Any) -> None:
     error = refused(server.post("/v1/responses", {"model": "tiny", "input": "a", field: value}))
@@ -227,7 +235,9 @@ def test_heads_that_are_too_large(server: Server) -> None:
     assert server.get("/health")[0] == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "evil.example:80"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "evil.example:80"]
+)
 def test_other_hosts(server: Server, host: str) -> None:
     assert refused(server.get("/health", Host=host), 403)["code"] == "host_not_allowed"
 
