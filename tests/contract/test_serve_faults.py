@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import http.client
 import json
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -332,3 +334,27 @@ def test_a_message_of_the_prompt_is_in_no_log(server: Server) -> None:
     time.sleep(0.2)
     assert any("unknown fields" in line and "secret_field" in line for line in server.messages)
     assert not any("nobody logs" in line or "another secret" in line for line in server.messages)
+
+
+def test_peers_that_are_too_slow(tmp_path: Path) -> None:
+    with serving([write_model(tmp_path)], "--timeout", "1") as server:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        for beginning in (b"", head, head + b"Content-Length: 100\r\n\r\n{"):
+            with socket.create_connection((server.host, server.port), timeout=10) as slow:
+                slow.sendall(beginning)
+                begun = time.monotonic()
+                with contextlib.suppress(ConnectionResetError):
+                    assert slow.recv(100) == b""
+                assert time.monotonic() - begun > 0.9
+        with server.open(CHAT, {**ENDLESS_CHAT, "n": 32, "max_tokens": 1500}) as reader:
+            reader.recv(10)  # and then it reads no more: what is written for it has a limit
+            server.wait_for("llama2_running", 32, 10)
+            server.wait_for("llama2_running", 0, 20)
+        metrics = server.get("/metrics")[2].decode()
+        assert 'llama2_answers_total{finish="cancelled",model="tiny"} 32.0' in metrics
+        slow_but_whole = socket.create_connection((server.host, server.port), timeout=10)
+        for part in (b"GET /health HTTP/1.1\r\n", b"Host: localhost\r\n", b"\r\n"):
+            slow_but_whole.sendall(part)
+            time.sleep(0.25)
+        assert slow_but_whole.recv(12) == b"HTTP/1.1 200"
+        slow_but_whole.close()

@@ -64,6 +64,9 @@ def serve(
         float, typer.Option(min=0.0, help="Seconds to the first token; a request that would wait longer is refused.")
     ] = 60.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request's body.")] = 4 << 20,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds for a request to come in, and for a reader who stops reading.")
+    ] = 60.0,
     keep_alive: Annotated[
         float | None,
         typer.Option(min=1.0, help="Seconds after which an unused model is unloaded.", show_default="never"),
@@ -91,6 +94,7 @@ def serve(
         max_queue=max_queue,
         max_wait=max_wait,
         max_body=max_body,
+        timeout=timeout,
         drain=drain,
         keep_alive=keep_alive,
         lookup=lookup,

@@ -17,8 +17,7 @@ MAX_HEAD, MAX_HEADERS = 64 << 10, 100
 class Protocol(HttpToolsProtocol):
     """Gives up a peer who sends too much before a body, too slowly, or who does not read."""
 
-    receive_timeout: float
-    send_timeout: float
+    timeout: float  # seconds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A peer has connected, and has to send something in time."""
@@ -26,7 +25,7 @@ class Protocol(HttpToolsProtocol):
         self._problem: Refusal | None = None
         self._stalled: asyncio.TimerHandle | None = None
         self._expect_head()
-        self._late: asyncio.TimerHandle | None = self.loop.call_later(self.receive_timeout, self._give_up)
+        self._late: asyncio.TimerHandle | None = self.loop.call_later(self.timeout, self._give_up)
 
     def _expect_head(self) -> None:
         self._in_head = True
@@ -38,7 +37,7 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
         if self._late is None:
-            self._late = self.loop.call_later(self.receive_timeout, self._give_up)
+            self._late = self.loop.call_later(self.timeout, self._give_up)
         if self._in_head:
             self._head += len(data)
         super().data_received(data)
@@ -79,7 +78,7 @@ class Protocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The peer reads more slowly than is written."""
         super().pause_writing()
-        self._stalled = self.loop.call_later(self.send_timeout, self._give_up)
+        self._stalled = self.loop.call_later(self.timeout, self._give_up)
 
     def resume_writing(self) -> None:
         """The peer has caught up."""
@@ -96,6 +95,6 @@ class Protocol(HttpToolsProtocol):
                 timer.cancel()
 
 
-def protocol(receive_timeout: float, send_timeout: float) -> type[Any]:
-    """The protocol with these limits in seconds: for a whole request to come, and for a reader who does not read."""
-    return type("Limited", (Protocol,), {"receive_timeout": receive_timeout, "send_timeout": send_timeout})
+def protocol(timeout: float) -> type[Any]:
+    """The protocol that gives a peer so many seconds: to send a whole request, and to go on reading."""
+    return type("Limited", (Protocol,), {"timeout": timeout})

@@ -30,7 +30,7 @@ def serve(models: Models) -> int:
     listener = _listen(settings.host, settings.port)
     config = uvicorn.Config(
         application(models),
-        http=protocol(settings.receive_timeout, settings.send_timeout),
+        http=protocol(settings.timeout),
         ws="none",
         lifespan="on",
         log_config=None,

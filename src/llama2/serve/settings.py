@@ -17,8 +17,7 @@ class Settings:
     max_queue: int = 256  # requests that wait for their first token
     max_wait: float = 60.0  # until the first token
     max_body: int = 4 << 20
-    receive_timeout: float = 30.0  # for a whole request to come in
-    send_timeout: float = 60.0  # for a reader who does not read
+    timeout: float = 60.0  # for a whole request to come in, and for a reader who does not read
     drain: float = 30.0  # for running answers, once the server is told to end
     keep_alive: float | None = None  # an unused model is let go after; None: never
     lookup: int = 0  # draft length of requests that do not say
