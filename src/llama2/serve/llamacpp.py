@@ -12,6 +12,7 @@ from pydantic import Field
 
 import llama2
 from llama2.engine.request import Sampling
+from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.serve import metrics
 from llama2.serve.openai import plain, reply, served, warning
 from llama2.serve.service import Service
@@ -76,7 +77,7 @@ async def props(http: HttpRequest, model: str | None = None) -> Response:
                 "n_ctx": engine.context,
                 "params": settings | {"temperature": 1.0, "top_p": 1.0},
             },
-            "total_slots": engine.scheduler.max_sequences,
+            "total_slots": MAX_SEQUENCES,
             "model_alias": service.name,
             "model_path": checkpoint.path.name,
             "chat_template": checkpoint.template or "",

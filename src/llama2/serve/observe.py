@@ -25,10 +25,10 @@ _PROBES = ("/health", "/v1/health", "/metrics")
 class Observed:
     """Wraps the application: counts requests, logs each with its figures, and records spans of what it generated."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: trace.Tracer | None = None) -> None:
         self._app = app
         self._metrics = metrics
-        self._tracer = trace.get_tracer("llama2.serve")
+        self._tracer = tracer or trace.get_tracer("llama2.serve")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The observed application."""

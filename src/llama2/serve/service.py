@@ -20,6 +20,7 @@ from llama2 import native
 from llama2.api import Model
 from llama2.engine.engine import Engine
 from llama2.engine.request import Event, Request
+from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.serve.admission import Demand, Door
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
@@ -129,7 +130,7 @@ class Service:
         self.texts = Texts(model.tokenizer)
         self.fingerprint = _fingerprint(model)
         self.used = time.perf_counter()
-        self.door = Door(settings.max_queue, settings.max_wait, model.engine.scheduler.max_sequences)
+        self.door = Door(settings.max_queue, settings.max_wait, MAX_SEQUENCES)
         self.streams: set[Stream] = set()  # that have not ended
         self._between = metrics.between.labels(name)
         self._generated = metrics.generated.labels(name)
@@ -139,7 +140,7 @@ class Service:
         self._stopping = False
         self._choices: dict[int, tuple[Stream, int]] = {}  # by the engine's id; of the thread alone
         self._ids: dict[Stream, set[int]] = {}
-        self._unstarted: set[Stream] = set()
+        self._unstarted: dict[int, Stream] = {}  # by the engine's id, in order of arrival
         self._thread = threading.Thread(target=self._work, name=f"engine of {name}", daemon=True)
         self._thread.start()
 
@@ -212,6 +213,11 @@ class Service:
             ended = [event.finish for _, event in events if event.finish is not None]
             if ended:
                 stream.finishes += ended
+                stream.cached_tokens += sum(
+                    getattr(event, "cached_tokens", 0)
+                    for index, event in events
+                    if event.finish is not None and stream.requests[index].choice == 0
+                )
                 for finish in ended:
                     self.metrics.finished.labels(self.name, finish).inc()
                 self._end(stream, len(ended), now)
@@ -266,7 +272,7 @@ class Service:
         else:
             self._ids[stream] = set(ids)
             self._choices |= {id: (stream, index) for index, id in enumerate(ids)}
-            self._unstarted.add(stream)
+            self._unstarted |= dict.fromkeys(ids, stream)
         self._loop.call_soon_threadsafe(stream.take, failure)
 
     def _step(self, engine: Engine) -> None:
@@ -279,11 +285,10 @@ class Service:
             events = [Event(id, None, "", "error", error=reason) for id in self._choices]
             for id in self._choices:
                 engine.cancel(id)
-        if self._unstarted:
-            running = {sequence.id for sequence in engine.scheduler.running}
-            for stream in [stream for stream in self._unstarted if self._ids[stream] & running]:
-                stream.started = begun
-                self._unstarted.discard(stream)
+        if self._unstarted:  # they start in order of arrival
+            for id in list(self._unstarted)[: len(self._unstarted) - self.load().waiting]:
+                stream = self._unstarted.pop(id)
+                stream.started = stream.started or begun
         news: dict[Stream, list[News]] = {}
         for event in events:
             if (choice := self._choices.get(event.request)) is None:
@@ -294,11 +299,9 @@ class Service:
                 del self._choices[event.request]
                 ids = self._ids[stream]
                 ids.discard(event.request)
+                self._unstarted.pop(event.request, None)
                 if not ids:
                     del self._ids[stream]
-                    if stream in self._unstarted:  # it began and ended in this step, or never began
-                        stream.started = begun
-                        self._unstarted.discard(stream)
         if news:
             self._loop.call_soon_threadsafe(self._tell, news, time.perf_counter())
 
