@@ -1,7 +1,7 @@
 """Who is let in: the time to the first token is predicted at the door, from what was measured.
 
 Work that is waiting divided by the measured rate of prefill, decoding beside it included; and where every place is
-taken, how fast places become free. What is not measured yet does not refuse anybody.
+taken, how fast places become free. A rate that is not known yet refuses nobody.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 from llama2.api import Model
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
-from llama2.serve.service import Service, Stream
+from llama2.serve.service import Service, Stream, measure
 from llama2.serve.settings import Settings
 
 
@@ -57,7 +57,8 @@ class Models:
         async with entry.lock:
             if entry.service is None:
                 model = await asyncio.to_thread(entry.load)
-                entry.service = Service(entry.name, model, self.settings, self.metrics)
+                prefill = await asyncio.to_thread(measure, model)
+                entry.service = Service(entry.name, model, self.settings, self.metrics, prefill)
             entry.service.used = time.perf_counter()
             return entry.service
 

@@ -29,6 +29,9 @@ from llama2.serve.tokens import Texts
 
 log = logging.getLogger("llama2.serve")
 
+#: Tokens of the prompt that a model is tried with.
+_TRIAL = 64
+
 #: A step's news of one choice: its index among the stream's requests, and the event.
 News = tuple[int, Event]
 
@@ -121,9 +124,12 @@ class Stream:
 
 
 class Service:
-    """A model that answers requests from coroutines. Make it in the event loop's thread; `stop` waits for its end."""
+    """A model that answers requests from coroutines. Make it in the event loop's thread; `stop` waits for its end.
 
-    def __init__(self, name: str, model: Model, settings: Settings, metrics: Metrics) -> None:
+    `prefill` is how many tokens a second of a prompt run, as `measure` says.
+    """
+
+    def __init__(self, name: str, model: Model, settings: Settings, metrics: Metrics, prefill: float) -> None:
         self.name = name
         self.model = model
         self.metrics = metrics
@@ -131,6 +137,7 @@ class Service:
         self.fingerprint = _fingerprint(model)
         self.used = time.perf_counter()
         self.door = Door(settings.max_queue, settings.max_wait, MAX_SEQUENCES)
+        self.door.prefill.add(prefill, 1.0)
         self.streams: set[Stream] = set()  # that have not ended
         self._between = metrics.between.labels(name)
         self._generated = metrics.generated.labels(name)
@@ -304,6 +311,15 @@ class Service:
                     del self._ids[stream]
         if news:
             self._loop.call_soon_threadsafe(self._tell, news, time.perf_counter())
+
+
+def measure(model: Model) -> float:
+    """Tokens a second of a prompt, so that the first who come are not promised too much; it also wakes the model up."""
+    tokens = min(_TRIAL, model.engine.context - 1)
+    begun = time.perf_counter()
+    for _ in model.engine.run(Request((model.tokenizer.eos_id or 0,) * tokens, max_tokens=1)):
+        pass
+    return tokens / (time.perf_counter() - begun)
 
 
 def _fingerprint(model: Model) -> str:
