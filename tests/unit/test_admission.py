@@ -68,17 +68,17 @@ def test_first_tokens_tell_the_rate() -> None:
 def test_places_that_become_free() -> None:
     made = door(places=2)
     running = [made.enter(10, 1, 0.0) for _ in range(2)]
-    made.began(running, 0.2)
-    queued = [made.enter(10, 1, 0.2) for _ in range(4)]
+    made.began(running, 1.0)
+    queued = [made.enter(10, 1, 1.0) for _ in range(2)]
     assert all(demand.queued for demand in queued)
-    for second in (1.0, 2.0, 3.0):  # a place a second
-        made.ended(running.pop(0), 1, second)
-        demand = queued.pop(0)
-        made.began([demand], second)
-        running.append(demand)
-    assert made.prefill.value == pytest.approx((0.9 * 100 + 20) / (0.9 + 0.2))  # who queued says nothing of prefill
-    # two run, one waits: a new one needs the second place that becomes free, and then its own prefill
-    assert made.seconds(100, 1, 3.0) == pytest.approx(2.0 + 100 / made.prefill.value)
+    # nothing has ended yet: after 4 s, an answer takes at least 4 s, so 2 places make one every 2 s
+    assert made.seconds(100, 1, 5.0) == pytest.approx(3 * 2 + 100 / made.prefill.value)
+    for demand in running:  # both in one wave, 8 s after their first tokens: one every 4 s
+        made.ended(demand, 1, 9.0)
+    made.began(queued, 9.0)
+    assert made.prefill.value == pytest.approx((0.9 * 100 + 20) / (0.9 + 1))  # who queued says nothing of prefill
+    assert made.seconds(100, 1, 9.0) == pytest.approx(4 + 100 / made.prefill.value)
+    assert made.seconds(100, 2, 9.0) == pytest.approx(8 + 100 / made.prefill.value)
 
 
 def test_a_full_queue() -> None:
@@ -100,4 +100,4 @@ def test_who_ends_before_the_first_token_waits_no_more() -> None:
 
 
 def test_a_demand_is_open_until_it_is_told() -> None:
-    assert Demand(1, 1, 0.0).waiting
+    assert Demand(1, 1, 0.0).began is None

@@ -1,24 +1,22 @@
 """Who is let in: the time to the first token is predicted at the door, from what was measured.
 
 Work that is waiting divided by the measured rate of prefill, decoding beside it included; and where every place is
-taken, how fast places become free. A rate that is not known yet refuses nobody.
+taken, how fast places become free: places divided by how long an answer stays (Little's law), so that it does not
+matter whether answers end in waves. A rate that is not known yet refuses nobody.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass, field
 
 from llama2.serve.errors import Refusal
 
 #: How much an earlier measurement counts when another one comes.
 _MEMORY = 0.9
-#: Finishing answers of which the rate is taken.
-_FINISHES = 64
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Demand:
     """What the door knows of one request."""
 
@@ -26,7 +24,7 @@ class Demand:
     choices: int
     arrived: float
     queued: bool = False  # whether it has to wait for a place
-    waiting: bool = True  # for its first token
+    began: float | None = None  # when its first token came
 
 
 @dataclass(slots=True)
@@ -54,10 +52,11 @@ class Door:
     max_queue: int
     max_wait: float
     places: int  # choices that run at once
-    prefill: Rate = field(default_factory=Rate)
-    waiting: list[Demand] = field(default_factory=list)
+    prefill: Rate = field(default_factory=Rate)  # tokens
+    ending: Rate = field(default_factory=Rate)  # choices, of one place
+    waiting: list[Demand] = field(default_factory=list)  # for their first tokens
+    answering: list[Demand] = field(default_factory=list)  # since their first tokens, in that order
     running: int = 0  # choices that were admitted and have not ended
-    _finishes: deque[float] = field(default_factory=lambda: deque(maxlen=_FINISHES))
     _last_first: float = -math.inf
     _promised: float = -math.inf  # when the client that was refused last may come back
 
@@ -69,7 +68,7 @@ class Door:
             ahead = max(0.0, ahead - rate * (now - max(self._last_first, self.waiting[0].arrived)))
         prefill = (ahead + tokens) / rate if rate else 0.0
         over = self.running + choices - self.places
-        free = self._free_rate()
+        free = self._free_rate(now)
         if over <= 0 or not free:
             return prefill
         return max(prefill, over / free + (tokens / rate if rate else 0.0))
@@ -80,7 +79,7 @@ class Door:
         if not refuse:
             pass
         elif len(self.waiting) >= self.max_queue:
-            back = max(0.0, wait - self.max_wait, self._each(tokens, choices))
+            back = max(0.0, wait - self.max_wait, self._each(tokens, choices, now))
             raise self._refusal(f"{len(self.waiting)} requests are waiting already", back, tokens, choices, now)
         elif wait > self.max_wait:
             reason = f"the first token would come after {wait:.1f} s, and the limit is {self.max_wait:g} s"
@@ -97,36 +96,34 @@ class Door:
             self.prefill.add(sum(demand.tokens for demand in demands), now - since)
         self._last_first = now
         for demand in demands:
-            demand.waiting = False
+            demand.began = now
             self.waiting.remove(demand)
+            self.answering.append(demand)
 
     def ended(self, demand: Demand, choices: int, now: float) -> None:
         """So many choices of a request ended, after its first token or before."""
-        if self.running > self.places:
-            self._finishes.extend([now] * choices)
-        elif self.running < self.places // 2:
-            self._finishes.clear()  # places were free for a while, so the times between say nothing
         self.running -= choices
         demand.choices -= choices
-        if not demand.choices and demand.waiting:
-            demand.waiting = False
-            self.waiting.remove(demand)
+        if demand.began is not None and now > demand.began:
+            self.ending.add(choices, choices * (now - demand.began))
+        if not demand.choices:
+            (self.waiting if demand.began is None else self.answering).remove(demand)
 
-    def _free_rate(self) -> float | None:
+    def _free_rate(self, now: float) -> float | None:
         """Places that become free per second, where all are taken."""
-        times = self._finishes
-        if len(times) < 2 or times[-1] <= times[0]:
-            return None
-        return (len(times) - 1) / (times[-1] - times[0])
+        rate = self.ending.value
+        if rate is None and self.answering and self.answering[0].began is not None and now > self.answering[0].began:
+            rate = 1 / (now - self.answering[0].began)  # an answer takes at least so long
+        return None if rate is None else self.places * rate
 
-    def _each(self, tokens: int, choices: int) -> float:
+    def _each(self, tokens: int, choices: int, now: float) -> float:
         """Seconds until the next such request may be let in, where they come one after another."""
-        rate, free = self.prefill.value, self._free_rate()
+        rate, free = self.prefill.value, self._free_rate(now)
         return max(tokens / rate if rate else 0.0, choices / free if free and self.running >= self.places else 0.0)
 
     def _refusal(self, reason: str, seconds: float, tokens: int, choices: int, now: float) -> Refusal:
         """Those who are refused together come back one after another, as fast as they can be served."""
-        back = max(now + seconds, self._promised + self._each(tokens, choices))
+        back = max(now + seconds, self._promised + self._each(tokens, choices, now))
         self._promised = back
         wait = back - now
         return Refusal(

@@ -199,14 +199,15 @@ class Service:
         self._posted.append((what, stream))
         self._wake.set()
 
-    def _tell(self, news: dict[Stream, list[News]], now: float) -> None:
+    def _tell(self, news: dict[Stream, list[News]], load: Load, now: float) -> None:
         """Account for a step's events, and hand them to those who wait; in the event loop."""
+        self.door.places = max(1, load.running) if load.waiting else MAX_SEQUENCES  # the cache may hold fewer
         began = []
         for stream, events in news.items():
-            if stream.first is None and any(event.token is not None or event.finish for _, event in events):
+            answered = any(event.token is not None or event.finish == "length" for _, event in events)
+            if stream.first is None and answered:
                 stream.first = now
-                if stream.demand.waiting:
-                    began.append(stream.demand)
+                began.append(stream.demand)
             for index, event in events:
                 if event.token is not None:
                     if stream.last[index] > stream.arrived:
@@ -310,7 +311,7 @@ class Service:
                 if not ids:
                     del self._ids[stream]
         if news:
-            self._loop.call_soon_threadsafe(self._tell, news, time.perf_counter())
+            self._loop.call_soon_threadsafe(self._tell, news, self.load(), time.perf_counter())
 
 
 def measure(model: Model) -> float:
