@@ -1,1 +1,1 @@
-"""HTTP and what it plugs into the engine."""
+"""Models over HTTP: the routes of OpenAI, llama.cpp and Ollama, and a chat page, over one engine a model."""
