@@ -1,0 +1,1 @@
+"""A model on disk in another file format or in other number formats."""
