@@ -72,6 +72,6 @@ def _dat(path: Path) -> Iterator[tuple[str, Floats]]:
         name = file.view(at, size, "a name").tobytes().decode(errors="replace")
         at += size
         calls, count = number(f"the calls of {quote(name)}"), number(f"the values of {quote(name)}")
-        values: Floats = np.frombuffer(file.view(at, 4 * count, quote(name)), "<f4") / np.float32(max(calls, 1))
+        values = np.frombuffer(file.view(at, 4 * count, quote(name)), "<f4")
         at += 4 * count
-        yield name, values
+        yield name, (values / max(calls, 1)).astype(np.float32)
