@@ -171,8 +171,8 @@ def calibrate(
 
 
 def means(sums: Mapping[str, tuple[NDArray[np.float64], int]]) -> dict[str, NDArray[np.float32]]:
-    """The importance that `calibrate`'s sums make."""
-    return {name: (values / count).astype(np.float32) for name, (values, count) in sums.items()}
+    """The importance that `calibrate`'s sums make, as it is read back from a file of them."""
+    return {name: values.astype(np.float32) / np.float32(count) for name, (values, count) in sums.items()}
 
 
 def compare(
