@@ -98,6 +98,10 @@ public:
         }
     }
 
+    // From now on adds the squares of every product's inputs to `sums`: for each layer those of wq, wk and wv, of wo,
+    // of w1 and w3, and of w2, one number a column; then those of the output head.
+    void observe(double* sums) { observed_ = sums; }
+
     // logits: (outputs, V)
     void forward(const Step& step, float* logits) {
         check_step(step);
@@ -108,25 +112,31 @@ public:
         float* qkv = qkv_.reserve(N * (Q + 2 * K));
         float* attended = attended_.reserve(N * Q);
         float* hidden = hidden_.reserve(N * config_.hidden);
+        double* observed = observed_;
         make_rotations(step);
         for (int64_t t = 0; t < N; ++t) embed(step.tokens[t], x + t * D);
         const auto tiles = query_tiles(step);
         for (size_t l = 0; l < layers_.size(); ++l) {
             const Layer& layer = layers_[l];
             const int64_t stride = Q + 2 * K;
+            observe({x, D, floats(layer.attention_norm)}, N, observed);
             products({x, D, floats(layer.attention_norm)}, N,
                      {{layer.wq, qkv, stride, false},
                       {layer.wk, qkv + Q, stride, false},
                       {layer.wv, qkv + Q + K, stride, false}});
             over_tokens(N, [&](int64_t t) { rotate_and_cache(step, t, int64_t(l), qkv + t * (Q + 2 * K)); });
             attend(step, tiles, int64_t(l), qkv, attended);
+            observe({attended, Q, nullptr}, N, observed);
             products({attended, Q, nullptr}, N, {{layer.wo, x, D, true}});
+            observe({x, D, floats(layer.ffn_norm)}, N, observed);
             gated_products({x, D, floats(layer.ffn_norm)}, N, layer.w1, layer.w3, hidden);
+            observe({hidden, config_.hidden, nullptr}, N, observed);
             products({hidden, config_.hidden, nullptr}, N, {{layer.w2, x, D, true}});
         }
         const int64_t M = step.outputs_count;
         float* last = last_.reserve(M * D);
         for (int64_t i = 0; i < M; ++i) std::memcpy(last + i * D, x + step.outputs[i] * D, size_t(D) * 4);
+        observe({last, D, floats(norm_)}, M, observed);
         products({last, D, floats(norm_)}, M, {{output_, logits, config_.vocab, false}});
     }
 
@@ -189,6 +199,18 @@ private:
         int64_t stride;
         bool add;
     };
+
+    // Adds the squares of N inputs to `sums`, if there are any, and goes on to those of the next product.
+    void observe(const Source& source, int64_t N, double*& sums) {
+        if (!sums) return;
+        float* normalised = private_[0].normalised.reserve(source.columns);
+        for (int64_t t = 0; t < N; ++t) {
+            const float* x = source.x + t * source.columns;
+            if (source.norm) rms_norm(x, source.norm, source.columns, config_.norm_eps, normalised), x = normalised;
+            for (int64_t i = 0; i < source.columns; ++i) sums[i] += double(x[i]) * x[i];
+        }
+        sums += source.columns;
+    }
 
     // Calls body(unit, activations) for every unit, after the activations of all N tokens have been made. A single
     // token is prepared by every thread for itself, which is cheaper than waiting for one another.
@@ -484,6 +506,7 @@ private:
     std::vector<Layer> layers_;
     Weight embedding_, norm_, output_;
     int64_t blocks_, head_bytes_, block_bytes_;
+    double* observed_ = nullptr;
     std::unique_ptr<uint8_t, Free> cache_;
     uint8_t* cache_start_;
     Pool pool_;
