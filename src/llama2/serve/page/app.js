@@ -32,6 +32,7 @@ let conversations = []; // all of them, without messages
 let current = newConversation(defaults()); // what is shown; kept from its first message on
 let tree = new Tree();
 let store;
+let leaving = false; // whether the page is about to go
 
 function defaults() {
   try {
@@ -237,6 +238,7 @@ async function answer(parent, request, { beside = null, exactly = false } = {}) 
   const branches = tree;
   const message = assistantMessage(conversation, parent, request);
   const run = new Answer(message, promptOf(request.system, branches.path(parent)));
+  run.tree = branches;
   run.leaf = conversation.leaf; // what was shown before
   const { promise, resolve: end } = Promise.withResolvers();
   run.ended = promise;
@@ -269,8 +271,8 @@ async function answer(parent, request, { beside = null, exactly = false } = {}) 
       }
     });
   });
-  running.delete(conversation.id);
 
+  if (leaving) return; // the browser has cut the connection; what was kept stays as it is
   const whole = message.finish === "stop" || message.finish === "length";
   const comparison = exactly && whole ? compare(beside, message) : null;
   if ((whole || (message.content !== "" && !exactly)) && !comparison?.same) {
@@ -284,6 +286,7 @@ async function answer(parent, request, { beside = null, exactly = false } = {}) 
     else if (beside && run.failure) notes.set(beside.id, { same: false, text: `No other answer: ${run.failure.message}` });
     else if (run.failure) failures.set(conversation.id, run.failure);
   }
+  running.delete(conversation.id); // not before all of it is kept
   end();
   if (conversation === current) {
     thread.speaker.finish(message.content);
@@ -292,6 +295,7 @@ async function answer(parent, request, { beside = null, exactly = false } = {}) 
   }
   render();
   if (run.failure?.kind === "key") askKey();
+  if (whole && !model()?.max_model_len) connect(); // how much a model reads is known once it is loaded
 }
 
 /** Draws with the next frame; in a window that nobody sees there are none, and a timer does. */
@@ -316,13 +320,10 @@ async function follow() {
     return;
   }
   if (conversation !== current) {
-    const kept = new Tree(await store.messages(id));
-    const coming = running.get(id)?.message; // newer than what is kept of it
-    if (coming) {
-      if (kept.messages.has(coming.id)) kept.remove(kept.messages.get(coming.id));
-      kept.add(coming);
-    }
-    [current, tree] = [conversation, kept];
+    // Where an answer is coming, the messages in use are newer than those that are kept.
+    const branches = running.get(id)?.tree ?? new Tree(await store.messages(id));
+    if (location.hash.slice(1).split("/")[0] !== id) return; // meanwhile another one was chosen
+    [current, tree] = [conversation, branches];
   }
   if (message && tree.messages.has(message)) current.leaf = tree.newest(tree.messages.get(message)).id;
   open(message);
@@ -472,6 +473,8 @@ function listen() {
   });
   narrow.addEventListener("change", showSidebar);
   addEventListener("hashchange", follow);
+  addEventListener("pagehide", () => (leaving = true));
+  addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
   // What has come of an answer is kept before the page may be gone.
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden) return;

@@ -122,9 +122,9 @@ export function titleOf(text) {
   return characters.length > 60 ? `${characters.slice(0, 59).join("").trimEnd()}…` : line || "Conversation";
 }
 
-/** Tokens a second after the first one, or null where that says nothing. */
+/** Tokens a second after the first one, or null where they came too fast to say. */
 export function rate({ usage, seconds }) {
-  return usage && seconds && usage.completion_tokens > 1 && seconds.rest > 0
+  return usage && seconds && usage.completion_tokens > 1 && seconds.rest > 0.02
     ? (usage.completion_tokens - 1) / seconds.rest
     : null;
 }

@@ -31,11 +31,17 @@ const VERSION = 1;
 export function serialise(entries, exported) {
   const conversations = entries.map(({ conversation, messages }) => ({
     ...conversation,
-    messages: messages.map(({ conversation: _, ...message }) => message),
+    messages: messages.toSorted(inTime).map(({ conversation: _, ...message }) => message),
   }));
   const text = `${JSON.stringify({ format: FORMAT, version: VERSION, exported, conversations }, null, 1)}\n`;
   if (canonical(parse(text)) !== canonical(entries)) throw new Error("what was written does not read back as it was");
   return text;
+}
+
+/** The order of time; of the same millisecond the question comes before its answer. */
+function inTime(a, b) {
+  if (a.created !== b.created) return a.created < b.created ? -1 : 1;
+  return (a.role === "assistant") - (b.role === "assistant");
 }
 
 /** What a file holds, as [{conversation, messages}]. Raises Error that says what is wrong with it, and where. */

@@ -182,9 +182,8 @@ class Speaker {
   }
 
   #say(text, end) {
-    const part = text.slice(this.told, end).trim();
+    for (const part of text.slice(this.told, end).split("\n\n")) if (part.trim()) this.say(part.trim());
     this.told = end;
-    if (part) this.say(part);
   }
 }
 
