@@ -45,6 +45,7 @@ const HEADING = /^ {0,3}(#{1,6})(?:[ \t]|$)/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}>/;
 const ITEM = /^( {0,3})([-+*]|\d{1,9}[.)])(?=[ \t]|$)/;
+const MARKS = /^ {0,3}(?:> ?|(?:[-+*]|\d{1,9}[.)])[ \t]+)/;
 const UNDERLINE = /^ {0,3}(=+|-+)[ \t]*$/;
 const TABLE_RULE = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 
@@ -74,13 +75,44 @@ function interrupts(line) {
   return item !== null && !blank(line.slice(item[0].length)) && (item[2].length === 1 || /^1[.)]$/.test(item[2]));
 }
 
-/** The blocks that lines consist of: {type, lines}, of containers the lines inside. */
+/** Whether the lines of a container leave a paragraph open, which then goes on without the container's marks. */
+class Lazy {
+  open = false;
+  fence = null;
+
+  /** A line of the container, without its marks. */
+  after(line) {
+    const mark = FENCE.exec(line)?.[1];
+    if (this.fence !== null) {
+      if (mark?.startsWith(this.fence)) this.fence = null;
+      this.open = false;
+      return;
+    }
+    let text = line;
+    for (let depth = 0; depth <= MAX_DEPTH && !RULE.test(text); depth++) {
+      const inner = MARKS.exec(text);
+      if (!inner) break;
+      text = text.slice(inner[0].length);
+    }
+    if (FENCE.test(text)) this.fence = FENCE.exec(text)[1];
+    const ends = blank(text) || HEADING.test(text) || RULE.test(text) || /^ {0,3}(?:[-+*]|\d{1,9}[.)])$/.test(text);
+    this.open = this.fence === null && !ends && (this.open || indentation(text) < 4);
+  }
+
+  /** Whether a line without marks goes on with the paragraph. */
+  takes(line) {
+    return this.open && !blank(line) && !interrupts(line) && !ITEM.test(line);
+  }
+}
+
+/** The blocks that lines consist of: {type, lines: of containers those inside, apart: whether a blank line is before}. */
 function segment(lines) {
   const blocks = [];
   let i = 0;
   while (i < lines.length) {
     const line = lines[i];
     const start = i;
+    const before = blocks.length;
     let match;
     if (blank(line)) {
       i++;
@@ -105,13 +137,16 @@ function segment(lines) {
       blocks.push({ type: "hr", lines: [] });
       i++;
     } else if (QUOTE.test(line)) {
-      let open = false; // whether a paragraph goes on, which may then do without the mark
-      while (i < lines.length && (QUOTE.test(lines[i]) || (open && !blank(lines[i]) && !interrupts(lines[i])))) {
-        const inner = lines[i].replace(/^ {0,3}> ?/, "");
-        open = !blank(inner) && !FENCE.test(inner) && !HEADING.test(inner) && !RULE.test(inner) && indentation(inner) < 4;
-        i++;
+      const inner = [];
+      const lazy = new Lazy();
+      for (; i < lines.length; i++) {
+        if (QUOTE.test(lines[i])) {
+          inner.push(lines[i].replace(/^ {0,3}> ?/, ""));
+          lazy.after(inner.at(-1));
+        } else if (lazy.takes(lines[i])) inner.push(lines[i]);
+        else break;
       }
-      blocks.push({ type: "quote", lines: lines.slice(start, i).map((each) => each.replace(/^ {0,3}> ?/, "")) });
+      blocks.push({ type: "quote", lines: inner });
     } else if (ITEM.test(line)) {
       i = list(lines, i, blocks);
     } else if (line.includes("|") && i + 1 < lines.length && isTable(line, lines[i + 1])) {
@@ -121,6 +156,7 @@ function segment(lines) {
     } else {
       i = paragraph(lines, i, blocks);
     }
+    if (blocks.length > before) blocks[before].apart = start > 0 && blank(lines[start - 1]);
   }
   return blocks;
 }
@@ -151,7 +187,7 @@ function list(lines, start, blocks) {
   const kind = (match) => (match[2].length === 1 ? match[2] : match[2].at(-1));
   const first = ITEM.exec(lines[start]);
   const items = [];
-  let loose = false;
+  let loose = false; // whether blank lines stand between its items
   let i = start;
   while (i < lines.length) {
     const match = ITEM.exec(lines[i]);
@@ -161,25 +197,21 @@ function list(lines, start, blocks) {
     if (blank(after) || spaces > 4) spaces = 1;
     const width = match[0].length + spaces;
     const inner = [blank(after) ? "" : outdent(after, spaces)];
-    let gap = blank(after) ? 1 : 0; // blank lines since the last text
-    let open = !blank(after); // whether a paragraph may go on without indentation
-    let fence = FENCE.exec(inner[0])?.[1] ?? null;
+    let begun = inner[0] !== "";
+    const lazy = new Lazy();
+    lazy.after(inner[0]);
     i++;
     for (; i < lines.length; i++) {
       const line = lines[i];
       if (blank(line)) {
-        if (gap === 1 && inner.length === 1 && inner[0] === "") break; // an item cannot begin with two blank lines
         inner.push("");
-        gap++;
-        open = false;
+        lazy.after("");
       } else if (indentation(line) >= width) {
+        if (inner.length > 1 && !begun) break; // an item does not begin with a blank line
+        begun = true;
         inner.push(outdent(line, width));
-        const text = inner.at(-1);
-        if (fence === null) fence = FENCE.exec(text)?.[1] ?? null;
-        else if (text.trim().startsWith(fence)) fence = null;
-        gap = 0;
-        open = fence === null && !HEADING.test(text) && !RULE.test(text);
-      } else if (open && !interrupts(line) && !ITEM.test(line)) {
+        lazy.after(inner.at(-1));
+      } else if (lazy.takes(line)) {
         inner.push(line.trimStart());
       } else {
         break;
@@ -190,8 +222,6 @@ function list(lines, start, blocks) {
       inner.pop();
       trailing++;
     }
-    const children = segment(inner);
-    if (children.length > 1 && separated(inner, children)) loose = true;
     const next = i < lines.length ? ITEM.exec(lines[i]) : null;
     if (trailing > 0 && next && kind(next) === kind(first) && !RULE.test(lines[i])) loose = true;
     items.push(inner);
@@ -199,13 +229,6 @@ function list(lines, start, blocks) {
   const number = first[2].length > 1 ? Number.parseInt(first[2], 10) : null;
   blocks.push({ type: number === null ? "ul" : `ol ${number}`, number, loose, items, lines: lines.slice(start, i) });
   return i;
-}
-
-/** Whether a blank line stands between two blocks of an item, rather than inside one. */
-function separated(lines, children) {
-  if (!lines.includes("")) return false;
-  const inside = children.reduce((sum, child) => sum + child.lines.filter((line) => line === "").length, 0);
-  return lines.filter((line) => line === "").length > inside;
 }
 
 // ---- Tables -----------------------------------------------------------------------------------------------------
@@ -255,7 +278,7 @@ function scrolling(className, label, ...children) {
 // ---- Elements of blocks -----------------------------------------------------------------------------------------
 
 function build(block, depth) {
-  const [type] = block.type.split(" ");
+  const [type] = depth > MAX_DEPTH ? ["p"] : block.type.split(" ");
   switch (type) {
     case "p":
       return h("p", { dir: "auto" }, inline(trimmed(block.lines)));
@@ -266,7 +289,7 @@ function build(block, depth) {
     case "table":
       return table(block.lines);
     case "quote":
-      return h("blockquote", { dir: "auto" }, ...inside(block.lines, depth));
+      return h("blockquote", { dir: "auto" }, ...segment(block.lines).map((inner) => build(inner, depth + 1)));
     case "ul":
     case "ol":
       return listElement(block, depth);
@@ -281,27 +304,23 @@ function trimmed(lines) {
   return lines.map((line) => line.replace(/^[ \t]+/, "")).join("\n").trimEnd();
 }
 
-function inside(lines, depth) {
-  if (depth >= MAX_DEPTH) return [h("p", { dir: "auto" }, lines.join("\n"))];
-  return segment(lines).map((block) => build(block, depth + 1));
-}
-
 function listElement({ number, loose, items }, depth) {
   const element = h(number === null ? "ul" : "ol", { start: number === null || number === 1 ? null : number });
-  for (const lines of items) {
-    const task = /^\[([ xX])\] /.exec(lines[0]);
-    const item = h("li", { dir: "auto" });
+  const contents = items.map(([first, ...others]) => {
+    const task = /^\[([ xX])\] /.exec(first);
+    return { task, blocks: segment([task ? first.slice(task[0].length) : first, ...others]) };
+  });
+  const paragraphs = loose || contents.some(({ blocks }) => blocks.slice(1).some((block) => block.apart));
+  for (const { task, blocks } of contents) {
+    const children = blocks.flatMap((block) => {
+      const child = build(block, depth + 1);
+      return !paragraphs && block.type === "p" ? [...child.childNodes] : [child];
+    });
     if (task) {
       const done = task[1] !== " ";
-      item.classList.add("task");
-      item.append(h("input", { type: "checkbox", disabled: true, checked: done, "aria-label": done ? "Done" : "To do" }), " ");
+      children.unshift(h("input", { type: "checkbox", disabled: true, checked: done, "aria-label": done ? "Done" : "To do" }), " ");
     }
-    const texts = task ? [lines[0].slice(task[0].length), ...lines.slice(1)] : lines;
-    for (const child of inside(texts, depth)) {
-      if (!loose && child.tagName === "P") item.append(...child.childNodes);
-      else item.append(child);
-    }
-    element.append(item);
+    element.append(h("li", { dir: "auto", class: task && "task" }, ...children));
   }
   return element;
 }
@@ -327,6 +346,9 @@ const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00
 const ENTITY = /&(?:#(\d{1,7})|#[xX]([0-9a-fA-F]{1,6})|([a-z]{2,4}));/y;
 const AUTOLINK = /<((?:https?:\/\/|mailto:)[^\s<>]{1,2000})>/y;
 const BARE = /https?:\/\/[^\s<>]{1,2000}/y;
+const SPACE = /\s/;
+const MARK = /[\p{P}\p{S}]/u;
+const WORD = /[\p{L}\p{N}]/u;
 const PLAIN = /[^\\`*_~[\]!&<\nh]+/y;
 
 /** An address that a link may have, or null. */
@@ -420,9 +442,9 @@ function tokenise(text) {
         i++;
       }
     } else if (character === "<" && (match = sticky(AUTOLINK)) && safe(match[1])) {
-      tokens.push({ text: match[1].replace(/^mailto:/, ""), link: match[1] });
+      tokens.push({ text: match[1], link: match[1] });
       i += match[0].length;
-    } else if (character === "h" && !/[\p{L}\p{N}]/u.test(text[i - 1] ?? "") && (match = sticky(BARE))) {
+    } else if (character === "h" && !WORD.test(text[i - 1] ?? "") && (match = sticky(BARE))) {
       const address = withoutTail(match[0]);
       tokens.push(safe(address) ? { text: address, link: address } : { text: address });
       i += address.length;
@@ -487,8 +509,8 @@ function run(text, start, end) {
   const character = text[start];
   const before = text.codePointAt(start - 2) > 0xffff ? text.slice(start - 2, start) : (text[start - 1] ?? " ");
   const after = String.fromCodePoint(text.codePointAt(end) ?? 32);
-  const space = (one) => /\s/.test(one);
-  const mark = (one) => /[\p{P}\p{S}]/u.test(one);
+  const space = (one) => SPACE.test(one);
+  const mark = (one) => MARK.test(one);
   const left = !space(after) && (!mark(after) || space(before) || mark(before));
   const right = !space(before) && (!mark(before) || space(after) || mark(after));
   const word = character === "_";
