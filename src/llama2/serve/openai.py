@@ -372,4 +372,6 @@ def served(http: HttpRequest) -> Models:
 
 
 def _card(entry: Entry) -> dict[str, Any]:
-    return {"id": entry.name, "object": "model", "created": entry.created, "owned_by": "llama2"}
+    card = {"id": entry.name, "object": "model", "created": entry.created, "owned_by": "llama2"}
+    loaded = entry.service
+    return card if loaded is None else {**card, "max_model_len": loaded.model.engine.context}
