@@ -3,17 +3,25 @@
 Work that is waiting divided by the measured rate of prefill, decoding beside it included; and where every place is
 taken, how fast places become free: places divided by how long an answer stays (Little's law), so that it does not
 matter whether answers end in waves. A rate that is not known yet refuses nobody.
+
+Who is refused is promised a time, one after another as fast as they can be served. Whoever comes at a promised time is
+taken for the one who was promised it; others stand behind those who are still to come, as far as promised clients do.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 
 from llama2.serve.errors import Refusal
 
 #: How much an earlier measurement counts when another one comes.
 _MEMORY = 0.9
+#: Who is refused may come back when the wait is down to this share of the limit, so that small errors do not matter.
+_SHARE = 0.85
+#: Seconds before and after a promised time in which whoever comes is the one who was promised it.
+_EARLY, _LATE = 0.05, 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +66,8 @@ class Door:
     answering: list[Demand] = field(default_factory=list)  # since their first tokens, in that order
     running: int = 0  # choices that were admitted and have not ended
     _last_first: float = -math.inf
-    _promised: float = -math.inf  # when the client that was refused last may come back
+    _promised: deque[float] = field(default_factory=deque)  # when those who were refused come back, in order
+    _kept: Rate = field(default_factory=lambda: Rate(1.0, 1.0))  # promised clients who came, of all: a share
 
     def seconds(self, tokens: int, choices: int, now: float) -> float:
         """Predicted time to the first token of such a request."""
@@ -76,18 +85,32 @@ class Door:
     def enter(self, tokens: int, choices: int, now: float, *, refuse: bool = True) -> Demand:
         """Let a request in; unless `refuse` is false, raises Refusal 429, which tells when to come back."""
         wait = self.seconds(tokens, choices, now)
+        if refuse and not self._returns(now):
+            coming = sum(due <= now + self.max_wait for due in self._promised)
+            wait += coming * (self._kept.value or 0.0) * self._each(tokens, choices, now)
         if not refuse:
             pass
         elif len(self.waiting) >= self.max_queue:
-            back = max(0.0, wait - self.max_wait, self._each(tokens, choices, now))
+            back = max(0.0, wait - _SHARE * self.max_wait, self._each(tokens, choices, now))
             raise self._refusal(f"{len(self.waiting)} requests are waiting already", back, tokens, choices, now)
         elif wait > self.max_wait:
             reason = f"the first token would come after {wait:.1f} s, and the limit is {self.max_wait:g} s"
-            raise self._refusal(reason, wait - self.max_wait, tokens, choices, now)
+            raise self._refusal(reason, wait - _SHARE * self.max_wait, tokens, choices, now)
         demand = Demand(tokens, choices, now, queued=self.running + choices > self.places)
         self.waiting.append(demand)
         self.running += choices
         return demand
+
+    def _returns(self, now: float) -> bool:
+        """Whether this is the time that somebody was promised, who then has come."""
+        while self._promised and self._promised[0] < now - _LATE:
+            self._promised.popleft()
+            self._kept.add(0.0, 1.0)
+        if not self._promised or self._promised[0] > now + _EARLY:
+            return False
+        self._promised.popleft()
+        self._kept.add(1.0, 1.0)
+        return True
 
     def began(self, demands: list[Demand], now: float) -> None:
         """First tokens came, in one step."""
@@ -123,8 +146,10 @@ class Door:
 
     def _refusal(self, reason: str, seconds: float, tokens: int, choices: int, now: float) -> Refusal:
         """Those who are refused together come back one after another, as fast as they can be served."""
-        back = max(now + seconds, self._promised + self._each(tokens, choices, now))
-        self._promised = back
+        back = now + seconds
+        if self._promised:
+            back = max(back, self._promised[-1] + self._each(tokens, choices, now))
+        self._promised.append(back)
         wait = back - now
         return Refusal(
             429,
