@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
@@ -209,10 +208,10 @@ def test_regenerating_exactly_gives_the_same_bytes_and_says_so(chat: Chat) -> No
     note = f"Regenerated: the same {size:,} bytes, seed {answer['request']['seed']}."
     expect(chat.replies.get_by_text(note)).to_be_visible()
     expect(chat.replies.locator(".versions")).to_have_count(0)
-    # Nobody takes the page's word for it: another client asks the same.
+    # Nobody takes the page's word for it: the same is asked without it.
     sampling = {name: value for name, value in answer["request"].items() if name != "system"}
     body = {**sampling, "messages": [{"role": "user", "content": "Say something"}]}
-    reply = httpx.post(chat.url + "v1/chat/completions", json=body).json()
+    reply = chat.context.request.post(chat.url + "v1/chat/completions", data=body).json()
     assert reply["choices"][0]["message"]["content"] == answer["content"]
 
 
@@ -803,7 +802,7 @@ def test_hostile_text_is_only_text(chat: Chat) -> None:
 
 
 def test_no_other_page_may_hold_this_one_and_nothing_inline_runs(chat: Chat) -> None:
-    header = httpx.get(chat.url).headers["Content-Security-Policy"]
+    header = chat.context.request.get(chat.url).headers["content-security-policy"]
     policy = dict(part.strip().split(" ", 1) for part in header.split(";"))
     assert policy["default-src"] == "'none'"
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
