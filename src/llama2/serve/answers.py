@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from fastapi import Request as HttpRequest
+
 from llama2.engine.request import Event, FinishReason, Logprob, Request
 from llama2.errors import ContextError, DialogError, Llama2Error, RequestError, TemplateError, TokenizerError
 from llama2.serve.errors import Refusal
-from llama2.serve.service import Stream
+from llama2.serve.service import Service, Stream
 
 #: Choices that one request may ask for, over all its prompts.
 MAX_CHOICES = 128
@@ -35,6 +37,15 @@ class Choice:
             self.prompt_logprobs = event.prompt_logprobs
 
 
+async def start(http: HttpRequest, service: Service, requests: list[Request]) -> Stream:
+    """Start answers for an HTTP request, which is then logged with their figures. Raises as `Service.submit` does."""
+    if len(requests) > MAX_CHOICES:
+        raise Refusal(400, f"{len(requests)} answers are asked for, and the limit is {MAX_CHOICES}", param="n")
+    stream = await service.submit(requests)
+    http.scope["state"]["stream"] = stream
+    return stream
+
+
 async def collect(stream: Stream) -> list[Choice]:
     """Every choice of a stream, whole. Raises Refusal when one failed."""
     choices = [Choice() for _ in stream.requests]
@@ -60,7 +71,7 @@ def several(request: Request, n: int) -> list[Request]:
 def refuse(error: Llama2Error) -> Refusal:
     """How a mistake of the caller's, or a failure of the model's, is told."""
     if isinstance(error, ContextError):
-        return Refusal(400, str(error), param="messages", code="context_length_exceeded")
+        return Refusal(400, str(error), code="context_length_exceeded")
     if isinstance(error, DialogError | TemplateError):
         return Refusal(400, str(error), param="messages", code="invalid_messages")
     if isinstance(error, RequestError | TokenizerError):

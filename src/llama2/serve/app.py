@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,42 +13,68 @@ from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import llama2
 from llama2.errors import Llama2Error
-from llama2.serve import answers, llamacpp, openai, wire
+from llama2.serve import answers, llamacpp, ollama, openai, responses, wire
 from llama2.serve.errors import Refusal
 from llama2.serve.models import Models
+from llama2.serve.observe import Observed
+from llama2.serve.security import Guard
 
-log = logging.getLogger("llama2.serve")
+PAGE = Path(__file__).with_name("page")
+
+#: Paths that need no key, besides the page's own files.
+HEALTH = frozenset({"/health", "/v1/health"})
 
 
-def application(models: Models) -> FastAPI:
+def application(models: Models) -> ASGIApp:
     """The server over these models. Their engines stop when the application does."""
+    settings = models.settings
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweeper = asyncio.create_task(_sweep(models, settings.keep_alive)) if settings.keep_alive else None
         try:
             yield
         finally:
+            if sweeper is not None:
+                sweeper.cancel()
             models.close()
 
-    app = FastAPI(title="llama2", version=llama2.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="llama2",
+        version=llama2.__version__,
+        summary="OpenAI's, llama.cpp's and Ollama's routes over Llama-family models.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
     app.state.models = models
-    app.include_router(openai.router)
-    app.include_router(llamacpp.router)
-    app.mount("/", Page(directory=Path(__file__).with_name("page"), html=True))
-    app.add_exception_handler(Llama2Error, _failed)
-    app.add_exception_handler(RequestValidationError, _failed)
-    app.add_exception_handler(HTTPException, _failed)
-    app.add_exception_handler(Exception, _failed)
-    return app
+    for surface in (openai, responses, llamacpp, ollama):
+        app.include_router(surface.router)
+    for kind in (Llama2Error, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _failed)
+    page = Page(directory=PAGE, html=True)
+    files = {"/", *("/" + file.relative_to(PAGE).as_posix() for file in PAGE.rglob("*") if file.is_file())}
+
+    async def whole(scope: Scope, receive: Receive, send: Send) -> None:
+        found = scope["type"] == "http" and scope["path"] in files
+        await (page if found else app)(scope, receive, send)
+
+    return Observed(Guard(whole, settings, files | HEALTH), models.metrics)
+
+
+async def _sweep(models: Models, keep_alive: float) -> None:
+    while True:
+        await asyncio.sleep(min(keep_alive, 5.0))
+        await models.let_go(keep_alive)
 
 
 async def _failed(http: HttpRequest, error: Exception) -> Response:
     refusal = _refusal(error)
-    return openai.reply(refusal.body(), refusal.headers, refusal.status_code)
+    return openai.reply(refusal.told(http.url.path), refusal.headers, refusal.status_code)
 
 
 def _refusal(error: Exception) -> Refusal:

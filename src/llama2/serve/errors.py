@@ -30,6 +30,10 @@ class Refusal(HTTPException):
         """The error as OpenAI's specification has it: all four keys, always."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
+    def told(self, path: str) -> dict[str, Any]:
+        """The error as clients of this path read it: one line for Ollama's, OpenAI's object for others."""
+        return {"error": self.message} if path.startswith("/api/") else self.body()
+
 
 def unsupported(field: str, what: str = "") -> Refusal:
     """Refuses a field that is known, but means something that this server does not do."""

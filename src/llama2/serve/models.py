@@ -10,7 +10,9 @@ from pathlib import Path
 
 from llama2.api import Model
 from llama2.serve.errors import Refusal
-from llama2.serve.service import Service
+from llama2.serve.metrics import Metrics
+from llama2.serve.service import Service, Stream, measure
+from llama2.serve.settings import Settings
 
 
 @dataclass
@@ -27,8 +29,12 @@ class Entry:
 class Models:
     """What `-m` named, the first of them the default."""
 
-    def __init__(self, loaders: Mapping[str, Callable[[], Model]]) -> None:
+    def __init__(self, loaders: Mapping[str, Callable[[], Model]], settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
         self.entries = {name: Entry(name, load) for name, load in loaders.items()}
+        self.ready = False  # whether the first one was loaded
+        self.draining = False  # whether the server is about to end
 
     def entry(self, name: str) -> Entry:
         """The model that a client calls so, with or without Ollama's tag `:latest`. Raises Refusal 404."""
@@ -44,19 +50,37 @@ class Models:
         return entry
 
     async def service(self, name: str) -> Service:
-        """The running service of a model, which is loaded if need be. Raises Refusal."""
+        """The running service of a model, which is loaded if need be. Raises Refusal, or why it cannot be loaded."""
         entry = self.entry(name)
+        if self.draining:
+            raise Refusal(503, "the server is stopping", type="unavailable_error", headers={"Retry-After": "5"})
         async with entry.lock:
             if entry.service is None:
-                entry.service = Service(await asyncio.to_thread(entry.load))
+                model = await asyncio.to_thread(entry.load)
+                prefill = await asyncio.to_thread(measure, model)
+                entry.service = Service(entry.name, model, self.settings, self.metrics, prefill)
+            entry.service.used = time.perf_counter()
             return entry.service
+
+    @property
+    def streams(self) -> list[Stream]:
+        """What has not ended, of all models."""
+        return [stream for entry in self.entries.values() if entry.service for stream in entry.service.streams]
+
+    async def let_go(self, seconds: float) -> None:
+        """Unload every model that is unused for so long."""
+        for entry in self.entries.values():
+            async with entry.lock:
+                service = entry.service
+                if service and not service.streams and time.perf_counter() - service.used >= seconds:
+                    entry.service = None
+                    await asyncio.to_thread(_end, service)
 
     def close(self) -> None:
         """Stop every engine and let go of the models."""
         for entry in self.entries.values():
             if entry.service is not None:
-                entry.service.stop()
-                entry.service.model.close()
+                _end(entry.service)
                 entry.service = None
 
 
@@ -66,3 +90,8 @@ def public_name(name: str) -> str:
     if not path.exists():
         return name
     return path.stem if path.is_file() else path.absolute().name
+
+
+def _end(service: Service) -> None:
+    service.stop()
+    service.model.close()

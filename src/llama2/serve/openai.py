@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -19,7 +21,9 @@ from llama2.serve.models import Entry, Models
 from llama2.serve.service import Service, Stream
 from llama2.serve.streaming import DONE, PING, PING_SECONDS, Growing, Watched, dump, event, quote
 from llama2.serve.tokens import Texts, finite
-from llama2.serve.wire import ChatRequest, Message, Sampled, StrictRoute
+from llama2.serve.wire import ChatRequest, CompletionRequest, Message, Sampled, StrictRoute, Wire
+
+log = logging.getLogger("llama2.serve")
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -27,14 +31,14 @@ router = APIRouter(route_class=StrictRoute)
 @router.get("/v1/models")
 async def models(http: HttpRequest) -> Response:
     """The models that are served."""
-    entries = _models(http).entries.values()
+    entries = served(http).entries.values()
     return reply({"object": "list", "data": [_card(entry) for entry in entries]})
 
 
 @router.get("/v1/models/{model:path}")
 async def model(model: str, http: HttpRequest) -> Response:
     """One of the models that are served."""
-    return reply(_card(_models(http).entry(model)))
+    return reply(_card(served(http).entry(model)))
 
 
 @router.post("/v1/chat/completions")
@@ -42,25 +46,77 @@ async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
     """The assistant's answer to a list of messages."""
     if body.top_logprobs is not None and not body.logprobs:
         raise Refusal(400, "top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value")
-    service = await _models(http).service(body.model)
+    service = await served(http).service(body.model)
     messages = [plain(i, message) for i, message in enumerate(body.messages)]
-    prompt = await asyncio.to_thread(service.model.render, messages)
-    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    prompt = await asyncio.to_thread(service.model.render, messages, neutralise=served(http).settings.neutralise)
     request = Request(
         tuple(prompt),
-        limit,
+        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         sampling(body),
         stops(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        lookup=body.lookup or 0,
+        lookup=drafts(body, http),
     )
-    stream = await service.submit(answers.several(request, body.n or 1))
-    answer = _Chat(body, service)
+    stream = await answers.start(http, service, answers.several(request, body.n or 1))
+    return await _respond(_Chat(body, service), body, stream, http)
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+    """Texts, or token ids, continued without a chat format."""
+    if body.best_of is not None and body.best_of > (body.n or 1):
+        raise unsupported("best_of", "more than n is not supported")
+    if body.max_tokens == 0 and not body.echo:
+        raise Refusal(400, "max_tokens: 0 needs echo: true", param="max_tokens", code="invalid_value")
+    service = await served(http).service(body.model)
+    prompts = await asyncio.to_thread(_prompts, body.prompt, service)
+    requests = []
+    for prompt in prompts:
+        request = Request(
+            tuple(prompt.tokens),
+            16 if body.max_tokens is None else body.max_tokens,
+            sampling(body),
+            stops(body),
+            logprobs=body.logprobs,
+            prompt_logprobs=bool(body.echo) and (body.logprobs is not None or body.max_tokens == 0),
+            continues=True,
+            lookup=drafts(body, http),
+        )
+        requests += answers.several(request, body.n or 1)
+    stream = await answers.start(http, service, requests)
+    return await _respond(_Completion(body, service, prompts), body, stream, http)
+
+
+async def _respond(answer: _Answer, body: Sampled, stream: Stream, http: HttpRequest) -> Response:
     headers = warning(body)
     if body.stream:
         return Growing(answer.stream(stream), stream.close, headers=headers)
     async with Watched(http, stream.close):
-        return reply(answer.whole(await answers.collect(stream), len(prompt)), headers)
+        choices = await answers.collect(stream)
+    return reply({**answer.head, "choices": answer.rows(choices), "usage": usage(stream)}, headers)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is to be continued: its text and its tokens."""
+
+    text: str
+    tokens: Sequence[int]
+
+
+def _prompts(given: str | list[str] | list[int] | list[list[int]], service: Service) -> list[Prompt]:
+    """The prompts of a completion, in whichever of four forms they came. Raises Refusal for an empty one."""
+    one: Any = given
+    several: list[Any] = [one] if isinstance(one, str) or (one and isinstance(one[0], int)) else one
+    prompts = []
+    for prompt in several:
+        if isinstance(prompt, str):
+            prompts.append(Prompt(prompt, service.model.encode(prompt)))
+        else:
+            prompts.append(Prompt(service.model.tokenizer.decode(prompt), prompt))
+    if not prompts or not all(prompt.tokens for prompt in prompts):
+        raise Refusal(400, "prompt: is empty", param="prompt", code="invalid_value")
+    return prompts
 
 
 class _Answer:
@@ -82,7 +138,6 @@ class _Answer:
 
     async def stream(self, stream: Stream) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        completed = 0
         started = False
         try:
             async for batch in stream.batches(PING_SECONDS):
@@ -92,15 +147,13 @@ class _Answer:
                     parts += [self.begin(index) for index in range(len(stream.requests))]
                 for index, news in batch:
                     answers.check(news)
-                    completed += news.token is not None
                     parts += self.chunks(index, news)
                 yield b"".join(parts)
         except Refusal as failure:
             yield event(failure.body())
             return
         if self.include_usage:
-            prompt = sum(len(request.prompt) for request in stream.requests if request.choice == 0)
-            yield event({**self.chunk_head(), "choices": [], "usage": usage(prompt, completed)})
+            yield event({**self.chunk_head(), "choices": [], "usage": usage(stream)})
         yield DONE
 
     def chunk_head(self) -> dict[str, Any]:
@@ -113,6 +166,10 @@ class _Answer:
 
     def chunks(self, index: int, news: Event) -> list[bytes]:
         """The events that tell of one token."""
+        raise NotImplementedError
+
+    def rows(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+        """The choices of a whole answer."""
         raise NotImplementedError
 
 
@@ -148,9 +205,8 @@ class _Chat(_Answer):
         inner = f'{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}'
         return (self._before + inner + self._after).encode()
 
-    def whole(self, choices: Sequence[Choice], prompt: int) -> dict[str, Any]:
-        """The answer in one object."""
-        rows = [
+    def rows(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+        return [
             {
                 "index": index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -159,7 +215,65 @@ class _Chat(_Answer):
             }
             for index, choice in enumerate(choices)
         ]
-        return {**self.head, "choices": rows, "usage": usage(prompt, sum(choice.tokens for choice in choices))}
+
+
+class _Completion(_Answer):
+    object = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, body: CompletionRequest, service: Service, prompts: Sequence[Prompt]) -> None:
+        super().__init__(body, service)
+        self._asked = body.logprobs is not None
+        self._echo = bool(body.echo)
+        self._prompts = [prompt for prompt in prompts for _ in range(body.n or 1)]
+        self._unechoed = set(range(len(self._prompts))) if self._echo else set()
+        self._offsets = [0 for _ in self._prompts]  # characters of each choice's tokens so far
+
+    def chunks(self, index: int, news: Event) -> list[bytes]:
+        text, logprobs = news.text, [] if news.logprob is None else [news.logprob]
+        prompt = self._prompts[index] if index in self._unechoed else Prompt("", ())
+        self._unechoed.discard(index)
+        text = prompt.text + text
+        if not (text or logprobs or news.finish):
+            return []
+        scores = self._logprobs(index, prompt.tokens, news.prompt_logprobs or (), logprobs) if self._asked else None
+        row = {"text": text, "index": index, "logprobs": scores, "finish_reason": news.finish}
+        return [event({**self.head, "choices": [row], **({"usage": None} if self.include_usage else {})})]
+
+    def rows(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+        rows = []
+        for index, choice in enumerate(choices):
+            prompt = self._prompts[index] if self._echo else Prompt("", ())
+            scores = None
+            if self._asked:
+                scores = self._logprobs(index, prompt.tokens, choice.prompt_logprobs, choice.logprobs)
+            text = prompt.text + choice.text
+            rows.append({"text": text, "index": index, "logprobs": scores, "finish_reason": choice.finish})
+        return rows
+
+    def _logprobs(
+        self, index: int, prompt: Sequence[int], prompt_logprobs: Sequence[Logprob], logprobs: Sequence[Logprob]
+    ) -> dict[str, Any]:
+        """Log-probabilities as completions show them: of the prompt's tokens, where the first has none, too."""
+        places: list[Logprob | None] = [None] if prompt else []
+        places += [*prompt_logprobs, *logprobs]
+        tokens = [*prompt[:1], *(place.token for place in places if place is not None)]
+        names = [self.texts(token) for token in tokens]
+        offsets = []
+        for name in names:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(name)
+        return {
+            "tokens": names,
+            "token_logprobs": [None if place is None else finite(place.logprob) for place in places],
+            "top_logprobs": [None if place is None else self._top(place) for place in places],
+            "text_offset": offsets,
+        }
+
+    def _top(self, place: Logprob) -> dict[str, float]:
+        """The likeliest tokens, and the drawn one if it is not among them."""
+        tops = {self.texts(token): finite(value) for token, value in place.top}
+        return {**tops, self.texts(place.token): finite(place.logprob)}
 
 
 def plain(index: int, message: Message) -> dict[str, str]:
@@ -202,13 +316,18 @@ def stops(body: Sampled) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
-def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
+def drafts(body: Sampled, http: HttpRequest) -> int:
+    """How many tokens a step may draft."""
+    return served(http).settings.lookup if body.lookup is None else body.lookup
+
+
+def usage(stream: Stream) -> dict[str, Any]:
     """Tokens of prompts and answers."""
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens": stream.prompt_tokens,
+        "completion_tokens": stream.completion_tokens,
+        "total_tokens": stream.prompt_tokens + stream.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": stream.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
@@ -226,13 +345,19 @@ def chat_logprobs(logprobs: Sequence[Logprob], texts: Texts) -> dict[str, Any]:
     return {"content": rows, "refusal": None}
 
 
-def warning(body: Sampled) -> dict[str, str]:
-    """A header that names the fields which nobody knows."""
-    names = sorted(set(body.unknown()))
+def warning(body: Wire) -> dict[str, str]:
+    """A header that names the fields which nobody knows, which are also logged."""
+    names = sorted(
+        {
+            "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "?" for c in n[:60])
+            for n in body.unknown()
+        }
+    )
     if not names:
         return {}
-    shown = ", ".join(name[:60] for name in names[:20])
-    return {"Warning": f'299 llama2 "unknown fields are ignored: {shown.encode("ascii", "replace").decode()}"'}
+    shown = ", ".join(names[:20])
+    log.warning("unknown fields", extra={"facts": {"fields": shown}})
+    return {"Warning": f'299 llama2 "unknown fields are ignored: {shown}"'}
 
 
 def reply(value: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
@@ -240,7 +365,8 @@ def reply(value: Any, headers: Mapping[str, str] | None = None, status: int = 20
     return Response(dump(value), status, headers, "application/json")
 
 
-def _models(http: HttpRequest) -> Models:
+def served(http: HttpRequest) -> Models:
+    """The models that this application serves."""
     models: Models = http.app.state.models
     return models
 

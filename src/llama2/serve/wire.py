@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama2.serve.errors import Refusal, unsupported
 
+#: Fields, and which values of each mean that nothing is asked.
+Values = Mapping[str, tuple[Any, ...]]
+
 
 class Wire(BaseModel):
     """A JSON object of a request. Types are taken strictly: "3" and true are no numbers."""
@@ -27,7 +30,7 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     #: Fields that are known and not supported, each with the values that mean "do not".
-    UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    UNSUPPORTED: ClassVar[Values] = {}
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> Wire:
@@ -54,7 +57,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 class StreamOptions(Wire):
     """What a stream tells besides the answer."""
 
-    UNSUPPORTED = {"include_obfuscation": (False,)}
+    UNSUPPORTED: ClassVar[Values] = {"include_obfuscation": (False,)}
 
     include_usage: bool | None = None
 
@@ -93,7 +96,7 @@ class Part(Wire):
 class Message(Wire):
     """One message of a chat."""
 
-    UNSUPPORTED = {"audio": (), "function_call": (), "tool_calls": ([],), "refusal": ("",)}
+    UNSUPPORTED: ClassVar[Values] = {"audio": (), "function_call": (), "tool_calls": ([],), "refusal": ("",)}
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
@@ -103,7 +106,7 @@ class Message(Wire):
 class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
-    UNSUPPORTED = {
+    UNSUPPORTED: ClassVar[Values] = {
         "audio": (),
         "function_call": ("none",),
         "functions": ([],),
@@ -134,7 +137,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """`POST /v1/completions`."""
 
-    UNSUPPORTED = {"suffix": ("",)}
+    UNSUPPORTED: ClassVar[Values] = {"suffix": ("",)}
 
     prompt: str | list[str] | list[Token] | list[list[Token]] = Field(max_length=1 << 22)
     max_tokens: int | None = Field(None, ge=0, lt=1 << 62)
