@@ -1,6 +1,6 @@
 """Takes the pictures of the chat page in docs/images, with answers of the default model.
 
-    PYTHONPATH=tests python tests/e2e/chat_screenshots.py docs/images
+PYTHONPATH=tests python tests/e2e/chat_screenshots.py docs/images
 """
 
 import sys

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,12 @@ def endless(chat: Chat) -> None:
 
 def refusal(status: int, message: str, code: str | None = None, **headers: str) -> dict[str, Any]:
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return {"status": status, "headers": headers, "content_type": "application/json", "body": json.dumps({"error": error})}
+    return {
+        "status": status,
+        "headers": headers,
+        "content_type": "application/json",
+        "body": json.dumps({"error": error}),
+    }
 
 
 def test_a_conversation_is_there_again_after_a_reload(brief: Chat) -> None:
@@ -204,13 +208,11 @@ def test_regenerating_exactly_gives_the_same_bytes_and_says_so(chat: Chat) -> No
     note = f"Regenerated: the same {size:,} bytes, seed {answer['request']['seed']}."
     expect(chat.replies.get_by_text(note)).to_be_visible()
     expect(chat.replies.locator(".versions")).to_have_count(0)
-    # Nobody takes the page's word for it: another client asks the same.
+    # Nobody takes the page's word for it: the same is asked without it.
     sampling = {name: value for name, value in answer["request"].items() if name != "system"}
     body = {**sampling, "messages": [{"role": "user", "content": "Say something"}]}
-    request = urllib.request.Request(chat.url + "v1/chat/completions", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request) as response:
-        assert json.load(response)["choices"][0]["message"]["content"] == answer["content"]
+    reply = chat.context.request.post(chat.url + "v1/chat/completions", data=body).json()
+    assert reply["choices"][0]["message"]["content"] == answer["content"]
 
 
 def test_an_exact_answer_that_differs_is_kept_beside_the_first(chat: Chat) -> None:
@@ -240,9 +242,10 @@ def test_closing_the_page_loses_at_most_a_second_of_an_answer(chat: Chat) -> Non
     expect(chat.page.locator(".reply .prose p:not(.waiting)").first).to_be_visible()
     # Two seconds pass in the page.
     chat.page.evaluate("() => { const now = performance.now(); performance.now = () => now + 2000 }")
-    messages = """() => new Promise(resolve => indexedDB.open("llama2").onsuccess = ({ target: { result } }) =>
-        result.transaction("messages").objectStore("messages").getAll().onsuccess = e => resolve(e.target.result))"""
-    chat.page.wait_for_function(f"({messages})().then(found => found.length === 2)")
+    count = """() => new Promise(resolve => indexedDB.open("llama2").onsuccess = ({ target: { result } }) =>
+        result.transaction("messages").objectStore("messages").count().onsuccess = e => resolve(e.target.result))"""
+    while chat.page.evaluate(count) < 2:
+        pass
     address = chat.page.url
     chat.page.close()
     chat.page = chat.context.new_page()
@@ -339,7 +342,12 @@ def _broken(change: str) -> str:
     settings |= {"repetition_penalty": 1, "max_tokens": None, "seed": None}
     times = {"created": message["created"], "updated": message["created"]}
     conversation = {"id": "c1", "title": "T", **times, "leaf": "m1", "settings": settings, "messages": [message]}
-    file = {"format": "llama2-conversations", "version": 1, "exported": message["created"], "conversations": [conversation]}
+    file = {
+        "format": "llama2-conversations",
+        "version": 1,
+        "exported": message["created"],
+        "conversations": [conversation],
+    }
     exec(change, {"file": file, "c": conversation, "m": message})  # noqa: S102
     return json.dumps(file)
 
@@ -545,7 +553,11 @@ def _long(count: int) -> str:
     reply = {"request": request, "finish": "stop", "rating": None, "rated": None}
     reply |= dict.fromkeys(("error", "fingerprint", "usage", "seconds"))
     for i in range(count):
-        same = {"id": f"m{i}", "parent": f"m{i - 1}" if i else None, "content": f"Message **{i}**, and `code`.\n\n- a\n- b"}
+        same = {
+            "id": f"m{i}",
+            "parent": f"m{i - 1}" if i else None,
+            "content": f"Message **{i}**, and `code`.\n\n- a\n- b",
+        }
         same["created"] = f"2026-01-01T{i // 3600:02}:{i // 60 % 60:02}:{i % 60:02}.000Z"
         conversation["messages"].append({**question, **same} | ({"role": "assistant", **reply} if i % 2 else {}))
     conversation["leaf"] = f"m{count - 1}"
@@ -775,7 +787,9 @@ def test_hostile_text_is_only_text(chat: Chat) -> None:
     chat.page.reload()
     expect(chat.replies).to_have_count(1)
     shown = chat.page.locator("#messages, #list, #title")
-    assert shown.locator("img, script, iframe, object, form, svg[onload], b, [onerror], [onclick], [style]").count() == 0
+    assert (
+        shown.locator("img, script, iframe, object, form, svg[onload], b, [onerror], [onclick], [style]").count() == 0
+    )
     addresses = shown.locator(".prose a").evaluate_all("links => links.map(link => link.href)")
     assert addresses
     assert all(address.startswith("https://") for address in addresses)
@@ -788,8 +802,8 @@ def test_hostile_text_is_only_text(chat: Chat) -> None:
 
 
 def test_no_other_page_may_hold_this_one_and_nothing_inline_runs(chat: Chat) -> None:
-    with urllib.request.urlopen(chat.url) as response:
-        policy = dict(part.strip().split(" ", 1) for part in response.headers["Content-Security-Policy"].split(";"))
+    header = chat.context.request.get(chat.url).headers["content-security-policy"]
+    policy = dict(part.strip().split(" ", 1) for part in header.split(";"))
     assert policy["default-src"] == "'none'"
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
     assert policy["frame-ancestors"] == "'none'"

@@ -6,7 +6,6 @@ import random
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
@@ -99,7 +98,8 @@ def expected(text: str) -> str:
     return outline(renderer.render(text)).replace("\n⟩⟩", "⟩⟩")  # its code ends with a line break
 
 
-TEXTS = """\
+TEXTS = (
+    """\
 Plain text.
 ---
 Two
@@ -253,7 +253,12 @@ text
 \t- tabbed code
 -\ttab item
 \t- inner
-""".encode().decode("unicode_escape").encode("latin-1").decode().split("\n---\n")
+""".encode()
+    .decode("unicode_escape")
+    .encode("latin-1")
+    .decode()
+    .split("\n---\n")
+)
 
 
 def test_it_reads_markdown_as_markdown_it_does(page: Page) -> None:
@@ -332,8 +337,36 @@ def test_an_image_is_a_link_and_nothing_is_fetched_for_it(page: Page) -> None:
 
 def test_every_letter_of_random_text_is_shown_and_only_known_elements_are_made(page: Page) -> None:
     rng = random.Random(3)
-    pieces = ["<img src=x onerror=hacked()>", "<script>", "[", "](", "javascript:x", "https://e.org", ")", "![", "&#60;"]
-    pieces += ["|", "\n|-|-|\n", "\n", "\n\n", "- ", "> ", "    ", "```", "`", "*", "**", "_", "~~", "\\", "#", "Z", "Q "]
+    pieces = [
+        "<img src=x onerror=hacked()>",
+        "<script>",
+        "[",
+        "](",
+        "javascript:x",
+        "https://e.org",
+        ")",
+        "![",
+        "&#60;",
+    ]
+    pieces += [
+        "|",
+        "\n|-|-|\n",
+        "\n",
+        "\n\n",
+        "- ",
+        "> ",
+        "    ",
+        "```",
+        "`",
+        "*",
+        "**",
+        "_",
+        "~~",
+        "\\",
+        "#",
+        "Z",
+        "Q ",
+    ]
     texts = ["".join(rng.choice(pieces) for _ in range(rng.randint(1, 40))) for _ in range(3000)]
     look = """async texts => {
         const { markdown } = await import("/markdown.js");
@@ -342,24 +375,65 @@ def test_every_letter_of_random_text_is_shown_and_only_known_elements_are_made(p
             body.append(markdown(text));
             const elements = [...body.querySelectorAll("*")];
             const names = elements.flatMap(e => [e.localName, ...[...e.attributes].map(a => "@" + a.name)]);
-            return { text: body.textContent, names: [...new Set(names)], links: [...body.querySelectorAll("a")].map(a => a.href) };
+            const links = [...body.querySelectorAll("a")].map(a => a.href);
+            return { text: body.textContent, names: [...new Set(names)], links };
         });
     }"""
-    elements = {*"p br hr h3 h4 h5 h6 em strong del code a ul ol li blockquote pre div span button svg use input".split()}
+    elements = {
+        "p",
+        "br",
+        "hr",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "em",
+        "strong",
+        "del",
+        "code",
+        "a",
+        "ul",
+        "ol",
+        "li",
+        "blockquote",
+    }
+    elements |= {"pre", "div", "span", "button", "svg", "use", "input"}
     elements |= {"table", "thead", "tbody", "tr", "th", "td"}
     elements |= {"@" + name for name in ("dir", "class", "href", "target", "rel", "start", "tabindex", "role", "type")}
     elements |= {"@aria-label", "@aria-hidden", "@disabled", "@checked"}
     for text, seen in zip(texts, page.evaluate(look, texts), strict=True):
         assert set(seen["names"]) <= elements, text
         assert all(link.startswith("https://e.org") for link in seen["links"]), text
-        if "|-|" not in text and "```" not in text and "~~~" not in text:  # a table's row may have cells too many, and a fence a language
+        if (
+            "|-|" not in text and "```" not in text and "~~~" not in text
+        ):  # a table's row may have cells too many, and a fence a language
             assert [seen["text"].count(letter) for letter in "ZQ"] == [text.count(letter) for letter in "ZQ"], text
 
 
 @pytest.mark.parametrize(
     "piece",
-    ["[", "](", "![a](", "*", "*a ", "_a_ ", "**a*", "`", "`a``", "> ", "- ", "1. ", "|", "\\", "<", "&", "http://", "~~a"]
-    + ["> \n", "- a\n", "|a\n|-\n", "#", "```\n", "a\n", " ", "[a](https://e.org)", "*a_b"],
+    [
+        *[
+            "[",
+            "](",
+            "![a](",
+            "*",
+            "*a ",
+            "_a_ ",
+            "**a*",
+            "`",
+            "`a``",
+            "> ",
+            "- ",
+            "1. ",
+            "|",
+            "\\",
+            "<",
+            "&",
+            "http://",
+        ],
+        *["~~a", "> \n", "- a\n", "|a\n|-\n", "#", "```\n", "a\n", " ", "[a](https://e.org)", "*a_b"],
+    ],
 )
 def test_no_text_holds_the_page_up(page: Page, piece: str) -> None:
     """A hundred thousand characters of what makes careless parsers take minutes; pytest's time limit is the judge."""
@@ -368,6 +442,10 @@ def test_no_text_holds_the_page_up(page: Page, piece: str) -> None:
     deepest = """async texts => {
         const { markdown } = await import("/markdown.js");
         const depth = node => 1 + Math.max(0, ...[...node.children].slice(0, 50).map(depth));
-        return texts.map(text => { const body = document.createElement("div"); body.append(markdown(text)); return depth(body); });
+        return texts.map(text => {
+            const body = document.createElement("div");
+            body.append(markdown(text));
+            return depth(body);
+        });
     }"""
     assert max(page.evaluate(deepest, ["a" + text, text, nested])) < 100
