@@ -19,6 +19,7 @@ from llama2 import checkpoint
 from llama2.checkpoint import huggingface, quantize
 from llama2.config import RopeScaling
 from llama2.convert import bounds, convert, samples
+from llama2.hub import store
 from meta_bytes import random_tensors, write_folder
 from models import write_tiny_gguf
 
@@ -83,6 +84,8 @@ def test_rounding_is_within_its_bounds(format: str, sources: Sources, out: Path)
     bits = {"F16": 11, "BF16": 8, "Q8_0": 7, "Q5_1": 4.5, "Q5_0": 4.3, "Q4_1": 3.5, "Q4_0": 3.3}[format]
     assert rms < 2**-bits
     assert 0 < receipt["answers"]["mean_divergence"] < receipt["answers"]["divergence_limit"]
+    staged = out / "q.gguf.part" / "q.gguf"
+    assert not list((store.home() / "packed").glob(f"{store.key(staged)}*"))  # weights that were packed to run it
     back = convert(out / "q.gguf", out / "back", "hf")  # every format's values are float32
     assert back["tensors"]["bitwise_equal"] == back["tensors"]["count"]
     assert back["answers"]["bitwise_equal"]

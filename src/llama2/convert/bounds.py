@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 _HALF, _TINY = 2.0**-11, 2.0**-25  # of float16: relative, and absolute where it has no leading one
 
 #: Mean Kullback-Leibler divergence, in nats, of the next token's distribution from the source's, over the greedy text.
-#: Five and more times what SmolLM2-135M showed, rounded a second time from Q4_1; a limit on gross mistakes alone.
+#: Three and more times what SmolLM2-135M showed, rounded a second time from Q4_1; a limit on gross mistakes alone.
 DIVERGENCE = {
     "F16": 0.01,
     "BF16": 0.02,
