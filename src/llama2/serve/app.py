@@ -57,7 +57,8 @@ def application(models: Models) -> ASGIApp:
     for kind in (Llama2Error, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
     page = Page(directory=PAGE, html=True)
-    files = {"/", *("/" + file.relative_to(PAGE).as_posix() for file in PAGE.rglob("*") if file.is_file())}
+    files = {"/" + file.relative_to(PAGE).as_posix() for file in PAGE.rglob("*") if file.is_file()}
+    files |= {"/", "/docs", "/docs/"}  # whose files are index.html
 
     async def whole(scope: Scope, receive: Receive, send: Send) -> None:
         found = scope["type"] == "http" and scope["path"] in files
