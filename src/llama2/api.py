@@ -14,7 +14,7 @@ from llama2 import checkpoint, hub
 from llama2.checkpoint import Checkpoint
 from llama2.engine.engine import Engine
 from llama2.engine.request import Event, FinishReason, Logprob, Request, Sampling
-from llama2.engine.runner import Runner
+from llama2.engine.runner import BLOCK, Runner
 from llama2.engine.scheduler import blocks_for
 from llama2.errors import ContextError, DialogError, EngineError, RequestError
 from llama2.hub import store
@@ -68,6 +68,7 @@ def load(
     compile: bool = False,
     context: int | None = None,
     sequences: int = 1,
+    cache_bytes: int | None = None,
     tokenizer: str | PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
@@ -75,7 +76,7 @@ def load(
 
     `context` is how many tokens prompt and answer may have together, by default as many as the model was made for; a
     shorter one saves memory. The cache holds `sequences` requests of the whole context at once, or more that are
-    shorter. `tokenizer` is a file
+    shorter; `cache_bytes` bounds it, but one whole context fits in any case. `tokenizer` is a file
     (`tokenizer.model`, llama2.c's `tokenizer.bin`) that replaces the model's own. `progress` is told of a fetch: what,
     bytes done, bytes in all. Raises HubError, CheckpointError, and what Model raises.
 
@@ -85,7 +86,15 @@ def load(
     path = hub.locate(fspath(name_or_path), progress=progress)
     own = Path(tokenizer) if tokenizer is not None else None
     opened = checkpoint.open(path, vocabulary=store.kept(path, "vocabulary"), tokenizer=own)
-    return Model(opened, threads=threads, runner=runner, compile=compile, context=context, sequences=sequences)
+    return Model(
+        opened,
+        threads=threads,
+        runner=runner,
+        compile=compile,
+        context=context,
+        sequences=sequences,
+        cache_bytes=cache_bytes,
+    )
 
 
 class Model:
@@ -106,6 +115,7 @@ class Model:
         compile: bool = False,
         context: int | None = None,
         sequences: int = 1,
+        cache_bytes: int | None = None,
     ) -> None:
         """Raises ContextError for a context that the model has not, RequestError for other values out of range."""
         longest = checkpoint.config.context_length
@@ -115,7 +125,11 @@ class Model:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
-        arithmetic = _runner(runner, checkpoint, sequences * blocks_for(context), threads, compile)
+        whole = blocks_for(context)
+        blocks = sequences * whole
+        if cache_bytes is not None:
+            blocks = min(blocks, max(whole, cache_bytes // self.config.cache_bytes(BLOCK)))
+        arithmetic = _runner(runner, checkpoint, blocks, threads, compile)
         self.engine = Engine(arithmetic, self.tokenizer, context=context)
 
     def __enter__(self) -> Model:

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import http.client
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -94,8 +95,8 @@ def test_bodies_that_are_no_request(server: Server, body: bytes) -> None:
 )
 def test_fields_that_are_wrong_or_not_supported(server: Server, field: str, value: Any) -> None:
     error = refused(server.post(CHAT, chat(**{field: value})))
-    assert error["param"] == field or error["param"].startswith(field + ".")
-    assert error["message"].startswith(error["param"] + ": ")
+    assert re.split(r"[.\[]", error["param"])[0] == field
+    assert error["message"].startswith(error["param"])
 
 
 @pytest.mark.parametrize("bias", [{"320": 1}, {"-1": 1}, {"x": 1}, {"99999999999999999999": 1}])
@@ -192,12 +193,12 @@ def test_too_many_answers_at_once(server: Server) -> None:
     ("field", "value"),
     [
         *(("store", True), ("previous_response_id", "r"), ("tools", [{}]), ("truncation", "auto"), ("n", 2)),
-        *(("input", [{"type": "function_call_output"}]), ("input", 5), ("text", {"format": {"type": "json_object"}})),
+        *(("input", [{"type": "function_call_output"}]), ("input", 5), ("text", {"format": {"type": "grammar"}})),
     ],
 )
 def test_responses_fields(server: Server, field: str, value: Any) -> None:
     error = refused(server.post("/v1/responses", {"model": "tiny", "input": "a", field: value}))
-    assert error["param"].split(".")[0] == field
+    assert re.split(r"[.\[]", error["param"])[0] == field
 
 
 def test_how_bodies_come(server: Server) -> None:

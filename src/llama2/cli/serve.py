@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,8 +47,12 @@ def serve(
         list[str] | None, typer.Option(metavar="NAME", help="A name that the server is called by; * means any.")
     ] = None,
     parallel: Annotated[
-        int, typer.Option(min=1, max=64, help="The cache holds so many requests of the whole context.")
+        int, typer.Option(min=1, max=64, help="The cache holds so many requests of the whole context at most.")
     ] = 8,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Gigabytes of a model's cache at most.", show_default="half of what is free"),
+    ] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
     ] = None,
@@ -81,9 +88,8 @@ def serve(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from llama2 import api, hub
-    from llama2.serve import observe, server
-    from llama2.serve.models import Models, public_name
-    from llama2.serve.settings import Settings
+    from llama2.serve.address import listen
+    from llama2.serve.settings import Settings, public_name
 
     settings = Settings(
         host=host,
@@ -101,12 +107,41 @@ def serve(
         neutralise=neutralise,
     )
     options: dict[str, Any] = {"threads": threads, "context": context, "sequences": parallel}
+    options["cache_bytes"] = int(cache_gb * 1e9) if cache_gb is not None else _half_of_free_memory()
     names = {public_name(name): name for name in model or [hub.DEFAULT]}
     if len(names) < len(model or [hub.DEFAULT]):
         raise typer.BadParameter("two models would have one name; rename a file")
+    load: dict[str, Callable[[], Any]] = {public: partial(api.load, name, **options) for public, name in names.items()}
+    listener = listen(settings)
+    first = next(iter(load))
+    load[first] = _begun(load[first])
+
+    from llama2.serve import observe, server  # which take as long as the model does
+    from llama2.serve.models import Models
+
     observe.set_up(as_json=as_json)
-    load = {public: partial(api.load, name, **options) for public, name in names.items()}
-    raise typer.Exit(server.serve(Models(load, settings)))
+    raise typer.Exit(server.serve(Models(load, settings), listener))
+
+
+def _begun(load: Callable[[], Any]) -> Callable[[], Any]:
+    """`load`, which begins at once for its first caller."""
+    future: Future[Any] = Future()
+    futures = [future]
+
+    def begin() -> None:
+        try:
+            future.set_result(load())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=begin, name="loading", daemon=True).start()
+    return lambda: futures.pop().result() if futures else load()
+
+
+def _half_of_free_memory() -> int | None:
+    from llama2.checkpoint.kept import available_memory
+
+    return available_memory() // 2 or None
 
 
 def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:

@@ -11,9 +11,10 @@ from fastapi import Request as HttpRequest
 from pydantic import Field
 
 import llama2
-from llama2.engine.request import Sampling
+from llama2.engine.request import Request, Sampling
 from llama2.engine.scheduler import MAX_SEQUENCES
-from llama2.serve import metrics
+from llama2.serve import answers, metrics
+from llama2.serve.answers import Tools
 from llama2.serve.openai import plain, reply, served, warning
 from llama2.serve.service import Service
 from llama2.serve.wire import Message, StrictRoute, Token, Values, Wire
@@ -41,9 +42,10 @@ class Detokenize(Wire):
 class ApplyTemplate(Wire):
     """`POST /apply-template`."""
 
-    UNSUPPORTED: ClassVar[Values] = {"tools": ([],), "chat_template": (), "chat_template_kwargs": ({},)}
+    UNSUPPORTED: ClassVar[Values] = {"chat_template": (), "chat_template_kwargs": ({},)}
 
     messages: list[Message] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
     model: str | None = None
 
 
@@ -112,9 +114,10 @@ async def detokenize(body: Detokenize, http: HttpRequest) -> Response:
 async def apply_template(body: ApplyTemplate, http: HttpRequest) -> Response:
     """The prompt that a chat becomes, its control tokens by their names."""
     service = await _service(http, body.model)
-    messages = [plain(i, message) for i, message in enumerate(body.messages)]
+    messages = [plain(f"messages.{i}", message) for i, message in enumerate(body.messages)]
     neutralise = served(http).settings.neutralise
-    tokens = await asyncio.to_thread(service.model.render, messages, neutralise=neutralise)
+    ((request,), _) = await answers.ask(service, messages, Request(()), neutralise=neutralise, tools=Tools(body.tools))
+    tokens = request.prompt
     parts = []
     for control, group in groupby(tokens, lambda token: service.texts.bytes(token) is None):
         run = list(group)

@@ -38,6 +38,9 @@ class Metrics:
             "llama2_request_seconds", "From arrival to the last token of a request.", model, registry=r, buckets=_WAITS
         )
         self.prompt = Counter("llama2_prompt_tokens", "Tokens of prompts.", model, registry=r)
+        self.cached = Counter(
+            "llama2_cached_prompt_tokens", "Tokens of prompts that were found in the cache.", model, registry=r
+        )
         self.generated = Counter("llama2_generated_tokens", "Tokens of answers.", model, registry=r)
         self.finished = Counter("llama2_answers", "Answers that ended, by reason.", ["model", "finish"], registry=r)
         self.refused = Counter("llama2_refused", "Requests that were refused at the door.", model, registry=r)
@@ -45,14 +48,25 @@ class Metrics:
         self.running = Gauge("llama2_running", "Answers that run.", model, registry=r)
         self.waiting = Gauge("llama2_waiting", "Answers that wait for a place.", model, registry=r)
         self.cache = Gauge(
-            "llama2_kv_cache_used_ratio", "Share of the key/value cache that is held.", model, registry=r
+            "llama2_kv_cache_used_ratio", "Share of the key/value cache that answers hold.", model, registry=r
+        )
+        self.kept = Gauge(
+            "llama2_kv_cache_kept_ratio",
+            "Share that is free, and kept in case it is asked for again.",
+            model,
+            registry=r,
+        )
+        self.preemptions = Gauge(
+            "llama2_preemptions", "Answers that had to give their cache back, since loading.", model, registry=r
         )
 
     def text(self, models: Models) -> bytes:
         """All of it, in Prometheus' format."""
         for name, entry in models.entries.items():
-            load = entry.service.load() if entry.service else None
+            load = entry.service.model.engine.load if entry.service else None
             self.running.labels(name).set(load.running if load else 0)
             self.waiting.labels(name).set(load.waiting if load else 0)
             self.cache.labels(name).set(load.held_blocks / load.blocks if load else 0)
+            self.kept.labels(name).set(load.kept_blocks / load.blocks if load else 0)
+            self.preemptions.labels(name).set(load.preemptions if load else 0)
         return generate_latest(self.registry)

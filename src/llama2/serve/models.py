@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from llama2.api import Model
+from llama2.engine.runner import BLOCK
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
 from llama2.serve.service import Service, Stream, measure
 from llama2.serve.settings import Settings
+
+log = logging.getLogger("llama2.serve")
 
 
 @dataclass
@@ -59,6 +62,10 @@ class Models:
                 model = await asyncio.to_thread(entry.load)
                 prefill = await asyncio.to_thread(measure, model)
                 entry.service = Service(entry.name, model, self.settings, self.metrics, prefill)
+                tokens = model.engine.load.blocks * BLOCK
+                facts = {"model": name, "context": model.engine.context, "cache_tokens": tokens}
+                facts["cache_gb"] = round(model.config.cache_bytes(tokens) / 1e9, 3)
+                log.info("loaded", extra={"facts": facts})
             entry.service.used = time.perf_counter()
             return entry.service
 
@@ -82,14 +89,6 @@ class Models:
             if entry.service is not None:
                 _end(entry.service)
                 entry.service = None
-
-
-def public_name(name: str) -> str:
-    """What clients call a model: a registered name or repository as it is, a file or folder by its own name."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        return name
-    return path.stem if path.is_file() else path.absolute().name
 
 
 def _end(service: Service) -> None:

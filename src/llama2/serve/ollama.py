@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+import logging
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
@@ -18,12 +21,23 @@ import llama2
 from llama2.api import Model
 from llama2.engine.request import Request, Sampling
 from llama2.serve import answers
+from llama2.serve.answers import Tools
 from llama2.serve.errors import Refusal, unsupported
 from llama2.serve.models import Entry
 from llama2.serve.openai import plain, reply, served, warning
 from llama2.serve.service import Service, Stream
 from llama2.serve.streaming import Growing, Watched, dump
+from llama2.serve.tools import CallReader, Text, Toolset
 from llama2.serve.wire import Message, StopText, StrictRoute, Token, Values, Wire
+from llama2.text.template import knows_tools
+
+if TYPE_CHECKING:
+    from llama2.serve.constrain import Constraint
+
+log = logging.getLogger("llama2.serve")
+
+#: An answer's text and calls as a route tells them.
+Form = Callable[[str, list[dict[str, Any]]], dict[str, Any]]
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -58,28 +72,43 @@ class Asked(Wire):
     model: str
     stream: bool | None = None
     options: Options | None = None
+    format: Literal["", "json"] | dict[str, Any] | None = None  # a JSON schema
     keep_alive: str | int | float | None = None  # the operator decides it
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What holds an answer to the format. Raises RequestError."""
+        from llama2.serve import constrain
+
+        if not self.format and self.format != {}:
+            return None
+        return (
+            constrain.json_object("format") if self.format == "json" else constrain.json_schema(self.format, "format")
+        )
+
+
+class Turn(Message):
+    """One message of a chat; a tool's says by `tool_name` what answered, if not by the order of calls."""
+
+    UNSUPPORTED: ClassVar[Values] = {"images": ([],), "thinking": ("",)}
+
+    tool_name: str | None = None
 
 
 class Chat(Asked):
     """`POST /api/chat`."""
 
-    UNSUPPORTED: ClassVar[Values] = {
-        "format": ("",),
-        "tools": ([],),
-        "think": (False,),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
-    }
+    UNSUPPORTED: ClassVar[Values] = {"think": (False,), "logprobs": (False,), "top_logprobs": (0,)}
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Turn] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
 
 
 class Generate(Asked):
     """`POST /api/generate`."""
 
     UNSUPPORTED: ClassVar[Values] = {
-        **{"format": ("",), "suffix": ("",), "images": ([],), "think": (False,), "template": ("",)},
+        **{"suffix": ("",), "images": ([],), "think": (False,), "template": ("",)},
         **{"logprobs": (False,), "top_logprobs": (0,)},
     }
 
@@ -101,9 +130,8 @@ class Show(Wire):
 async def chat(body: Chat, http: HttpRequest) -> Response:
     """The assistant's answer to a list of messages."""
     service = await served(http).service(body.model)
-    messages = [plain(i, message) for i, message in enumerate(body.messages)]
-    prompt = await asyncio.to_thread(service.model.render, messages, neutralise=served(http).settings.neutralise)
-    return await _answer(body, service, prompt, http, lambda text: {"message": {"role": "assistant", "content": text}})
+    messages = [plain(f"messages.{i}", message) for i, message in enumerate(body.messages)]
+    return await _answer(body, service, messages, http, _message, Tools(body.tools))
 
 
 @router.post("/api/generate")
@@ -112,13 +140,9 @@ async def generate(body: Generate, http: HttpRequest) -> Response:
     if body.context:
         raise unsupported("context", "old conversations are not supported; use /api/chat")
     service = await served(http).service(body.model)
-    if body.raw:
-        prompt = await asyncio.to_thread(service.model.encode, body.prompt)
-    else:
-        system = [{"role": "system", "content": body.system}] if body.system else []
-        messages = [*system, {"role": "user", "content": body.prompt}]
-        prompt = await asyncio.to_thread(service.model.render, messages, neutralise=served(http).settings.neutralise)
-    return await _answer(body, service, prompt, http, lambda text: {"response": text}, continues=bool(body.raw))
+    system = [{"role": "system", "content": body.system}] if body.system else []
+    messages = [*system, {"role": "user", "content": body.prompt}]
+    return await _answer(body, service, body.prompt if body.raw else messages, http, _response)
 
 
 @router.get("/api/tags")
@@ -153,7 +177,7 @@ async def show(body: Show, http: HttpRequest) -> Response:
             "template": checkpoint.template or "",
             "details": _details(model),
             "model_info": info,
-            "capabilities": ["completion"],
+            "capabilities": ["completion", *(["tools"] if knows_tools(checkpoint.template or "") else [])],
             "modified_at": _time(checkpoint.path.stat().st_mtime),
         },
         warning(body),
@@ -169,12 +193,12 @@ async def version() -> Response:
 async def _answer(
     body: Asked,
     service: Service,
-    prompt: list[int],
+    prompt: str | list[dict[str, Any]],
     http: HttpRequest,
-    form: Callable[[str], dict[str, Any]],
-    *,
-    continues: bool = False,
+    form: Form,
+    tools: Tools = Tools(),  # noqa: B008  # it is frozen
 ) -> Response:
+    """The answer to a chat, or the continuation of a text."""
     o = body.options or Options()
     context = service.model.engine.context
     if o.num_ctx is not None and o.num_ctx > context:
@@ -183,31 +207,64 @@ async def _answer(
         )
     limit = o.num_predict if o.num_predict is not None and o.num_predict > 0 else None
     stop = (o.stop,) if isinstance(o.stop, str) else tuple(o.stop or ())
-    lookup = served(http).settings.lookup
-    request = Request(tuple(prompt), limit, _sampling(o), stop, continues=continues, lookup=lookup)
-    stream = await answers.start(http, service, [request])
+    settings, rule = served(http).settings, body.constraint
+    request = Request((), limit, _sampling(o), stop, continues=isinstance(prompt, str), lookup=settings.lookup)
+    if isinstance(prompt, str):
+        tokens = await asyncio.to_thread(service.model.encode, prompt)
+        request = replace(request, prompt=tuple(tokens))
+        requests = await asyncio.to_thread(answers.several, service, request, 1, [rule])
+        reader = Toolset(None, None, None, None, service.model.tokenizer).reader()
+    else:
+        neutralise = settings.neutralise
+        requests, (reader,) = await answers.ask(
+            service, prompt, request, neutralise=neutralise, tools=tools, response=rule
+        )
+    stream = await answers.start(http, service, requests)
     head = {"model": body.model}
     if body.stream is None or body.stream:
-        lines = _lines(stream, head, form)
+        lines = _lines(stream, reader, head, form)
         return Growing(lines, stream.close, headers=warning(body), media_type="application/x-ndjson")
     async with Watched(http, stream.close):
-        (choice,) = await answers.collect(stream)
-    return reply({**head, "created_at": _now(), **form(choice.text), **_end(stream)}, warning(body))
+        await answers.collect(stream, [reader])
+    said = form(reader.message()["content"] or "", _calls(reader))
+    return reply({**head, "created_at": _now(), **said, **_end(stream)}, warning(body))
 
 
-async def _lines(stream: Stream, head: dict[str, Any], form: Callable[[str], dict[str, Any]]) -> AsyncIterator[bytes]:
+async def _lines(stream: Stream, reader: CallReader, head: dict[str, Any], form: Form) -> AsyncIterator[bytes]:
     try:
         async for batch in stream.batches():
             text = ""
             for _, event in batch:
                 answers.check(event)
-                text += event.text
+                text += "".join(piece.text for piece in reader.push(event) if isinstance(piece, Text))
             if text:
-                yield dump({**head, "created_at": _now(), **form(text), "done": False}) + b"\n"
+                yield dump({**head, "created_at": _now(), **form(text, []), "done": False}) + b"\n"
     except Refusal as failure:
         yield dump({"error": failure.message}) + b"\n"
         return
-    yield dump({**head, "created_at": _now(), **form(""), **_end(stream)}) + b"\n"
+    if calls := _calls(reader):
+        yield dump({**head, "created_at": _now(), **form("", calls), "done": False}) + b"\n"
+    yield dump({**head, "created_at": _now(), **form("", []), **_end(stream)}) + b"\n"
+
+
+def _message(text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}}
+
+
+def _response(text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"response": text}
+
+
+def _calls(reader: CallReader) -> list[dict[str, Any]]:
+    """The calls of an answer that has ended, their arguments as objects."""
+    calls = []
+    for call in reader.message().get("tool_calls", ()):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        try:
+            calls.append({"function": {"name": name, "arguments": json.loads(arguments)}})
+        except ValueError:  # a limit ended the answer in it, and then it is none
+            log.warning("a call was cut short", extra={"facts": {"function": name}})
+    return calls
 
 
 def _sampling(o: Options) -> Sampling:

@@ -8,20 +8,23 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from llama2.engine.request import Event, Logprob, Request, Sampling
 from llama2.serve import answers
-from llama2.serve.answers import Choice
+from llama2.serve.answers import Choice, Tools
 from llama2.serve.errors import Refusal, unsupported
 from llama2.serve.models import Entry, Models
 from llama2.serve.service import Service, Stream
-from llama2.serve.streaming import DONE, PING, PING_SECONDS, Growing, Watched, dump, event, quote
+from llama2.serve.streaming import DONE, PING, PING_SECONDS, Growing, Watched, dump, event
 from llama2.serve.tokens import Texts, finite
 from llama2.serve.wire import ChatRequest, CompletionRequest, Message, Sampled, StrictRoute, Wire
+
+if TYPE_CHECKING:
+    from llama2.serve.tools import CallReader
 
 log = logging.getLogger("llama2.serve")
 
@@ -47,18 +50,25 @@ async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         raise Refusal(400, "top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value")
     service = await served(http).service(body.model)
-    messages = [plain(i, message) for i, message in enumerate(body.messages)]
-    prompt = await asyncio.to_thread(service.model.render, messages, neutralise=served(http).settings.neutralise)
     request = Request(
-        tuple(prompt),
+        (),
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         sampling(body),
         stops(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         lookup=drafts(body, http),
     )
-    stream = await answers.start(http, service, answers.several(request, body.n or 1))
-    return await _respond(_Chat(body, service), body, stream, http)
+    requests, readers = await answers.ask(
+        service,
+        [plain(f"messages.{i}", message) for i, message in enumerate(body.messages)],
+        request,
+        body.n or 1,
+        neutralise=served(http).settings.neutralise,
+        tools=Tools(body.tools, body.tool_choice, body.parallel_tool_calls),
+        response=body.response_format.constraint if body.response_format else None,
+    )
+    stream = await answers.start(http, service, requests)
+    return await _respond(_Chat(body, service, readers), body, stream, http)
 
 
 @router.post("/v1/completions")
@@ -70,6 +80,7 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         raise Refusal(400, "max_tokens: 0 needs echo: true", param="max_tokens", code="invalid_value")
     service = await served(http).service(body.model)
     prompts = await asyncio.to_thread(_prompts, body.prompt, service)
+    rule = body.response_format.constraint if body.response_format else None
     requests = []
     for prompt in prompts:
         request = Request(
@@ -82,7 +93,7 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
             continues=True,
             lookup=drafts(body, http),
         )
-        requests += answers.several(request, body.n or 1)
+        requests += await asyncio.to_thread(answers.several, service, request, body.n or 1, [rule])
     stream = await answers.start(http, service, requests)
     return await _respond(_Completion(body, service, prompts), body, stream, http)
 
@@ -92,7 +103,7 @@ async def _respond(answer: _Answer, body: Sampled, stream: Stream, http: HttpReq
     if body.stream:
         return Growing(answer.stream(stream), stream.close, headers=headers)
     async with Watched(http, stream.close):
-        choices = await answers.collect(stream)
+        choices = await answers.collect(stream, answer.readers)
     return reply({**answer.head, "choices": answer.rows(choices), "usage": usage(stream)}, headers)
 
 
@@ -124,6 +135,7 @@ class _Answer:
 
     object: str
     prefix: str
+    readers: Sequence[CallReader] = ()  # of the choices of a chat
 
     def __init__(self, body: Sampled, service: Service) -> None:
         self.texts = service.texts
@@ -177,8 +189,9 @@ class _Chat(_Answer):
     object = "chat.completion"
     prefix = "chatcmpl"
 
-    def __init__(self, body: ChatRequest, service: Service) -> None:
+    def __init__(self, body: ChatRequest, service: Service, readers: Sequence[CallReader]) -> None:
         super().__init__(body, service)
+        self.readers = readers
         self.logprobs = bool(body.logprobs)
         opened = dump(self.chunk_head())[:-1].decode()
         self._before = f'data: {opened},"choices":[{{"index":'
@@ -191,14 +204,15 @@ class _Chat(_Answer):
         return self._chunk(index, '{"role":"assistant","content":"","refusal":null}')
 
     def chunks(self, index: int, news: Event) -> list[bytes]:
-        parts = []
-        if news.text or news.logprob is not None:
-            scores = "null"
-            if self.logprobs and news.logprob is not None:
-                scores = dump(chat_logprobs([news.logprob], self.texts)).decode()
-            parts.append(self._chunk(index, f'{{"content":{quote(news.text)}}}', scores))
+        reader = self.readers[index]
+        deltas = [dump(piece.delta()).decode() for piece in reader.push(news)]
+        scores = "null"
+        if self.logprobs and news.logprob is not None:
+            scores = dump(chat_logprobs([news.logprob], self.texts)).decode()
+            deltas = deltas or ['{"content":""}']
+        parts = [self._chunk(index, delta, "null" if i else scores) for i, delta in enumerate(deltas)]
         if news.finish is not None:
-            parts.append(self._chunk(index, "{}", finish=f'"{news.finish}"'))
+            parts.append(self._chunk(index, "{}", finish=f'"{reader.finish_reason(news.finish)}"'))
         return parts
 
     def _chunk(self, index: int, delta: str, logprobs: str = "null", finish: str = "null") -> bytes:
@@ -209,11 +223,11 @@ class _Chat(_Answer):
         return [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": {"role": "assistant", "refusal": None, **reader.message()},
                 "logprobs": chat_logprobs(choice.logprobs, self.texts) if self.logprobs else None,
-                "finish_reason": choice.finish,
+                "finish_reason": reader.finish_reason(choice.finish or "stop"),
             }
-            for index, choice in enumerate(choices)
+            for index, (choice, reader) in enumerate(zip(choices, self.readers, strict=True))
         ]
 
 
@@ -276,21 +290,35 @@ class _Completion(_Answer):
         return {**tops, self.texts(place.token): finite(place.logprob)}
 
 
-def plain(index: int, message: Message) -> dict[str, str]:
-    """A message with one text as its content. Raises Refusal for parts that are no text."""
+def plain(where: str, message: Message, content: str = "content") -> dict[str, Any]:
+    """A message with one text as its content, as Dialog takes it. Raises Refusal for parts that are no text.
+
+    `where` is the message's place in the request, and `content` the name of that field there.
+    """
     role = "system" if message.role == "developer" else message.role
-    if role in ("tool", "function"):
-        raise unsupported(f"messages.{index}.role", f"{role!r} is not supported")
+    if role == "function":
+        raise unsupported(f"{where}.role", f"{role!r} is not supported, 'tool' is")
+    plain: dict[str, Any] = {"role": role, "content": _text(f"{where}.{content}", message)}
+    if message.tool_calls:
+        plain["tool_calls"] = message.tool_calls
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    return plain
+
+
+def _text(field: str, message: Message) -> str:
     if message.content is None:
-        raise Refusal(400, f"messages.{index}.content: is missing", param=f"messages.{index}.content")
+        if message.tool_calls:
+            return ""
+        raise Refusal(400, f"{field}: is missing", param=field)
     if isinstance(message.content, str):
-        return {"role": role, "content": message.content}
+        return message.content
     texts = []
     for at, part in enumerate(message.content):
         if part.type not in ("text", "input_text", "output_text") or part.text is None:
-            raise unsupported(f"messages.{index}.content.{at}", f"{part.type[:40]!r} is not supported, only text is")
+            raise unsupported(f"{field}.{at}", f"{part.type[:40]!r} is not supported, only text is")
         texts.append(part.text)
-    return {"role": role, "content": "\n".join(texts)}
+    return "\n".join(texts)
 
 
 def sampling(body: Sampled) -> Sampling:

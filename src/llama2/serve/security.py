@@ -6,7 +6,6 @@ Pages of other origins are kept out by Origin, and names that only a rebound DNS
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from collections.abc import Collection
 from hashlib import sha256
 from typing import Any
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama2.errors import Llama2Error
+from llama2.serve.address import is_address
 from llama2.serve.errors import Refusal
 from llama2.serve.settings import Settings
 from llama2.serve.streaming import dump
@@ -56,7 +55,7 @@ class Guard:
         host = headers.get(b"host", "")
         name = (urlsplit(f"//{host}").hostname or "") if _is_authority(host) else ""
         allowed = {"localhost", self._settings.host.lower(), *(n.lower() for n in self._settings.allow_hosts)}
-        if not ("*" in allowed or name in allowed or _is_address(name)):
+        if not ("*" in allowed or name in allowed or is_address(name)):
             raise Refusal(
                 403,
                 f"Host: {host[:100]!r} is not a name of this server; --allow-host adds one",
@@ -118,16 +117,6 @@ async def answer(refusal: Refusal, path: str, headers: list[tuple[bytes, bytes]]
     await send({"type": "http.response.body", "body": body})
 
 
-def check_address(settings: Settings) -> None:
-    """Raises Llama2Error when others could reach the server, and no key is demanded of them."""
-    host = settings.host
-    local = host.lower() == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
-    if not local and not settings.keys:
-        raise Llama2Error(
-            f"--host {host}: others can reach this address, so a key is needed: --api-key-file FILE, or LLAMA2_API_KEY"
-        )
-
-
 def _check_body(headers: dict[bytes, str], limit: int) -> None:
     if headers.get(b"content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "Content-Encoding: bodies must not be compressed")
@@ -145,14 +134,6 @@ def _too_large(limit: int) -> Refusal:
 
 def _is_authority(host: str) -> bool:
     return bool(host) and not set(host) & set("/\\@?# ")
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _preflight(headers: dict[bytes, str]) -> list[tuple[bytes, bytes]]:

@@ -10,24 +10,20 @@ from types import FrameType
 
 import uvicorn
 
-from llama2.errors import Llama2Error
 from llama2.serve.app import application
 from llama2.serve.models import Models
 from llama2.serve.protocol import protocol
-from llama2.serve.security import check_address
 
 #: Connections that may be open at once.
 _CONNECTIONS = 4096
 
 
-def serve(models: Models) -> int:
+def serve(models: Models, listener: socket.socket) -> int:
     """Answer requests until a signal ends it, and return the exit status.
 
-    Raises Llama2Error for an address that cannot be used, and when the first model cannot be loaded.
+    Raises Llama2Error when the first model cannot be loaded.
     """
     settings = models.settings
-    check_address(settings)
-    listener = _listen(settings.host, settings.port)
     config = uvicorn.Config(
         application(models),
         http=protocol(settings.timeout),
@@ -48,18 +44,6 @@ def serve(models: Models) -> int:
     if server.failure is not None:
         raise server.failure
     return server.status
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        if sys.platform != "win32":  # where it would let two programs take one port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise Llama2Error(f"{host}:{port}: {error.strerror or error}; choose another --host or --port") from error
-    return listener
 
 
 class _Server(uvicorn.Server):

@@ -13,15 +13,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 
 import llama2
 from llama2 import native
 from llama2.api import Model
-from llama2.engine.engine import Engine
-from llama2.engine.request import Event, Request
+from llama2.engine.protocol import EngineProtocol
+from llama2.engine.request import Event, Load, Request
 from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.serve.admission import Demand, Door
+from llama2.serve.constrain import Constrainer
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
 from llama2.serve.settings import Settings
@@ -34,16 +34,6 @@ _TRIAL = 64
 
 #: A step's news of one choice: its index among the stream's requests, and the event.
 News = tuple[int, Event]
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What an engine has to do, and how full its cache is."""
-
-    running: int
-    waiting: int
-    blocks: int
-    held_blocks: int
 
 
 class Stream:
@@ -134,6 +124,7 @@ class Service:
         self.model = model
         self.metrics = metrics
         self.texts = Texts(model.tokenizer)
+        self.constrainer = Constrainer(model.tokenizer)
         self.fingerprint = _fingerprint(model)
         self.used = time.perf_counter()
         self.door = Door(settings.max_queue, settings.max_wait, MAX_SEQUENCES)
@@ -156,7 +147,7 @@ class Service:
         if self._stopping:
             raise Refusal(503, "the model is being unloaded; ask again", type="unavailable_error")
         now = self.used = time.perf_counter()
-        tokens = sum(len(request.prompt) for request in requests)
+        tokens = sum(len(request.prompt) for request in requests if request.choice == 0)  # choices share their prompt
         context = self.model.engine.context
         hopeless = any(len(request.prompt) + (request.max_tokens or 1) > context for request in requests)
         try:
@@ -179,15 +170,8 @@ class Service:
         return stream
 
     def cancel(self, stream: Stream) -> None:
-        """End what still runs of a stream; its cache is freed within a step."""
+        """End what still runs of a stream; its cache is freed when the step that runs is over."""
         self._post("cancel", stream)
-
-    def load(self) -> Load:
-        """What the engine has to do now."""
-        scheduler = self.model.engine.scheduler
-        total = scheduler.allocator.total
-        held = total - scheduler.allocator.available
-        return Load(len(scheduler.running), len(scheduler.waiting), total, held)
 
     def stop(self) -> None:
         """End the thread; what still runs is told to be cancelled."""
@@ -221,11 +205,9 @@ class Service:
             ended = [event.finish for _, event in events if event.finish is not None]
             if ended:
                 stream.finishes += ended
-                stream.cached_tokens += sum(
-                    getattr(event, "cached_tokens", 0)
-                    for index, event in events
-                    if event.finish is not None and stream.requests[index].choice == 0
-                )
+                found = sum(event.cached_tokens for i, event in events if stream.requests[i].choice == 0)
+                stream.cached_tokens += found
+                self.metrics.cached.labels(self.name).inc(found)
                 for finish in ended:
                     self.metrics.finished.labels(self.name, finish).inc()
                 self._end(stream, len(ended), now)
@@ -267,7 +249,7 @@ class Service:
         while engine.busy:
             self._step(engine)
 
-    def _add(self, engine: Engine, stream: Stream) -> None:
+    def _add(self, engine: EngineProtocol, stream: Stream) -> None:
         ids: list[int] = []
         failure: Exception | None = None
         try:
@@ -283,7 +265,7 @@ class Service:
             self._unstarted |= dict.fromkeys(ids, stream)
         self._loop.call_soon_threadsafe(stream.take, failure)
 
-    def _step(self, engine: Engine) -> None:
+    def _step(self, engine: EngineProtocol) -> None:
         begun = time.perf_counter()
         try:
             events = engine.step()
@@ -293,8 +275,9 @@ class Service:
             events = [Event(id, None, "", "error", error=reason) for id in self._choices]
             for id in self._choices:
                 engine.cancel(id)
-        if self._unstarted:  # they start in order of arrival
-            for id in list(self._unstarted)[: len(self._unstarted) - self.load().waiting]:
+        load = engine.load
+        if self._unstarted:  # they start in order of arrival, once those that were preempted run again
+            for id in list(self._unstarted)[: max(0, len(self._unstarted) - load.waiting)]:
                 stream = self._unstarted.pop(id)
                 stream.started = stream.started or begun
         news: dict[Stream, list[News]] = {}
@@ -311,7 +294,7 @@ class Service:
                 if not ids:
                     del self._ids[stream]
         if news:
-            self._loop.call_soon_threadsafe(self._tell, news, self.load(), time.perf_counter())
+            self._loop.call_soon_threadsafe(self._tell, news, load, time.perf_counter())
 
 
 def measure(model: Model) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +23,11 @@ class Settings:
     keep_alive: float | None = None  # an unused model is let go after; None: never
     lookup: int = 0  # draft length of requests that do not say
     neutralise: bool = False  # break role markers in messages instead of refusing them
+
+
+def public_name(name: str) -> str:
+    """What clients call a model: a registered name or repository as it is, a file or folder by its own name."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return name
+    return path.stem if path.is_file() else path.absolute().name

@@ -11,9 +11,6 @@ from fastapi import Request as HttpRequest
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-#: A text as JSON.
-quote = json.JSONEncoder(ensure_ascii=False).encode
-
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
@@ -19,6 +19,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama2.serve.errors import Refusal, unsupported
+
+if TYPE_CHECKING:
+    from llama2.serve.constrain import Constraint
 
 #: Fields, and which values of each mean that nothing is asked.
 Values = Mapping[str, tuple[Any, ...]]
@@ -96,11 +99,43 @@ class Part(Wire):
 class Message(Wire):
     """One message of a chat."""
 
-    UNSUPPORTED: ClassVar[Values] = {"audio": (), "function_call": (), "tool_calls": ([],), "refusal": ("",)}
+    UNSUPPORTED: ClassVar[Values] = {"audio": (), "function_call": (), "refusal": ("",)}
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class JsonSchema(Wire):
+    """What an answer must be."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
+    strict: bool | None = None  # the schema is followed in any case
+
+
+class ResponseFormat(Wire):
+    """Free text, any JSON object, or what a schema describes."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What holds an answer to it. Raises Refusal, RequestError."""
+        from llama2.serve import constrain
+
+        if self.type == "json_object":
+            return constrain.json_object("response_format")
+        if self.type == "text":
+            return None
+        if self.json_schema is None:
+            field = "response_format.json_schema"
+            raise Refusal(400, f"{field}: is missing", param=field, code="invalid_value")
+        return constrain.json_schema(self.json_schema.schema_, "response_format.json_schema.schema")
 
 
 class ChatRequest(Sampled):
@@ -114,11 +149,8 @@ class ChatRequest(Sampled):
         "moderation": (),
         "prediction": (),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
@@ -128,6 +160,9 @@ class ChatRequest(Sampled):
     max_completion_tokens: int | None = Field(None, ge=1, lt=1 << 62)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None  # without tools it means nothing
     metadata: dict[str, str] | None = None  # kept by nobody, as nothing is stored
     prompt_cache_key: str | None = None  # the cache finds equal prompts by itself
@@ -143,6 +178,7 @@ class CompletionRequest(Sampled):
     max_tokens: int | None = Field(None, ge=0, lt=1 << 62)
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None  # an extra
     echo: bool | None = None
 
 
