@@ -1,10 +1,10 @@
-"""Unmodified clients against a running server: a table client × feature, each passing, refused with a reason, or failing.
+"""Unmodified clients against a running server: which feature passes, is refused with a reason, or fails.
 
 Run it where the clients are installed (`pip install openai ollama langchain-openai litellm llm 'lm-eval[api]'`, and
 `npm install openai` in the folder that `--node` names); what is not there is left out, and the table says so.
 
     llama2 serve -m smollm2-135m-instruct -m TOOLS.gguf --port 8080
-    python bench/serve_clients.py --url http://127.0.0.1:8080 -m smollm2-135m-instruct --tools-model TOOLS > clients.json
+    python bench/serve_clients.py -m smollm2-135m-instruct --tools-model TOOLS > clients.json
 """
 
 from __future__ import annotations
@@ -98,15 +98,18 @@ await ({
     chat: async () => expect((await create({ temperature: 0 })).choices[0].message.content.includes("Tokyo"), "chat"),
     stream: async () => {
         let text = "";
-        for await (const part of await create({ temperature: 0, stream: true })) text += part.choices[0].delta.content ?? "";
+        for await (const part of await create({ temperature: 0, stream: true }))
+            text += part.choices[0].delta.content ?? "";
         expect(text.includes("Tokyo"), text);
     },
-    completions: async () => expect((await client.completions.create({ model, prompt: "Once", max_tokens: 3 })).choices, 0),
+    completions: async () =>
+        expect((await client.completions.create({ model, prompt: "Once", max_tokens: 3 })).choices, 0),
     responses: async () => {
         const answer = await client.responses.create({ model, input: messages[0].content, temperature: 0 });
         expect(answer.output_text.includes("Tokyo"), answer);
     },
-    logprobs: async () => expect((await create({ logprobs: true, top_logprobs: 2 })).choices[0].logprobs.content.length, 0),
+    logprobs: async () =>
+        expect((await create({ max_tokens: 8, logprobs: true, top_logprobs: 2 })).choices[0].logprobs.content, 0),
     schema: async () => city((await create({
         response_format: { type: "json_schema", json_schema: { name: "city", schema: parameters } },
     })).choices[0].message.content),
@@ -143,15 +146,21 @@ def ollama_python(url: str, model: str, tools: str) -> dict[str, Check]:
     def calls() -> None:
         client.chat(model=tools or model, messages=ASK, tools=[WEATHER], options={"num_predict": 64})
 
+    def generate() -> None:
+        expect(client.generate(model=model, prompt="Once", options={"num_predict": 3}).response, "nothing")
+
+    def chat() -> None:
+        expect(SAID in client.chat(model=model, messages=ASK, options={"temperature": 0}).message.content, "another")
+
     return {
         "models": lambda: expect(model in [one.model for one in client.list().models], "not listed"),
-        "chat": lambda: expect(SAID in client.chat(model=model, messages=ASK, options={"temperature": 0}).message.content, ""),
+        "chat": chat,
         "stream": stream,
-        "completions": lambda: expect(client.generate(model=model, prompt="Once", options={"num_predict": 3}).response, ""),
+        "completions": generate,
         "schema": lambda: city(client.chat(model=model, messages=ASK, format=SCHEMA).message.content),
         "tools": calls,
         "embeddings": lambda: client.embed(model=model, input="a"),
-    }  # fmt: skip
+    }
 
 
 def langchain(url: str, model: str, tools: str) -> dict[str, Check]:
@@ -203,7 +212,7 @@ def lite(url: str, model: str, tools: str) -> dict[str, Check]:
         ),
         "completions": lambda: expect(
             litellm.text_completion(
-                f"text-completion-openai/{model}", "Once", api_base=url + "/v1", api_key="none", max_tokens=3
+                "Once", f"text-completion-openai/{model}", api_base=url + "/v1", api_key="none", max_tokens=3
             ).choices,
             "",
         ),
@@ -231,7 +240,7 @@ def llm_program(url: str, model: str, folder: Path) -> dict[str, Check]:
     }
 
 
-def lm_eval(url: str, model: str, folder: Path) -> dict[str, Check]:
+def lm_eval(url: str, model: str, folder: Path, tokenizer: Path | None) -> dict[str, Check]:
     import lm_eval as harness  # noqa: F401  # that it is here
 
     rows = [
@@ -252,13 +261,14 @@ def lm_eval(url: str, model: str, folder: Path) -> dict[str, Check]:
     )
 
     def run(kind: str, route: str, task: str, *more: str) -> None:
-        options = f"model={model},base_url={url}/v1/{route},tokenizer_backend=None,tokenized_requests=False"
+        options = f"model={model},base_url={url}/v1/{route},tokenized_requests=False,tokenizer_backend="
+        options += f"huggingface,tokenizer={tokenizer}" if task == "scored" else "None"
         words = ("--model", kind, "--model_args", options, "--tasks", task, "--include_path", str(folder), *more)
         command(sys.executable, "-m", "lm_eval", *words, OPENAI_API_KEY="none", HF_HUB_OFFLINE="1", HF_HOME=str(folder))
 
     return {
         "completions": lambda: run("local-completions", "completions", "asked"),
-        "logprobs": lambda: run("local-completions", "completions", "scored"),
+        **({"logprobs": lambda: run("local-completions", "completions", "scored")} if tokenizer else {}),
         "chat": lambda: run("local-chat-completions", "chat/completions", "asked", "--apply_chat_template"),
     }
 
@@ -297,6 +307,9 @@ def main() -> None:
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("--tools-model", default="", help="one whose template knows tools")
     parser.add_argument("--node", type=Path, help="folder with node_modules/openai")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder with tokenizer.json, for the harness's log-probabilities"
+    )
     args = parser.parse_args()
     url, model, tools = args.url.rstrip("/"), args.model, args.tools_model
     results: dict[str, Any] = {}
@@ -308,7 +321,7 @@ def main() -> None:
             "LangChain ChatOpenAI": ("langchain-openai", lambda: langchain(url, model, tools)),
             "LiteLLM": ("litellm", lambda: lite(url, model, tools)),
             "llm": ("llm", lambda: llm_program(url, model, folder)),
-            "lm-evaluation-harness": ("lm-eval", lambda: lm_eval(url, model, folder)),
+            "lm-evaluation-harness": ("lm-eval", lambda: lm_eval(url, model, folder, args.tokenizer)),
         }
         if args.node:
             clients["openai (Node)"] = ("", lambda: openai_node(url, model, tools, args.node))
