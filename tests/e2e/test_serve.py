@@ -351,6 +351,7 @@ def test_a_queue_that_is_full_says_when_to_come_back(tmp_path: Path) -> None:
 def test_more_answers_than_the_cache_holds(tmp_path: Path) -> None:
     """The cache has room for one whole context, 64 blocks, and eight answers grow to 32 blocks each."""
     with serving([write_model(tmp_path, context_length=2048)], "--cache-gb", "0", "--json") as server:
+        server.post(CHAT, chat())  # after which it has told
         loaded = next(json.loads(line) for line in server.messages if '"loaded"' in line)
         assert (loaded["context"], loaded["cache_tokens"]) == (2048, 2048)
         body = chat(max_tokens=1000, temperature=1, seed=1)

@@ -101,3 +101,19 @@ def test_who_ends_before_the_first_token_waits_no_more() -> None:
 
 def test_a_demand_is_open_until_it_is_told() -> None:
     assert Demand(1, 1, 0.0).began is None
+
+
+def test_a_promise_is_kept_and_not_given_to_who_comes_later() -> None:
+    made = door()
+    made.enter(900, 1, 0.0)
+    made.enter(100, 1, 0.0)
+    with pytest.raises(Refusal):
+        made.enter(100, 1, 0.0, key=7)  # may come back after a second
+    assert refusal(made, 100, 1, 1.0) == 1.0  # who would wait for 10 s, which is the limit, but another was promised
+    made.enter(100, 1, 1.0, key=7)
+    made.enter(100, 1, 2.0)  # nobody is to come back any more
+    with pytest.raises(Refusal):
+        made.enter(800, 1, 2.0, key=8)
+    due = made._promised
+    assert refusal(made, 600, 1, due + 2.0) > 0  # 6 s are more than half of the limit
+    made.enter(600, 1, due + 2.1)  # the promised one did not come

@@ -3,6 +3,9 @@
 Work that is waiting divided by the measured rate of prefill, decoding beside it included; and where every place is
 taken, how fast places become free: places divided by how long an answer stays (Little's law), so that it does not
 matter whether answers end in waves. A rate that is not known yet refuses nobody.
+
+A refusal is a promise, so it must not go to those who come later: while refused requests are still to come back, others
+are let in only where the wait is short all the same. Nothing is held for one that does not come back in time.
 """
 
 from __future__ import annotations
@@ -14,6 +17,12 @@ from llama2.serve.errors import Refusal
 
 #: How much an earlier measurement counts when another one comes.
 _MEMORY = 0.9
+
+#: Refused requests that are known again, and for how many seconds after they may come back.
+_PROMISES, _PATIENCE = 4096, 2.0
+
+#: Shares of the longest wait: of those who come back, as predictions err; and of others while some are to come back.
+_RETURNING, _OTHERS = 1.25, 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +68,7 @@ class Door:
     running: int = 0  # choices that were admitted and have not ended
     _last_first: float = -math.inf
     _promised: float = -math.inf  # when the client that was refused last may come back
+    _promises: dict[int, float] = field(default_factory=dict)  # when a request may come back, by its key, soonest first
 
     def seconds(self, tokens: int, choices: int, now: float) -> float:
         """Predicted time to the first token of such a request."""
@@ -73,17 +83,26 @@ class Door:
             return prefill
         return max(prefill, over / free + (tokens / rate if rate else 0.0))
 
-    def enter(self, tokens: int, choices: int, now: float, *, refuse: bool = True) -> Demand:
-        """Let a request in; unless `refuse` is false, raises Refusal 429, which tells when to come back."""
+    def enter(self, tokens: int, choices: int, now: float, *, refuse: bool = True, key: int | None = None) -> Demand:
+        """Let a request in; unless `refuse` is false, raises Refusal 429, which tells when to come back.
+
+        By its `key` a request is known again that was refused before.
+        """
         wait = self.seconds(tokens, choices, now)
+        while self._promises and (first := next(iter(self._promises.items())))[1] < now - _PATIENCE:
+            del self._promises[first[0]]
+        returning = key is not None and self._promises.get(key, math.inf) <= now
+        limit = self.max_wait * (_RETURNING if returning else _OTHERS if self._promises else 1)
         if not refuse:
             pass
         elif len(self.waiting) >= self.max_queue:
             back = max(0.0, wait - self.max_wait, self._each(tokens, choices, now))
-            raise self._refusal(f"{len(self.waiting)} requests are waiting already", back, tokens, choices, now)
-        elif wait > self.max_wait:
-            reason = f"the first token would come after {wait:.1f} s, and the limit is {self.max_wait:g} s"
-            raise self._refusal(reason, wait - self.max_wait, tokens, choices, now)
+            raise self._refusal(f"{len(self.waiting)} requests are waiting already", back, tokens, choices, now, key)
+        elif wait > limit:
+            reason = f"the first token would come after {wait:.1f} s, and the limit is {limit:g} s"
+            raise self._refusal(reason, max(0.0, wait - self.max_wait), tokens, choices, now, key)
+        if key is not None:
+            self._promises.pop(key, None)
         demand = Demand(tokens, choices, now, queued=self.running + choices > self.places)
         self.waiting.append(demand)
         self.running += choices
@@ -121,10 +140,13 @@ class Door:
         rate, free = self.prefill.value, self._free_rate(now)
         return max(tokens / rate if rate else 0.0, choices / free if free and self.running >= self.places else 0.0)
 
-    def _refusal(self, reason: str, seconds: float, tokens: int, choices: int, now: float) -> Refusal:
+    def _refusal(self, reason: str, seconds: float, tokens: int, choices: int, now: float, key: int | None) -> Refusal:
         """Those who are refused together come back one after another, as fast as they can be served."""
         back = max(now + seconds, self._promised + self._each(tokens, choices, now))
         self._promised = back
+        if key is not None and len(self._promises) < _PROMISES:
+            self._promises.pop(key, None)
+            self._promises[key] = back
         wait = back - now
         return Refusal(
             429,
