@@ -167,7 +167,7 @@ def langchain(url: str, model: str, tools: str) -> dict[str, Check]:
     from langchain_openai import ChatOpenAI
 
     def chat(name: str = model, **options: Any) -> Any:
-        return ChatOpenAI(base_url=url + "/v1", api_key="none", model=name, max_retries=0, **options)  # type: ignore[arg-type]
+        return ChatOpenAI(base_url=url + "/v1", api_key="none", model=name, max_retries=0, **options)
 
     def calls() -> None:
         bound = chat(tools or model, max_tokens=300).bind_tools(
