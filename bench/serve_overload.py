@@ -1,7 +1,7 @@
 """A server under many times the requests it can serve: whether its Retry-After is right, and its memory flat.
 
 Every client asks again and again, and does what a refusal says. A refusal is right within 20 % when the time that
-passed until the client was let in, is not longer than what it was told by more than that; and since a server could
+passed until the client was let in is what it was told at first, give or take that much of it; and since a server could
 always be right by telling hours, its throughput is compared with what it is when nobody is refused.
 
     python bench/serve_overload.py -m MODEL.gguf --seconds 120 > overload.json
@@ -99,9 +99,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=0, help="0: ten times those that are served in --max-wait")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--max-wait", type=float, default=2.0)
+    parser.add_argument("--cache-gb", default="0.4", help="a cache that is soon full, after which memory is flat")
     args = parser.parse_args()
     name = Path(args.model).stem if Path(args.model).exists() else args.model
-    with running("llama2", ours("-m", args.model, "--max-wait", str(args.max_wait))) as server:
+    with running(
+        "llama2", ours("-m", args.model, "--max-wait", str(args.max_wait), "--cache-gb", args.cache_gb)
+    ) as server:
         calm = asyncio.run(load(server, name, 4, min(10.0, args.seconds), args.tokens))
         rate = calm["answered"] / calm["seconds"]
         clients = args.clients or max(20, round(10 * rate * (args.max_wait + 1)))

@@ -41,7 +41,8 @@ class Server:
         if not self._ready.wait(60):
             process.kill()
         assert process.poll() is None, self.messages
-        self.host, port = re.search(r"at http://(.*):(\d+)/$", self.messages[-1]).groups()  # type: ignore[union-attr]
+        address = next(line for line in self.messages if " at http://" in line)
+        self.host, port = re.search(r"at http://(.*):(\d+)/$", address).groups()  # type: ignore[union-attr]
         self.port = int(port)
         self.url = f"http://{self.host}:{port}"
 

@@ -216,6 +216,18 @@ def test_models_are_loaded_when_they_are_asked_for(tiny: Server) -> None:
     assert first["system_fingerprint"] != second["system_fingerprint"]
 
 
+def test_what_prompts_begin_alike_with_is_found(tiny: Server) -> None:
+    """A hundred tokens are three full blocks of 32, and a rest whose last token runs in any case."""
+    body = {"model": "tiny", "prompt": list(range(100, 200)), "max_tokens": 2, "temperature": 0, "n": 2}
+    before = tiny.gauge("llama2_cached_prompt_tokens_total")
+    usages = [tiny.post("/v1/completions", body)[2]["usage"] for _ in range(2)]
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 96]
+    assert {usage["prompt_tokens"] for usage in usages} == {100}
+    assert tiny.gauge("llama2_cached_prompt_tokens_total") == before + 96
+    assert tiny.gauge("llama2_kv_cache_kept_ratio") > 0
+    assert tiny.gauge("llama2_preemptions") == 0
+
+
 def test_llamacpp_routes(tiny: Server) -> None:
     assert tiny.get("/health")[2] == {"status": "ok"}
     tokens = tiny.post("/tokenize", {"content": "to be", "add_special": True})[2]["tokens"]
@@ -334,6 +346,22 @@ def test_a_queue_that_is_full_says_when_to_come_back(tmp_path: Path) -> None:
             stream.close()
         server.wait_for("llama2_running", 0, 5)
         assert server.post(CHAT, chat())[0] == 200
+
+
+def test_more_answers_than_the_cache_holds(tmp_path: Path) -> None:
+    """The cache has room for one whole context, 64 blocks, and eight answers grow to 32 blocks each."""
+    with serving([write_model(tmp_path, context_length=2048)], "--cache-gb", "0", "--json") as server:
+        server.post(CHAT, chat())  # after which it has told
+        loaded = next(json.loads(line) for line in server.messages if '"loaded"' in line)
+        assert (loaded["context"], loaded["cache_tokens"]) == (2048, 2048)
+        body = chat(max_tokens=1000, temperature=1, seed=1)
+        alone = server.post(CHAT, body)[2]["choices"][0]["message"]["content"]
+        together = server.post(CHAT, {**body, "n": 8})[2]["choices"]
+        assert together[0]["message"]["content"] == alone
+        assert len({choice["message"]["content"] for choice in together}) == 8
+        assert {choice["finish_reason"] for choice in together} == {"length"}
+        assert server.gauge("llama2_preemptions") > 0
+        assert server.gauge("llama2_kv_cache_used_ratio") == 0
 
 
 def test_models_that_nobody_uses_are_let_go(tmp_path: Path) -> None:

@@ -4,24 +4,25 @@ Work that is waiting divided by the measured rate of prefill, decoding beside it
 taken, how fast places become free: places divided by how long an answer stays (Little's law), so that it does not
 matter whether answers end in waves. A rate that is not known yet refuses nobody.
 
-Who is refused is promised a time, one after another as fast as they can be served. Whoever comes at a promised time is
-taken for the one who was promised it; others stand behind those who are still to come, as far as promised clients do.
+A refusal is a promise, so it must not go to those who come later: while refused requests are still to come back, others
+are let in only where the wait is short all the same. Nothing is held for one that does not come back in time.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass, field
 
 from llama2.serve.errors import Refusal
 
 #: How much an earlier measurement counts when another one comes.
 _MEMORY = 0.9
-#: Who is refused may come back when the wait is down to this share of the limit, so that small errors do not matter.
-_SHARE = 0.85
-#: Seconds before and after a promised time in which whoever comes is the one who was promised it.
-_EARLY, _LATE = 0.05, 0.5
+
+#: Refused requests that are known again, and for how many seconds after they may come back.
+_PROMISES, _PATIENCE = 4096, 2.0
+
+#: Shares of the longest wait: of those who come back, as predictions err; and of others while some are to come back.
+_RETURNING, _OTHERS = 1.25, 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -66,8 +67,8 @@ class Door:
     answering: list[Demand] = field(default_factory=list)  # since their first tokens, in that order
     running: int = 0  # choices that were admitted and have not ended
     _last_first: float = -math.inf
-    _promised: deque[float] = field(default_factory=deque)  # when those who were refused come back, in order
-    _kept: Rate = field(default_factory=lambda: Rate(1.0, 1.0))  # promised clients who came, of all: a share
+    _promised: float = -math.inf  # when the client that was refused last may come back
+    _promises: dict[int, float] = field(default_factory=dict)  # when a request may come back, by its key, soonest first
 
     def seconds(self, tokens: int, choices: int, now: float) -> float:
         """Predicted time to the first token of such a request."""
@@ -82,35 +83,30 @@ class Door:
             return prefill
         return max(prefill, over / free + (tokens / rate if rate else 0.0))
 
-    def enter(self, tokens: int, choices: int, now: float, *, refuse: bool = True) -> Demand:
-        """Let a request in; unless `refuse` is false, raises Refusal 429, which tells when to come back."""
+    def enter(self, tokens: int, choices: int, now: float, *, refuse: bool = True, key: int | None = None) -> Demand:
+        """Let a request in; unless `refuse` is false, raises Refusal 429, which tells when to come back.
+
+        By its `key` a request is known again that was refused before.
+        """
         wait = self.seconds(tokens, choices, now)
-        if refuse and not self._returns(now):
-            coming = sum(due <= now + self.max_wait for due in self._promised)
-            wait += coming * (self._kept.value or 0.0) * self._each(tokens, choices, now)
+        while self._promises and (first := next(iter(self._promises.items())))[1] < now - _PATIENCE:
+            del self._promises[first[0]]
+        returning = key is not None and self._promises.get(key, math.inf) <= now
+        limit = self.max_wait * (_RETURNING if returning else _OTHERS if self._promises else 1)
         if not refuse:
             pass
         elif len(self.waiting) >= self.max_queue:
-            back = max(0.0, wait - _SHARE * self.max_wait, self._each(tokens, choices, now))
-            raise self._refusal(f"{len(self.waiting)} requests are waiting already", back, tokens, choices, now)
-        elif wait > self.max_wait:
-            reason = f"the first token would come after {wait:.1f} s, and the limit is {self.max_wait:g} s"
-            raise self._refusal(reason, wait - _SHARE * self.max_wait, tokens, choices, now)
+            back = max(0.0, wait - self.max_wait, self._each(tokens, choices, now))
+            raise self._refusal(f"{len(self.waiting)} requests are waiting already", back, tokens, choices, now, key)
+        elif wait > limit:
+            reason = f"the first token would come after {wait:.1f} s, and the limit is {limit:g} s"
+            raise self._refusal(reason, max(0.0, wait - self.max_wait), tokens, choices, now, key)
+        if key is not None:
+            self._promises.pop(key, None)
         demand = Demand(tokens, choices, now, queued=self.running + choices > self.places)
         self.waiting.append(demand)
         self.running += choices
         return demand
-
-    def _returns(self, now: float) -> bool:
-        """Whether this is the time that somebody was promised, who then has come."""
-        while self._promised and self._promised[0] < now - _LATE:
-            self._promised.popleft()
-            self._kept.add(0.0, 1.0)
-        if not self._promised or self._promised[0] > now + _EARLY:
-            return False
-        self._promised.popleft()
-        self._kept.add(1.0, 1.0)
-        return True
 
     def began(self, demands: list[Demand], now: float) -> None:
         """First tokens came, in one step."""
@@ -144,12 +140,13 @@ class Door:
         rate, free = self.prefill.value, self._free_rate(now)
         return max(tokens / rate if rate else 0.0, choices / free if free and self.running >= self.places else 0.0)
 
-    def _refusal(self, reason: str, seconds: float, tokens: int, choices: int, now: float) -> Refusal:
+    def _refusal(self, reason: str, seconds: float, tokens: int, choices: int, now: float, key: int | None) -> Refusal:
         """Those who are refused together come back one after another, as fast as they can be served."""
-        back = now + seconds
-        if self._promised:
-            back = max(back, self._promised[-1] + self._each(tokens, choices, now))
-        self._promised.append(back)
+        back = max(now + seconds, self._promised + self._each(tokens, choices, now))
+        self._promised = back
+        if key is not None and len(self._promises) < _PROMISES:
+            self._promises.pop(key, None)
+            self._promises[key] = back
         wait = back - now
         return Refusal(
             429,

@@ -62,10 +62,8 @@ class Models:
                 model = await asyncio.to_thread(entry.load)
                 prefill = await asyncio.to_thread(measure, model)
                 entry.service = Service(entry.name, model, self.settings, self.metrics, prefill)
-                tokens = model.engine.load.blocks * BLOCK
-                facts = {"model": name, "context": model.engine.context, "cache_tokens": tokens}
-                facts["cache_gb"] = round(model.config.cache_bytes(tokens) / 1e9, 3)
-                log.info("loaded", extra={"facts": facts})
+                if self.ready:  # of the first one the server tells itself, after its address
+                    tell(entry.service)
             entry.service.used = time.perf_counter()
             return entry.service
 
@@ -89,6 +87,15 @@ class Models:
             if entry.service is not None:
                 _end(entry.service)
                 entry.service = None
+
+
+def tell(service: Service) -> None:
+    """Log what a model that was loaded has room for."""
+    engine = service.model.engine
+    tokens = engine.load.blocks * BLOCK
+    facts = {"model": service.name, "context": engine.context, "cache_tokens": tokens}
+    facts["cache_gb"] = round(service.model.config.cache_bytes(tokens) / 1e9, 3)
+    log.info("loaded", extra={"facts": facts})
 
 
 def _end(service: Service) -> None:

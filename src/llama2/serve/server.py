@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 
 from llama2.serve.app import application
-from llama2.serve.models import Models
+from llama2.serve.models import Models, tell
 from llama2.serve.protocol import protocol
 
 #: Connections that may be open at once.
@@ -82,10 +82,11 @@ class _Server(uvicorn.Server):
     async def _load(self) -> None:
         name = next(iter(self._models.entries))
         try:
-            await self._models.service(name)
+            service = await self._models.service(name)
         except Exception as error:
             self.failure, self.should_exit = error, True
             return
         self._models.ready = True
         names = ", ".join(self._models.entries)
         print(f"llama2: serving {names} at {self.address}", file=sys.stderr, flush=True)
+        tell(service)

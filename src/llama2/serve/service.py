@@ -151,7 +151,9 @@ class Service:
         context = self.model.engine.context
         hopeless = any(len(request.prompt) + (request.max_tokens or 1) > context for request in requests)
         try:
-            demand = self.door.enter(tokens, len(requests), now, refuse=not hopeless)  # which the engine says better
+            key = hash((requests[0].prompt, len(requests)))
+            # Of what is hopeless the engine says better why.
+            demand = self.door.enter(tokens, len(requests), now, refuse=not hopeless, key=key)
         except Refusal:
             self.metrics.refused.labels(self.name).inc()
             raise
