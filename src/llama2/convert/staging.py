@@ -50,8 +50,6 @@ def staged(source: Path, target: Path, *, force: bool) -> Iterator[Path]:
 
 def check(source: Path, target: Path, force: bool) -> None:
     """Raise CheckpointError when `target` may not be made of `source`: it is there already, or the source itself."""
-    if not source.exists():
-        raise CheckpointError(f"{source}: no such file or folder; check the path")
     here, there = source.resolve(), target.resolve()
     if there == here or there.is_relative_to(here) or here.is_relative_to(there):
         raise CheckpointError(f"{target}: is the source, in it or around it; choose another place")
