@@ -40,7 +40,7 @@ class Run:
     stdout: str
     first_byte: float  # seconds from its start to the first byte on stdout
     peak: float  # MiB of resident memory, mapped files included
-    anonymous: float  # MiB of it that are no file's, at most, as often as it was looked at; 0 where nobody tells
+    anonymous: float = 0.0  # MiB of it that are no file's, at most, as often as it was looked at; 0 where nobody tells
 
 
 @dataclass(frozen=True, slots=True)

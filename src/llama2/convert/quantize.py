@@ -132,7 +132,7 @@ def quantize(
 
 def _weights(importance: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
     """What each column counts; None where nothing is known, and all are alike."""
-    mean = 0.0 if importance is None else float(importance.mean())
+    mean = 0.0 if importance is None else float(importance.mean(dtype=np.float64))
     return None if importance is None or not mean > 0 else (importance / mean + _LEAST).astype(np.float32)
 
 
