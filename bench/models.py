@@ -6,8 +6,8 @@ that every program opens them. A file appears whole or not at all, and what is t
 
     python bench/models.py DIR --peers PEERS
 
-With `--folder` it writes for `bench/quantize.py` instead: DIR/7b-hf, the 7B shape as a Hugging Face folder in BF16, 13.5
-GB, whose weights are random and normal. Its SentencePiece vocabulary has the layout of Llama 2's and made-up words.
+With `--folder` it writes for `bench/quantize.py` instead: DIR/7b-hf, the 7B shape as a Hugging Face folder in BF16,
+13.5 GB, whose weights are random and normal. Its SentencePiece vocabulary has Llama 2's layout and made-up words.
 
     python bench/models.py DIR --folder
 """

@@ -90,7 +90,7 @@ def run(command: list[str], environment: Mapping[str, str] | None = None) -> Run
 
 @contextmanager
 def watched(status: Path) -> Iterator[list[float]]:
-    """Meanwhile, a list of how much anonymous memory a process has, in MiB, twenty times a second; Linux alone tells."""
+    """Meanwhile, a list of the anonymous memory of a process, in MiB, twenty times a second; Linux alone tells it."""
     found, ended = [0.0], threading.Event()
 
     def look() -> None:

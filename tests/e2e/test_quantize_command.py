@@ -35,6 +35,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_writes_and_reports(source: Path, tmp_path: Path) -> None:
     target, text, saved = tmp_path / "q.gguf", tmp_path / "text.txt", tmp_path / "i.gguf"
+    (tmp_path / "m.gguf.LICENSE.txt").write_text("terms")
     out, _ = run(
         source, target, "--calibrate", text, "--save-imatrix", saved, "--text", text, "--positions", 100, "--json"
     )
@@ -47,6 +48,7 @@ def test_writes_and_reports(source: Path, tmp_path: Path) -> None:
     assert facts["agreement"]["top1_agreement"] > 0.2
     assert facts["speed"].keys() == {"source", "output"}
 
+    assert (tmp_path / "q.gguf.LICENSE.txt").read_text() == "terms"
     before, after = (gguf.GGUFReader(path) for path in (source, target))
     assert after.fields["tokenizer.chat_template"].contents() == "{{ messages }}"
     assert after.fields["general.file_type"].contents() == 15
