@@ -35,6 +35,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_writes_and_reports(source: Path, tmp_path: Path) -> None:
     target, text, saved = tmp_path / "q.gguf", tmp_path / "text.txt", tmp_path / "i.gguf"
+    (tmp_path / "m.gguf.LICENSE.txt").write_text("terms")
     out, _ = run(
         source, target, "--calibrate", text, "--save-imatrix", saved, "--text", text, "--positions", 100, "--json"
     )
@@ -47,6 +48,7 @@ def test_writes_and_reports(source: Path, tmp_path: Path) -> None:
     assert facts["agreement"]["top1_agreement"] > 0.2
     assert facts["speed"].keys() == {"source", "output"}
 
+    assert (tmp_path / "q.gguf.LICENSE.txt").read_text() == "terms"
     before, after = (gguf.GGUFReader(path) for path in (source, target))
     assert after.fields["tokenizer.chat_template"].contents() == "{{ messages }}"
     assert after.fields["general.file_type"].contents() == 15
@@ -83,11 +85,11 @@ def test_refusals(source: Path, tmp_path: Path) -> None:
     _, words = run(source, tmp_path / "q.gguf", "--format", "Q9", status=2)
     assert "--format Q9 is not one of Q8_0" in words
     _, words = run(source, source, "--force", status=1)
-    assert "the source itself" in words
+    assert "is the source, in it or around it" in words
     _, words = run(source, tmp_path / "q.gguf", "--imatrix", source, status=1)
     assert "no importance of any matrix" in words
     _, words = run(source, tmp_path / "no" / "q.gguf", status=1)
-    assert "cannot be written" in words
+    assert "is no folder; make it first" in words
     damaged = bytearray(source.read_bytes())
     damaged[-4:] = np.float32(np.nan).tobytes()
     (tmp_path / "nan.gguf").write_bytes(damaged)

@@ -64,7 +64,7 @@ def test_places_that_are_refused(sources: Sources, out: Path) -> None:
     copy = shutil.copytree(sources["hf"], out / "hf")
     before = sorted(copy.iterdir())
     for source, target, message in (
-        (out / "nothing", out / "x", "nothing: no such file or folder"),
+        (out / "nothing", out / "x", "nothing: no such file"),
         (Path(__file__), out / "x", "is not a GGUF file"),
         (copy, copy / "x.gguf", "is the source, in it or around it; choose another place"),
         (copy, copy, "is the source"),

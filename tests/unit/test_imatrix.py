@@ -121,3 +121,22 @@ def test_calibration_needs_a_window(tmp_path: Path) -> None:
     with checkpoint.open(tmp_path / "m.gguf") as model:
         tokens = 1 + len(model.tokenizer.encode(text))
     assert tokens <= max(counts) <= tokens + 8  # every window begins with BOS
+    assert sums["output.weight"][1] == tokens - 1  # nothing is predicted from a window's last token
+
+
+def test_importance_is_that_of_its_matrix(tmp_path: Path) -> None:
+    config, name = tiny_config("Q4_K"), "layers.1.feed_forward.w2.weight"
+    write_tiny_gguf(tmp_path / "m.gguf", config=config, format="F32")
+    importance = np.exp(np.random.default_rng(2).normal(0, 2, config.hidden_dim)).astype(np.float32)
+    quantize.quantize(tmp_path / "m.gguf", tmp_path / "a.gguf", "Q4_K_M")
+    quantize.quantize(tmp_path / "m.gguf", tmp_path / "b.gguf", "Q4_K_M", importance={name: importance})
+    with (
+        checkpoint.open(tmp_path / "m.gguf") as model,
+        checkpoint.open(tmp_path / "a.gguf") as alike,
+        checkpoint.open(tmp_path / "b.gguf") as weighed,
+    ):
+        different = [n for n, t in alike.tensors.items() if not np.array_equal(t.data, weighed.tensors[n].data)]
+        assert different == [name]
+        x = model.tensors[name].dequantize()
+        lost = [(importance * (x - each.tensors[name].dequantize()) ** 2).sum() for each in (alike, weighed)]
+        assert lost[1] < 0.9 * lost[0]

@@ -170,7 +170,7 @@ def test_search_is_as_good_as_trying_everything(format: str) -> None:
                 least = min(least, (w * (row - (d * q + m)) ** 2).sum())
         best += least
         ours += (w * (row - found) ** 2).sum()
-    assert ours <= 1.25 * best, ours / best
+    assert ours <= 1.02 * best, ours / best
 
 
 @pytest.mark.parametrize("format", SEARCHED)
@@ -184,6 +184,31 @@ def test_important_columns_lose_less(format: str) -> None:
         for w in (importance, alike)
     ]
     assert losses[0] < 0.95 * losses[1]
+
+
+@pytest.mark.parametrize(
+    ("format", "theirs"),
+    [("Q2_K", 0.29635), ("Q3_K", 0.15084), ("Q4_K", 0.07134), ("Q5_K", 0.03609), ("Q6_K", 0.01772)],
+)
+def test_normal_weights_lose_less_than_by_llama_quantize(format: str, theirs: float) -> None:
+    """`theirs` is what llama-quantize --pure lost of 9 matrices of such weights, read back from its file."""
+    x = np.random.default_rng(10).standard_normal((512, 1024), np.float32)
+    assert quantize.requantize(x.view(np.uint8).ravel(), "F32", x.shape, format)[1] < theirs
+
+
+@pytest.mark.parametrize("format", SEARCHED)
+def test_large_weights_count_more(format: str) -> None:
+    """Importance that cancels what large weights of a single row count more makes them lose more, and the rest less."""
+    x = np.random.default_rng(9).standard_t(4, (1, 256 * 64)).astype(np.float32)
+    group = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}.get(format, 32)
+    squares = (x.reshape(-1, group) ** 2).astype(np.float64)
+    counts = np.sqrt(1 + squares / squares.mean(axis=1, keepdims=True)).reshape(-1)
+    usual, cancelled = (
+        quantize.dequantize(quantize.quantize(x, format, w.astype(np.float32)), format, x.shape)
+        for w in (np.ones_like(counts), 1 / counts)
+    )
+    assert relative(x, usual, counts) < relative(x, cancelled, counts)
+    assert relative(x, usual) > relative(x, cancelled)
 
 
 @pytest.mark.parametrize("format", SEARCHED)

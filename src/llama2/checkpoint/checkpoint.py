@@ -57,7 +57,7 @@ class Tensor:
         return replace(self, format="F32", source=lambda: self.dequantize().view(np.uint8).reshape(-1))
 
     def in_format(self, format: str) -> Tensor:
-        """This tensor in one of quantize.WRITABLE, which is made whenever it is touched."""
+        """This tensor in one of quantize.FORMATS, without importance; it is made whenever it is touched."""
         from llama2.checkpoint import quantize
 
         if format in ("F32", self.format):

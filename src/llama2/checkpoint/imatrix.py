@@ -7,6 +7,7 @@ calls, how many values, and the values, means times calls.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ def read(path: Path, config: ModelConfig) -> dict[str, Floats]:
 
     Raises CheckpointError when the file is damaged, is of another model, or knows nothing of this one.
     """
-    entries = dict(_gguf(path) if gguf.matches(path) else _dat(path))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+        entries = dict(_gguf(path) if gguf.matches(path) else _dat(path))
     shapes, found = config.tensor_shapes(), {}
     for name, theirs in gguf.names(config).items():
         if theirs not in entries:
@@ -51,9 +53,10 @@ def _gguf(path: Path) -> Iterator[tuple[str, Floats]]:
         if name.endswith(".in_sum2"):
             matrix = name.removesuffix(".in_sum2")
             counts = tensors.get(f"{matrix}.counts")
-            if counts is None or counts.dequantize().size != 1 or not counts.dequantize().item() > 0:
+            count = 0.0 if counts is None or math.prod(counts.shape) != 1 else counts.dequantize().item()
+            if not count > 0:
                 raise damaged(path, f"does not tell of how many inputs {quote(name)} is the sum")
-            yield matrix, sums.dequantize().reshape(-1) / np.float32(counts.dequantize().item())
+            yield matrix, sums.dequantize().reshape(-1) / np.float32(count)
 
 
 def _dat(path: Path) -> Iterator[tuple[str, Floats]]:

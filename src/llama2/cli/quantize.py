@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from llama2.cli.bench import Work, decode, prefill
+from llama2.cli.convert import ending_by_signals
 from llama2.cli.models import Json, Name, here, size
 from llama2.cli.output import one_line, warn
 
@@ -59,6 +60,7 @@ def quantize(
     from llama2.checkpoint import imatrix as matrices
     from llama2.checkpoint import open as open_checkpoint
     from llama2.convert import quantize as quantising
+    from llama2.convert import staging
 
     if imatrix is not None and calibrate is not None:
         raise typer.BadParameter("--imatrix and --calibrate exclude each other; give one")
@@ -73,15 +75,16 @@ def quantize(
         with open_checkpoint(path) as model:
             importance = matrices.read(imatrix, model.config)
     elif calibrate is not None:
-        quantising.check_target(path, target, force)  # before a long calculation
+        staging.check(path, target, force)  # before a long calculation
         sums = quantising.calibrate(path, read(calibrate), tokenizer=tokenizer, threads=threads)
         importance = quantising.means(sums)
         if save_imatrix is not None:
             with open_checkpoint(path) as model:
                 gguf_writer.write_imatrix(sums, model.config, calibrate.name, save_imatrix)
-    written = quantising.quantize(
-        path, target, format, importance=importance, tokenizer=tokenizer, threads=threads, force=force
-    )
+    with ending_by_signals():
+        written = quantising.quantize(
+            path, target, format, importance=importance, tokenizer=tokenizer, threads=threads, force=force
+        )
     if written.requantised:
         warn(f"{source} was quantised already, so its matrices lost twice; quantise from F16 or BF16 if you can")
     facts: dict[str, Any] = {

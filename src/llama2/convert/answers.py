@@ -18,6 +18,7 @@ from llama2.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.quantize import FORMATS
 from llama2.convert.bounds import DIVERGENCE
 from llama2.convert.samples import PROMPT
+from llama2.engine import agreement
 from llama2.engine.engine import Engine
 from llama2.engine.request import Request, Sampling
 from llama2.engine.runner_native import NativeRunner
@@ -115,6 +116,5 @@ class _Answer:
 
 
 def _divergence(p: Row, q: Row) -> float:
-    """KL(P ‖ Q) in nats, of the distributions that these logits make."""
-    log_p, log_q = (x - (x.max() + np.log(np.exp(x - x.max()).sum())) for x in (p.astype(float), q.astype(float)))
-    return float(np.exp(log_p) @ (log_p - log_q))
+    log_p, log_q = (agreement.log_softmax(x[None].astype(np.float64)) for x in (p, q))
+    return float(agreement.divergence(log_p, log_q)[0])

@@ -67,7 +67,9 @@ def groups(x: Floats) -> Floats:
 
 
 #: (n, B) numbers of the source → the largest difference of each, (n, B) or (n, 1).
-BOUNDS: dict[str, Callable[[Floats], Floats]] = {
+Bound = Callable[[Floats], Floats]
+
+BOUNDS: dict[str, Bound] = {
     "F16": partial(_float, relative=_HALF, tiny=_TINY),
     "BF16": partial(_float, relative=2.0**-8, tiny=2.0**-134),
     "Q8_0": _q8_0,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 
 from llama2 import checkpoint, plan
 from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, huggingface, kept, llama2c, meta, quantize
+from llama2.checkpoint.mapped import release_pages
 from llama2.convert import answers, receipt
 from llama2.convert.bounds import BOUNDS
-from llama2.convert.staging import RECEIPT, staged
+from llama2.convert.staging import RECEIPT, beside, carry_terms, check_room, staged
 from llama2.errors import CheckpointError, ParityError
 from llama2.hub import store
 from llama2.hub.progress import Progress, reporting
@@ -33,10 +33,6 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "meta": plan.FLOATS,
     "llama2c": ("F32", "Q8_0"),  # versions 0 and 2, which run.c and runq.c read
 }
-
-#: Files that a model's licence asks to pass on, and between folders the model's card.
-_TERMS = re.compile(r"(licen[cs]e|notice|copying|use[-_]?policy|acceptable[-_]use)[\w.-]*", re.IGNORECASE | re.ASCII)
-_CARD = "README.md"
 
 
 def convert(
@@ -63,20 +59,17 @@ def convert(
     source, target = Path(source), Path(target)
     given = None if tokenizer is None else Path(tokenizer)
     _check_request(to, format, shards)
-    _check_places(source, target)
     with reporting(progress) as report, checkpoint.open(source, tokenizer=given) as model:
         formats = _formats(model, to, format)
         if run:
             _check_memory(model, formats)
-        with staged(target, force=force) as stage:
-            _check_room(stage, model, formats)
+        with staged(source, target, force=force) as stage:
+            check_room(stage, model, formats)
             if to == "llama2c":
                 llama2c.refuse_other_tokenizer(target, llama2c.vocabulary(model))
             place = stage / target.name
             _write(_watched(model, formats, report), place, to, shards, integers=format == "Q8_0")
-            beside, prefix = (place, "") if place.is_dir() else (stage, f"{target.name}.")
-            for name, terms in _terms(source, model, card=place.is_dir()):
-                shutil.copyfile(terms, beside / f"{prefix}{name}")
+            carry_terms(source, model, place)
             inputs, outputs = _inputs(model, given), sorted(path for path in stage.rglob("*") if path.is_file())
             try:
                 with checkpoint.open(place) as output:
@@ -86,25 +79,19 @@ def convert(
             finally:
                 store.forget(place)
             text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
-            (beside / f"{prefix}{RECEIPT}").write_text(text, encoding="utf-8")
+            beside(place, RECEIPT).write_text(text, encoding="utf-8")
     return facts
 
 
 def _check_request(to: str, format: str | None, shards: int) -> None:
     if to not in get_args(Target):
         raise CheckpointError(f"{to!r} is not a format of files; choose one of {', '.join(get_args(Target))}")
+    if to == "gguf" and format not in (None, *FORMATS[to]) and format in plan.FORMATS:
+        raise CheckpointError(f"{format} is searched for, not rounded to; write it with `llama2 quantize`")
     if format is not None and format not in FORMATS[to]:
         raise CheckpointError(f"{to} cannot have {format}; choose one of {', '.join(FORMATS[to])}")
     if shards != 1 and to != "meta":
         raise CheckpointError(f"shards={shards} is for Meta's files, not for {to}; leave it out")
-
-
-def _check_places(source: Path, target: Path) -> None:
-    if not source.exists():
-        raise CheckpointError(f"{source}: no such file or folder; check the path")
-    here, there = source.resolve(), target.resolve()
-    if there == here or there.is_relative_to(here) or here.is_relative_to(there):
-        raise CheckpointError(f"{target}: is the source, in it or around it; choose another place")
 
 
 def _formats(model: Checkpoint, to: str, format: str | None) -> dict[str, str]:
@@ -138,22 +125,13 @@ def _check_memory(model: Checkpoint, formats: Mapping[str, str]) -> None:
         )
 
 
-def _check_room(folder: Path, model: Checkpoint, formats: Mapping[str, str]) -> None:
-    need = sum(quantize.nbytes(formats[name], tensor.shape) for name, tensor in model.tensors.items())
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise CheckpointError(
-            f"{folder.parent}: {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; free some, or choose "
-            "another place"
-        )
-
-
 def _watched(model: Checkpoint, formats: Mapping[str, str], report: Progress) -> Checkpoint:
     """The model in `formats`; `report` is told whenever a tensor is read."""
     total, done = sum(tensor.nbytes for tensor in model.tensors.values()), 0
 
     def read(tensor: Tensor) -> NDArray[np.uint8]:
         nonlocal done
+        release_pages()
         done = min(total, done + tensor.nbytes)
         report("writing", done, total)
         return tensor.data
@@ -174,22 +152,6 @@ def _write(model: Checkpoint, path: Path, to: str, shards: int, *, integers: boo
         meta.write(model, path, shards=shards)
     else:
         llama2c.write(model, path, version=2 if integers else 0)
-
-
-def _terms(source: Path, model: Checkpoint, *, card: bool) -> Iterator[tuple[str, Path]]:
-    """Names and places of the files to pass on: those of the folder, or beside a file, where its own have its name in
-    front. Meta's lie beside the tokenizer, which may be one folder up.
-    """
-    folder, prefix = (source, "") if source.is_dir() else (source.parent, f"{source.name}.")
-    if model.format == "meta" and not (folder / "tokenizer.model").exists():
-        folder = folder.parent
-    found = {}
-    for path in sorted(folder.iterdir()):
-        for name in {path.name, path.name.removeprefix(prefix)}:
-            wanted = _TERMS.fullmatch(name) or (card and source.is_dir() and name == _CARD)
-            if wanted and path.is_file() and (name not in found or name != path.name):
-                found[name] = huggingface.refuse_links_out(path)
-    yield from found.items()
 
 
 def _inputs(model: Checkpoint, tokenizer: Path | None) -> list[Path]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint import Checkpoint, Tensor, gguf, huggingface, meta, pth
+from llama2.checkpoint.mapped import MappedFile
 from llama2.config import ModelConfig
 from llama2.errors import ParityError
 
@@ -156,7 +157,8 @@ def _one_below_the_other(tables: list[Bytes], rows: slice) -> Bytes:
 
 def _llama2c(model: Checkpoint) -> dict[str, Stored]:
     c, version, group = model.config, model.metadata["version"], model.metadata["group_size"]
-    file, at = np.memmap(model.path, np.uint8, "r").view(np.ndarray), 256 if version else 28
+    mapped = MappedFile(model.path)
+    file, at = mapped.view(0, mapped.size, "it"), 256 if version else 28
     places = {ours.split(".")[-2]: [] for ours, _, _ in _names(c)}  # type: dict[str, list[str]]
     for ours, _, _ in _names(c):
         places[ours.split(".")[-2]].append(ours)

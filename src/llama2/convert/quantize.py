@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from llama2 import checkpoint, plan
 from llama2.checkpoint import Checkpoint, Tensor, gguf_writer
 from llama2.checkpoint import quantize as formats
+from llama2.checkpoint.mapped import release_pages
+from llama2.convert.staging import carry_terms, check_room, staged
 from llama2.engine import agreement
 from llama2.engine.agreement import Agreement
 from llama2.engine.runner import BLOCK
@@ -74,13 +76,14 @@ def quantize(
     """Write the model at `source`, in any format that can be opened, to the GGUF file `target`.
 
     `format` is one of FORMATS; each matrix has the number format that `plan.tensor_formats` tells. `importance` is what
-    `imatrix.read` or `calibrate` returns. One tensor is in memory at a time. Raises CheckpointError when `target` is
-    there and is not to be replaced by `force`, when a weight is not finite, or as the reader and the writer do.
+    `imatrix.read` or `calibrate` returns. One tensor is in memory at a time. Files with the licence and its like stand
+    beside `target`, as those of `convert` do. Nothing is left when something goes wrong. Raises CheckpointError when
+    `target` is there and is not to be replaced by `force`, when a weight is not finite, or as the reader and the writer
+    do.
     """
     source, target = Path(source), Path(target)
     if format not in FORMATS:
         raise CheckpointError(f"{format} is no format of a file; choose one of {', '.join(FORMATS)}")
-    check_target(source, target, force)
     own = None if tokenizer is None else Path(tokenizer)
     with reporting(progress) as report, checkpoint.open(source, tokenizer=own) as model:
         planned, shapes = plan.tensor_formats(model.config, format), model.config.tensor_shapes()
@@ -93,8 +96,9 @@ def quantize(
             nonlocal done
             weights = None if importance is None else importance.get(tensor.name)
             data, error = formats.requantize(
-                tensor.data, tensor.format, tensor.shape, format, _weights(weights, tensor), threads=threads
+                tensor.data, tensor.format, tensor.shape, format, _weights(weights), threads=threads
             )
+            release_pages()
             if not math.isfinite(error):
                 raise CheckpointError(
                     f"{source}: tensor {tensor.name!r} has weights that are not finite numbers, or not in {format}; "
@@ -110,7 +114,10 @@ def quantize(
             name: replace(tensor, format=chosen[name], source=partial(make, tensor, chosen[name]))
             for name, tensor in model.tensors.items()
         }
-        gguf_writer.write(replace(model, tensors=tensors), target)
+        with staged(source, target, force=force) as stage:
+            check_room(stage, model, chosen)
+            gguf_writer.write(replace(model, tensors=tensors), stage / target.name)
+            carry_terms(source, model, stage / target.name)
         return Quantised(
             path=target,
             format=format,
@@ -123,22 +130,10 @@ def quantize(
         )
 
 
-def check_target(source: Path, target: Path, force: bool) -> None:
-    """Raise CheckpointError when `target` may not be written."""
-    if not target.exists():
-        return
-    if target.is_dir() or target.samefile(source):
-        raise CheckpointError(f"{target}: is a folder, or the source itself; choose another name")
-    if not force:
-        raise CheckpointError(f"{target}: is there already; choose another name, or replace it with --force")
-
-
-def _weights(importance: NDArray[np.float32] | None, tensor: Tensor) -> NDArray[np.float32]:
-    """What each column counts; all alike where nothing is known, which still searches for the least error."""
-    mean = 0.0 if importance is None else float(importance.mean())
-    if importance is None or not mean > 0:
-        return np.ones(tensor.shape[-1], np.float32)
-    return (importance / mean + _LEAST).astype(np.float32)
+def _weights(importance: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    """What each column counts; None where nothing is known, and all are alike."""
+    mean = 0.0 if importance is None else float(importance.mean(dtype=np.float64))
+    return None if importance is None or not mean > 0 else (importance / mean + _LEAST).astype(np.float32)
 
 
 def calibrate(

@@ -17,10 +17,11 @@ import numpy as np
 
 import llama2
 from llama2.checkpoint import Checkpoint
+from llama2.checkpoint.mapped import release_pages
 from llama2.checkpoint.quantize import FORMATS, dequantize, nbytes
 from llama2.config import ModelConfig
 from llama2.convert import layouts, samples
-from llama2.convert.bounds import BOUNDS, groups
+from llama2.convert.bounds import BOUNDS, Bound, groups
 from llama2.convert.layouts import Stored
 from llama2.errors import DialogError, ParityError, TemplateError, TokenizerError
 from llama2.hub import store
@@ -106,6 +107,7 @@ def tensors(source: Checkpoint, output: Checkpoint, report: Progress) -> dict[st
     done, each = 0, {}
     for name, size in sizes.items():
         each[name] = _tensor(name, before[name], after[name])
+        release_pages()
         done += size
         report("comparing", done, sum(sizes.values()))
     equal = sum("rounded_to" not in facts for facts in each.values())
@@ -127,7 +129,7 @@ def _tensor(name: str, before: Stored, after: Stored) -> dict[str, Any]:
         else:
             x64, y64 = x.astype(np.float64), y.astype(np.float64)
             block = after.group or FORMATS[after.format].block
-            rule = groups if after.group else BOUNDS[after.format]
+            rule = groups if after.group else _rule(name, after.format)
             with np.errstate(invalid="ignore"):
                 error = np.abs(x64 - y64)
             bound = np.broadcast_to(rule(x64.reshape(-1, block)), (x.size // block, block)).reshape(shape)
@@ -145,6 +147,12 @@ def _tensor(name: str, before: Stored, after: Stored) -> dict[str, Any]:
         rms = math.sqrt(errors / squares) if squares else 0.0
         facts |= {"rounded_to": "Q8_0" if after.group else after.format, "relative_rms": rms, "largest_error": worst}
     return facts
+
+
+def _rule(name: str, format: str) -> Bound:
+    if format not in BOUNDS:
+        raise ParityError(f"{name} became {format}, whose scales are searched for: no bound on its numbers is known")
+    return BOUNDS[format]
 
 
 def _pieces(tensor: Stored) -> Iterator[slice]:

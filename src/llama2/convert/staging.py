@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from llama2.checkpoint import Checkpoint, huggingface, quantize
 from llama2.errors import CheckpointError
 
 #: What the name of a file that belongs to a model, or stands in its folder, ends with.
 RECEIPT = "receipt.json"
 
+#: Files that a model's licence asks to pass on, and between folders the model's card.
+_TERMS = re.compile(r"(licen[cs]e|notice|copying|use[-_]?policy|acceptable[-_]use)[\w.-]*", re.IGNORECASE | re.ASCII)
+_CARD = "README.md"
+
 
 @contextmanager
-def staged(target: Path, *, force: bool) -> Iterator[Path]:
+def staged(source: Path, target: Path, *, force: bool) -> Iterator[Path]:
     """A folder in which to write what becomes `target`, under its name, and files that are to stand beside it.
 
     At the end they take their places, the model last. Whatever happens before, nothing is left. With `force`, what
     stands at `target` is replaced then, by one renaming; a folder by two, for which it must be one that was written
-    here. Raises CheckpointError when `target` is there already, or its folder cannot be written.
+    here. Raises CheckpointError as `check` does, and when the folder of `target` cannot be written.
     """
-    _check(target, force)
+    check(source, target, force)
     stage = target.with_name(f"{target.name}.part")
     try:
         stage.mkdir()
@@ -42,7 +48,11 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _check(target: Path, force: bool) -> None:
+def check(source: Path, target: Path, force: bool) -> None:
+    """Raise CheckpointError when `target` may not be made of `source`: it is there already, or the source itself."""
+    here, there = source.resolve(), target.resolve()
+    if there == here or there.is_relative_to(here) or here.is_relative_to(there):
+        raise CheckpointError(f"{target}: is the source, in it or around it; choose another place")
     if not target.parent.is_dir():
         raise CheckpointError(f"{target.parent}: is no folder; make it first")
     if not (target.exists() or target.is_symlink()):
@@ -91,3 +101,41 @@ def _exchange(new: Path, place: Path, old: Path) -> None:
     except BaseException:
         old.rename(place)
         raise
+
+
+def check_room(folder: Path, model: Checkpoint, formats: Mapping[str, str]) -> None:
+    """Raise CheckpointError when the disk of a staging folder has no room for the model's tensors in `formats`."""
+    need = sum(quantize.nbytes(formats[name], tensor.shape) for name, tensor in model.tensors.items())
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise CheckpointError(
+            f"{folder.parent}: {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; free some, or choose "
+            "another place"
+        )
+
+
+def beside(model: Path, name: str) -> Path:
+    """Where a file that belongs to a model stands: in its folder, or beside its file, whose name is put in front."""
+    return model / name if model.is_dir() else model.with_name(f"{model.name}.{name}")
+
+
+def carry_terms(source: Path, model: Checkpoint, place: Path) -> None:
+    """Copy licence, use policy and their like to the model that was written at `place`."""
+    for name, terms in _terms(source, model, card=place.is_dir()):
+        shutil.copyfile(terms, beside(place, name))
+
+
+def _terms(source: Path, model: Checkpoint, *, card: bool) -> Iterator[tuple[str, Path]]:
+    """Names and places of the files to pass on: those of the folder, or beside a file, where its own have its name in
+    front. Meta's lie beside the tokenizer, which may be one folder up.
+    """
+    folder, prefix = (source, "") if source.is_dir() else (source.parent, f"{source.name}.")
+    if model.format == "meta" and not (folder / "tokenizer.model").exists():
+        folder = folder.parent
+    found = {}
+    for path in sorted(folder.iterdir()):
+        for name in {path.name, path.name.removeprefix(prefix)}:
+            wanted = _TERMS.fullmatch(name) or (card and source.is_dir() and name == _CARD)
+            if wanted and path.is_file() and (name not in found or name != path.name):
+                found[name] = huggingface.refuse_links_out(path)
+    yield from found.items()

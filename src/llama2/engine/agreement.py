@@ -62,12 +62,18 @@ def compare(candidate: NDArray[np.float32], reference: NDArray[np.float32], targ
         part = Agreement(
             cosine=(q * p).sum(axis=1) / (np.linalg.norm(q, axis=1) * np.linalg.norm(p, axis=1)),
             same_top=q.argmax(axis=1) == p.argmax(axis=1),
-            divergence=(np.exp(log_p) * (log_p - log_q)).sum(axis=1),
+            divergence=divergence(log_p, log_q),
             loss=-log_q[rows, targets[some]],
             reference_loss=-log_p[rows, targets[some]],
         )
         parts.append(part)
     return Agreement.join(parts)
+
+
+def divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL(P ‖ Q) of each row of log-probabilities, in nats."""
+    result: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return result
 
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
