@@ -18,6 +18,7 @@ from provenance import provenance
 
 import llama2
 from llama2.api import Model
+from llama2.engine.request import Request, Sampling
 
 CLONE = Path(__file__).parents[1]
 #: What is asked for: from a copy, where every draft is right, to a tale, where hardly any is.
@@ -32,8 +33,8 @@ TASKS = {
 def answer(model: Model, task: str, lookup: int, temperature: float) -> tuple[float, list[int], int, int]:
     """Seconds an answer took, its tokens, and how many were drafted and accepted."""
     tokens, drafted, accepted, start = [], 0, 0, time.perf_counter()
-    options = {"max_tokens": 160, "temperature": temperature, "seed": 1, "lookup": lookup}
-    for event in model.chat_stream(task, **options):  # type: ignore[arg-type]
+    prompt, sampling = tuple(model.render(task)), Sampling(temperature, seed=1)
+    for event in model.engine.run(Request(prompt, 160, sampling, lookup=lookup, cache_prompt=False)):
         if event.error is not None:
             raise SystemExit(f"{task!r}: {event.error}")
         if event.token is not None:

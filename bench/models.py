@@ -5,18 +5,25 @@ in the formats that llama-quantize would choose; their vocabulary is the default
 that every program opens them. A file appears whole or not at all, and what is there is kept.
 
     python bench/models.py DIR --peers PEERS
+
+With `--folder` it writes for `bench/quantize.py` instead: DIR/7b-hf, the 7B shape as a Hugging Face folder in BF16,
+13.5 GB, whose weights are random and normal. Its SentencePiece vocabulary has Llama 2's layout and made-up words.
+
+    python bench/models.py DIR --folder
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +33,10 @@ from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 
 from llama2 import hub
+from llama2.checkpoint import Checkpoint, Tensor, huggingface
 from llama2.config import SIZES, ModelConfig
+from llama2.text import tokenizer
+from llama2.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer
 
 Mix = Literal["Q4_0", "Q4_K_M"]
 
@@ -174,6 +184,49 @@ def _add_vocabulary(writer: gguf.GGUFWriter, source: gguf.GGUFReader, size: int)
     writer.add_add_bos_token(False)
 
 
+def write_folder(config: ModelConfig, path: Path) -> None:
+    """Write a model of random normal weights in BF16, norms of ones, as a Hugging Face folder."""
+
+    def weights(seed: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        count = int(np.prod(shape))
+        if len(shape) == 1:
+            return np.full(count, 0x3F80, np.uint16).view(np.uint8)
+        x = np.random.default_rng(seed).standard_normal(count, np.float32)
+        x *= DEVIATION
+        return np.ascontiguousarray(x.view(np.uint16)[1::2]).view(np.uint8)  # BF16 is float32's upper half
+
+    tensors = {
+        name: Tensor(name, "BF16", shape, partial(weights, seed, shape))
+        for seed, (name, shape) in enumerate(config.tensor_shapes().items())
+    }
+    checkpoint = Checkpoint(path, "huggingface", config, tensors, {}, name=path.name)
+    checkpoint._build_tokenizer = partial(made_up_vocabulary, config.vocab_size)
+    huggingface.write(checkpoint, path)
+
+
+def made_up_vocabulary(size: int) -> Tokenizer:
+    """Llama 2's layout: <unk> <s> </s>, 256 bytes, then words of one letter, two, three and so on."""
+    special = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)]
+    special += [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
+    letters = "▁abcdefghijklmnopqrstuvwxyz"
+    words = chain.from_iterable(map("".join, product(letters, repeat=length)) for length in range(1, 6))
+    pieces = special + [(word, NORMAL) for word in islice(words, size - len(special))]
+    return tokenizer.from_vocabulary(
+        "sentencepiece",
+        [piece for piece, _ in pieces],
+        scores=[-float(i) for i in range(size)],
+        types=[kind for _, kind in pieces],
+        merges=None,
+        pre=None,
+        bos_id=1,
+        eos_id=2,
+        unk_id=0,
+        add_bos=True,
+        add_eos=False,
+        add_space_prefix=True,
+    )
+
+
 def requantise(model: Path, format: str, llama_quantize: Path, path: Path) -> None:
     """Write the default model in another format. Raises SystemExit with llama-quantize's last words when it fails."""
     command = [str(llama_quantize), "--allow-requantize", str(model), str(path), format]
@@ -183,34 +236,44 @@ def requantise(model: Path, format: str, llama_quantize: Path, path: Path) -> No
 
 
 def make(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file that is not there yet; it gets its name when it is whole."""
+    """Let `write` make a file or folder that is not there yet; it gets its name when it is whole."""
     if path.exists():
         print(f"{path.name}: kept", file=sys.stderr)
         return
     start, temporary = time.perf_counter(), path.with_suffix(".part")
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
     temporary.unlink(missing_ok=True)
     write(temporary)
     os.replace(temporary, path)
-    print(f"{path.name}: {path.stat().st_size / 1e9:.2f} GB, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    files = path.iterdir() if path.is_dir() else [path]
+    written = sum(file.stat().st_size for file in files)
+    print(f"{path.name}: {written / 1e9:.2f} GB, {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 def main() -> None:
     """Parse the command line, write what is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="where the models shall be")
-    parser.add_argument("--peers", type=Path, required=True, help="the folder of bench/peers.sh, for llama-quantize")
+    parser.add_argument("DIR", type=Path, help="where the models shall be")
+    parser.add_argument("--peers", type=Path, help="the folder of bench/peers.sh, for llama-quantize")
+    parser.add_argument("--folder", action="store_true", help="write the Hugging Face folder alone")
     parser.add_argument("-m", "--model", default=hub.DEFAULT, help=f"name or file of the default model ({hub.DEFAULT})")
     options = parser.parse_args()
 
+    options.DIR.mkdir(parents=True, exist_ok=True)
+    if options.folder:
+        make(options.DIR / "7b-hf", partial(write_folder, SIZES["7B"]))
+        return
+    if options.peers is None:
+        parser.error("--peers is missing; give the folder of bench/peers.sh")
     model = hub.locate(options.model).resolve()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    make(options.folder / "default-q4_1.gguf", lambda path: path.symlink_to(model))
+    make(options.DIR / "default-q4_1.gguf", lambda path: path.symlink_to(model))
     quantize = options.peers / "llama.cpp" / "bin" / "llama-quantize"
     for format in ("Q4_0", "Q8_0"):
-        make(options.folder / f"default-{format.lower()}.gguf", partial(requantise, model, format, quantize))
+        make(options.DIR / f"default-{format.lower()}.gguf", partial(requantise, model, format, quantize))
     vocabulary = gguf.GGUFReader(model)
     for shape in SHAPES:
-        make(options.folder / f"{shape.name}.gguf", partial(write_random, shape, vocabulary))
+        make(options.DIR / f"{shape.name}.gguf", partial(write_random, shape, vocabulary))
 
 
 if __name__ == "__main__":

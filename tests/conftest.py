@@ -30,3 +30,20 @@ def model_path(_own_home: None) -> Path:
         else:
             patch.delenv("LLAMA2_HOME")
         return hub.locate(hub.DEFAULT)
+
+
+@pytest.fixture(scope="session")
+def sources(_own_home: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same tiny model in every format (conversions.py)."""
+    from conversions import write_sources
+
+    return write_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """A folder in which nothing may be left that is half done."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    yield folder
+    assert not [path.name for path in folder.iterdir() if path.suffix == ".part"]

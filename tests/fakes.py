@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama2.config import ModelConfig
+from llama2.engine.request import Event
 from llama2.engine.runner import BLOCK, Batch
 
 END = 256  # the end token of ByteTokenizer
@@ -101,3 +103,8 @@ def saying(text: str, prompt: int = 1) -> Callable[[list[int]], NDArray[np.float
     """A network that continues any prompt of `prompt` tokens with `text` and the end token, for ever."""
     answer = [*text.encode(), END]
     return lambda history: one(answer[min(len(history) - prompt, len(answer) - 1)])
+
+
+def plain(events: Sequence[Event]) -> list[Event]:
+    """What was told, without whose request it was and what was saved on the way."""
+    return [replace(event, request=0, cached_tokens=0, drafted_tokens=0, accepted_tokens=0) for event in events]

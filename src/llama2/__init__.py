@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama2 import checkpoint as checkpoint
+    from llama2 import convert as convert
     from llama2 import engine as engine
     from llama2 import errors as errors
     from llama2 import hub as hub
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_ROOMS = ("checkpoint", "engine", "errors", "hub", "text")
+_ROOMS = ("checkpoint", "convert", "engine", "errors", "hub", "text")
 _HOMES = {
     "Answer": "api",
     "Dialog": "text.dialog",

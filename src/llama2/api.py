@@ -14,13 +14,13 @@ from llama2 import checkpoint, hub
 from llama2.checkpoint import Checkpoint
 from llama2.engine.engine import Engine
 from llama2.engine.request import Event, FinishReason, Logprob, Request, Sampling
-from llama2.engine.runner import Runner
+from llama2.engine.runner import BLOCK, Runner
 from llama2.engine.scheduler import blocks_for
 from llama2.errors import ContextError, DialogError, EngineError, RequestError
 from llama2.hub import store
 from llama2.text.dialog import Dialog, Message
 
-Messages = str | Sequence[Message | Mapping[str, str]]
+Messages = str | Sequence[Message | Mapping[str, Any]]
 
 
 class Options(TypedDict, total=False):
@@ -68,13 +68,15 @@ def load(
     compile: bool = False,
     context: int | None = None,
     sequences: int = 1,
+    cache_bytes: int | None = None,
     tokenizer: str | PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """Open a model by name, path, or repository of the Hugging Face Hub; it is fetched first if it is not here.
 
     `context` is how many tokens prompt and answer may have together, by default as many as the model was made for; a
-    shorter one saves memory. The cache holds `sequences` requests of the whole context at once. `tokenizer` is a file
+    shorter one saves memory. The cache holds `sequences` requests of the whole context at once, or more that are
+    shorter; `cache_bytes` bounds it, but one whole context fits in any case. `tokenizer` is a file
     (`tokenizer.model`, llama2.c's `tokenizer.bin`) that replaces the model's own. `progress` is told of a fetch: what,
     bytes done, bytes in all. Raises HubError, CheckpointError, and what Model raises.
 
@@ -84,14 +86,24 @@ def load(
     path = hub.locate(fspath(name_or_path), progress=progress)
     own = Path(tokenizer) if tokenizer is not None else None
     opened = checkpoint.open(path, vocabulary=store.kept(path, "vocabulary"), tokenizer=own)
-    return Model(opened, threads=threads, runner=runner, compile=compile, context=context, sequences=sequences)
+    return Model(
+        opened,
+        threads=threads,
+        runner=runner,
+        compile=compile,
+        context=context,
+        sequences=sequences,
+        cache_bytes=cache_bytes,
+    )
 
 
 class Model:
     """A checkpoint, and the engine that runs it. Close it, or use it in `with`, to let go of the file.
 
-    The cache holds `sequences` requests of the whole context at once. Several threads may use one model; their
-    requests share the steps of its engine.
+    The cache holds `sequences` requests of the whole context at once, or more that are shorter; when it is full, those
+    that came last wait. What nobody needs of it keeps prompts and answers, so that a prompt which begins like one of
+    them, as the next turn of a dialog does, is not read again from its beginning. Several threads may use one model;
+    their requests share the steps of its engine.
     """
 
     def __init__(
@@ -103,6 +115,7 @@ class Model:
         compile: bool = False,
         context: int | None = None,
         sequences: int = 1,
+        cache_bytes: int | None = None,
     ) -> None:
         """Raises ContextError for a context that the model has not, RequestError for other values out of range."""
         longest = checkpoint.config.context_length
@@ -112,7 +125,11 @@ class Model:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
-        arithmetic = _runner(runner, checkpoint, sequences * blocks_for(context), threads, compile)
+        whole = blocks_for(context)
+        blocks = sequences * whole
+        if cache_bytes is not None:
+            blocks = min(blocks, max(whole, cache_bytes // self.config.cache_bytes(BLOCK)))
+        arithmetic = _runner(runner, checkpoint, blocks, threads, compile)
         self.engine = Engine(arithmetic, self.tokenizer, context=context)
 
     def __enter__(self) -> Model:
@@ -125,16 +142,19 @@ class Model:
         """Let go of the model's file."""
         self.checkpoint.close()
 
-    def render(self, messages: Messages, *, neutralise: bool = False) -> list[int]:
+    def render(
+        self, messages: Messages, *, neutralise: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids that ask for the answer to a dialog, in the model's chat format; a text is one user message.
 
-        Raises DialogError when the messages are out of order, or contain a role marker and it is not to be neutralised;
-        TemplateError when the model's chat template fails.
+        `tools` are declarations of functions in OpenAI's form. Raises DialogError when the messages are out of order,
+        contain a role marker and it is not to be neutralised, or use tools that the format does not know; TemplateError
+        when the model's chat template fails.
         """
         dialog = Dialog([Message("user", messages)] if isinstance(messages, str) else messages)
-        if dialog.messages[-1].role != "user":
+        if dialog.messages[-1].role == "assistant":
             raise DialogError(f"message {len(dialog.messages) - 1}: the last one must be the user's, to be answered")
-        return dialog.render(self.tokenizer, self.checkpoint.template, neutralise=neutralise)[0]
+        return dialog.render(self.tokenizer, self.checkpoint.template, neutralise=neutralise, tools=tools)[0]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of which the model continues `text`; where there would be none, the token that begins a text."""

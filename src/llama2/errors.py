@@ -17,6 +17,10 @@ class CheckpointError(Llama2Error):
     """A model file is damaged, hostile, or of a kind that is not supported."""
 
 
+class ParityError(Llama2Error):
+    """A model that was written is not the one that was read, or is further from it than its format allows."""
+
+
 class TokenizerError(Llama2Error):
     """A vocabulary is damaged or unsupported, or text or ids cannot be converted."""
 

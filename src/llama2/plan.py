@@ -33,6 +33,9 @@ BLOCKS = {
 }
 FLOATS = ("F32", "F16", "BF16")
 
+#: What stands in for a format of 256 weights a block where rows are not multiples of that.
+_SMALLER_BLOCKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}
+
 #: Formats of files, and the number format that most of a file's matrices have.
 FORMATS = {name: name for name in BLOCKS if name not in ("Q5_K", "Q4_K", "Q3_K")} | {
     "Q5_K_M": "Q5_K",
@@ -103,7 +106,8 @@ def tensor_formats(config: ModelConfig, format: str) -> dict[str, str]:
     """The number format of each tensor, by name, in a file of `format`, one of FORMATS.
 
     F32, F16 and BF16 are all tensors'. Otherwise norms are F32, and matrices as llama.cpp's llama-quantize chooses: the
-    output head is Q6_K or Q8_0, and Q2_K and the `_M` formats spend more bits where they matter most.
+    output head is Q6_K or Q8_0, and Q2_K and the `_M` formats spend more bits where they matter most. A matrix whose
+    rows are not whole blocks of its format has a format of more bits that fits.
     """
     base = FORMATS[format]
     shapes = config.tensor_shapes()
@@ -113,8 +117,16 @@ def tensor_formats(config: ModelConfig, format: str) -> dict[str, str]:
     for layer in range(config.n_layers):
         for matrix in ("attention.wv", "attention.wo", "feed_forward.w2"):
             chosen[f"layers.{layer}.{matrix}.weight"] = _mixed(config, format, matrix, layer)
-    chosen[_head(config)] = "Q8_0" if base == "Q8_0" or config.dim % 256 else "Q6_K"
-    return chosen
+    chosen[_head(config)] = "Q8_0" if base == "Q8_0" else "Q6_K"
+    return {name: _fitting(chosen[name], shape[-1]) for name, shape in shapes.items()}
+
+
+def _fitting(format: str, columns: int) -> str:
+    """`format`, or what llama-quantize takes instead where rows of `columns` weights are not whole blocks of it."""
+    for choice in (format, _SMALLER_BLOCKS.get(format, format)):
+        if columns % BLOCKS[choice][1] == 0:
+            return choice
+    return "F16"
 
 
 def _mixed(config: ModelConfig, format: str, matrix: str, layer: int) -> str:

@@ -80,14 +80,14 @@ def test_hostile_templates_end_within_a_second(template: str, reason: str) -> No
 
 def test_one_process_serves_until_it_is_killed() -> None:
     rendered("{{ messages[0].content }}", "a")
-    first = templates._worker
+    first = templates._worker.process
     assert first is not None
     rendered("{{ messages[0].content }}b", "a")
-    assert templates._worker is first
-    first._process.kill()
-    first._process.wait()
+    assert templates._worker.process is first
+    first.kill()
+    first.wait()
     assert rendered("{{ messages[0].content }}", "a") == "a"
-    assert templates._worker is not first
+    assert templates._worker.process is not first
 
 
 def test_conventions_of_hugging_face_templates() -> None:

@@ -198,7 +198,7 @@ def test_a_narrow_encoding_does_not_end_an_answer(llama2: Program) -> None:
     assert llama2.run(*words, PYTHONIOENCODING="ascii").stdout.startswith("\\xe9")
 
 
-@pytest.mark.parametrize("command", ["chat", "generate", "bench", "pull", "list", "show", "rm"])
+@pytest.mark.parametrize("command", ["chat", "generate", "serve", "bench", "pull", "list", "show", "rm"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         run([command, "--help"])
@@ -210,7 +210,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 def test_help_is_quick_and_light(llama2: Program) -> None:
     shown = llama2.run("--help").stdout
-    assert all(f"\n  {name} " in shown for name in ("chat", "generate", "bench", "pull", "list", "show", "rm"))
+    assert all(f"\n  {name} " in shown for name in ("chat", "generate", "serve", "bench", "pull", "list", "show", "rm"))
     assert llama2.run("--version").stdout == f"llama2 {version('whole-llama')}\n"
     assert llama2.seconds("--help") < 0.4
 

@@ -10,6 +10,7 @@ import pytest
 
 from llama2 import hub
 from llama2.hub.registry import MODELS
+from serving import serving
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,15 +30,34 @@ def environment(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return os.environ | {"LLAMA2_HOME": str(home), "PATH": path}
 
 
-@pytest.mark.parametrize(
-    "command", [["bash", "-c", line] for line in SHELL] + [[sys.executable, "-c", c] for c in PYTHON]
-)
-def test_code(command: list[str], environment: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands are typed: what one makes, the next one may use."""
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "LICENSE").symlink_to(ROOT / "LICENSE")
+    return folder
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_shell(line: str, folder: Path, environment: dict[str, str]) -> None:
+    run(["bash", "-c", line], folder, environment)
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python(code: str, folder: Path, environment: dict[str, str]) -> None:
+    if "127.0.0.1:8080" in code:
+        with serving([hub.DEFAULT], **environment) as server:
+            run([sys.executable, "-c", code.replace(":8080", f":{server.port}")], folder, environment)
+    else:
+        run([sys.executable, "-c", code], folder, environment)
 
 
 def test_nothing_else_is_left_untested() -> None:
@@ -45,4 +65,6 @@ def test_nothing_else_is_left_untested() -> None:
     assert SHELL
     assert PYTHON
     for line in SET_UP:
-        assert line.startswith(("make ", "python3 -m venv ", ".venv/bin/pip install ", ".venv/bin/llama2 chat"))
+        assert line.startswith(
+            ("make ", "python3 -m venv ", ".venv/bin/pip install ", ".venv/bin/llama2 chat", "llama2 serve")
+        )

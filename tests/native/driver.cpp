@@ -11,7 +11,7 @@
 //     exp N, silu N                   N floats                  → N floats
 //     uniform SEED CHOICE POSITION                              → one double
 //     draw N temperature top_k top_p min_p SEED CHOICE POSITION   N logits   → one int64
-//     model dim layers heads kv_heads hidden vocab head_size context tied norm_eps threads blocks   (head_size / 2) reals
+//     model dim layers heads kv_heads hidden vocab head_size context tied norm_eps threads blocks   E / 2 doubles
 //     doubles tensor NAME FORMAT rows columns data step N S W M                    tokens, positions, sequences,
 //     blocks, outputs   → (M, vocab) floats
 

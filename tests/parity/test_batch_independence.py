@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import cycle, repeat
 
 import numpy as np
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fakes import plain
 from llama2 import checkpoint, native
 from llama2.checkpoint import Checkpoint
 from llama2.engine.engine import Engine
@@ -177,8 +177,8 @@ def answer(engine: Engine, mine: Request, others: Sequence[Request]) -> list[Eve
     while not (events and events[-1].finish):
         if waiting:
             engine.add(waiting.pop())
-        events += [replace(event, request=0) for event in engine.step() if event.request == id]
-    return events
+        events += [event for event in engine.step() if event.request == id]
+    return plain(events)
 
 
 def test_samples_and_logprobs_through_the_engine(model: Checkpoint) -> None:

@@ -1,105 +1,221 @@
-"""Block allocator and scheduler over random histories."""
+"""Block cache and scheduler over random histories, beside a memory that remembers what was written where."""
 
 import itertools
+from collections import Counter
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llama2.engine.cache import BlockAllocator
+from llama2.engine.cache import BlockCache, chain
 from llama2.engine.runner import BLOCK
 from llama2.engine.scheduler import Scheduler, Sequence, blocks_for
 
 
 @given(total=st.integers(0, 20), moves=st.lists(st.tuples(st.booleans(), st.integers(0, 8)), max_size=60))
 def test_every_block_is_held_once_or_free(total: int, moves: list[tuple[bool, int]]) -> None:
-    allocator = BlockAllocator(total)
+    cache = BlockCache(total)
     holders: list[list[int]] = []
     for take, n in moves:
-        if take and n <= allocator.available:
-            holders.append(allocator.allocate(n))
+        if take and n <= cache.available:
+            holders.append(cache.allocate(n))
             assert len(holders[-1]) == n
         elif take:
             with pytest.raises(ValueError, match="available"):
-                allocator.allocate(n)
+                cache.allocate(n)
         elif holders:
-            allocator.free(holders.pop(n % len(holders)))
+            cache.release(holders.pop(n % len(holders)))
         held = [block for blocks in holders for block in blocks]
-        free = allocator.allocate(allocator.available)
+        free = cache.allocate(cache.available)
         assert sorted(held + free) == list(range(total))
-        allocator.free(free)
+        cache.release(free)
 
 
 @pytest.mark.parametrize("wrong", [[0, 0], [3], [0, 9], [-1]])
-def test_a_block_is_freed_by_its_holder_once(wrong: list[int]) -> None:
-    allocator = BlockAllocator(4)
-    held = allocator.allocate(2)
+def test_a_block_is_released_by_its_holder_once(wrong: list[int]) -> None:
+    cache = BlockCache(4)
+    held = cache.allocate(2)
     assert held == [0, 1]
     with pytest.raises(ValueError, match="not all held"):
-        allocator.free(wrong)
-    assert allocator.available == 2
-    allocator.free(held)
+        cache.release(wrong)
+    assert cache.available == 2
+    cache.release(held)
     with pytest.raises(ValueError, match="not all held"):
-        allocator.free(held)
+        cache.release(held)
 
 
-@given(data=st.data())
-def test_every_request_runs_to_its_end_in_order_of_arrival(data: st.DataObject) -> None:
-    total = data.draw(st.integers(1, 6), "blocks")
-    budget = data.draw(st.integers(1, 70), "max_batch_tokens")
-    most = data.draw(st.integers(1, min(budget, 5)), "max_sequences")
-    scheduler: Scheduler[Sequence] = Scheduler(total, max_batch_tokens=budget, max_sequences=most)
-    unfinished: list[Sequence] = []
-    admitted: list[int] = []
-    moves = data.draw(st.lists(st.sampled_from(["add", "step", "step", "cancel"]), max_size=40), "moves")
-    for id, move in enumerate(moves):
-        if move == "add":
-            limit = data.draw(st.integers(1, total * BLOCK), "limit")
-            unfinished.append(Sequence(id, length=data.draw(st.integers(1, limit), "prompt"), limit=limit))
-            scheduler.add(unfinished[-1])
-        elif move == "cancel" and unfinished:
-            scheduler.remove(unfinished.pop(data.draw(st.integers(0, len(unfinished) - 1), "which")))
-        elif move == "step":
-            step(scheduler, unfinished, admitted, budget)
-        check_blocks(scheduler, total)
-        assert len(scheduler.running) <= most
-    steps = 0
-    while unfinished:
-        step(scheduler, unfinished, admitted, budget)
-        check_blocks(scheduler, total)
-        steps += 1
-        assert steps <= total * BLOCK * (len(moves) + 1), "a request starves"
-    assert scheduler.allocator.available == total
-    assert admitted == sorted(admitted)
+@dataclass(slots=True, eq=False, kw_only=True)
+class Tokens(Sequence):
+    tokens: list[int]
 
 
-def step(scheduler: Scheduler[Sequence], unfinished: list[Sequence], admitted: list[int], budget: int) -> None:
-    """Run a step as an engine would: what is planned becomes cached, and a sequence without known tokens gets one."""
-    before = {s.id for s in scheduler.running}
-    answers = {s.id for s in scheduler.running if s.cached > 0 and s.length - s.cached == 1}
-    plan = scheduler.schedule()
-    assert bool(plan) == bool(unfinished)
-    admitted += [s.id for s in scheduler.running if s.id not in before]
-    counts = {s.id: count for s, count in plan}
-    assert len(counts) == len(plan)
-    assert sum(counts.values()) <= budget
-    assert all(counts.get(id) == 1 for id in answers), "an answer waited for a prompt"
-    prefills = [s for s in scheduler.running if s.length - s.cached > 1]
-    for earlier, later in itertools.pairwise(prefills):
-        assert counts.get(later.id, 0) == 0 or counts[earlier.id] == earlier.length - earlier.cached
-    for s, count in plan:
-        assert 1 <= count <= s.length - s.cached
-        s.cached += count
-        if s.cached == s.length:
-            s.length += 1
-            if s.length >= s.limit:
-                scheduler.remove(s)
-                unfinished.remove(s)
+class Histories(RuleBasedStateMachine):
+    """Requests come, are cancelled and fail, while the scheduler runs them in a cache that is too small for all.
+
+    `memory` holds for each slot of the cache the whole history of the token whose keys and values it has: one number
+    for each history. So whatever a token reads must be its own history, from its beginning.
+    """
+
+    @initialize(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        self.total = data.draw(st.integers(1, 10), "blocks")
+        self.budget = data.draw(st.integers(1, 90), "max_batch_tokens")
+        self.prefill = data.draw(st.integers(1, 90), "max_prefill_tokens")
+        self.most = data.draw(st.integers(1, min(self.budget, 6)), "max_sequences")
+        self.scheduler: Scheduler[Tokens] = Scheduler(
+            self.total,
+            max_batch_tokens=self.budget,
+            max_prefill_tokens=self.prefill,
+            max_sequences=self.most,
+        )
+        self.memory = [[-1] * BLOCK for _ in range(self.total)]
+        self.histories: dict[tuple[int, int], int] = {}
+        self.content: dict[bytes, tuple[int, bytes | None]] = {}  # key → history at the block's end, and key before
+        self.unfinished: list[Tokens] = []
+
+    def follow(self, tokens: list[int]) -> list[int]:
+        """The number of each history that ends with one of `tokens`."""
+        numbers, last = [], -1
+        for token in tokens:
+            last = self.histories.setdefault((last, token), len(self.histories))
+            numbers.append(last)
+        return numbers
+
+    def extend_keys(self, s: Tokens) -> None:
+        chain(s.keys, np.array(s.tokens, np.int32))
+        numbers = self.follow(s.tokens)
+        for i, key in enumerate(s.keys):
+            known = (numbers[(i + 1) * BLOCK - 1], s.keys[i - 1] if i else None)
+            assert self.content.setdefault(key, known) == known
+
+    @rule(data=st.data(), shares=st.sampled_from([True, True, True, False]), copies=st.integers(1, 3))
+    def add(self, data: st.DataObject, shares: bool, copies: int) -> None:
+        """Some requests with one prompt: the beginning of one of two texts, and some tokens of its own."""
+        room = self.total * BLOCK
+        text = data.draw(st.sampled_from([[0] * room, [1] * room]), "text")[: data.draw(st.integers(0, room), "begin")]
+        prompt = (text + data.draw(st.lists(st.integers(0, 2), min_size=not text, max_size=40), "own"))[:room]
+        limit = data.draw(st.integers(len(prompt), room), "limit")
+        for _ in range(copies):
+            s = Tokens(0, length=len(prompt), limit=limit, shares=shares, tokens=list(prompt))
+            self.extend_keys(s)
+            self.scheduler.add(s)
+            self.unfinished.append(s)
+
+    @precondition(lambda self: self.unfinished)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.end(self.unfinished[data.draw(st.integers(0, len(self.unfinished) - 1), "which")])
+
+    def end(self, s: Tokens) -> None:
+        self.scheduler.remove(s)
+        self.unfinished.remove(s)
+        assert not s.blocks
+
+    @rule(data=st.data(), steps=st.integers(1, 40))
+    def run(self, data: st.DataObject, steps: int) -> None:
+        fails = data.draw(st.sampled_from([0, 0, 0, 0, 1]), "a forward pass fails")
+        draft = data.draw(st.sampled_from([0, 0, 1, 5, 40]), "drafts")
+        for _ in range(steps):
+            self.step(draft)
+        if fails:
+            for s, _ in self.scheduler.schedule():
+                self.end(s)
+
+    def step(self, draft: int = 0) -> None:
+        """Run a step as an engine would: what is planned is cached, and a sequence without further tokens gets one."""
+        plan = self.scheduler.schedule()
+        assert self.scheduler.schedule() == plan
+        self.check_plan(plan)
+        room = self.budget - sum(count for _, count in plan)
+        for s, count in plan:
+            last = s.cached + count == s.length
+            drafts = min(room, s.limit - s.length - 1, draft) if last else 0
+            end = s.cached + self.scheduler.reserve(s, count + max(0, drafts))
+            assert end >= s.cached + count
+            room -= end - s.cached - count
+            numbers = self.follow(s.tokens) + [-2] * (end - s.length)  # of drafts, all wrong
+            for at in range(s.cached, end):
+                block = s.blocks[at // BLOCK]
+                assert sum(block in other.blocks for other in self.scheduler.running) == 1, "written into by two"
+                assert at // BLOCK >= s.published
+                self.memory[block][at % BLOCK] = numbers[at]
+            read = [self.memory[block] for block in s.blocks[: blocks_for(s.cached + count)]]
+            assert list(itertools.chain(*read))[: s.cached + count] == numbers[: s.cached + count]
+        for s, count in plan:
+            s.cached += count
+            if s.cached == s.length == s.limit:
+                self.end(s)
+            elif s.cached == s.length:
+                s.tokens.append(self.follow(s.tokens)[-1] % 3)
+                s.length += 1
+                self.extend_keys(s)
+
+    def check_plan(self, plan: list[tuple[Tokens, int]]) -> None:
+        counts = dict(plan)
+        assert bool(plan) == bool(self.unfinished)
+        assert len(counts) == len(plan)
+        assert all(1 <= count <= s.length - s.cached for s, count in plan)
+        assert sum(counts.values()) <= self.budget
+        if self.unfinished:
+            assert plan[0][0] is self.unfinished[0], "the oldest does not advance"
+        answers = [s for s in self.scheduler.running if s.length - s.cached == 1]
+        assert all(s in counts for s in answers[:-1]), "an answer waited for something else than a block"
+        if answers:
+            assert sum(count for s, count in plan if s not in answers) <= self.prefill
+        for s in counts:  # what another computes already is not begun
+            key = s.keys[s.cached // BLOCK] if s.cached % BLOCK == 0 and s.cached + BLOCK < s.length else None
+            for earlier in self.scheduler.running[: self.scheduler.running.index(s)]:
+                ahead = earlier.length - earlier.cached > 1 and earlier.cached // BLOCK <= s.cached // BLOCK
+                assert not (s.shares and ahead and key in earlier.keys)
+
+    @invariant()
+    def everybody_is_in_order_of_arrival(self) -> None:
+        if hasattr(self, "scheduler"):
+            everybody = [*self.scheduler.running, *self.scheduler.waiting]
+            assert everybody == self.unfinished
+            assert len(self.scheduler.running) <= self.most
+            assert not any(s.blocks or s.cached for s in self.scheduler.waiting)
+
+    @invariant()
+    def blocks_are_accounted_for(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        cache = self.scheduler.cache
+        held = Counter(block for s in self.scheduler.running for block in s.blocks)
+        assert [held[block] for block in range(self.total)] == cache._holders
+        assert sorted([*held, *cache._kept, *cache._free]) == list(range(self.total))
+        assert cache.available == self.total - len(held)
+        for s in self.scheduler.running:
+            assert blocks_for(s.cached) <= len(s.blocks) <= blocks_for(s.limit)
+            assert len(set(s.blocks)) == len(s.blocks)
+
+    @invariant()
+    def what_can_be_found_is_what_it_says(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        cache = self.scheduler.cache
+        assert {block: key for key, block in cache._blocks.items()} == cache._keys
+        assert set(cache._kept) <= set(cache._keys)
+        for key, block in cache._blocks.items():
+            history, before = self.content[key]
+            assert self.memory[block][-1] == history
+            assert before is None or before in cache._blocks, "the end of a beginning outlived it"
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        most = sum(s.limit for s in self.unfinished)  # as the oldest gets a token in every step
+        for _ in range(most):
+            if self.unfinished:
+                self.step()
+        assert not self.unfinished, "a request starves"
+        assert self.scheduler.cache.available == self.total
+        self.blocks_are_accounted_for()
+        self.what_can_be_found_is_what_it_says()
 
 
-def check_blocks(scheduler: Scheduler[Sequence], total: int) -> None:
-    held = [block for s in scheduler.running for block in s.blocks]
-    assert len(held) + scheduler.allocator.available == total
-    assert len(set(held)) == len(held)
-    assert all(len(s.blocks) == blocks_for(s.limit) for s in scheduler.running)
-    assert not any(s.blocks for s in scheduler.waiting)
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=100, stateful_step_count=20, deadline=None)

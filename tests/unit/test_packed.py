@@ -79,7 +79,7 @@ def test_weights_are_mapped_where_memory_is_short(
     available: int, mapped: bool, model: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is mapped follows the file; what was read into memory does not."""
-    monkeypatch.setattr(kept, "_available_memory", lambda: available)
+    monkeypatch.setattr(kept, "available_memory", lambda: available)
     monkeypatch.setattr(kept, "_PIECE", 1000)  # so that there are many
     assert pack(model) == MATRICES
     assert pack(model) == 0

@@ -94,9 +94,23 @@ def test_formats_of_the_default_model_are_its_files_own(model_path: Path) -> Non
         assert plan.tensor_formats(model.config, "Q4_1") == {t.name: t.format for t in model.tensors.values()}
 
 
+def test_narrow_rows_have_formats_of_smaller_blocks() -> None:
+    """As llama-quantize chose for SmolLM2-135M: 576 wide, its w2 has rows of 1536."""
+    config = tiny_config(dim=576, n_layers=8, hidden_dim=1536)
+    chosen = plan.tensor_formats(config, "Q4_K_M")
+    assert chosen["layers.1.attention.wq.weight"] == "Q5_0"
+    assert chosen["layers.0.attention.wv.weight"] == "Q8_0"
+    assert [chosen[f"layers.{i}.feed_forward.w2.weight"] for i in range(4)] == ["Q6_K", "Q4_K", "Q4_K", "Q6_K"]
+    assert chosen["output.weight"] == "Q8_0"
+    assert plan.tensor_formats(config, "Q5_K_M")["layers.1.attention.wq.weight"] == "Q5_1"
+    assert plan.tensor_formats(config, "Q2_K")["layers.1.attention.wq.weight"] == "Q4_0"
+    assert plan.tensor_formats(tiny_config(dim=80), "Q4_0")["layers.1.attention.wq.weight"] == "F16"
+
+
 def test_rows_must_be_whole_blocks() -> None:
+    config = tiny_config()
     with pytest.raises(PlanError, match=r"Q4_K needs rows of a multiple of 256 weights, and .* has 64; choose another"):
-        total(tiny_config(), "Q4_K_M")
+        plan.weight_bytes(config, dict.fromkeys(config.tensor_shapes(), "Q4_K"))
 
 
 # Generation.

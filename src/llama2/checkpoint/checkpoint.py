@@ -56,6 +56,14 @@ class Tensor:
             return self
         return replace(self, format="F32", source=lambda: self.dequantize().view(np.uint8).reshape(-1))
 
+    def in_format(self, format: str) -> Tensor:
+        """This tensor in one of quantize.FORMATS, without importance; it is made whenever it is touched."""
+        from llama2.checkpoint import quantize
+
+        if format in ("F32", self.format):
+            return self.in_float32() if format == "F32" else self
+        return replace(self, format=format, source=lambda: quantize.quantize(self.dequantize(), format))
+
 
 @dataclass
 class Checkpoint:

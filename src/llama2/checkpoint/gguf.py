@@ -100,9 +100,7 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{path}: has architecture {quote(architecture)}, and only llama is supported; choose a Llama model"
         )
-    tensors = {tensor.name: tensor for part in parts for tensor in part.tensors()}
-    if len(tensors) < sum(len(part.infos) for part in parts):
-        raise damaged(path, "has a tensor that another part has too")
+    tensors = _tensors(path, parts)
 
     def keep(make: Callable[[], Arrays]) -> Arrays:
         if known:
@@ -127,6 +125,18 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
         name=metadata.find("general.name", str) or path.stem,
         _build_tokenizer=build_tokenizer,
     )
+
+
+def stored(path: Path) -> dict[str, Tensor]:
+    """Every tensor under GGUF's name; of a split model, those of all parts. Raises CheckpointError."""
+    return _tensors(path, _parts(path, {}))
+
+
+def _tensors(path: Path, parts: Sequence[_Part]) -> dict[str, Tensor]:
+    tensors = {tensor.name: tensor for part in parts for tensor in part.tensors()}
+    if len(tensors) < sum(len(part.infos) for part in parts):
+        raise damaged(path, "has a tensor that another part has too")
+    return tensors
 
 
 def _parts(path: Path, spans: Mapping[int, int]) -> list[_Part]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.gguf import ROPE_FREQS, names
@@ -22,6 +23,9 @@ from llama2.text.tokenizer import END_OF_TURN, Tokenizer
 _ALIGNMENT = 32  # the default, so that no key tells it
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9  # GGUF's value types
 _STRUCTS = {_U32: "I", _I32: "i", _F32: "f", _BOOL: "?"}
+
+#: Tokens of a window of the text that an importance matrix is made of.
+IMATRIX_CHUNK = 512
 
 Keys = dict[str, bytes]  # each value with its type, as the file has it
 
@@ -45,6 +49,33 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     keys = _general(checkpoint) | _hyperparameters(checkpoint.config) | _vocabulary(checkpoint)
     if checkpoint.template is not None:
         keys["tokenizer.chat_template"] = _text(checkpoint.template)
+    _write(path, keys, tensors)
+
+
+def write_imatrix(
+    sums: Mapping[str, tuple[NDArray[np.float64], int]], config: ModelConfig, text: str, path: Path
+) -> None:
+    """Write an importance matrix as llama.cpp does: by Meta's name of a matrix, what checkpoint/imatrix.py reads.
+
+    `sums` are those of the squares of each column's inputs, and of how many inputs; `text` is named as their source.
+    """
+    tensors = []
+    for name, theirs in names(config).items():
+        if name in sums:
+            values, count = sums[name]
+            for what, numbers in (("in_sum2", values[None]), ("counts", np.array([[count]]))):
+                data = np.ascontiguousarray(numbers, "<f4")
+                tensors.append(Tensor(f"{theirs}.{what}", "F32", data.shape, data.view(np.uint8).reshape(-1)))
+    keys = {
+        "general.type": _text("imatrix"),
+        "imatrix.datasets": _array(_STRING, [_string(text)], 1),
+        "imatrix.chunk_count": _number(_U32, max((count for _, count in sums.values()), default=0) // IMATRIX_CHUNK),
+        "imatrix.chunk_size": _number(_U32, IMATRIX_CHUNK),
+    }
+    _write(path, keys, tensors)
+
+
+def _write(path: Path, keys: Keys, tensors: Sequence[Tensor]) -> None:
     ends = list(accumulate((_aligned(tensor.nbytes) for tensor in tensors), initial=0))
     header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
     header += b"".join(_string(key) + value for key, value in keys.items())

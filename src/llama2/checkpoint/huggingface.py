@@ -91,7 +91,7 @@ def read(folder: Path) -> Checkpoint:
         if value is not None and value not in allowed:
             raise CheckpointError(f"{metadata.path}: {key}={_shown(value)} is not supported; choose another model")
     metadata.need("model_type", str)
-    tensors = _tensors(folder)
+    tensors = stored(folder)
     config = _config(metadata, tied=_NAMES["output.weight"] not in tensors)
     settings, generation = (_object(folder, f"{name}_config.json") for name in ("tokenizer", "generation"))
     return Checkpoint(
@@ -107,15 +107,20 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """A file of the folder, which may be absent. Raises CheckpointError if its name or a link leads out of it.
 
     In the Hub's cache, files are links to the blobs of the same repository.
     """
     if not _FILE_NAME.fullmatch(name):
         raise CheckpointError(f"{folder}: {quote(name)} is not the name of a file in it; download it again")
-    path, root = folder / name, Path(os.path.realpath(folder))
-    target, blobs = Path(os.path.realpath(path)), root.parent.with_name("blobs")
+    return refuse_links_out(folder / name)
+
+
+def refuse_links_out(path: Path) -> Path:
+    """The path itself. Raises CheckpointError if it is a link that leads out of its folder, or of the Hub's cache."""
+    root, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    blobs = root.parent.with_name("blobs")
     if not (target.is_relative_to(root) or (root.parent.name == "snapshots" and target.parent == blobs)):
         raise CheckpointError(f"{path}: is a link that leads out of its folder; put the file itself there")
     return path
@@ -123,7 +128,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _text(folder: Path, name: str) -> bytes | None:
     """The content of a short file; None where there is none."""
-    path = _inside(folder, name)
+    path = inside(folder, name)
     if not path.exists():
         return None
     file = MappedFile(path)
@@ -137,9 +142,9 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
     return {} if text is None else parse(folder / name, text, "it")
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def stored(folder: Path) -> dict[str, Tensor]:
     """Every tensor under Hugging Face's name; of a sharded model, each in the file that the index says."""
-    if _inside(folder, _WHOLE).exists():
+    if inside(folder, _WHOLE).exists():
         return safetensors.read(folder / _WHOLE)
     index = folder / _INDEX
     places = _object(folder, _INDEX).get("weight_map")
@@ -156,7 +161,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     if len(expected) > _MAX_SHARDS:
         raise damaged(index, f"names {len(expected)} files, and the limit is {_MAX_SHARDS}")
     tensors: dict[str, Tensor] = {}
-    for path, names in [(_inside(folder, file), expected[file]) for file in sorted(expected)]:
+    for path, names in [(inside(folder, file), expected[file]) for file in sorted(expected)]:
         part = safetensors.read(path)
         if wrong := sorted(part.keys() ^ names):
             verb = "has" if wrong[0] in part else "lacks"
@@ -296,7 +301,7 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _licence(folder: Path) -> str | None:
     """What the model card's first lines, between two of `---`, call the licence."""
-    path = _inside(folder, "README.md")
+    path = inside(folder, "README.md")
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -315,7 +320,7 @@ def _name(folder: Path) -> str:
 def _tokenizer(folder: Path, config: ModelConfig, metadata: Metadata, generation: Metadata) -> Callable[[], Tokenizer]:
     """What builds the tokenizer; whatever ends an answer by one of the configurations, ends it."""
     for name in _TOKENIZER_FILES:
-        _inside(folder, name)
+        inside(folder, name)
     begins, ends = _ids(metadata, "bos_token_id", config), _ids(metadata, "eos_token_id", config)
     stops = {*ends, *_ids(generation, "eos_token_id", config)}
 

@@ -78,7 +78,7 @@ def read(path: Path, model: Path, facts: Mapping[str, Any], *, resident: bool = 
         places, total = _places(_START.size + length, header["sizes"])
         if header["facts"] != {**_identity(model), **facts} or len(data) != total:
             return None
-        if resident and total <= _available_memory() * 3 // 4:
+        if resident and total <= available_memory() * 3 // 4:
             data = _load(path, total)
         arrays = {name: data[at : at + header["sizes"][name]] for name, at in places.items()}
         if header["crc32"] is not None and header["crc32"] != _crc32(arrays):
@@ -89,7 +89,7 @@ def read(path: Path, model: Path, facts: Mapping[str, Any], *, resident: bool = 
     return arrays
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that Linux could give to this process without swapping; 0 on other systems."""
     try:
         with open("/proc/meminfo") as file:

@@ -39,6 +39,7 @@ _HEADER_BYTES = 256
 _TOKEN = struct.Struct("<fI")  # score, length
 _GROUP, _CHUNK = 64, 1 << 12  # weights that share a scale; groups, or positions, that are computed at a time
 _EPS, _THETA = 1e-5, 10000.0
+_TOKENIZER = "tokenizer.bin"
 _MARKS = ("<unk>", "\n<s>\n", "\n</s>\n")  # how tokens 0, 1 and 2 stand in a tokenizer.bin
 _TABLES = "freqs"  # cosine and sine of each position's angles, in version 0; run.c, too, skips them
 
@@ -157,7 +158,7 @@ def read(path: Path) -> Checkpoint:
         tensors={name: tensors[name] for name in config.tensor_shapes()},
         metadata=MappingProxyType({"version": layout.version, "group_size": layout.group}),
         name=path.stem,
-        _build_tokenizer=partial(tokenizer_in, path.with_name("tokenizer.bin"), config.vocab_size),
+        _build_tokenizer=partial(tokenizer_in, path.with_name(_TOKENIZER), config.vocab_size),
     )
 
 
@@ -168,7 +169,7 @@ def write(checkpoint: Checkpoint, path: Path, *, version: int = 1) -> None:
     divide a row. Raises CheckpointError for a model that such a file cannot express.
     """
     c = checkpoint.config
-    vocabulary = _vocabulary(checkpoint)
+    tokens = vocabulary(checkpoint)
     eps_differs = not math.isclose(c.norm_eps, _EPS, rel_tol=1e-6)  # GGUF has it in float32
     if c.rope_scaling or c.rope_theta != _THETA or eps_differs or c.head_dim * c.n_heads != c.dim:
         raise CheckpointError(
@@ -178,9 +179,7 @@ def write(checkpoint: Checkpoint, path: Path, *, version: int = 1) -> None:
     if version not in (0, 1, 2):
         raise CheckpointError(f"version={version} of llama2.c's files is not known; choose 0, 1 or 2")
     layout = _Layout(version, c, math.gcd(_GROUP, c.dim, c.hidden_dim) if version == 2 else 0)
-    beside = path.with_name("tokenizer.bin")
-    if beside.is_file() and beside.read_bytes() != vocabulary:
-        raise CheckpointError(f"{beside}: is another model's tokenizer; choose another folder")
+    refuse_other_tokenizer(path, tokens)
     with create(path) as file:
         file.write(layout.header())
         for name, shape, _ in layout.parts():
@@ -196,8 +195,15 @@ def write(checkpoint: Checkpoint, path: Path, *, version: int = 1) -> None:
                     file.write(part.data)
             else:
                 file.write(values.data)
-    with create(beside) as file:
-        file.write(vocabulary)
+    with create(path.with_name(_TOKENIZER)) as file:
+        file.write(tokens)
+
+
+def refuse_other_tokenizer(path: Path, tokens: bytes) -> None:
+    """Raise CheckpointError when the `tokenizer.bin` beside `path` is not these `tokens`, which `vocabulary` makes."""
+    beside = path.with_name(_TOKENIZER)
+    if beside.is_file() and beside.read_bytes() != tokens:
+        raise CheckpointError(f"{beside}: is another model's tokenizer; choose another folder")
 
 
 def _from_groups(data: Bytes, count: int, group: int) -> Bytes:
@@ -269,14 +275,15 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     )
 
 
-def _vocabulary(checkpoint: Checkpoint) -> bytes:
+def vocabulary(checkpoint: Checkpoint) -> bytes:
     """The `tokenizer.bin` of a checkpoint."""
     tokenizer = checkpoint.tokenizer
     with checkpoint.naming():
         v = tokenizer.vocabulary()
     if v.scores is None or (v.unk_id, tokenizer.bos_id, tokenizer.eos_id) != (0, 1, 2):
         raise CheckpointError(
-            f"{checkpoint.path}: llama2.c needs a SentencePiece vocabulary with <unk>, <s> and </s> at 0, 1 and 2"
+            f"{checkpoint.path}: llama2.c needs a SentencePiece vocabulary with <unk>, <s> and </s> at 0, 1 and 2; "
+            "choose gguf or hf"
         )
     pieces = [piece.replace("▁", " ").encode() for piece in v.pieces]
     pieces[: len(_MARKS)] = [mark.encode() for mark in _MARKS]

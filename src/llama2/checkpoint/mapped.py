@@ -5,11 +5,15 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama2.errors import CheckpointError
+
+#: Every file that is mapped at the moment.
+_MAPPED: WeakSet[mmap.mmap] = WeakSet()
 
 
 class MappedFile:
@@ -26,9 +30,11 @@ class MappedFile:
                 self.size = file.seek(0, 2)
                 if self.size == 0:
                     raise damaged(path, "is empty")
-                self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        _MAPPED.add(mapped)
+        self._bytes = np.frombuffer(mapped, np.uint8)
         self.buffer = self._bytes.data  # for struct, which raises struct.error beyond the end
 
     def check(self, offset: int, nbytes: int, what: str) -> None:
@@ -42,6 +48,16 @@ class MappedFile:
         """Those bytes, checked, and not read before they are touched."""
         self.check(offset, nbytes, what)
         return self._bytes[offset : offset + nbytes]
+
+
+def release_pages() -> None:
+    """Take the pages of all mapped files out of this process's memory; what is touched again is mapped again.
+
+    Whoever reads a whole model once calls this after each tensor, or its resident memory grows by the whole file.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):  # Windows lets go by itself when memory is short
+        for mapped in list(_MAPPED):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def start_of(path: Path, size: int) -> bytes:

@@ -58,30 +58,29 @@ def read(path: Path) -> Checkpoint:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file of weights alone; give the folder that has its {_PARAMS}")
-    paths = _shards(path)
-    shards = [pth.read(file) for file in paths]
-    for shard in shards:
+    paths = files(path)
+    parts = [pth.read(file) for file in paths]
+    for shard in parts:
         shard.pop(_ROPE_FREQS, None)
     file = MappedFile(path / _PARAMS)
     if file.size > _MAX_PARAMS:
         raise damaged(file.path, f"has {file.size} bytes, and the limit is {_MAX_PARAMS}")
     params = parse(file.path, file.view(0, file.size, "its text").tobytes(), "its text")
-    if _EMBEDDINGS not in shards[0]:
+    if _EMBEDDINGS not in parts[0]:
         raise damaged(paths[0], f"lacks tensor {quote(_EMBEDDINGS)}")
-    config = _config(Metadata(file.path, params), shards[0][_EMBEDDINGS].shape[0])
+    config = _config(Metadata(file.path, params), parts[0][_EMBEDDINGS].shape[0])
 
     tensors = {}
     for name, shape in config.tensor_shapes().items():
         pieces = []
-        for where, shard in zip(paths, shards, strict=True):
+        for where, shard in zip(paths, parts, strict=True):
             if name not in shard:
                 raise damaged(where, f"lacks tensor {quote(name)}")
             pieces.append(shard.pop(name))
         tensors[name] = _merged(paths, shape, pieces)
-    for where, shard in zip(paths, shards, strict=True):
+    for where, shard in zip(paths, parts, strict=True):
         if shard:
             raise CheckpointError(f"{where}: has tensor {quote(min(shard))}, which no Llama has; choose another model")
-    beside = next((p for p in (path / _TOKENIZER, path.parent / _TOKENIZER) if p.is_file()), path / _TOKENIZER)
     return Checkpoint(
         path=path,
         format="meta",
@@ -89,11 +88,16 @@ def read(path: Path) -> Checkpoint:
         tensors=tensors,
         metadata=MappingProxyType(params),
         name=path.resolve().name,
-        _build_tokenizer=partial(read_tokenizer, beside, config.vocab_size),
+        _build_tokenizer=partial(read_tokenizer, tokenizer_file(path), config.vocab_size),
     )
 
 
-def _shards(folder: Path) -> list[Path]:
+def tokenizer_file(folder: Path) -> Path:
+    """Where the tokenizer of a folder lies: in it, or in the one above."""
+    return next((p for p in (folder / _TOKENIZER, folder.parent / _TOKENIZER) if p.is_file()), folder / _TOKENIZER)
+
+
+def files(folder: Path) -> list[Path]:
     """The files with weights, in order: numbered from 00, and all there."""
     found = set(folder.glob(_SHARDS))
     paths = [folder / _SHARD.format(i) for i in range(len(found))]
@@ -201,7 +205,9 @@ def write(checkpoint: Checkpoint, folder: Path, *, shards: int = 1) -> None:
     config = replace(checkpoint.config, tied_embeddings=False)
     params, model = to_params(checkpoint.path, config), checkpoint.tokenizer.model_file()
     if model is None:
-        raise CheckpointError(f"{checkpoint.path}: has a byte-level vocabulary, which no {_TOKENIZER} can hold")
+        raise CheckpointError(
+            f"{checkpoint.path}: has a byte-level vocabulary, which no {_TOKENIZER} can hold; choose gguf or hf"
+        )
     sizes = {key: getattr(config, key) for key in ("n_kv_heads", "dim", "hidden_dim", "vocab_size")}
     if shards < 1 or any(size % shards for size in sizes.values()):
         sizes_ = ", ".join(f"{key}={size}" for key, size in sizes.items())

@@ -1,7 +1,8 @@
 """Number formats of Llama weights in GGUF files, each with its layout and its definition in NumPy.
 
 A row is cut into blocks of weights that share their scales. `Format.layout` is a block's bytes as a NumPy record, and
-`Format.dequantize` says what they mean; the kernels are checked against it. Within a K block of 256 weights, groups of
+`Format.dequantize` says what they mean; the kernels, and what writes the formats (native/quantise.h), are checked
+against it. Within a K block of 256 weights, groups of
 16 or 32 have their own small integer scale. Layouts are those of ggml (ggml-common.h, ggml-quants.c).
 
 Shapes: n blocks.
@@ -9,9 +10,9 @@ Shapes: n blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -36,7 +37,6 @@ class Format:
     block: int
     layout: np.dtype[np.void]
     dequantize: Callable[[Blocks], Floats]  # (n,) → (n, block)
-    quantize: Callable[[Floats, Blocks], None] | None = None  # (n, block) → fills (n,)
 
     @property
     def size(self) -> int:
@@ -61,18 +61,37 @@ def dequantize(data: Bytes, format: str, shape: tuple[int, ...]) -> Floats:
     return out.reshape(shape)
 
 
-def quantize(values: ArrayLike, format: str) -> Bytes:
-    """The bytes of float32 values (…, columns), flat. K formats cannot be written yet. Raises CheckpointError."""
-    rule = FORMATS[format]
-    values = np.asarray(values, np.float32)
-    if rule.quantize is None:
-        raise CheckpointError(f"{format} can be read but not written; choose one of {', '.join(WRITABLE)}")
-    data = np.empty(nbytes(format, values.shape), np.uint8)
-    x = values.reshape(-1, rule.block)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        for rows, blocks in _chunks(data, rule):
-            rule.quantize(x[rows], blocks)
-    return data
+def quantize(values: ArrayLike, format: str, importance: Floats | None = None) -> Bytes:
+    """The bytes of float32 values (…, columns), flat. `importance` as in `requantize`. Raises CheckpointError."""
+    x = np.ascontiguousarray(values, np.float32)
+    return requantize(x.reshape(-1).view(np.uint8), "F32", x.shape, format, importance)[0]
+
+
+def requantize(
+    data: Bytes,
+    source: str,
+    shape: tuple[int, ...],
+    format: str,
+    importance: Floats | None = None,
+    *,
+    threads: int | None = None,
+) -> tuple[Bytes, float]:
+    """A tensor's bytes in another format, and the relative error: the root of Σ (x − y)² / Σ x².
+
+    Scales and minima are searched for that leave the least squared error, in which `importance` (columns,) is how much
+    each column counts; but Q8_0 always, and other formats of 32 weights where it is None, round as ggml does. The bytes
+    are the same on every processor and with any number of threads. The error is NaN or infinite when a weight is not
+    finite, or not so in the new format. Raises CheckpointError when rows are not whole blocks of either format.
+    """
+    from llama2 import native
+
+    columns = shape[-1]
+    out = np.empty(nbytes(format, shape), np.uint8)
+    weights = np.empty(0, np.float32) if importance is None else np.ascontiguousarray(importance, np.float32)
+    lost, total = native.module().quantize(
+        source, data, prod(shape) // columns, columns, format, weights, out, threads or native.default_threads()
+    )
+    return out, math.sqrt(lost / total) if total else lost
 
 
 def is_finite(data: Bytes, format: str) -> bool:
@@ -185,53 +204,6 @@ def _from_q6_k(b: Blocks) -> Floats:
     return _scaled(q, _column(b["d"]) * b["scales"])
 
 
-def _to_float(x: Floats, b: Blocks) -> None:
-    b["x"] = x[:, 0]
-
-
-def _to_bf16(x: Floats, b: Blocks) -> None:
-    """Round to nearest, ties to even; a NaN stays one (its top payload bit is set)."""
-    bits = np.ascontiguousarray(x[:, 0]).view(np.uint32)
-    rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
-    b["bits"] = np.where(np.isnan(x[:, 0]), bits >> 16 | 0x40, rounded)
-
-
-def _inverse(d: Floats) -> Floats:
-    return np.where(d == 0, np.float32(0), np.float32(1) / d)
-
-
-def _to_q8_0(x: Floats, b: Blocks) -> None:
-    d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-    scaled = x * _inverse(d)
-    whole = np.trunc(scaled)
-    b["d"] = d[:, 0]
-    b["q"] = whole + np.trunc(2 * (scaled - whole))  # halves away from zero
-
-
-def _pack(q: Floats, b: Blocks) -> None:
-    """Low nibbles, the first 16 in low and the last 16 in high halves of the bytes; fifth bits, if any, in 4 bytes."""
-    codes = q.astype(np.uint8)
-    b["q"] = codes[:, :16] & 15 | codes[:, 16:] << 4
-    if "high" in (b.dtype.names or ()):
-        b["high"] = np.packbits(codes >> 4, axis=1, bitorder="little")
-
-
-def _to_signed(x: Floats, b: Blocks, half: int) -> None:
-    """Q4_0 and Q5_0: the weight largest in magnitude becomes code 0, which stands for −half (spec 1.4c)."""
-    largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
-    d = largest / np.float32(-half)
-    b["d"] = d[:, 0]
-    _pack(np.trunc(x * _inverse(d) + np.float32(half + 0.5)).clip(0, 2 * half - 1), b)
-
-
-def _to_affine(x: Floats, b: Blocks, top: int) -> None:
-    """Q4_1 and Q5_1: the smallest weight becomes code 0, the largest code `top`."""
-    low = x.min(axis=1, keepdims=True)
-    d = (x.max(axis=1, keepdims=True) - low) / np.float32(top)
-    b["d"], b["m"] = d[:, 0], low[:, 0]
-    _pack(np.trunc((x - low) * _inverse(d) + np.float32(0.5)).clip(0, top), b)
-
-
 def _layout(**fields: str) -> np.dtype[np.void]:
     return np.dtype(list(fields.items()))
 
@@ -240,14 +212,14 @@ def _layout(**fields: str) -> np.dtype[np.void]:
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
-        Format("F32", 0, 1, _layout(x="<f4"), _from_float, _to_float),
-        Format("F16", 1, 1, _layout(x="<f2"), _from_float, _to_float),
-        Format("BF16", 30, 1, _layout(bits="<u2"), _from_bf16, _to_bf16),
-        Format("Q8_0", 8, 32, _layout(d="<f2", q="32i1"), _from_q8_0, _to_q8_0),
-        Format("Q4_0", 2, 32, _layout(d="<f2", q="16u1"), _from_q4_0, partial(_to_signed, half=8)),
-        Format("Q4_1", 3, 32, _layout(d="<f2", m="<f2", q="16u1"), _from_q4_1, partial(_to_affine, top=15)),
-        Format("Q5_0", 6, 32, _layout(d="<f2", high="4u1", q="16u1"), _from_q5_0, partial(_to_signed, half=16)),
-        Format("Q5_1", 7, 32, _layout(d="<f2", m="<f2", high="4u1", q="16u1"), _from_q5_1, partial(_to_affine, top=31)),
+        Format("F32", 0, 1, _layout(x="<f4"), _from_float),
+        Format("F16", 1, 1, _layout(x="<f2"), _from_float),
+        Format("BF16", 30, 1, _layout(bits="<u2"), _from_bf16),
+        Format("Q8_0", 8, 32, _layout(d="<f2", q="32i1"), _from_q8_0),
+        Format("Q4_0", 2, 32, _layout(d="<f2", q="16u1"), _from_q4_0),
+        Format("Q4_1", 3, 32, _layout(d="<f2", m="<f2", q="16u1"), _from_q4_1),
+        Format("Q5_0", 6, 32, _layout(d="<f2", high="4u1", q="16u1"), _from_q5_0),
+        Format("Q5_1", 7, 32, _layout(d="<f2", m="<f2", high="4u1", q="16u1"), _from_q5_1),
         Format("Q2_K", 10, 256, _layout(scales="16u1", q="64u1", d="<f2", m="<f2"), _from_q2_k),
         Format("Q3_K", 11, 256, _layout(high="32u1", q="64u1", scales="12u1", d="<f2"), _from_q3_k),
         Format("Q4_K", 12, 256, _layout(d="<f2", m="<f2", scales="12u1", q="128u1"), _from_q4_k),
@@ -255,6 +227,3 @@ FORMATS: dict[str, Format] = {
         Format("Q6_K", 14, 256, _layout(q="128u1", high="64u1", scales="16i1", d="<f2"), _from_q6_k),
     )
 }
-
-#: The formats that `quantize` can write.
-WRITABLE = tuple(name for name, format in FORMATS.items() if format.quantize)

@@ -20,6 +20,7 @@ from llama2.errors import ContextError, EngineError
 
 if TYPE_CHECKING:
     from llama2.api import Model
+    from llama2.engine.protocol import EngineProtocol
 
 EXAMPLE = "Example: llama2 bench -m smollm2-135m-instruct --prompt 512 --generate 128 --threads 2 --json"
 _SECONDS = 0.25  # for each of the machine's limits, in each repeat
@@ -143,27 +144,31 @@ def prefill(model: Model, work: Work) -> float:
     for request in _requests(model, work.batch, work.prompt, 1):
         model.engine.add(request)
     while model.engine.busy:
-        _step(model)
+        _step(model.engine)
     return work.batch * work.prompt / (time.perf_counter() - start)
 
 
 def decode(model: Model, work: Work) -> float:
     """Tokens a second of all answers, over steps that each give every sequence a token.
 
-    A long prompt's sequences begin one after the other, and the first write on while the last are read. So they are
-    asked for all that the context holds, and cancelled at the end.
+    A long prompt's sequences begin one after the other, and the first write on while the last are read: in steps as
+    long as prompts alone would make them, so that it is little. They are asked for all that the context holds, and
+    cancelled at the end.
     """
-    engine = model.engine
+    from llama2.engine.engine import Engine
+
+    context = model.engine.context
+    engine = Engine(model.engine.runner, model.tokenizer, context=context, max_prefill_tokens=plan.STEP)
     requests = [engine.add(request) for request in _requests(model, work.batch, work.depth, None)]
     begun: set[int] = set()
     while len(begun) < work.batch:
-        begun |= {event.request for event in _step(model)}
+        begun |= {event.request for event in _step(engine)}
     tokens, start = 0, time.perf_counter()
     while tokens < work.batch * work.generate:
-        events = _step(model)
+        events = _step(engine)
         if len(events) < work.batch:
             raise ContextError(
-                f"--depth {work.depth} and --generate {work.generate} do not fit the context of {engine.context} "
+                f"--depth {work.depth} and --generate {work.generate} do not fit the context of {context} "
                 "tokens; choose fewer, or a longer --context"
             )
         tokens += len(events)
@@ -171,7 +176,7 @@ def decode(model: Model, work: Work) -> float:
     for request in requests:
         engine.cancel(request)
     while engine.busy:
-        _step(model)
+        _step(engine)
     return tokens / seconds
 
 
@@ -184,14 +189,15 @@ def _requests(model: Model, count: int, prompt: int, answer: int | None) -> list
             prompt=tuple(i % vocabulary for i in range(1 + n * prompt, 1 + (n + 1) * prompt)),
             max_tokens=answer,
             sampling=sampling,
+            cache_prompt=False,
         )
         for n in range(count)
     ]
 
 
-def _step(model: Model) -> list[Event]:
+def _step(engine: EngineProtocol) -> list[Event]:
     """One step of the engine. Raises EngineError when it failed."""
-    events = model.engine.step()
+    events = engine.step()
     for event in events:
         if event.error is not None:
             raise EngineError(event.error)

@@ -44,7 +44,7 @@ def list_(as_json: Json = False) -> None:
         width = max(len(m.name) for m in models)
         print(f"{'NAME':{width}}  {'SIZE':>9}  {'FORMAT':11}  MODIFIED")
         for m in models:
-            print(f"{m.name:{width}}  {_size(m.size):>9}  {m.format:11}  {_time(m.modified)}")
+            print(f"{m.name:{width}}  {size(m.size):>9}  {m.format:11}  {_time(m.modified)}")
 
 
 @app.command(epilog="Example: llama2 show smollm2-135m-instruct")
@@ -77,7 +77,7 @@ def show(
         "template": "its own" if facts["template"] else "none",
         "licence": facts["licence"] or "not stated",
         "path": facts["path"],
-        "size": f"{_size(facts['size'])}, {facts['format']}",
+        "size": f"{size(facts['size'])}, {facts['format']}",
     }
     for title, value in rows.items():
         print(f"{title:13} {one_line(value)}")
@@ -97,7 +97,7 @@ def rm(
     if not yes and not typer.confirm(f"Delete {name}?", err=True):
         raise typer.Exit(1)
     freed = hub.remove(name)
-    print(json.dumps({"name": name, "freed": freed}) if as_json else f"{name}: deleted, {_size(freed)} freed")
+    print(json.dumps({"name": name, "freed": freed}) if as_json else f"{name}: deleted, {size(freed)} freed")
 
 
 def here(name: str) -> Path:
@@ -134,7 +134,8 @@ def _describe(model: Any) -> dict[str, Any]:
     }
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes in words."""
     from rich.filesize import decimal
 
     return decimal(count)

@@ -1,35 +1,101 @@
-"""Who holds which block of the paged key/value cache. Bookkeeping alone: the cache itself is the runner's."""
+"""Who holds which block of the paged key/value cache, and what can be found again. Bookkeeping: the cache itself is the
+runner's.
+
+Only full blocks are shared, and a full block is never written again, so no write ever needs a copy first. What that
+costs: sequences that begin alike each run the tokens of their last, unfinished block themselves, fewer than BLOCK of
+them. A copy would save those and nothing else, and every runner would need an operation that makes it.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2.engine.runner import BLOCK
 
 
-class BlockAllocator:
-    """Hands out the ids 0 … total − 1, each to one holder at a time; the block freed last is handed out first."""
+def chain(keys: list[bytes], tokens: NDArray[np.int32]) -> None:
+    """Append to `keys` those of the full blocks of `tokens` (T,) that have none yet.
+
+    A block's key is the SHA-256 of the key before it and its own token ids, so it stands for all tokens up to its end;
+    nobody can make two beginnings that share a key.
+    """
+    for start in range(len(keys) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
+        keys.append(sha256((keys[-1] if keys else b"") + tokens[start : start + BLOCK].tobytes()).digest())
+
+
+class BlockCache:
+    """Blocks 0 … total − 1. Each is held by one sequence or several, or kept because it may be found again, or free.
+
+    Sequences hold whole beginnings and give them back as such. Then a block that is held never follows one that is not,
+    and among those that are kept, the one unused for longest never has another behind it: eviction takes the ends of
+    beginnings before what they begin with.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._free = list(range(total - 1, -1, -1))
-        self._held: set[int] = set()
+        self._free = list(range(total - 1, -1, -1))  # the last is handed out first
+        self._holders = [0] * total
+        self._blocks: dict[bytes, int] = {}  # those that were published, by key
+        self._keys: dict[int, bytes] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()  # published and held by nobody, unused for longest first
 
     @property
     def available(self) -> int:
         """Number of blocks that nobody holds."""
-        return len(self._free)
+        return len(self._free) + len(self._kept)
+
+    @property
+    def kept(self) -> int:
+        """Number of blocks that nobody holds, but `find` may."""
+        return len(self._kept)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks. Raises ValueError when fewer are available."""
-        if not 0 <= count <= len(self._free):
-            raise ValueError(f"{count} blocks wanted, {len(self._free)} available")
-        blocks = [self._free.pop() for _ in range(count)]
-        self._held.update(blocks)
+        """Hold `count` blocks that nobody held, free ones first. Raises ValueError when fewer are available."""
+        if not 0 <= count <= self.available:
+            raise ValueError(f"{count} blocks wanted, {self.available} available")
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        for block in blocks:
+            self._holders[block] = 1
         return blocks
 
-    def free(self, blocks: Sequence[int]) -> None:
-        """Give `blocks` back. Raises ValueError, and frees nothing, when one of them is not held or named twice."""
-        returned = set(blocks)
-        if len(returned) != len(blocks) or not returned <= self._held:
+    def find(self, key: bytes) -> int | None:
+        """Hold the block that was published under `key`, if it is still there."""
+        block = self._blocks.get(key)
+        if block is not None:
+            self._kept.pop(block, None)
+            self._holders[block] += 1
+        return block
+
+    def publish(self, block: int, key: bytes) -> int:
+        """Let others find a full block, and return the one to go on with: of two of one content, the first is kept."""
+        first = self.find(key)
+        if first is None:
+            self._blocks[key], self._keys[block] = block, key
+            return block
+        self.release([block])
+        return first
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give back what one sequence held, in the order of its positions.
+
+        Raises ValueError, and gives nothing back, when a block is not held or named twice.
+        """
+        if len(set(blocks)) != len(blocks) or not all(0 <= b < self.total and self._holders[b] for b in blocks):
             raise ValueError(f"blocks {list(blocks)} are not all held, or one is named twice")
-        self._held -= returned
-        self._free.extend(blocks)
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                if block in self._keys:
+                    self._kept[block] = None
+                else:
+                    self._free.append(block)
+
+    def _evict(self) -> int:
+        block, _ = self._kept.popitem(last=False)
+        del self._blocks[self._keys.pop(block)]
+        return block

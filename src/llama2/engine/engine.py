@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.engine import sampling
+from llama2.engine.cache import chain
 from llama2.engine.lookup import Lookup
-from llama2.engine.request import Event, FinishReason, Logprob, Request
+from llama2.engine.protocol import EngineProtocol
+from llama2.engine.request import Event, FinishReason, Load, Logprob, Request
 from llama2.engine.runner import BLOCK, Batch, Runner
 from llama2.engine.sampling import Sampler
-from llama2.engine.scheduler import MAX_SEQUENCES, Scheduler, Sequence, blocks_for
+from llama2.engine.scheduler import MAX_PREFILL_TOKENS, MAX_SEQUENCES, Scheduler, Sequence, blocks_for
 from llama2.engine.stop import StopStrings
 from llama2.errors import ContextError, Llama2Error, RequestError
 from llama2.text.tokenizer import Tokenizer, TokenStream
@@ -35,6 +37,7 @@ class Generation(Sequence):
     stop_tokens: frozenset[int]
     prompt_logprobs: list[Logprob] | None
     lookup: Lookup | None
+    cached_tokens: int = 0  # of the prompt, that were found in the cache
     drafted: int = 0
     accepted: int = 0
 
@@ -52,11 +55,11 @@ class Part:
     rows: int
 
 
-class Engine:
-    """Answers requests with one runner, batching those that are there together. Safe to call from several threads.
+class Engine(EngineProtocol):
+    """Answers requests with one runner, batching those that are there together.
 
-    A server adds requests and takes all events from `step`; a caller with one request follows `run`. Both may be mixed.
-    `context` shortens the model's own; the runner's cache bounds it too.
+    `context` shortens the model's own; the runner's cache bounds it too. Nobody waits for a forward pass but those who
+    want its events.
     """
 
     def __init__(
@@ -66,19 +69,24 @@ class Engine:
         *,
         context: int | None = None,
         max_batch_tokens: int = 512,
+        max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         max_sequences: int = MAX_SEQUENCES,
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
         self.context = min(context or runner.config.context_length, runner.n_blocks * BLOCK)
         self.scheduler: Scheduler[Generation] = Scheduler(
-            runner.n_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences
+            runner.n_blocks,
+            max_batch_tokens=max_batch_tokens,
+            max_prefill_tokens=max_prefill_tokens,
+            max_sequences=max_sequences,
         )
         self._ids = itertools.count()
         self._active: dict[int, Generation] = {}
         self._events: list[Event] = []  # to be returned by the next step
         self._mail: dict[int, deque[Event]] = {}  # those of requests that `run` follows
-        self._lock = threading.RLock()
+        self._stepping = threading.RLock()  # held for a whole step, and taken before the other
+        self._lock = threading.RLock()  # held for bookkeeping
         self._range = np.arange(max(self.context, max_batch_tokens), dtype=np.int32)
         self._batch = Batch(
             tokens=np.empty(max_batch_tokens, np.int32),
@@ -90,27 +98,33 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do or to tell."""
         return bool(self._active or self._events)
 
-    def add(self, request: Request) -> int:
-        """Queue a request and return the id of its events.
+    @property
+    def load(self) -> Load:
+        with self._lock:
+            s = self.scheduler
+            return Load(
+                running=len(s.running),
+                waiting=len(s.waiting),
+                prefill_tokens=sum(g.length - g.cached for g in (*s.running, *s.waiting) if g.length - g.cached > 1),
+                blocks=s.cache.total,
+                held_blocks=s.cache.total - s.cache.available,
+                kept_blocks=s.cache.kept,
+                preemptions=s.preemptions,
+            )
 
-        Raises ContextError when prompt and answer do not fit the context, RequestError when the prompt is empty or a
-        token is not in the vocabulary.
-        """
+    def add(self, request: Request) -> int:
         generation = self._prepare(request)
         self._enqueue(generation)
         return generation.id
 
     def cancel(self, id: int) -> None:
-        """End a request and free its cache at once; its last event comes with the next step. Too late is no error."""
         with self._lock:
             if generation := self._active.get(id):
                 self._events.append(self._event(generation, finish="cancelled"))
 
     def run(self, request: Request) -> Iterator[Event]:
-        """The events of one request; closing the iterator cancels it. Raises like `add`, before the first event."""
         return self._follow(self._prepare(request))
 
     def step(self) -> list[Event]:
@@ -118,14 +132,19 @@ class Engine:
 
         A request fails alone, with `finish="error"`, unless the forward pass does: then all that were in it fail.
         """
-        with self._lock:
-            if parts := self._plan():
-                self._run(parts)
-            told, self._events = self._events, []
-            rest: list[Event] = []
-            for event in told:
-                self._mail.get(event.request, rest).append(event)
-            return rest
+        with self._stepping:
+            with self._lock:
+                parts = self._plan()
+                batch = self._fill(parts)
+            logits = self._forward(batch) if parts else None
+            with self._lock:
+                if logits is not None:
+                    self._account(parts, logits)
+                told, self._events = self._events, []
+                rest: list[Event] = []
+                for event in told:
+                    self._mail.get(event.request, rest).append(event)
+                return rest
 
     def _prepare(self, request: Request) -> Generation:
         length, vocabulary = len(request.prompt), self.runner.config.vocab_size
@@ -144,6 +163,8 @@ class Engine:
             raise RequestError(f"logprobs={request.logprobs} is more than the {vocabulary} tokens of the vocabulary")
         tokens = np.empty(length + answer, np.int32)
         tokens[:length] = request.prompt
+        keys: list[bytes] = []
+        chain(keys, tokens[:length])
         stream = self.tokenizer.stream()
         if request.continues:
             for token in request.prompt:
@@ -152,6 +173,8 @@ class Engine:
             id=next(self._ids),
             length=length,
             limit=length + answer,
+            keys=keys,
+            shares=request.cache_prompt and not request.prompt_logprobs,
             request=request,
             tokens=tokens,
             table=np.full(self._batch.blocks.shape[1], -1, np.int32),
@@ -178,9 +201,11 @@ class Engine:
             self._enqueue(generation)
             finished = False
             while not finished:
-                with self._lock:
+                with self._stepping:
                     if not mail:
-                        self._events = self.step()  # kept for whoever calls step next
+                        rest = self.step()
+                        with self._lock:
+                            self._events[:0] = rest  # kept for whoever calls step next
                 while mail:
                     event = mail.popleft()
                     finished = event.finish is not None
@@ -201,23 +226,29 @@ class Engine:
             if last and g.lookup is not None:
                 # The answer's last token is drawn but never run, and the one before it is the last draft of use.
                 draft = g.lookup.draft(g.tokens[: g.length], min(room, g.limit - g.length - 1))
-                drafts = len(draft)
-                g.tokens[g.length : g.length + drafts] = draft
+                drafts = self.scheduler.reserve(g, count + len(draft)) - count
+                g.tokens[g.length : g.length + drafts] = draft[:drafts]
                 g.drafted += drafts
                 room -= drafts
             parts.append(Part(g, count, drafts, (count if g.prompt_logprobs is not None else last) + drafts))
         return parts
 
-    def _run(self, parts: list[Part]) -> None:
+    def _forward(self, batch: Batch) -> NDArray[np.float32] | Exception:
         try:
-            logits = self.runner.forward(self._fill(parts))
+            return self.runner.forward(batch)
         except Exception as error:
-            self._events += [self._failure(part.generation, error) for part in parts]
-            return
+            return error
+
+    def _account(self, parts: list[Part], logits: NDArray[np.float32] | Exception) -> None:
+        """Go on with every request of a step that was not cancelled meanwhile."""
         end = 0
         for part in parts:
             start, end = end, end + part.rows
+            if part.generation.id not in self._active:
+                continue
             try:
+                if isinstance(logits, Exception):
+                    raise logits
                 self._advance(part, logits[start:end])
             except Exception as error:
                 self._events.append(self._failure(part.generation, error))
@@ -229,8 +260,9 @@ class Engine:
         for s, part in enumerate(parts):
             generation, count = part.generation, part.known + part.drafts
             start, end = generation.cached, generation.cached + count
-            if start == 0:
-                generation.table[: len(generation.blocks)] = generation.blocks
+            if (placed := generation.placed) < len(generation.blocks):
+                generation.table[placed : len(generation.blocks)] = generation.blocks[placed:]
+                generation.placed = len(generation.blocks)
             batch.tokens[n : n + count] = generation.tokens[start:end]
             batch.positions[n : n + count] = self._range[start:end]
             batch.sequences[n : n + count] = s
@@ -250,6 +282,8 @@ class Engine:
         """
         g = part.generation
         if g.prompt_logprobs is not None:
+            if g.cached == 0:  # for the first time, or anew after a preemption
+                g.prompt_logprobs = []
             following = g.tokens[g.cached + 1 : min(g.cached + 1 + part.known, g.length)].tolist()
             top = g.request.logprobs or 0
             scores = (sampling.logprob(row, t, top) for row, t in zip(logits, following, strict=False))
@@ -260,6 +294,8 @@ class Engine:
         if g.length == g.limit:  # nothing but the prompt's log-probabilities was asked for
             self._events.append(self._event(g, finish="length"))
             return
+        if g.length == len(g.request.prompt):
+            g.cached_tokens = g.reused
         drafts = g.tokens[g.length : g.length + part.drafts].tolist()
         for row, draft in zip(logits[-1 - part.drafts :], (*drafts, None), strict=True):
             event = self._draw(g, row, draft)
@@ -277,6 +313,8 @@ class Engine:
         g.accepted += token == draft
         g.tokens[g.length] = token
         g.length += 1
+        if g.length % BLOCK == 0:
+            chain(g.keys, g.tokens[: g.length])
         if token in g.stop_tokens:
             return self._event(g, token, logprob=logprob, finish="stop")
         text = g.stops.push(g.stream.push(token))
@@ -298,15 +336,14 @@ class Engine:
         finish: FinishReason | None = None,
         error: str | None = None,
     ) -> Event:
-        """What to tell of `g`; with `finish`, its cache is freed, and its text completed if no stop string cut it."""
+        """What to tell of `g`; with `finish`, its cache is freed, and its text completed if nothing cut it."""
         if finish is not None:
-            if not g.stops.found:
-                text += g.stops.push(g.stream.flush()) + g.stops.flush()
             self._release(g)
+            if finish != "error" and not g.stops.found:
+                text += g.stops.push(g.stream.flush()) + g.stops.flush()
         scores, g.prompt_logprobs = g.prompt_logprobs, None
-        drafted, accepted = (0, 0) if finish is None else (g.drafted, g.accepted)
-        prompt = None if scores is None else tuple(scores)
-        return Event(g.id, token, text, finish, logprob, error, prompt, drafted, accepted)
+        told = (0, 0, 0) if finish is None else (g.cached_tokens, g.drafted, g.accepted)
+        return Event(g.id, token, text, finish, logprob, error, None if scores is None else tuple(scores), *told)
 
 
 def _check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:

@@ -71,7 +71,8 @@ class Request:
     token of the answer, for its log-probability (of the raw logits) and that of so many likeliest alternatives.
     `prompt_logprobs` asks the same of the prompt's tokens after the first; then `max_tokens` may be 0. `lookup` is how
     many tokens a step may draft by prompt lookup: the answer stays the same, and one that repeats itself or its prompt
-    comes faster.
+    comes faster. What the cache holds of the prompt's beginning is not computed again, but with `prompt_logprobs`, or
+    where `cache_prompt` forbids it.
     """
 
     prompt: tuple[int, ...]
@@ -85,6 +86,7 @@ class Request:
     continues: bool = False  # whether the answer's text goes on where the prompt's ends, and keeps its first space
     processors: tuple[Processor, ...] = ()
     lookup: int = 0  # 0: off
+    cache_prompt: bool = True
 
     def __post_init__(self) -> None:
         least = 0 if self.prompt_logprobs else 1
@@ -119,8 +121,8 @@ class Event:
     """One token of one request's answer.
 
     `text` is what became certain with this token: whole characters, held back while a stop string may be forming.
-    The last event of a request has `finish`, and tells how many tokens were drafted and how many of those were drawn.
-    With `finish="error"`, `error` says why.
+    The last event of a request has `finish`, and tells how many tokens of the prompt were found in the cache, how many
+    tokens were drafted, and how many of those were drawn. With `finish="error"`, `error` says why.
     """
 
     request: int  # the id that Engine.add returned
@@ -130,5 +132,19 @@ class Event:
     logprob: Logprob | None = None
     error: str | None = None
     prompt_logprobs: tuple[Logprob, ...] | None = None  # in the first event, if asked: the prompt after its first token
+    cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine has to do, and how full its key/value cache is."""
+
+    running: int  # requests
+    waiting: int
+    prefill_tokens: int  # at most, of all requests, that have yet to run before each can grow; fewer with prefix hits
+    blocks: int  # of the cache
+    held_blocks: int  # by requests
+    kept_blocks: int  # in case that their tokens come again; free otherwise
+    preemptions: int  # since the engine was made

@@ -55,3 +55,25 @@ class NativeRunner:
         logits = np.empty((len(batch.outputs), self.config.vocab_size), np.float32)
         self._model.forward(batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.outputs, logits)
         return logits
+
+    def observe(self) -> dict[str, NDArray[np.float64]]:
+        """Sums of the squares of each column's inputs, (columns,) by matrix, to which every later `forward` adds."""
+        c, sums = self.config, {}
+        query = c.n_heads * c.head_dim
+        all = np.zeros(c.n_layers * (2 * c.dim + query + c.hidden_dim) + c.dim)
+        self._model.observe(all)
+        products = {
+            "attention.wq": c.dim,
+            "attention.wo": query,
+            "feed_forward.w1": c.dim,
+            "feed_forward.w2": c.hidden_dim,
+        }
+        same = {"attention.wq": ["attention.wk", "attention.wv"], "feed_forward.w1": ["feed_forward.w3"]}
+        at = 0
+        for layer in range(c.n_layers):
+            for matrix, columns in products.items():
+                for name in [matrix, *same.get(matrix, [])]:
+                    sums[f"layers.{layer}.{name}.weight"] = all[at : at + columns]
+                at += columns
+        sums["tok_embeddings.weight" if c.tied_embeddings else "output.weight"] = all[at:]
+        return sums

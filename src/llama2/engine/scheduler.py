@@ -1,6 +1,13 @@
-"""Continuous batching with chunked prefill, first come first served: which sequence runs how many tokens next.
+"""Continuous batching with chunked prefill over a paged cache: which sequence runs how many tokens next.
 
-A sequence is admitted once blocks for everything it may ever hold are free, so an admitted one always runs to its end.
+First come, first served, whoever waits. A sequence is admitted once its known tokens would fit, and holds blocks only
+for what has run. When blocks run out, those that are only kept go first; then the sequence that came last is preempted:
+it gives its blocks back, waits at the front of the queue, and is computed anew as far as its blocks are not found
+again.
+
+So those that run came before those that wait, and nobody loses a block to a sequence that came later. The oldest of all
+is therefore never preempted, and gets its tokens in every step; when it has ended, another is the oldest. That is why
+every request ends.
 """
 
 from __future__ import annotations
@@ -9,71 +16,183 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from llama2.engine.cache import BlockAllocator
+from llama2.engine.cache import BlockCache
 from llama2.engine.runner import BLOCK
 
 #: Sequences that run at once, unless a caller says otherwise.
 MAX_SEQUENCES = 64
+#: Tokens of prompts that run in a step beside growing answers, unless a caller says otherwise.
+MAX_PREFILL_TOKENS = 64
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """What the scheduler knows of a request: 0 ≤ cached < length ≤ limit, counted in tokens."""
+    """What the scheduler knows of a request: 0 ≤ cached < length ≤ limit, counted in tokens.
+
+    The caller advances `cached` and `length`, and appends to `keys`, after each step.
+    """
 
     id: int
     length: int  # of the prompt and the answer so far
     limit: int  # of the prompt and the longest answer
+    keys: list[bytes] = field(default_factory=list)  # of the full blocks of its known tokens (cache.chain)
+    shares: bool = True  # whether blocks that were computed for others may stand for its own
     cached: int = 0  # how many have keys and values in the cache
     blocks: list[int] = field(default_factory=list)
+    published: int = 0  # how many of its first blocks others can find
+    placed: int = 0  # how many of its first blocks have not changed since the caller set this
+    reused: int = 0  # how many of `cached` were computed for others
 
 
 S = TypeVar("S", bound=Sequence)
 
 
 class Scheduler(Generic[S]):
-    """Plans steps over the sequences it was given. The caller advances `cached` and `length` after each step."""
+    """Plans steps over the sequences it was given, each at most `max_batch_tokens` long.
 
-    def __init__(self, n_blocks: int, *, max_batch_tokens: int = 512, max_sequences: int = MAX_SEQUENCES) -> None:
+    While answers grow, at most `max_prefill_tokens` of them are prompts', so that no prompt makes answers wait for
+    longer than that takes.
+    """
+
+    def __init__(
+        self,
+        n_blocks: int,
+        *,
+        max_batch_tokens: int = 512,
+        max_prefill_tokens: int = MAX_PREFILL_TOKENS,
+        max_sequences: int = MAX_SEQUENCES,
+    ) -> None:
         """Raises ValueError unless 1 ≤ max_sequences ≤ max_batch_tokens: every running answer grows in every step."""
         if not 1 <= max_sequences <= max_batch_tokens:
             raise ValueError(f"max_sequences={max_sequences} must be from 1 to max_batch_tokens={max_batch_tokens}")
-        self.allocator = BlockAllocator(n_blocks)
+        if max_prefill_tokens < 1:
+            raise ValueError(f"max_prefill_tokens={max_prefill_tokens} must be at least 1")
+        self.cache = BlockCache(n_blocks)
         self.max_batch_tokens = max_batch_tokens
+        self.max_prefill_tokens = max_prefill_tokens
         self.max_sequences = max_sequences
-        self.waiting: deque[S] = deque()
+        self.waiting: deque[S] = deque()  # in order of arrival, as those that run
         self.running: list[S] = []
+        self.preemptions = 0
 
     def add(self, sequence: S) -> None:
         """Queue a new sequence. Raises ValueError when even an empty cache could not hold it."""
-        if blocks_for(sequence.limit) > self.allocator.total:
-            raise ValueError(f"{sequence.limit} tokens do not fit {self.allocator.total} blocks of {BLOCK}")
+        if blocks_for(sequence.limit) > self.cache.total:
+            raise ValueError(f"{sequence.limit} tokens do not fit {self.cache.total} blocks of {BLOCK}")
         self.waiting.append(sequence)
 
     def remove(self, sequence: S) -> None:
         """Forget a waiting or running sequence and free its blocks. Raises ValueError when it is neither."""
-        (self.running if sequence.blocks else self.waiting).remove(sequence)
-        self.allocator.free(sequence.blocks)
-        sequence.blocks = []
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._free(sequence)
 
     def schedule(self) -> list[tuple[S, int]]:
         """The sequences of the next step and how many tokens each runs, in order of arrival.
 
-        A prompt runs in chunks of what room the sequences before it leave, so growing answers stand before prompts; and
-        as there are at most `max_batch_tokens` sequences, each answer gets its token and the first prompt at least one.
+        Every answer gets its token, if there is a block for it, and prompts run in chunks of what room is left
+        (`_divide`). A prompt whose next block is being computed for an earlier one waits for that.
         """
-        while self.waiting and len(self.running) < self.max_sequences:
-            if (need := blocks_for(self.waiting[0].limit)) > self.allocator.available:
-                break
-            sequence = self.waiting.popleft()
-            sequence.blocks = self.allocator.allocate(need)
-            self.running.append(sequence)
+        for s in self.running:
+            if s.published < s.cached // BLOCK:
+                self._publish(s)
+            if s.length - s.cached > 1:
+                self._reuse(s)
+        self._admit()
+        answers: list[S] = []
+        prompts: list[S] = []
+        coming: set[bytes] = set()  # keys of the blocks that prompts have yet to compute
+        for s in self.running:
+            if s.length - s.cached == 1:
+                answers.append(s)
+                continue
+            done = s.cached // BLOCK
+            if not (self._may_reuse(s) and s.keys[done] in coming):
+                prompts.append(s)
+            coming.update(s.keys[done:])
+        room = self.max_batch_tokens - len(answers)
+        counts = dict.fromkeys(answers, 1)
+        counts |= _divide(min(room, self.max_prefill_tokens) if answers else room, prompts)
         plan = []
-        room = self.max_batch_tokens
-        for sequence in self.running:
-            if count := min(room, sequence.length - sequence.cached):
-                plan.append((sequence, count))
-                room -= count
+        for s in self.running:  # which becomes shorter when its last are preempted
+            if count := self._grow(s, counts.get(s, 0)):
+                plan.append((s, count))
         return plan
+
+    def reserve(self, sequence: S, count: int) -> int:
+        """How many of `count` tokens after the cached ones have a place in its blocks, once it got those available."""
+        if (missing := blocks_for(sequence.cached + count) - len(sequence.blocks)) > 0:
+            sequence.blocks += self.cache.allocate(min(missing, self.cache.available))
+        return min(count, len(sequence.blocks) * BLOCK - sequence.cached)
+
+    def _admit(self) -> None:
+        """Let those run whose known tokens fit beside the others', and leave a block for each of these to grow."""
+        if not self.waiting:
+            return
+        promised = sum(max(0, blocks_for(s.length) - len(s.blocks)) for s in self.running)
+        while self.waiting and len(self.running) < self.max_sequences:
+            s = self.waiting[0]
+            self._reuse(s)
+            missing = blocks_for(s.length) - len(s.blocks)
+            if promised + missing + len(self.running) > self.cache.available:
+                self._free(s)
+                return
+            promised += missing
+            self.running.append(self.waiting.popleft())
+
+    def _grow(self, s: S, count: int) -> int:
+        """Get blocks for `count` more tokens, from sequences that came later if need be; for how many there are."""
+        if s.cached + count <= len(s.blocks) * BLOCK:
+            return count
+        while blocks_for(s.cached + count) - len(s.blocks) > self.cache.available and self.running[-1] is not s:
+            last = self.running.pop()
+            self._free(last)
+            self.waiting.appendleft(last)
+            self.preemptions += 1
+        return self.reserve(s, count)
+
+    def _free(self, s: S) -> None:
+        self._publish(s)
+        self.cache.release(s.blocks)
+        s.blocks = []
+        s.cached = s.published = s.placed = s.reused = 0
+
+    def _publish(self, s: S) -> None:
+        """Let others find the blocks that have become full."""
+        for i in range(s.published, s.cached // BLOCK):
+            block = self.cache.publish(s.blocks[i], s.keys[i])
+            if block != s.blocks[i]:
+                s.blocks[i] = block
+                s.placed = min(s.placed, i)
+            s.published = i + 1
+
+    def _reuse(self, s: S) -> None:
+        """Take the next blocks of `s` from the cache, as many as are found."""
+        while self._may_reuse(s) and (block := self.cache.find(s.keys[len(s.blocks)])) is not None:
+            s.blocks.append(block)
+            s.cached += BLOCK
+            s.reused += BLOCK
+            s.published += 1
+
+    def _may_reuse(self, s: S) -> bool:
+        """Whether `s` stands before a block whose tokens are known. Its last token runs in any case, for its logits."""
+        return s.shares and s.cached == len(s.blocks) * BLOCK and s.cached + BLOCK < s.length
+
+
+def _divide(room: int, prompts: list[S]) -> dict[S, int]:
+    """Half of the room goes to the oldest prompt, and the rest to those that end soonest.
+
+    So a short prompt does not wait for a long one, and no prompt of A tokens that came after prompts of B tokens
+    waits for longer than 2 (A + B) / room steps.
+    """
+    counts = dict.fromkeys(prompts, 0)
+    if prompts:
+        counts[prompts[0]] = min(prompts[0].length - prompts[0].cached, -(-room // 2))
+        room -= counts[prompts[0]]
+    for s in sorted(prompts, key=lambda s: s.length - s.cached):
+        more = min(s.length - s.cached - counts[s], room)
+        counts[s] += more
+        room -= more
+    return counts
 
 
 def blocks_for(tokens: int) -> int:

@@ -97,7 +97,7 @@ def remove(name: str) -> int:
     path = store.models() / entry.file if entry else find(name)
     if path is None or not path.exists():
         raise HubError(f"{name}: not fetched; `llama2 list` shows what is here")
-    freed = _remove_packed(path)
+    freed = store.forget(path)
     if repository:
         return freed + huggingface.remove(repository, path)
     freed += path.stat().st_size
@@ -133,14 +133,6 @@ def _given(name: str) -> Path | None:
 def _local(name: str, path: Path, form: str, files: list[Path]) -> Local:
     stats = [file.stat() for file in files]
     return Local(name, path, form, sum(s.st_size for s in stats), max(s.st_mtime for s in stats))
-
-
-def _remove_packed(path: Path) -> int:
-    freed = 0
-    for cached in (store.home() / "packed").glob(f"{store.key(path)}*"):
-        freed += cached.stat().st_size
-        cached.unlink()
-    return freed
 
 
 def _suggestion(name: str) -> str:

@@ -62,6 +62,15 @@ def kept(model: Path, what: str) -> Path:
     return home() / "packed" / f"{key(model)}-{what}.bin"
 
 
+def forget(model: Path) -> int:
+    """Remove what `kept` has of a model file; bytes freed."""
+    freed = 0
+    for file in (home() / "packed").glob(f"{key(model)}*"):
+        freed += file.stat().st_size
+        file.unlink()
+    return freed
+
+
 def _facts(path: Path, expected: str) -> tuple[Path, dict[str, Any]]:
     """Where the record of a verified file lies, and what it has to say to count."""
     stat = path.stat()

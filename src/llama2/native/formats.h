@@ -81,12 +81,28 @@ inline uint16_t load_u16(const uint8_t* p) {
     return x;
 }
 
+inline void store_u16(uint8_t* p, uint16_t x) { std::memcpy(p, &x, 2); }
+
 inline void unpack_nibbles(const uint8_t* p, int8_t* q) {
     for (int j = 0; j < 16; ++j) q[j] = int8_t(p[j] & 15), q[j + 16] = int8_t(p[j] >> 4);
 }
 
 inline void unpack_fifth_bits(const uint8_t* p, int8_t* q) {
     for (int j = 0; j < 32; ++j) q[j] = int8_t(q[j] | ((p[j / 8] >> (j % 8)) & 1) << 4);
+}
+
+// Q2_K and Q3_K: the low two bits of every weight.
+inline void unpack_two_bits(const uint8_t* p, int8_t* q) {
+    for (int half = 0; half < 2; ++half)
+        for (int quarter = 0; quarter < 4; ++quarter)
+            for (int l = 0; l < 32; ++l)
+                q[half * 128 + quarter * 32 + l] = int8_t((p[half * 32 + l] >> quarter * 2) & 3);
+}
+
+// Q3_K and Q5_K: one more bit of every weight.
+inline void unpack_high_bits(const uint8_t* p, int at, int8_t* q) {
+    for (int k = 0; k < 8; ++k)
+        for (int l = 0; l < 32; ++l) q[32 * k + l] = int8_t(q[32 * k + l] | ((p[l] >> k) & 1) << at);
 }
 
 // Q4_K and Q5_K: eight 6-bit scales and minima in 12 bytes.
@@ -124,43 +140,139 @@ inline void unpack(Format format, const uint8_t* p, Fields& f) {
         case Format::Q2_K:
             f.d = load_u16(p + 80), f.m = load_u16(p + 82);
             for (int g = 0; g < 16; ++g) f.scale[g] = int8_t(p[g] & 15), f.minimum[g] = p[g] >> 4;
-            for (int i = 0; i < 256; ++i) f.q[i] = int8_t((p[16 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2)) & 3);
+            unpack_two_bits(p + 16, f.q);
             return;
         case Format::Q3_K: {
-            const uint8_t *high = p, *low = p + 32, *s = p + 96;
+            const uint8_t* s = p + 96;
             f.d = load_u16(p + 108);
             for (int g = 0; g < 16; ++g) {
                 const int four = g < 8 ? s[g] & 15 : s[g - 8] >> 4, two = (s[8 + g % 4] >> (g / 4 * 2)) & 3;
                 f.scale[g] = int8_t((four | two << 4) - 32);
             }
-            for (int i = 0; i < 256; ++i) {
-                const int two = (low[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2)) & 3;
-                f.q[i] = int8_t(two | ((high[i % 32] >> (i / 32)) & 1) << 2);
-            }
+            unpack_two_bits(p + 32, f.q);
+            unpack_high_bits(p, 2, f.q);
             return;
         }
         case Format::Q4_K:
+        case Format::Q5_K: {
+            const uint8_t* low = p + (format == Format::Q5_K ? 48 : 16);
             f.d = load_u16(p), f.m = load_u16(p + 2);
             unpack_six_bits(p + 4, f);
-            for (int i = 0; i < 256; ++i) f.q[i] = int8_t((p[16 + i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4)) & 15);
+            for (int k = 0; k < 4; ++k)
+                for (int l = 0; l < 32; ++l) {
+                    f.q[64 * k + l] = int8_t(low[32 * k + l] & 15);
+                    f.q[64 * k + 32 + l] = int8_t(low[32 * k + l] >> 4);
+                }
+            if (format == Format::Q5_K) unpack_high_bits(p + 16, 4, f.q);
             return;
-        case Format::Q5_K:
-            f.d = load_u16(p), f.m = load_u16(p + 2);
-            unpack_six_bits(p + 4, f);
-            for (int i = 0; i < 256; ++i) {
-                const int four = (p[48 + i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4)) & 15;
-                f.q[i] = int8_t(four | ((p[16 + i % 32] >> (i / 32)) & 1) << 4);
-            }
-            return;
+        }
         case Format::Q6_K:
             f.d = load_u16(p + 208);
             std::memcpy(f.scale, p + 192, 16);
-            for (int i = 0; i < 256; ++i) {
-                const int half = i / 128, quarter = i / 32 % 4, l = i % 32;
-                const int four = (p[half * 64 + quarter % 2 * 32 + l] >> (quarter / 2 * 4)) & 15;
-                const int two = (p[128 + half * 32 + l] >> (quarter * 2)) & 3;
-                f.q[i] = int8_t(four | two << 4);
+            for (int half = 0; half < 2; ++half)
+                for (int quarter = 0; quarter < 4; ++quarter)
+                    for (int l = 0; l < 32; ++l) {
+                        const int four = (p[half * 64 + quarter % 2 * 32 + l] >> quarter / 2 * 4) & 15;
+                        const int two = (p[128 + half * 32 + l] >> quarter * 2) & 3;
+                        f.q[half * 128 + quarter * 32 + l] = int8_t(four | two << 4);
+                    }
+            return;
+        default: throw std::invalid_argument("not a quantised format");
+    }
+}
+
+inline void pack_two_bits(const int8_t* q, uint8_t* p) {
+    for (int half = 0; half < 2; ++half, q += 128, p += 32)
+        for (int l = 0; l < 32; ++l)
+            p[l] = uint8_t((q[l] & 3) | (q[l + 32] & 3) << 2 | (q[l + 64] & 3) << 4 | (q[l + 96] & 3) << 6);
+}
+
+inline void pack_nibbles(const int8_t* q, uint8_t* p) {
+    for (int j = 0; j < 16; ++j) p[j] = uint8_t((q[j] & 15) | q[j + 16] << 4);
+}
+
+inline void pack_fifth_bits(const int8_t* q, uint8_t* p) {
+    for (int j = 0; j < 4; ++j) {
+        p[j] = 0;
+        for (int k = 0; k < 8; ++k) p[j] = uint8_t(p[j] | (q[8 * j + k] >> 4) << k);
+    }
+}
+
+inline void pack_high_bits(const int8_t* q, int at, uint8_t* p) {
+    for (int l = 0; l < 32; ++l) {
+        int bits = 0;
+        for (int k = 0; k < 8; ++k) bits |= q[32 * k + l] >> at << k;
+        p[l] = uint8_t(bits);
+    }
+}
+
+inline void pack_six_bits(const Fields& f, uint8_t* p) {
+    for (int j = 0; j < 4; ++j) {
+        p[j] = uint8_t(f.scale[j] | f.scale[j + 4] >> 4 << 6);
+        p[j + 4] = uint8_t(f.minimum[j] | f.minimum[j + 4] >> 4 << 6);
+        p[j + 8] = uint8_t((f.scale[j + 4] & 15) | f.minimum[j + 4] << 4);
+    }
+}
+
+// What `unpack` reads.
+inline void store(Format format, const Fields& f, uint8_t* p) {
+    const int8_t* q = f.q;
+    switch (format) {
+        case Format::Q4_0:
+            store_u16(p, f.d);
+            pack_nibbles(q, p + 2);
+            return;
+        case Format::Q4_1:
+            store_u16(p, f.d), store_u16(p + 2, f.m);
+            pack_nibbles(q, p + 4);
+            return;
+        case Format::Q5_0:
+            store_u16(p, f.d);
+            pack_nibbles(q, p + 6), pack_fifth_bits(q, p + 2);
+            return;
+        case Format::Q5_1:
+            store_u16(p, f.d), store_u16(p + 2, f.m);
+            pack_nibbles(q, p + 8), pack_fifth_bits(q, p + 4);
+            return;
+        case Format::Q8_0:
+            store_u16(p, f.d);
+            std::memcpy(p + 2, q, 32);
+            return;
+        case Format::Q2_K:
+            store_u16(p + 80, f.d), store_u16(p + 82, f.m);
+            for (int g = 0; g < 16; ++g) p[g] = uint8_t(f.scale[g] | f.minimum[g] << 4);
+            pack_two_bits(q, p + 16);
+            return;
+        case Format::Q3_K:
+            store_u16(p + 108, f.d);
+            for (int g = 0; g < 8; ++g)
+                p[96 + g] = uint8_t(((f.scale[g] + 32) & 15) | ((f.scale[g + 8] + 32) & 15) << 4);
+            for (int j = 0; j < 4; ++j) {
+                p[104 + j] = 0;
+                for (int k = 0; k < 4; ++k) p[104 + j] = uint8_t(p[104 + j] | (f.scale[4 * k + j] + 32) >> 4 << 2 * k);
             }
+            pack_high_bits(q, 2, p);
+            pack_two_bits(q, p + 32);
+            return;
+        case Format::Q4_K:
+        case Format::Q5_K:
+            store_u16(p, f.d), store_u16(p + 2, f.m);
+            pack_six_bits(f, p + 4);
+            if (format == Format::Q5_K) pack_high_bits(q, 4, p + 16);
+            p += format == Format::Q5_K ? 48 : 16;
+            for (int k = 0; k < 4; ++k)
+                for (int l = 0; l < 32; ++l) p[32 * k + l] = uint8_t((q[64 * k + l] & 15) | q[64 * k + 32 + l] << 4);
+            return;
+        case Format::Q6_K:
+            store_u16(p + 208, f.d);
+            std::memcpy(p + 192, f.scale, 16);
+            for (int half = 0; half < 2; ++half, q += 128)
+                for (int l = 0; l < 32; ++l) {
+                    const int a = q[l], b = q[l + 32], c = q[l + 64], d = q[l + 96];
+                    p[half * 64 + l] = uint8_t((a & 15) | c << 4);
+                    p[half * 64 + 32 + l] = uint8_t((b & 15) | d << 4);
+                    p[128 + half * 32 + l] = uint8_t(a >> 4 | b >> 4 << 2 | c >> 4 << 4 | d >> 4 << 6);
+                }
             return;
         default: throw std::invalid_argument("not a quantised format");
     }
@@ -168,18 +280,18 @@ inline void unpack(Format format, const uint8_t* p, Fields& f) {
 
 // The values that a block's fields stand for. out: (block)
 inline void dequantize(const FormatInfo& f, const Fields& fields, float* out) {
-    const float d = f16_to_f32(fields.d);
+    const bool super = f.scales == Scales::super || f.scales == Scales::super_min;
     const bool has_min = f.scales == Scales::half_min || f.scales == Scales::super_min;
-    const float m = has_min ? f16_to_f32(fields.m) : 0.0f;
-    for (int i = 0; i < f.block; ++i) {
-        const int g = i / f.group;
-        const float q = float(fields.q[i] - f.offset);
-        switch (f.scales) {
-            case Scales::half: out[i] = d * q; break;
-            case Scales::half_min: out[i] = d * q + m; break;
-            case Scales::super: out[i] = (d * float(fields.scale[g])) * q; break;
-            default: out[i] = (d * float(fields.scale[g])) * q - m * float(fields.minimum[g]); break;
-        }
+    const float d = f16_to_f32(fields.d), m = has_min ? f16_to_f32(fields.m) : 0;
+    for (int g = 0; g < f.block / f.group; ++g) {
+        const float scale = super ? d * float(fields.scale[g]) : d;
+        const float added = super ? -(m * float(fields.minimum[g])) : m;
+        const int8_t* q = fields.q + g * f.group;
+        float* y = out + g * f.group;
+        if (has_min)
+            for (int i = 0; i < f.group; ++i) y[i] = scale * float(q[i]) + added;
+        else
+            for (int i = 0; i < f.group; ++i) y[i] = scale * float(q[i] - f.offset);
     }
 }
 

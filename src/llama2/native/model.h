@@ -112,6 +112,10 @@ public:
         }
     }
 
+    // From now on adds the squares of every product's inputs to `sums`: for each layer those of wq, wk and wv, of wo,
+    // of w1 and w3, and of w2, one number a column; then those of the output head.
+    void observe(double* sums) { observed_ = sums; }
+
     // logits: (outputs, V)
     void forward(const Step& step, float* logits) {
         check_step(step);
@@ -120,6 +124,7 @@ public:
         residual_.reserve(N * D);
         qkv_.reserve(N * token_floats());
         rotations_.reserve(N * 2 * config_.head_size);
+        observing_ = observed_;
         const std::vector<Part> parts = divide(step);
         over_parts(parts, [&](const Crew& crew, const Part& part) {
             over_tokens(crew, part.count, [&](int64_t t) { begin_token(step, part.first + t); });
@@ -132,6 +137,7 @@ public:
             });
         float* last = last_.reserve(M * D);
         for (int64_t i = 0; i < M; ++i) std::memcpy(last + i * D, residual_.get() + step.outputs[i] * D, size_t(D) * 4);
+        observe({last, D, floats(norm_)}, M);
         products(together(), {last, D, floats(norm_)}, M, {{output_, logits, config_.vocab, false}});
     }
 
@@ -183,7 +189,7 @@ private:
 
     std::vector<Part> divide(const Step& step) const {
         const int64_t N = step.tokens_count, T = pool_.threads();
-        if (!divides_tokens(N)) return {{0, N, query_tiles(step, 0, N)}};
+        if (observed_ || !divides_tokens(N)) return {{0, N, query_tiles(step, 0, N)}};
         // As many blocks for each thread, of nearly one size.
         const int64_t each = (N + T * kTokenBlock - 1) / (T * kTokenBlock), count = each * T;
         const int64_t tiles = (N + simd::kTokens - 1) / simd::kTokens;
@@ -211,8 +217,10 @@ private:
         const int64_t D = config_.dim, N = part.count, stride = token_floats();
         float* q = qkv_.get() + part.first * stride;
         float* k = q + layer.wq.rows;
+        const Source source{residual_.get() + part.first * D, D, floats(layer.attention_norm)};
+        observe(source, N);
         products(
-            crew, {residual_.get() + part.first * D, D, floats(layer.attention_norm)}, N,
+            crew, source, N,
             {{layer.wq, q, stride, false}, {layer.wk, k, stride, false}, {layer.wv, k + layer.wk.rows, stride, false}});
         over_tokens(crew, N, [&](int64_t t) { rotate_and_cache(step, part.first + t, l, q + t * stride); });
     }
@@ -224,8 +232,11 @@ private:
         float* attended = crew.scratch.attended.reserve(N * Q);
         float* hidden = crew.scratch.hidden.reserve(N * F);
         attend(step, crew, part, l, attended);
+        observe({attended, Q, nullptr}, N);
         products(crew, {attended, Q, nullptr}, N, {{layer.wo, x, D, true}});
+        observe({x, D, floats(layer.ffn_norm)}, N);
         gated_products(crew, {x, D, floats(layer.ffn_norm)}, N, layer.w1, layer.w3, hidden);
+        observe({hidden, F, nullptr}, N);
         products(crew, {hidden, F, nullptr}, N, {{layer.w2, x, D, true}});
     }
 
@@ -311,6 +322,18 @@ private:
         int64_t stride;
         bool add;
     };
+
+    // Adds the squares of N inputs to the sums, if these are wanted, and goes on to those of the next product.
+    void observe(const Source& source, int64_t N) {
+        if (!observing_) return;
+        float* normalised = private_[0].normalised.reserve(source.columns);
+        for (int64_t t = 0; t < N; ++t) {
+            const float* x = source.x + t * source.columns;
+            if (source.norm) rms_norm(x, source.norm, source.columns, config_.norm_eps, normalised), x = normalised;
+            for (int64_t i = 0; i < source.columns; ++i) observing_[i] += double(x[i]) * x[i];
+        }
+        observing_ += source.columns;
+    }
 
     // Calls body(unit, activations) for every unit, after the activations of all N tokens have been made. A single
     // token is prepared by every thread for itself, which is cheaper than waiting for one another.
@@ -604,6 +627,7 @@ private:
     std::vector<Layer> layers_;
     Weight embedding_, norm_, output_;
     int64_t blocks_, head_bytes_, block_bytes_;
+    double *observed_ = nullptr, *observing_ = nullptr;  // all sums, and those of the next product
     std::unique_ptr<uint8_t, Free> cache_;
     uint8_t* cache_start_;
     Pool pool_;

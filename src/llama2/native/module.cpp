@@ -2,11 +2,13 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "machine.h"
 #include "model.h"
+#include "quantise.h"
 #include "sampling.h"
 
 namespace nb = nanobind;
@@ -35,9 +37,10 @@ public:
     PyModel(int64_t dim, int64_t layers, int64_t heads, int64_t kv_heads, int64_t hidden, int64_t vocab,
             int64_t head_size, int64_t context, bool tied, float norm_eps, std::vector<double> inverse_frequencies,
             int threads, int64_t blocks)
-        : vocab_(vocab), model_(make(dim, layers, heads, kv_heads, hidden, vocab, head_size, context, tied, norm_eps,
-                                     std::move(inverse_frequencies), threads, blocks),
-                                threads, blocks) {}
+        : vocab_(vocab), observed_(layers * (2 * dim + heads * head_size + hidden) + dim),
+          model_(make(dim, layers, heads, kv_heads, hidden, vocab, head_size, context, tied, norm_eps,
+                      std::move(inverse_frequencies), threads, blocks),
+                 threads, blocks) {}
 
     void set(const std::string& name, const std::string& format, In<uint8_t, 1> data, int64_t rows, int64_t columns) {
         const Format f = format_named(format);
@@ -58,6 +61,12 @@ public:
         model_.forward(step, out);
     }
 
+    void observe(Out<double, 1> sums) {
+        expect(int64_t(sums.size()) == observed_, "one sum for each column of a product's input");
+        model_.observe(sums.data());
+        sums_ = std::move(sums);
+    }
+
     void check() const { model_.check(); }
     int64_t block_bytes() const { return model_.block_bytes(); }
 
@@ -75,8 +84,9 @@ private:
             dim, layers, heads, kv_heads, hidden, vocab, head_size, context, tied, norm_eps, std::move(frequencies)};
     }
 
-    int64_t vocab_;
+    int64_t vocab_, observed_;
     Model model_;
+    Out<double, 1> sums_;
     std::vector<In<uint8_t, 1>> kept_;
 };
 
@@ -92,6 +102,22 @@ void stored_product(const std::string& name, const In<uint8_t, 1>& data, int64_t
         w.data = packed.get();
     }
     llama2::product(w, x.data(), int64_t(x.shape(0)), y.data());
+}
+
+// data: rows in their stored format; importance: (columns,), or empty; out: the same rows in `target`. Returns the sums
+// of squares of what was lost and of what there was.
+std::pair<double, double> requantise(const std::string& source, const In<uint8_t, 1>& data, int64_t rows,
+                                     int64_t columns, const std::string& target, const In<float, 1>& importance,
+                                     const Out<uint8_t, 1>& out, int threads) {
+    const Format from = format_named(source), to = format_named(target);
+    weight_of(from, data, rows, columns, true);
+    expect(int64_t(out.size()) == rows * row_bytes(to, columns), "wrong size of the output");
+    expect(!importance.size() || int64_t(importance.size()) == columns, "importance must be of each column");
+    expect(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
+    const float* weights = importance.size() ? importance.data() : nullptr;
+    nb::gil_scoped_release release;
+    const Loss loss = quantise(from, data.data(), rows, columns, to, weights, out.data(), threads);
+    return {loss.lost, loss.total};
 }
 
 int64_t sample(const In<float, 1>& logits, const In<int32_t, 1>& history, int64_t prompt_length, float temperature,
@@ -161,6 +187,7 @@ NB_MODULE(LLAMA2_MODULE, m) {
             dequantize_row(f, data.data() + r * row_bytes(f, columns), columns, out.data() + r * columns);
     });
     m.def("product", &stored_product);
+    m.def("quantize", &requantise);
     m.def("sample", &sample);
     m.def("logprobs", &logprobs);
     m.def("uniform", &uniform);
@@ -171,6 +198,7 @@ NB_MODULE(LLAMA2_MODULE, m) {
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float,
                       std::vector<double>, int, int64_t>())
         .def("set", &PyModel::set)
+        .def("observe", &PyModel::observe)
         .def("check", &PyModel::check)
         .def("forward", &PyModel::forward)
         .def_prop_ro("block_bytes", &PyModel::block_bytes);

@@ -90,8 +90,12 @@ inline double exponentials(const float* x, int64_t n, float maximum, float* out)
         store(result, exp(sub(load(rest), set(maximum))));
         std::memcpy(out + i, result, size_t(n - i) * 4);
     }
-    double sum = 0;
-    for (int64_t j = 0; j < n; ++j) sum += out[j];
+    double sums[8] = {}, sum = 0;  // side by side, because an addition waits for the one before it
+    int64_t j = 0;
+    for (; j + 8 <= n; j += 8)
+        for (int64_t k = 0; k < 8; ++k) sums[k] += out[j + k];
+    for (const double each : sums) sum += each;
+    for (; j < n; ++j) sum += out[j];
     return sum;
 }
 
@@ -103,15 +107,24 @@ inline int64_t draw(float* logits, int64_t n, const SamplingOptions& o) {
     for (int64_t i = 0; i < n; ++i) logits[i] = (logits[i] - maximum) / o.temperature;
     std::vector<float> weights(static_cast<size_t>(n));
     const double whole = exponentials(logits, n, 0, weights.data());
-    std::vector<int32_t> order(static_cast<size_t>(n));
-    std::iota(order.begin(), order.end(), 0);
     const auto before = [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
-    // Sorted only as far as needed, from the front.
+    // Only as many candidates are gathered as are needed, band by band below the largest, and sorted from the front.
+    std::vector<int32_t> order;
     int64_t sorted = 0;
+    float end_of_band = 1;
+    const auto gather = [&] {  // bands begin at -2, -4 … -64, and the last one has the rest
+        const float band = end_of_band > 0 ? -2 : 2 * end_of_band;
+        const bool last = end_of_band <= -64;
+        for (int64_t i = 0; i < n; ++i)
+            if (!(logits[i] >= end_of_band) && (logits[i] >= band || last)) order.push_back(int32_t(i));
+        end_of_band = band;
+    };
     const auto weight_at = [&](int64_t i) {
         if (i == sorted) {
-            const int64_t end = std::min(std::max<int64_t>(64, 4 * sorted), n);
-            if (end < n) std::nth_element(order.begin() + sorted, order.begin() + end, order.end(), before);
+            while (int64_t(order.size()) == sorted) gather();
+            const int64_t end = std::min(std::max<int64_t>(64, 4 * sorted), int64_t(order.size()));
+            if (end < int64_t(order.size()))
+                std::nth_element(order.begin() + sorted, order.begin() + end, order.end(), before);
             std::sort(order.begin() + sorted, order.begin() + end, before);
             sorted = end;
         }

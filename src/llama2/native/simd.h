@@ -5,6 +5,7 @@
 // can fuse; nothing else may be (-ffp-contract=off).
 //
 //   F, I, B                floats, 32-bit integers, bytes (4 a lane)
+//   where_less(a, b, x, y) x in the lanes where a < b, y in the others
 //   load_bytes, low, high  4-bit weights: a byte holds two
 //   merge<left, mask>      low | (x << left & mask) byte by byte; to the right where `left` is negative
 //   dot<bits, quads, P, M> sums[m][p][lane] += Σ_j Σ_i w[p][j][lane][i]·x[m][4j + i]; w is 0 … 2^bits − 1, or signed
@@ -151,7 +152,7 @@ inline F exp(F x) {
     p = fma(p, r, set(5.0000001201e-1f));
     p = fma(p, mul(r, r), add(r, set(1.0f)));
     const F y = scale_by_power_of_two(p, n);
-    return zero_where_below(y, x, low);
+    return where_less(x, low, zero(), y);
 }
 
 inline F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }

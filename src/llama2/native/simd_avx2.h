@@ -38,7 +38,7 @@ inline F scale_by_power_of_two(F x, F n) {  // in two factors, because 2^128 is 
     };
     return _mm256_mul_ps(_mm256_mul_ps(x, power(half)), power(_mm256_sub_epi32(whole, half)));
 }
-inline F zero_where_below(F y, F x, F low) { return _mm256_andnot_ps(_mm256_cmp_ps(x, low, _CMP_LT_OQ), y); }
+inline F where_less(F a, F b, F x, F y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 inline F from_int(I x) { return _mm256_cvtepi32_ps(x); }
 inline F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 inline F load_bf16(const uint16_t* p) {

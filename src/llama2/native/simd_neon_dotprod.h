@@ -32,7 +32,7 @@ inline F scale_by_power_of_two(F x, F n) {
     const auto power = [](I e) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(e, vdupq_n_s32(127)), 23)); };
     return vmulq_f32(vmulq_f32(x, power(half)), power(vsubq_s32(whole, half)));
 }
-inline F zero_where_below(F y, F x, F low) { return vbslq_f32(vcltq_f32(x, low), zero(), y); }
+inline F where_less(F a, F b, F x, F y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
 inline F from_int(I x) { return vcvtq_f32_s32(x); }
 inline F load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }

@@ -41,7 +41,7 @@ inline F round(F x) { return each<F>([&](int i) { return std::nearbyint(x.v[i]);
 inline F scale_by_power_of_two(F x, F n) {
     return each<F>([&](int i) { return std::ldexp(x.v[i], n.v[i] == n.v[i] ? int(n.v[i]) : 0); });
 }
-inline F zero_where_below(F y, F x, F low) { return each<F>([&](int i) { return x.v[i] < low.v[i] ? 0.0f : y.v[i]; }); }
+inline F where_less(F a, F b, F x, F y) { return each<F>([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; }); }
 inline F from_int(I x) { return each<F>([&](int i) { return float(x.v[i]); }); }
 inline F load_f16(const uint16_t* p) { return each<F>([&](int i) { return f16_to_f32(p[i]); }); }
 inline F load_bf16(const uint16_t* p) { return each<F>([&](int i) { return bf16_to_f32(p[i]); }); }

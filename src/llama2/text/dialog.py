@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,14 @@ from llama2.errors import DialogError, TemplateError
 from llama2.text import template as templates
 from llama2.text.tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+
+_FOLLOWING = {
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "tool": ("tool", "assistant", "user"),
+}
 
 #: Llama 2's role markers. They are ordinary text to its tokenizer, so no message may contain one.
 SPECIAL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -22,18 +31,34 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function that an assistant's message makes; `id` is what the answer to it names."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a dialog: who speaks (one of ROLES), and what."""
+    """One turn of a dialog: who speaks (one of ROLES), and what.
+
+    An assistant may call tools, and then need not say anything. A tool's message answers the call with its
+    `tool_call_id`, or without one the first call that has no answer yet.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
 
 class Dialog:
     """Messages in an order that chat models know: at most one system message, first, then user and assistant in turn.
 
-    Takes each message as a Message or as a mapping with `role` and `content`. Raises DialogError that names the one
-    that is out of order, empty, or of an unknown role.
+    After an assistant's message that calls tools come the tools' answers, one to each call. Takes each message as a
+    Message or as a mapping of OpenAI's form. Raises DialogError that names the one that is out of order, empty, or of
+    an unknown role.
     """
 
     def __init__(self, messages: Iterable[Message | Mapping[str, Any]]) -> None:
@@ -44,9 +69,15 @@ class Dialog:
         for i, message in enumerate(self.messages):
             if message.role not in expected:
                 raise DialogError(f"message {i}: role {message.role} where {' or '.join(expected)} must come")
-            expected = ("assistant",) if message.role == "user" else ("user",)
+            expected = ("tool",) if message.tool_calls else _FOLLOWING[message.role]
         if self.messages[-1].role == "system":
             raise DialogError("message 0: a system message alone asks nothing; add a user message")
+        self._answered = _answered(self.messages)
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether an assistant's message calls tools."""
+        return any(message.tool_calls for message in self.messages)
 
     def render(
         self,
@@ -55,44 +86,99 @@ class Dialog:
         *,
         neutralise: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[list[int], list[bool]]:
         """Token ids, and for each whether the assistant said it, its end-of-turn token included.
 
-        A dialog that ends with the user asks for an answer; one that ends with the assistant is whole, as in training.
-        `template` is the checkpoint's Jinja source and `variables` what else it may use. A SentencePiece vocabulary
-        without a template, or with Llama 2's, has Llama 2's own format.
+        A dialog that ends with the user or a tool asks for an answer; one that ends with the assistant is whole, as in
+        training. `template` is the checkpoint's Jinja source and `variables` what else it may use. A SentencePiece
+        vocabulary without a template, or with Llama 2's, has Llama 2's own format. `tools` are declarations of
+        functions in OpenAI's form, for templates that know tools; others refuse them, and messages that call or answer.
 
         A message that contains a role marker written in ordinary text is refused by DialogError, or with `neutralise`
         the marker is broken by a space: `[ INST]`. Raises TemplateError when the template fails or exceeds its limits.
         """
+        if (tools or self.uses_tools) and not (template and templates.knows_tools(template)):
+            raise DialogError(
+                "this model's chat format knows no tools: ask without tools, or use a model that calls them"
+            )
         if template is None and tokenizer.kind != "sentencepiece":
             raise DialogError("this model has no chat template: use `llama2 generate`, or pass a template")
         if template is None or (tokenizer.kind == "sentencepiece" and templates.known(template) == "Llama 2"):
             if variables:
                 raise TemplateError(f"Llama 2's chat format has no template variable {next(iter(variables))!r}")
-            return _llama2(self._without(SPECIAL_TAGS, neutralise), tokenizer)
+            pattern = _any_of(SPECIAL_TAGS)
+            told = [_cleared(f"message {i}", m.content, pattern, neutralise) for i, m in enumerate(self.messages)]
+            return _llama2(told, self.messages[0].role == "system", tokenizer)
         markers = templates.role_markers(template, tokenizer, system=self.messages[0].role == "system")
         for name, value in (variables or {}).items():
             if isinstance(value, str) and _any_of(markers).search(value):
                 raise TemplateError(f"template variable {name!r} contains a role marker; remove it")
-        messages = [{"role": m.role, "content": m.content} for m in self._without(markers, neutralise)]
-        return templates.render(template, messages, tokenizer, variables or {})
-
-    def _without(self, markers: Iterable[str], neutralise: bool) -> list[Message]:
-        """The messages without role markers in ordinary text: refused, or broken by a space after the first letter."""
         pattern = _any_of(markers)
-        messages = []
+        messages = self._for_template(lambda i, text: _cleared(f"message {i}", text, pattern, neutralise))
+        declared = tools and templates.each_text(tools, lambda text: _cleared("tools", text, pattern, neutralise))
+        return templates.render(template, messages, tokenizer, variables or {}, declared or None)
+
+    def _for_template(self, clear: Callable[[int, str], str]) -> list[dict[str, Any]]:
+        """The messages as templates expect them, their texts as `clear` gives them for a message's number.
+
+        Calls are numbered through the dialog, in nine digits, as Mistral's templates demand it of an id.
+        """
+        told: list[dict[str, Any]] = []
+        count = 0
+        calls: list[dict[str, Any]] = []  # of the latest message that has any
         for i, message in enumerate(self.messages):
-            content = message.content
-            while match := pattern.search(content):
-                if not neutralise:
-                    raise DialogError(
-                        f"message {i} contains {match[0]!r}, which marks roles in this model's chat format; "
-                        "remove it, or have it neutralised"
-                    )
-                content = pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", content)
-            messages.append(Message(message.role, content))
-        return messages
+            entry: dict[str, Any] = {"role": message.role, "content": clear(i, message.content)}
+            if message.tool_calls:
+                functions = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+                functions = templates.each_text(functions, partial(clear, i))
+                calls = [
+                    {"id": f"{count + n:09d}", "type": "function", "function": function}
+                    for n, function in enumerate(functions)
+                ]
+                count += len(calls)
+                entry["tool_calls"] = calls
+            elif message.role == "tool":
+                call = calls[self._answered[i]]
+                entry |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
+            told.append(entry)
+        return told
+
+
+def _answered(messages: Sequence[Message]) -> dict[int, int]:
+    """Which of the calls before it each tool's message answers, by the message's number. Raises DialogError."""
+    answered: dict[int, int] = {}
+    calls: Sequence[ToolCall] = ()
+    open_calls: list[int] = []
+    for i, message in enumerate(messages):
+        if message.role == "tool":
+            wanted = message.tool_call_id
+            at = next((n for n in open_calls if wanted in (None, calls[n].id)), None)
+            if at is None:
+                raise DialogError(f"message {i}: no call before it with the id {wanted!r} is without an answer")
+            open_calls.remove(at)
+            answered[i] = at
+        elif open_calls:
+            call = calls[open_calls[0]]
+            raise DialogError(f"message {i}: the call of {call.name!r} before it has no answer; add a tool's message")
+        calls = message.tool_calls or calls
+        open_calls = [*range(len(calls))] if message.tool_calls else open_calls
+    if messages[-1].role == "tool" and open_calls:
+        call = calls[open_calls[0]]
+        raise DialogError(f"message {len(messages) - 1}: the call of {call.name!r} has no answer; add a tool's message")
+    return answered
+
+
+def _cleared(where: str, text: str, pattern: re.Pattern[str], neutralise: bool) -> str:
+    """`text` without role markers in ordinary text: refused, or broken by a space after the first letter."""
+    while match := pattern.search(text):
+        if not neutralise:
+            raise DialogError(
+                f"{where} contains {match[0]!r}, which marks roles in this model's chat format; "
+                "remove it, or have it neutralised"
+            )
+        text = pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+    return text
 
 
 def default_system_prompt() -> str:
@@ -102,28 +188,66 @@ def default_system_prompt() -> str:
 
 def _message(index: int, message: Message | Mapping[str, Any]) -> Message:
     if not isinstance(message, Message):
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise DialogError(f"message {index}: a message has a role and a content, and nothing else")
-        message = Message(message["role"], message["content"])
+        message = _from_mapping(index, message)
     if message.role not in ROLES:
         raise DialogError(f"message {index}: role {message.role!r} is unknown; roles are {', '.join(ROLES)}")
     if not isinstance(message.content, str):
         raise DialogError(f"message {index}: content must be text, not {type(message.content).__name__}")
-    if not message.content.strip():
+    if message.tool_calls and message.role != "assistant":
+        raise DialogError(f"message {index}: only the assistant calls tools, not {message.role}")
+    if message.tool_call_id is not None and message.role != "tool":
+        raise DialogError(f"message {index}: only a tool answers a call, not {message.role}")
+    if not message.content.strip() and not message.tool_calls and message.role != "tool":
         raise DialogError(f"message {index}: content is empty")
     return message
+
+
+def _from_mapping(index: int, message: Mapping[str, Any]) -> Message:
+    """The message of a mapping in OpenAI's form, with the fields that its role has."""
+    more = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
+    if not isinstance(message, Mapping) or not {"role"} <= set(message):
+        raise DialogError(f"message {index}: a message has a role and a content, and nothing else")
+    role = message["role"]
+    allowed = {"role", "content"} | more.get(role if isinstance(role, str) else "", set())
+    calls = message.get("tool_calls") or ()
+    if not set(message) <= allowed or not ("content" in message or calls):
+        raise DialogError(f"message {index}: a message has a role and a content, and nothing else")
+    if not isinstance(calls, (list, tuple)):
+        raise DialogError(f"message {index}: tool_calls must be a list")
+    content: Any = message.get("content")
+    return Message(
+        role,
+        "" if content is None and calls else content,
+        tuple(_call(f"message {index}: tool_calls[{n}]", call) for n, call in enumerate(calls)),
+        message.get("tool_call_id"),
+    )
+
+
+def _call(where: str, call: Any) -> ToolCall:
+    """A call in OpenAI's form, its arguments an object or the JSON text of one. Raises DialogError."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DialogError(f"{where} must be {{'id', 'type': 'function', 'function': {{'name', 'arguments'}}}}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise DialogError(f"{where}.function.arguments must be a JSON object")
+    return ToolCall(function["name"], arguments, call.get("id"))
 
 
 def _any_of(markers: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(markers, key=len, reverse=True))) or r"(?!)")
 
 
-def _llama2(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _llama2(texts: list[str], system: bool, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Llama 2's format: BOS before each question, EOS after each answer, and each such pair encoded by itself."""
-    texts = [message.content for message in messages]
-    if messages[0].role == "system":
-        system, user, *rest = texts
-        texts = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{user}", *rest]
+    if system:
+        rules, user, *rest = texts
+        texts = [f"<<SYS>>\n{rules}\n<</SYS>>\n\n{user}", *rest]
     ids: list[int] = []
     mask: list[bool] = []
     for turn in range(0, len(texts), 2):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -54,7 +54,7 @@ def compile_template(source: str) -> Any:
 
 def render(
     source: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     prefixes: Sequence[tuple[int, bool]],
     variables: Mapping[str, Any],
     limit: int,
@@ -92,8 +92,11 @@ def _bounded(parts: Iterator[str], limit: int) -> Iterator[str]:
         yield part
 
 
-def serve() -> None:
-    """Answer requests until stdin ends."""
+def serve(answer: Callable[[Any], Any], memory: int) -> None:
+    """Say `ready`, then give the `answer` to each line of JSON until stdin ends, in an address space of `memory` bytes.
+
+    `answer` must have imported what it needs, because the parent's clock runs from the first line on.
+    """
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
@@ -101,20 +104,18 @@ def serve() -> None:
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     except (ImportError, ValueError, OSError):
         pass
-    render("", [], [], {}, 0)  # imports Jinja before the parent's clock starts
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
         alarm(ALARM)
-        request = json.loads(line)
-        answer = [attempt(request["source"], job) for job in request["jobs"]]
-        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
         sys.stdout.flush()
         alarm(0)
 
 
 if __name__ == "__main__":
-    serve()
+    render("", [], [], {}, 0)  # imports Jinja
+    serve(lambda request: [attempt(request["source"], job) for job in request["jobs"]], MEMORY)

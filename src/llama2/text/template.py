@@ -7,21 +7,17 @@ template then writes is split at its own control tokens, and that character is d
 
 from __future__ import annotations
 
-import atexit
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from itertools import accumulate, chain, islice, pairwise
-from threading import Event, Lock, Timer
 from typing import Any
 
 from llama2.errors import DialogError, TemplateError
 from llama2.text import sandbox
 from llama2.text.tokenizer import Tokenizer
+from llama2.text.worker import Worker
 
 #: Templates that have been read: sha256 of their source. Any other renders in a process of its own.
 KNOWN = {
@@ -46,15 +42,28 @@ RESERVED = frozenset(
     | {"loop", "self", "caller", "varargs", "kwargs"}
 )
 
+#: Words of functions' declarations and calls that templates look for; they are no one's text, and stay as they are.
+_DECLARING = frozenset(
+    {"type", "function", "id", "name", "description", "parameters", "arguments", "properties", "required", "items"}
+    | {"enum", "additionalProperties", "anyOf", "object", "array", "string", "number", "integer", "boolean", "null"}
+)
+_DEEPEST = 64  # levels of a function's declaration or arguments
+
 #: Seconds that an unknown template may take to render; with starting and killing its process, under a second.
 SECONDS = 0.6
-_START_SECONDS = 20.0
 _LONGEST_SOURCE = 1 << 20
 
 #: How chat formats write roles. What has this shape and is no control token marks roles in ordinary text.
-_BRACKETED = re.compile(r"\[/?[A-Z][A-Z_]+\]|<</?[A-Z]+>>|<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_turn>|</?s>")
+_BRACKETED = re.compile(
+    r"\[/?[A-Z][A-Z_]+\]|<</?[A-Z]+>>|<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_turn>|</?s>|</?tools?(?:_[a-z]+)?>"
+)
 _HEADING = re.compile(r"^#{2,} ?[A-Z]\w*:?|\b[A-Z]{4,}:", re.MULTILINE)
 _PROBE = [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "u"))]
+
+
+def knows_tools(source: str) -> bool:
+    """Whether a template does something with declarations of functions."""
+    return re.search(r"\btools\b", source) is not None
 
 
 def known(source: str) -> str | None:
@@ -70,20 +79,37 @@ def role_markers(source: str, tokenizer: Tokenizer, system: bool) -> frozenset[s
     """
     probe = _PROBE if system else _PROBE[1:]
     (texts,) = _run(source, [_job(probe, [(len(probe), True)], _variables(tokenizer))])
-    written = "".join(texts or ())
-    found = {*_BRACKETED.findall(source), *_BRACKETED.findall(written), *_HEADING.findall(written)}
+    text = "".join(texts or ())
+    found = {*_BRACKETED.findall(source), *_BRACKETED.findall(text), *_HEADING.findall(text)}
     return frozenset(found - set(tokenizer.control) | {text for text in tokenizer.control if len(text) == 1})
 
 
+def written(
+    source: str, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What the template writes for the first message with the prompt for an answer, and for all `messages`.
+
+    The messages and tools are our own. Raises TemplateError.
+    """
+    variables = {**_variables(tokenizer), "tools": tools}
+    (texts,) = _run(source, [_job(messages, [(1, True), (len(messages), False)], variables)])
+    return texts or []
+
+
 def render(
-    source: str, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, variables: Mapping[str, Any]
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    variables: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a dialog as the template `source` writes it, and which of them the assistant said.
 
-    The prompt for an answer is added when the last message is the user's. What the assistant said begins where the
-    prompt for an answer ends, and ends with the end-of-turn token; a second rendering, with marks around the answers,
-    tells where. If a template does more with an answer than trim it, that cannot be told: then no token of a dialog
-    that ends with the user is marked, and one that ends with the assistant is refused.
+    The prompt for an answer is added when the last message is the user's or a tool's. What the assistant said begins
+    where the prompt for an answer ends, and ends with the end-of-turn token; a second rendering, with marks around the
+    answers, tells where. If a template does more with an answer than trim it, or the assistant called tools, that
+    cannot be told: then no token of a dialog that ends with a question is marked, and one that ends with the assistant
+    is refused.
 
     A template that nobody has read could cut and join a message's letters to a control token all the same. So it
     renders once more, with the marker around each letter, and must write the same control tokens.
@@ -96,42 +122,81 @@ def render(
             raise TemplateError(f"template variable {name!r} is the template's own; it cannot be set")
         if not isinstance(value, (str, int, float, type(None))):
             raise TemplateError(f"template variable {name!r} must be text, a number, true, false or null")
-    words = [*(m["content"] for m in messages), *(v for v in variables.values() if isinstance(v, str))]
-    marker, edge = _unused_characters(source, *tokenizer.control, *words)
+    marker, edge = _unused_characters(source, *tokenizer.control, *texts_of([messages, variables, tools]))
 
-    def gently(text: str, _: str) -> str:
+    def gently(text: str) -> str:
         return _break_tokens(text, marker, tokenizer)
 
-    def edged(text: str, role: str) -> str:
-        broken = gently(text, role)
+    def edged(text: str) -> str:
+        broken = gently(text)
         core = broken.strip()
-        return broken.replace(core, edge + core + edge, 1) if role == "assistant" else broken
+        return broken.replace(core, edge + core + edge, 1)
 
-    def everywhere(text: str, _: str) -> str:
+    def everywhere(text: str) -> str:
         return marker + "".join(letter + marker for letter in text)
 
-    def job(breaks: Callable[[str, str], str], prefixes: Sequence[tuple[int, bool]]) -> dict[str, Any]:
-        given = {name: breaks(value, "") if isinstance(value, str) else value for name, value in variables.items()}
-        texts = [{**m, "content": breaks(m["content"], m["role"])} for m in messages]
-        return _job(texts, prefixes, _variables(tokenizer) | given)
+    def job(
+        breaks: Callable[[str], str], prefixes: Sequence[tuple[int, bool]], answer: Callable[[str], str] | None = None
+    ) -> dict[str, Any]:
+        def message(m: Mapping[str, Any]) -> dict[str, Any]:
+            says = answer if answer and m["role"] == "assistant" else breaks
+            rest = {name: each_text(value, breaks) for name, value in m.items() if name in ("name", "tool_calls")}
+            return {**m, **rest, "content": says(m["content"])}
 
-    asks = messages[-1]["role"] == "user"
+        given = {**each_text(dict(variables), breaks, keys=False), "tools": each_text(tools, breaks)}
+        return _job([message(m) for m in messages], prefixes, _variables(tokenizer) | given)
+
+    asks = messages[-1]["role"] in ("user", "tool")
+    calls = any("tool_calls" in m for m in messages)
     whole = [(len(messages), asks)]
     question = [(i, flag) for i, m in enumerate(messages) if m["role"] == "assistant" for flag in (False, True)][:2]
-    jobs = [job(gently, whole), job(edged, whole), job(gently, question), job(everywhere, whole)]
+    jobs = [job(gently, whole), job(gently, whole, edged), job(gently, question), job(everywhere, whole)]
     texts, marked, asked, *check = _run(source, jobs[: 3 if known(source) else 4])
     text = "".join(texts or ())
     if any(_control_tokens("".join(again or ()), tokenizer) != _control_tokens(text, tokenizer) for again in check):
         raise DialogError("the chat template turns a message's text into a control token; reword the message")
-    parts = marked[0].split(edge) if marked else []
+    parts = marked[0].split(edge) if marked and not calls else []
     if "".join(parts) == text and len(parts) == 1 + 2 * sum(m["role"] == "assistant" for m in messages):
         prompt = asked[1].removeprefix(asked[0]) if asked else ""
         spans = _spans(parts, prompt, tokenizer)
     elif asks:
         spans = []
+    elif calls:
+        raise TemplateError("what an assistant said that called tools cannot be told; end the dialog with a question")
     else:
         raise TemplateError("the chat template rewrites the assistant's messages, so what it said cannot be told")
     return _encode(text, spans, marker, tokenizer)
+
+
+def each_text(value: Any, change: Callable[[str], str], *, keys: bool = True, deep: int = _DEEPEST) -> Any:
+    """`value`, which JSON can hold, with every text in it changed, keys too.
+
+    Numbers and words that declare functions stay. Raises DialogError when it is too deep.
+    """
+    if deep < 0:
+        raise DialogError(f"a function's declaration or arguments have more than {_DEEPEST} levels; make them flatter")
+    if isinstance(value, str):
+        return value if value in _DECLARING or value.isdigit() else change(value)  # an id of a call has its length
+    if isinstance(value, Mapping):
+        return {
+            each_text(name, change) if keys else name: each_text(item, change, deep=deep - 1)
+            for name, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [each_text(item, change, deep=deep - 1) for item in value]
+    return value
+
+
+def texts_of(value: Any) -> list[str]:
+    """Every text in `value`, keys too. Raises DialogError as `each_text` does."""
+    found: list[str] = []
+
+    def note(text: str) -> str:
+        found.append(text)
+        return text
+
+    each_text(value, note, deep=_DEEPEST + 4)
+    return found
 
 
 def said(ids: Sequence[int], text: str, spans: Iterable[tuple[int, int]], tokenizer: Tokenizer) -> list[bool]:
@@ -230,10 +295,10 @@ def _break_tokens(text: str, marker: str, tokenizer: Tokenizer) -> str:
 
 
 def _job(
-    messages: Sequence[Mapping[str, str]], prefixes: Sequence[tuple[int, bool]], variables: Mapping[str, Any]
+    messages: Sequence[Mapping[str, Any]], prefixes: Sequence[tuple[int, bool]], variables: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Arguments of `sandbox.render` besides the source; the limit on its output is 16 times the input, at most 4 MB."""
-    size = sum(len(message["content"]) for message in messages)
+    size = sum(map(len, texts_of([messages, variables])))
     limit = min(16 * size + (64 << 10), 4 << 20)
     return {"messages": messages, "prefixes": prefixes, "variables": variables, "limit": limit}
 
@@ -242,73 +307,17 @@ def _run(source: str, jobs: Sequence[dict[str, Any]]) -> list[list[str] | None]:
     """What the template writes for each of `jobs`, None where it fails; raises TemplateError if the first one does."""
     if len(source) > _LONGEST_SOURCE:
         raise TemplateError(f"chat template: its {len(source)} characters are more than the limit of {_LONGEST_SOURCE}")
-    results = [sandbox.attempt(source, job) for job in jobs] if known(source) else _render_apart(source, jobs)
+    if known(source):
+        results = [sandbox.attempt(source, job) for job in jobs]
+    else:
+        results = _worker.ask({"source": source, "jobs": jobs}, SECONDS)
     if "error" in results[0]:
         raise TemplateError(f"chat template: {results[0]['error']}")
     return [result.get("texts") for result in results]
 
 
-class _Worker:
-    """A process that renders one request after another until it is killed."""
-
-    def __init__(self) -> None:
-        """Raises TemplateError when it does not start."""
-        command = [sys.executable, "-P", sandbox.__file__]
-        pipe = subprocess.PIPE
-        try:
-            self._process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-        except OSError as error:
-            raise TemplateError(f"chat template: cannot start a process to render it: {error}") from None
-        atexit.register(self.close)
-        if not self.exchange(b"", _START_SECONDS):
-            raise TemplateError("chat template: the process to render it does not start")
-
-    def exchange(self, line: bytes, seconds: float) -> bytes:
-        """The process's next line after `line` was sent; empty if it died, which it does after `seconds`."""
-        killed = Event()
-
-        def kill() -> None:
-            killed.set()
-            self._process.kill()
-
-        timer = Timer(seconds, kill)
-        timer.start()
-        try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-            answer: bytes = self._process.stdout.readline()
-        except OSError:
-            answer = b""
-        timer.cancel()
-        timer.join()
-        if killed.is_set() or not answer.endswith(b"\n"):
-            self.close()
-            return b""
-        return answer
-
-    def close(self) -> None:
-        """End the process; a second time is no error."""
-        atexit.unregister(self.close)
-        self._process.kill()
-        self._process.communicate()
-
-    def alive(self) -> bool:
-        return self._process.poll() is None
+def _failure(reason: str) -> TemplateError:
+    return TemplateError(f"chat template: {reason}")
 
 
-_lock = Lock()
-_worker: _Worker | None = None
-
-
-def _render_apart(source: str, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`sandbox.attempt` for each of `jobs`, in another process. Raises TemplateError when that has to be killed."""
-    global _worker  # noqa: PLW0603
-    request = json.dumps({"source": source, "jobs": jobs}).encode() + b"\n"
-    with _lock:
-        if _worker is None or not _worker.alive():
-            _worker = _Worker()
-        answer = _worker.exchange(request, SECONDS)
-    if not answer:
-        raise TemplateError(f"chat template: it took more than {SECONDS} s or too much memory, and was stopped")
-    results: list[dict[str, Any]] = json.loads(answer)
-    return results
+_worker = Worker(sandbox.__file__, _failure)

@@ -1,0 +1,128 @@
+"""Servers to measure, each a process of its own, and a client that costs little beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Process:
+    """A server that answers on a port of the loopback interface."""
+
+    name: str
+    port: int
+    process: subprocess.Popen[bytes]
+    ready: float  # seconds from its start until it was healthy
+
+    def cpu(self, thread: int | None = None) -> float:
+        """Seconds of processor time so far, of all threads or of one; `process.pid` is the first one's number."""
+        place = f"/proc/{self.process.pid}" + (f"/task/{thread}" if thread else "")
+        words = Path(place, "stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) * _TICK
+
+    def memory(self) -> int:
+        """Bytes that are resident."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * _PAGE
+
+
+@contextmanager
+def running(name: str, command: Sequence[str], environment: dict[str, str] | None = None) -> Iterator[Process]:
+    """A server that takes `--port`, once `/health` says so. Raises SystemExit when it does not come up."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "--port", str(port)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | (environment or {}),
+    )
+    try:
+        while not _healthy(port):
+            if process.poll() is not None or time.perf_counter() - begun > 120:
+                raise SystemExit(f"{name} did not start: {' '.join(command)}")
+            time.sleep(0.01)
+        yield Process(name, port, process, time.perf_counter() - begun)
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def ours(*options: str) -> list[str]:
+    """The command of this project's server."""
+    return [sys.executable, "-m", "llama2", "serve", *options]
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@dataclass
+class Told:
+    """What came back of one request; times are those of `time.perf_counter`."""
+
+    sent: float
+    status: int = 0
+    first: float | None = None  # when the first text came
+    ended: float = 0.0
+    tokens: int = 0  # of the answer
+    retry: float | None = None  # seconds, of a refusal
+    texts: list[str] = field(default_factory=list)
+
+
+async def ask(port: int, path: str, body: dict[str, Any]) -> Told:
+    """One streamed request, on a connection of its own."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    told = Told(time.perf_counter())
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    try:
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+        told.status = int(lines[0].split()[1])
+        headers = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
+        if told.status != 200:
+            wait = headers.get("retry-after-ms")
+            told.retry = int(wait) / 1000 if wait else float(headers.get("retry-after", "nan"))
+        async for line in reader:
+            if b'"usage":{' in line:
+                told.tokens = json.loads(line[line.index(b"{") :])["usage"]["completion_tokens"]
+            elif told.first is None and _says(line):
+                told.first = time.perf_counter()
+    finally:
+        writer.close()
+    told.ended = time.perf_counter()
+    return told
+
+
+def _says(line: bytes) -> bool:
+    return any(key in line and key + b'""' not in line for key in (b'"content":', b'"text":'))
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """The value below which a share of them lies."""
+    return round(sorted(values)[int(share * (len(values) - 1))], 4) if values else None

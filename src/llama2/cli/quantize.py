@@ -1,0 +1,169 @@
+"""`llama2 quantize`: a model in fewer bits, and what it lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from llama2.cli.bench import Work, decode, prefill
+from llama2.cli.convert import ending_by_signals
+from llama2.cli.models import Json, Name, here, size
+from llama2.cli.output import one_line, warn
+
+EXAMPLE = "Example: llama2 quantize org/model model-Q4_K_M.gguf --format Q4_K_M --calibrate text.txt"
+_PROMPT, _ANSWER = 256, 32  # tokens that the speed is measured with
+
+
+def quantize(
+    *,
+    source: Name,
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The GGUF file to write.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, ...")] = "Q4_K_M",
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix: llama.cpp's GGUF or .dat, or a saved one.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="A text file to make an importance matrix of.")
+    ] = None,
+    save_imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep that matrix, as GGUF that llama.cpp reads too.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin.", show_default="the model's own"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")
+    ] = None,
+    report: Annotated[
+        Literal["full", "none"], typer.Option(help="full runs both models and compares them; none only writes.")
+    ] = "full",
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to compare on.", show_default="one that comes with it")
+    ] = None,
+    positions: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Predictions to compare at most; each keeps a row of logits.")
+    ] = 1024,
+    force: Annotated[bool, typer.Option("--force", help="Replace DST if it is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model in fewer bits, as GGUF.
+
+    The relative error of a tensor is the root of sum((x - y)^2) / sum(x^2), x its weights and y what was written. The
+    full report adds, on a text: perplexity of both models, KL(source || output) per token in nats, and how often both
+    put the same token first; and the speed of both.
+    """
+    from llama2.checkpoint import gguf_writer
+    from llama2.checkpoint import imatrix as matrices
+    from llama2.checkpoint import open as open_checkpoint
+    from llama2.convert import quantize as quantising
+    from llama2.convert import staging
+
+    if imatrix is not None and calibrate is not None:
+        raise typer.BadParameter("--imatrix and --calibrate exclude each other; give one")
+    if save_imatrix is not None and calibrate is None:
+        raise typer.BadParameter("--save-imatrix keeps what --calibrate makes; give that too")
+    format = format.upper()
+    if format not in quantising.FORMATS:
+        raise typer.BadParameter(f"--format {format} is not one of {', '.join(quantising.FORMATS)}")
+    path = here(source)
+    importance = None
+    if imatrix is not None:
+        with open_checkpoint(path) as model:
+            importance = matrices.read(imatrix, model.config)
+    elif calibrate is not None:
+        staging.check(path, target, force)  # before a long calculation
+        sums = quantising.calibrate(path, read(calibrate), tokenizer=tokenizer, threads=threads)
+        importance = quantising.means(sums)
+        if save_imatrix is not None:
+            with open_checkpoint(path) as model:
+                gguf_writer.write_imatrix(sums, model.config, calibrate.name, save_imatrix)
+    with ending_by_signals():
+        written = quantising.quantize(
+            path, target, format, importance=importance, tokenizer=tokenizer, threads=threads, force=force
+        )
+    if written.requantised:
+        warn(f"{source} was quantised already, so its matrices lost twice; quantise from F16 or BF16 if you can")
+    facts: dict[str, Any] = {
+        "source": source,
+        "path": str(target),
+        "format": format,
+        "parameters": written.parameters,
+        "bytes": written.bytes,
+        "source_bytes": written.source_bytes,
+        "bits_per_weight": written.bits_per_weight,
+        "importance": None if importance is None else str(imatrix or calibrate),
+        "without_importance": [] if importance is None else sorted(set(written.errors) - set(importance)),
+        "tensor_formats": written.tensor_formats,
+        "errors": written.errors,
+    }
+    if report == "full":
+        agreement = quantising.compare(
+            path,
+            target,
+            None if text is None else read(text),
+            tokenizer=tokenizer,
+            positions=positions,
+            threads=threads,
+        )
+        speeds = {name: _speed(model, tokenizer, threads) for name, model in (("source", path), ("output", target))}
+        facts |= {"agreement": agreement.summary(), "speed": speeds}
+    print(json.dumps(facts) if as_json else "\n".join(_table(facts)))
+
+
+def read(path: Path) -> str:
+    """A text file. Raises Llama2Error when it is not UTF-8."""
+    from llama2.errors import Llama2Error
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Llama2Error(f"{path}: not UTF-8 text at byte {error.start}; convert it first") from error
+
+
+def _speed(path: Path, tokenizer: Path | None, threads: int | None) -> dict[str, float]:
+    """Tokens a second, after a short run to wake the processor."""
+    from llama2 import api
+
+    context = _PROMPT + _ANSWER
+    with api.load(path, threads=threads, tokenizer=tokenizer) as model:
+        context = min(context, model.config.context_length)
+        work = Work(prompt=max(1, context - _ANSWER), generate=max(1, min(_ANSWER, context - 2)))
+        prefill(model, work)
+        return {
+            "prefill_tokens_per_second": prefill(model, work),
+            "decode_tokens_per_second": decode(model, work),
+        }
+
+
+def _table(facts: dict[str, Any]) -> list[str]:
+    from collections import Counter
+
+    errors = facts["errors"]
+    worst = max(errors, key=lambda name: errors[name])
+    mixed = ", ".join(f"{name} × {count}" for name, count in Counter(facts["tensor_formats"].values()).most_common())
+    rows = {
+        "path": f"{facts['path']} in {facts['format']}",
+        "size": f"{size(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits a weight; "
+        f"{size(facts['source_bytes'])} before",
+        "formats": mixed,
+        "importance": facts["importance"] or "every column alike",
+        "error": f"{sum(errors.values()) / len(errors):.4f} on average, at most {errors[worst]:.4f} ({worst})",
+    }
+    if facts["without_importance"]:
+        rows["importance"] += f", but not of {', '.join(facts['without_importance'][:3])}"
+    if "agreement" in facts:
+        a, s = facts["agreement"], facts["speed"]
+        rows |= {
+            "perplexity": f"{a['perplexity']:.3f}, source {a['reference_perplexity']:.3f} "
+            f"({a['perplexity_change']:+.2%}), over {a['positions']:,} positions",
+            "KL divergence": f"{a['kl_mean']:.5f} nats a token, at most {a['kl_max']:.3f}",
+            "same token": f"first in {a['top1_agreement']:.2%} of the positions",
+        }
+        for what in ("prefill", "decode"):
+            ours, theirs = (s[model][f"{what}_tokens_per_second"] for model in ("output", "source"))
+            rows[what] = f"{ours:,.1f} tokens/s, source {theirs:,.1f}"
+    return [f"{title:14} {one_line(value)}" for title, value in rows.items()]

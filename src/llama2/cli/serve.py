@@ -1,0 +1,155 @@
+"""`llama2 serve`: models over HTTP."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llama2.errors import Llama2Error
+
+EXAMPLE = "Example: llama2 serve -m smollm2-135m-instruct --port 8080"
+
+
+def serve(
+    *,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="Name, file or Hugging Face repository; may be repeated. The first is loaded at once, others when "
+            "they are asked for.",
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; one that others can reach needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="LLAMA2_API_KEY", help="What clients must send; may be repeated.", show_envvar=True),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keys, one a line, that `ps` does not show.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Let pages of this origin use the server; * means all.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A name that the server is called by; * means any.")
+    ] = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=64, help="The cache holds so many requests of the whole context at most.")
+    ] = 8,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Gigabytes of a model's cache at most.", show_default="half of what is free"),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")
+    ] = None,
+    lookup: Annotated[
+        int,
+        typer.Option(min=0, max=1024, metavar="N", help="Draft up to N tokens a step where a request does not say."),
+    ] = 0,
+    neutralise: Annotated[
+        bool, typer.Option("--neutralise", help="Defuse marks of the chat format in messages instead of refusing them.")
+    ] = False,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait at most.")] = 256,
+    max_wait: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to the first token; a request that would wait longer is refused.")
+    ] = 60.0,
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request's body.")] = 4 << 20,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds for a request to come in, and for a reader who stops reading.")
+    ] = 60.0,
+    keep_alive: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="Seconds after which an unused model is unloaded.", show_default="never"),
+    ] = None,
+    drain: Annotated[float, typer.Option(min=0.0, help="Seconds that answers may take to finish at the end.")] = 30.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Log one JSON object a line.")] = False,
+) -> None:
+    """Serve models to programs and people.
+
+    OpenAI's, llama.cpp's and Ollama's routes, and a chat page at /. The first Ctrl-C lets answers finish, a second one
+    does not.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from llama2 import api, hub
+    from llama2.serve.address import listen
+    from llama2.serve.settings import Settings, public_name
+
+    settings = Settings(
+        host=host,
+        port=port,
+        keys=_keys(api_key, api_key_file),
+        allow_origins=tuple(allow_origin or ()),
+        allow_hosts=tuple(allow_host or ()),
+        max_queue=max_queue,
+        max_wait=max_wait,
+        max_body=max_body,
+        timeout=timeout,
+        drain=drain,
+        keep_alive=keep_alive,
+        lookup=lookup,
+        neutralise=neutralise,
+    )
+    options: dict[str, Any] = {"threads": threads, "context": context, "sequences": parallel}
+    options["cache_bytes"] = int(cache_gb * 1e9) if cache_gb is not None else _half_of_free_memory()
+    names = {public_name(name): name for name in model or [hub.DEFAULT]}
+    if len(names) < len(model or [hub.DEFAULT]):
+        raise typer.BadParameter("two models would have one name; rename a file")
+    load: dict[str, Callable[[], Any]] = {public: partial(api.load, name, **options) for public, name in names.items()}
+    listener = listen(settings)
+    first = next(iter(load))
+    load[first] = _begun(load[first])
+
+    from llama2.serve import observe, server  # which take as long as the model does
+    from llama2.serve.models import Models
+
+    observe.set_up(as_json=as_json)
+    raise typer.Exit(server.serve(Models(load, settings), listener))
+
+
+def _begun(load: Callable[[], Any]) -> Callable[[], Any]:
+    """`load`, which begins at once for its first caller."""
+    future: Future[Any] = Future()
+    futures = [future]
+
+    def begin() -> None:
+        try:
+            future.set_result(load())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=begin, name="loading", daemon=True).start()
+    return lambda: futures.pop().result() if futures else load()
+
+
+def _half_of_free_memory() -> int | None:
+    from llama2.checkpoint.kept import available_memory
+
+    return available_memory() // 2 or None
+
+
+def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    keys = list(given or ())
+    if file is not None:
+        keys += file.read_text(encoding="utf-8").split()
+        if not keys:
+            raise Llama2Error(f"{file}: holds no key; write one a line")
+    if any(not key.isascii() or not key.strip() for key in keys):
+        raise Llama2Error("--api-key: a key must be of ASCII characters, and not empty")
+    return tuple(keys)

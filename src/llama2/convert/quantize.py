@@ -1,0 +1,211 @@
+"""A model in fewer bits, as GGUF: written tensor by tensor, and compared with its source on a text.
+
+With an importance matrix the columns whose inputs are strong count more in what a quantised matrix gets wrong: the
+error of its output is Σ (Δw · x)², whose expectation over inputs that do not depend on one another is Σ Δw² · E x².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama2 import checkpoint, plan
+from llama2.checkpoint import Checkpoint, Tensor, gguf_writer
+from llama2.checkpoint import quantize as formats
+from llama2.checkpoint.mapped import release_pages
+from llama2.convert.staging import carry_terms, check_room, staged
+from llama2.engine import agreement
+from llama2.engine.agreement import Agreement
+from llama2.engine.runner import BLOCK
+from llama2.engine.runner_native import NativeRunner
+from llama2.errors import CheckpointError, Llama2Error
+from llama2.hub.progress import Progress, reporting
+
+Importance = Mapping[str, NDArray[np.float32]]  # (columns,) of a matrix, by Meta's name
+
+#: Formats of files that can be asked for.
+FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K", "BF16", "F16", "F32")
+
+#: What every column counts at least, as a share of the mean: a text may leave inputs out that another has.
+_LEAST = 1e-3
+
+#: Tokens of a window, of a calibration text at most, and positions that are compared unless asked otherwise. Each of
+#: those keeps V float32 logits of the source in memory: 1,024 of them are 131 MB where V is 32,000.
+WINDOW = gguf_writer.IMATRIX_CHUNK
+CALIBRATION = 1 << 16
+POSITIONS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """What was written."""
+
+    path: Path
+    format: str
+    parameters: int
+    bytes: int
+    source_bytes: int  # of the source's tensors
+    tensor_formats: dict[str, str]  # by Meta's name
+    errors: dict[str, float]  # of every matrix: the root of Σ (x − y)² / Σ x²
+    requantised: int  # matrices that were quantised already, and so have lost twice
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the whole file."""
+        return 8 * self.bytes / self.parameters
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    format: str = "Q4_K_M",
+    *,
+    importance: Importance | None = None,
+    tokenizer: str | Path | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Quantised:
+    """Write the model at `source`, in any format that can be opened, to the GGUF file `target`.
+
+    `format` is one of FORMATS; each matrix has the number format that `plan.tensor_formats` tells. `importance` is what
+    `imatrix.read` or `calibrate` returns. One tensor is in memory at a time. Files with the licence and its like stand
+    beside `target`, as those of `convert` do. Nothing is left when something goes wrong. Raises CheckpointError when
+    `target` is there and is not to be replaced by `force`, when a weight is not finite, or as the reader and the writer
+    do.
+    """
+    source, target = Path(source), Path(target)
+    if format not in FORMATS:
+        raise CheckpointError(f"{format} is no format of a file; choose one of {', '.join(FORMATS)}")
+    own = None if tokenizer is None else Path(tokenizer)
+    with reporting(progress) as report, checkpoint.open(source, tokenizer=own) as model:
+        planned, shapes = plan.tensor_formats(model.config, format), model.config.tensor_shapes()
+        chosen = {name: planned[name] if len(shape) == 2 else "F32" for name, shape in shapes.items()}
+        errors: dict[str, float] = {}
+        total = sum(tensor.nbytes for tensor in model.tensors.values())
+        done = 0
+
+        def make(tensor: Tensor, format: str) -> NDArray[np.uint8]:
+            nonlocal done
+            weights = None if importance is None else importance.get(tensor.name)
+            data, error = formats.requantize(
+                tensor.data, tensor.format, tensor.shape, format, _weights(weights), threads=threads
+            )
+            release_pages()
+            if not math.isfinite(error):
+                raise CheckpointError(
+                    f"{source}: tensor {tensor.name!r} has weights that are not finite numbers, or not in {format}; "
+                    "download it again, or choose another format"
+                )
+            if len(tensor.shape) == 2:
+                errors[tensor.name] = error
+            done += tensor.nbytes
+            report("quantising", done, total)
+            return data
+
+        tensors = {
+            name: replace(tensor, format=chosen[name], source=partial(make, tensor, chosen[name]))
+            for name, tensor in model.tensors.items()
+        }
+        with staged(source, target, force=force) as stage:
+            check_room(stage, model, chosen)
+            gguf_writer.write(replace(model, tensors=tensors), stage / target.name)
+            carry_terms(source, model, stage / target.name)
+        return Quantised(
+            path=target,
+            format=format,
+            parameters=model.config.parameters(),
+            bytes=target.stat().st_size,
+            source_bytes=total,
+            tensor_formats=chosen,
+            errors=errors,
+            requantised=sum(formats.FORMATS[t.format].block > 1 for t in model.tensors.values()),
+        )
+
+
+def _weights(importance: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    """What each column counts; None where nothing is known, and all are alike."""
+    mean = 0.0 if importance is None else float(importance.mean(dtype=np.float64))
+    return None if importance is None or not mean > 0 else (importance / mean + _LEAST).astype(np.float32)
+
+
+def calibrate(
+    source: str | Path,
+    text: str,
+    *,
+    tokenizer: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, tuple[NDArray[np.float64], int]]:
+    """Run `text` through the model: of every matrix, the sums of squares of each column's inputs, and of how many.
+
+    The text is cut into windows of 512 tokens that start afresh; the first 65,536 tokens count. Raises Llama2Error when
+    the text has less than one window.
+    """
+    own = None if tokenizer is None else Path(tokenizer)
+    with reporting(progress) as report, checkpoint.open(source, tokenizer=own) as model:
+        width = min(WINDOW, model.config.context_length)
+        windows = list(agreement.windows(text, model.tokenizer, width, CALIBRATION))
+        if not windows or len(windows[0]) < width:
+            raise Llama2Error(f"the calibration text has less than {width} tokens; give a longer one")
+        runner = NativeRunner(model, -(-width // BLOCK), threads=threads)
+        sums = runner.observe()
+        for i, tokens in enumerate(windows):
+            agreement.logits(runner, tokens)
+            report("calibrating", i + 1, len(windows))
+        count = sum(map(len, windows))
+        head = "tok_embeddings.weight" if model.config.tied_embeddings else "output.weight"
+        return {name: (values, count - len(windows) if name == head else count) for name, values in sums.items()}
+
+
+def means(sums: Mapping[str, tuple[NDArray[np.float64], int]]) -> dict[str, NDArray[np.float32]]:
+    """The importance that `calibrate`'s sums make, as it is read back from a file of them."""
+    return {name: values.astype(np.float32) / np.float32(count) for name, (values, count) in sums.items()}
+
+
+def compare(
+    source: str | Path,
+    target: str | Path,
+    text: str | None = None,
+    *,
+    tokenizer: str | Path | None = None,
+    positions: int = POSITIONS,
+    threads: int | None = None,
+) -> Agreement:
+    """How the model at `target` agrees with the one at `source`, of the same tokenizer, on a text.
+
+    `text` is by default one that comes with the program. One model is in memory at a time, and V float32 logits of the
+    source for each of at most `positions` predictions. Raises Llama2Error for a text without any.
+    """
+    if text is None:
+        text = resources.files("llama2.convert").joinpath("quantize_text.txt").read_text("utf-8")
+    own = None if tokenizer is None else Path(tokenizer)
+    with checkpoint.open(source, tokenizer=own) as model:
+        width = min(WINDOW, model.config.context_length)
+        windows = list(agreement.windows(text, model.tokenizer, width, positions))
+        if not windows:
+            raise Llama2Error("the text has no two tokens, so that nothing can be predicted; give a longer one")
+        reference = _logits(model, windows, threads)
+    with checkpoint.open(target) as model:
+        runner = _runner(model, windows, threads)
+        parts = [
+            agreement.compare(agreement.logits(runner, tokens), rows, tokens[1:])
+            for tokens, rows in zip(windows, reference, strict=True)
+        ]
+    return Agreement.join(parts)
+
+
+def _runner(model: Checkpoint, windows: list[NDArray[np.int32]], threads: int | None) -> NativeRunner:
+    return NativeRunner(model, -(-max(map(len, windows)) // BLOCK), threads=threads)
+
+
+def _logits(model: Checkpoint, windows: list[NDArray[np.int32]], threads: int | None) -> list[NDArray[np.float32]]:
+    runner = _runner(model, windows, threads)
+    return [agreement.logits(runner, tokens) for tokens in windows]

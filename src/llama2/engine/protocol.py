@@ -1,0 +1,51 @@
+"""The seam between whoever wants answers and whoever gives them: our own engine, or one that a cluster runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from llama2.engine.request import Event, Load, Request
+from llama2.text.tokenizer import Tokenizer
+
+
+class EngineProtocol(Protocol):
+    """Answers requests; safe to call from several threads.
+
+    A server adds requests and takes all events from `step`; a caller with one request follows `run`. Both may be mixed.
+    A request has events until one has `finish`, and none after that. What the engine itself causes never raises from
+    `step`: it ends the requests that it hits, with `finish="error"`.
+    """
+
+    context: int  # tokens that prompt and answer may have together
+    tokenizer: Tokenizer
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do or to tell."""
+        ...
+
+    @property
+    def load(self) -> Load:
+        """What there is to do, and how full the cache is. Does not wait for a step."""
+        ...
+
+    def add(self, request: Request) -> int:
+        """Queue a request and return the id of its events.
+
+        Raises ContextError when prompt and answer do not fit the context, RequestError when the prompt is empty or a
+        token is not in the vocabulary.
+        """
+        ...
+
+    def cancel(self, id: int) -> None:
+        """End a request and free its cache at once; its last event comes from `step`. Too late is no error."""
+        ...
+
+    def step(self) -> list[Event]:
+        """Work for a moment, and return what is new about the requests that were added, each one's in order."""
+        ...
+
+    def run(self, request: Request) -> Iterator[Event]:
+        """The events of one request; closing the iterator cancels it. Raises like `add`, before the first event."""
+        ...

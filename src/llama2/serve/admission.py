@@ -1,0 +1,157 @@
+"""Who is let in: the time to the first token is predicted at the door, from what was measured.
+
+Work that is waiting divided by the measured rate of prefill, decoding beside it included; and where every place is
+taken, how fast places become free: places divided by how long an answer stays (Little's law), so that it does not
+matter whether answers end in waves. A rate that is not known yet refuses nobody.
+
+A refusal is a promise, so it must not go to those who come later: while refused requests are still to come back, others
+are let in only where the wait is short all the same. Nothing is held for one that does not come back in time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from llama2.serve.errors import Refusal
+
+#: How much an earlier measurement counts when another one comes.
+_MEMORY = 0.9
+
+#: Refused requests that are known again, and for how many seconds after they may come back.
+_PROMISES, _PATIENCE = 4096, 2.0
+
+#: Shares of the longest wait: of those who come back, as predictions err; and of others while some are to come back.
+_RETURNING, _OTHERS = 1.25, 0.5
+
+
+@dataclass(slots=True, eq=False)
+class Demand:
+    """What the door knows of one request."""
+
+    tokens: int  # of its prompts
+    choices: int
+    arrived: float
+    queued: bool = False  # whether it has to wait for a place
+    began: float | None = None  # when its first token came
+
+
+@dataclass(slots=True)
+class Rate:
+    """Amounts per second, later ones counting more; None before the first."""
+
+    amount: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, amount: float, seconds: float) -> None:
+        """What was done in how long."""
+        self.amount = self.amount * _MEMORY + amount
+        self.seconds = self.seconds * _MEMORY + seconds
+
+    @property
+    def value(self) -> float | None:
+        """Amount per second."""
+        return self.amount / self.seconds if self.seconds > 0 else None
+
+
+@dataclass
+class Door:
+    """Predicts, and refuses what cannot be in time. Every method is told the time, in seconds of one clock."""
+
+    max_queue: int
+    max_wait: float
+    places: int  # choices that run at once
+    prefill: Rate = field(default_factory=Rate)  # tokens
+    ending: Rate = field(default_factory=Rate)  # choices, of one place
+    waiting: list[Demand] = field(default_factory=list)  # for their first tokens
+    answering: list[Demand] = field(default_factory=list)  # since their first tokens, in that order
+    running: int = 0  # choices that were admitted and have not ended
+    _last_first: float = -math.inf
+    _promised: float = -math.inf  # when the client that was refused last may come back
+    _promises: dict[int, float] = field(default_factory=dict)  # when a request may come back, by its key, soonest first
+
+    def seconds(self, tokens: int, choices: int, now: float) -> float:
+        """Predicted time to the first token of such a request."""
+        rate = self.prefill.value
+        ahead: float = sum(demand.tokens for demand in self.waiting)
+        if self.waiting and rate:
+            ahead = max(0.0, ahead - rate * (now - max(self._last_first, self.waiting[0].arrived)))
+        prefill = (ahead + tokens) / rate if rate else 0.0
+        over = self.running + choices - self.places
+        free = self._free_rate(now)
+        if over <= 0 or not free:
+            return prefill
+        return max(prefill, over / free + (tokens / rate if rate else 0.0))
+
+    def enter(self, tokens: int, choices: int, now: float, *, refuse: bool = True, key: int | None = None) -> Demand:
+        """Let a request in; unless `refuse` is false, raises Refusal 429, which tells when to come back.
+
+        By its `key` a request is known again that was refused before.
+        """
+        wait = self.seconds(tokens, choices, now)
+        while self._promises and (first := next(iter(self._promises.items())))[1] < now - _PATIENCE:
+            del self._promises[first[0]]
+        returning = key is not None and self._promises.get(key, math.inf) <= now
+        limit = self.max_wait * (_RETURNING if returning else _OTHERS if self._promises else 1)
+        if not refuse:
+            pass
+        elif len(self.waiting) >= self.max_queue:
+            back = max(0.0, wait - self.max_wait, self._each(tokens, choices, now))
+            raise self._refusal(f"{len(self.waiting)} requests are waiting already", back, tokens, choices, now, key)
+        elif wait > limit:
+            reason = f"the first token would come after {wait:.1f} s, and the limit is {limit:g} s"
+            raise self._refusal(reason, max(0.0, wait - self.max_wait), tokens, choices, now, key)
+        if key is not None:
+            self._promises.pop(key, None)
+        demand = Demand(tokens, choices, now, queued=self.running + choices > self.places)
+        self.waiting.append(demand)
+        self.running += choices
+        return demand
+
+    def began(self, demands: list[Demand], now: float) -> None:
+        """First tokens came, in one step."""
+        since = max(self._last_first, min(demand.arrived for demand in demands))
+        if not any(demand.queued for demand in demands) and now > since:
+            self.prefill.add(sum(demand.tokens for demand in demands), now - since)
+        self._last_first = now
+        for demand in demands:
+            demand.began = now
+            self.waiting.remove(demand)
+            self.answering.append(demand)
+
+    def ended(self, demand: Demand, choices: int, now: float) -> None:
+        """So many choices of a request ended, after its first token or before."""
+        self.running -= choices
+        demand.choices -= choices
+        if demand.began is not None and now > demand.began:
+            self.ending.add(choices, choices * (now - demand.began))
+        if not demand.choices:
+            (self.waiting if demand.began is None else self.answering).remove(demand)
+
+    def _free_rate(self, now: float) -> float | None:
+        """Places that become free per second, where all are taken."""
+        rate = self.ending.value
+        if rate is None and self.answering and self.answering[0].began is not None and now > self.answering[0].began:
+            rate = 1 / (now - self.answering[0].began)  # an answer takes at least so long
+        return None if rate is None else self.places * rate
+
+    def _each(self, tokens: int, choices: int, now: float) -> float:
+        """Seconds until the next such request may be let in, where they come one after another."""
+        rate, free = self.prefill.value, self._free_rate(now)
+        return max(tokens / rate if rate else 0.0, choices / free if free and self.running >= self.places else 0.0)
+
+    def _refusal(self, reason: str, seconds: float, tokens: int, choices: int, now: float, key: int | None) -> Refusal:
+        """Those who are refused together come back one after another, as fast as they can be served."""
+        back = max(now + seconds, self._promised + self._each(tokens, choices, now))
+        self._promised = back
+        if key is not None and len(self._promises) < _PROMISES:
+            self._promises.pop(key, None)
+            self._promises[key] = back
+        wait = back - now
+        return Refusal(
+            429,
+            f"busy: {reason}; come back in {math.ceil(wait)} s",
+            code="overloaded",
+            type="rate_limit_error",
+            headers={"Retry-After": str(max(1, math.ceil(wait))), "Retry-After-Ms": str(max(1, round(wait * 1000)))},
+        )

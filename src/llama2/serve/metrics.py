@@ -1,0 +1,72 @@
+"""What Prometheus reads. Labels are bounded: names of served models, routes of this program, finish reasons."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+if TYPE_CHECKING:
+    from llama2.serve.models import Models
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """Counters, gauges and histograms of one server."""
+
+    def __init__(self) -> None:
+        r = self.registry = CollectorRegistry()
+        model = ["model"]
+        self.queue = Histogram(
+            "llama2_queue_seconds", "From arrival to the first step.", model, registry=r, buckets=_WAITS
+        )
+        self.prefill = Histogram(
+            "llama2_prefill_seconds", "From the first step to the first token.", model, registry=r, buckets=_WAITS
+        )
+        self.first = Histogram(
+            "llama2_time_to_first_token_seconds", "From arrival to the first token.", model, registry=r, buckets=_WAITS
+        )
+        self.between = Histogram(
+            "llama2_inter_token_seconds", "Between two tokens of an answer.", model, registry=r, buckets=_TOKENS
+        )
+        self.whole = Histogram(
+            "llama2_request_seconds", "From arrival to the last token of a request.", model, registry=r, buckets=_WAITS
+        )
+        self.prompt = Counter("llama2_prompt_tokens", "Tokens of prompts.", model, registry=r)
+        self.cached = Counter(
+            "llama2_cached_prompt_tokens", "Tokens of prompts that were found in the cache.", model, registry=r
+        )
+        self.generated = Counter("llama2_generated_tokens", "Tokens of answers.", model, registry=r)
+        self.finished = Counter("llama2_answers", "Answers that ended, by reason.", ["model", "finish"], registry=r)
+        self.refused = Counter("llama2_refused", "Requests that were refused at the door.", model, registry=r)
+        self.http = Counter("llama2_http_requests", "HTTP requests.", ["route", "status"], registry=r)
+        self.running = Gauge("llama2_running", "Answers that run.", model, registry=r)
+        self.waiting = Gauge("llama2_waiting", "Answers that wait for a place.", model, registry=r)
+        self.cache = Gauge(
+            "llama2_kv_cache_used_ratio", "Share of the key/value cache that answers hold.", model, registry=r
+        )
+        self.kept = Gauge(
+            "llama2_kv_cache_kept_ratio",
+            "Share that is free, and kept in case it is asked for again.",
+            model,
+            registry=r,
+        )
+        self.preemptions = Gauge(
+            "llama2_preemptions", "Answers that had to give their cache back, since loading.", model, registry=r
+        )
+
+    def text(self, models: Models) -> bytes:
+        """All of it, in Prometheus' format."""
+        for name, entry in models.entries.items():
+            load = entry.service.model.engine.load if entry.service else None
+            self.running.labels(name).set(load.running if load else 0)
+            self.waiting.labels(name).set(load.waiting if load else 0)
+            self.cache.labels(name).set(load.held_blocks / load.blocks if load else 0)
+            self.kept.labels(name).set(load.kept_blocks / load.blocks if load else 0)
+            self.preemptions.labels(name).set(load.preemptions if load else 0)
+        return generate_latest(self.registry)

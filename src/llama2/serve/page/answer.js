@@ -1,0 +1,85 @@
+// One answer while it comes.
+
+import { ApiError, chat } from "./api.js";
+import { requestBody } from "./conversation.js";
+
+export class Answer {
+  /** `message` is an assistant's message that grows; `messages` is what the model is sent. */
+  constructor(message, messages) {
+    this.message = message;
+    this.messages = messages;
+    this.failure = null; // ApiError
+    this.tokens = 0; // parts that came, of which nearly every one is a token
+    this.controller = new AbortController();
+    this.begun = performance.now();
+    this.first = null;
+    this.last = null;
+  }
+
+  stop() {
+    this.controller.abort();
+  }
+
+  /** Tokens a second so far, or null while that says nothing. */
+  rate() {
+    const seconds = (this.last - this.first) / 1000;
+    return this.tokens > 5 && seconds > 0.1 ? (this.tokens - 1) / seconds : null;
+  }
+
+  /** Follows the stream to its end, whatever that is; `changed` is called after every part. */
+  async run(changed) {
+    const { message, controller } = this;
+    try {
+      for await (const chunk of chat(requestBody(message.request, this.messages), controller.signal)) {
+        this.#take(chunk);
+        changed();
+      }
+    } catch (error) {
+      if (controller.signal.aborted) {
+        message.finish = "stopped";
+      } else {
+        this.failure = error instanceof ApiError ? error : new ApiError("server", `The page failed: ${error.message}.`);
+        message.finish = "error";
+        message.error = this.failure.message;
+      }
+    }
+    if (this.first !== null) {
+      const thousandths = (from, to) => Math.round(to - from) / 1000;
+      message.seconds = { first: thousandths(this.begun, this.first), rest: thousandths(this.first, this.last) };
+    }
+  }
+
+  #take({ choices, usage, system_fingerprint: fingerprint }) {
+    const { message } = this;
+    if (fingerprint) message.fingerprint = fingerprint;
+    if (usage) {
+      const { prompt_tokens, completion_tokens } = usage;
+      message.usage = { prompt_tokens, completion_tokens };
+    }
+    if (choices.length === 0) return;
+    const [{ delta, finish_reason: finish }] = choices;
+    if (finish) message.finish = finish;
+    if (delta.content) {
+      message.content += delta.content;
+      this.tokens++;
+      this.last = performance.now();
+      this.first ??= this.last;
+    }
+  }
+}
+
+/** How an answer compares with the one that it should repeat, in words, and whether it does. */
+export function compare(before, after) {
+  const bytes = new TextEncoder().encode(after.content).length.toLocaleString("en");
+  const { seed } = after.request;
+  if (after.content === before.content) return { same: true, text: `Regenerated: the same ${bytes} bytes, seed ${seed}.` };
+  if (before.finish !== "stop" && before.finish !== "length" && after.content.startsWith(before.content))
+    return { same: false, text: `The same as the answer that was broken off, and goes on to ${bytes} bytes; seed ${seed}.` };
+  let at = 0;
+  while (before.content[at] === after.content[at]) at++;
+  const why =
+    before.fingerprint === after.fingerprint
+      ? "although model and program are the same: this should not be"
+      : "because the server runs another model file, version or processor than then";
+  return { same: false, text: `Differs from character ${at + 1} on, ${why}.` };
+}

@@ -1,0 +1,540 @@
+// The chat page: what it knows, and what happens when something is done.
+
+import { Answer, compare } from "./answer.js";
+import { ApiError, key, models } from "./api.js";
+import {
+  assistantMessage, newConversation, now, promptOf, randomSeed, SETTINGS, titleOf, Tree, userMessage,
+} from "./conversation.js";
+import { h, icon } from "./dom.js";
+import { readSettings } from "./exchange.js";
+import { keep, kept } from "./kept.js";
+import { Settings } from "./settings.js";
+import { Sidebar } from "./sidebar.js";
+import { Store } from "./store.js";
+import { fit, Thread } from "./thread.js";
+
+const SUGGESTIONS = [
+  "Explain how a rainbow forms",
+  "Write a Python function that finds the prime numbers below n",
+  "Plan a quiet weekend in the mountains",
+];
+/** How often a growing answer is kept, in milliseconds: what a crash may lose. */
+const KEEP_EVERY = 1000;
+
+const $ = (id) => document.getElementById(id);
+const number = new Intl.NumberFormat("en");
+
+const running = new Map(); // conversation id → Answer
+const failures = new Map(); // conversation id → ApiError of the last request
+const notes = new Map(); // message id → {same, text}
+let served = []; // the server's models
+let conversations = []; // all of them, without messages
+let current = newConversation(defaults()); // what is shown; kept from its first message on
+let tree = new Tree();
+let store;
+let leaving = false; // whether the page is about to go
+
+function defaults() {
+  try {
+    return readSettings(JSON.parse(kept("defaults") ?? "{}"));
+  } catch {
+    return { ...SETTINGS };
+  }
+}
+
+const fresh = () => !conversations.some(({ id }) => id === current.id);
+
+// ---- Showing ----------------------------------------------------------------------------------------------------
+
+const thread = new Thread(
+  { scroller: $("thread"), list: $("messages"), latest: $("latest"), spoken: $("spoken") },
+  {
+    edit: (message, text) => ask(message.parent, text),
+    regenerate: (message) =>
+      answer(message.parent, requestFor(tree.versions(message).length), { beside: message }),
+    exactly: (message) => answer(message.parent, { ...message.request }, { beside: message, exactly: true }),
+    retry: (message) => answer(message.id, requestFor(0)),
+    rate: (message, rating) => {
+      Object.assign(message, { rating, rated: rating && now() });
+      save([message]);
+      render();
+    },
+    version: (message) => {
+      current.leaf = tree.newest(message).id;
+      save();
+      render();
+      thread.element(message.id)?.scrollIntoView({ block: "nearest" });
+    },
+  },
+);
+
+let sidebar;
+let settings;
+
+function state() {
+  return {
+    path: tree.path(current.leaf),
+    running: running.get(current.id) ?? null,
+    failure: failures.get(current.id) ?? null,
+    notes,
+    versions: (message) => tree.versions(message),
+  };
+}
+
+function render() {
+  const { path, running: answering } = state();
+  thread.show(state());
+  $("empty").hidden = path.length > 0;
+  $("title").textContent = current.title || "New conversation";
+  document.title = current.title ? `${current.title} · llama2` : "llama2";
+  $("stop").hidden = answering === null;
+  $("send").hidden = answering !== null;
+  settings.show(current.settings, fresh() ? null : current.title);
+  const { temperature, top_p, seed } = current.settings;
+  const drawn = temperature === 0 ? "Likeliest tokens" : `Temperature ${temperature} · top-p ${top_p}`;
+  $("sampling").textContent = seed === null ? drawn : `${drawn} · seed ${seed}`;
+  showModel();
+  showContext(path);
+  sidebar.show(conversations, current.id, running);
+}
+
+function model() {
+  return served.find(({ id }) => id === current.settings.model) ?? served[0] ?? null;
+}
+
+function showModel() {
+  const chosen = model();
+  const several = served.length > 1;
+  $("model").hidden = !several;
+  $("model-name").hidden = several;
+  $("model-name").textContent = chosen?.id ?? "";
+  if (several) {
+    $("model").replaceChildren(...served.map(({ id }) => h("option", { value: id, selected: id === chosen.id }, id)));
+    $("model").value = chosen.id;
+  }
+  const context = chosen?.max_model_len;
+  $("empty-model").textContent = chosen
+    ? `${chosen.id} answers${context ? `, and reads up to ${number.format(context)} tokens` : ""}. Nothing leaves this server.`
+    : "";
+}
+
+/** How much of the context the last answer left in use. */
+function showContext(path) {
+  const last = path.findLast((message) => message.usage);
+  const limit = model()?.max_model_len;
+  $("context").hidden = !last;
+  if (!last) return;
+  const used = last.usage.prompt_tokens + last.usage.completion_tokens;
+  $("context-text").textContent = limit ? `${number.format(used)} of ${number.format(limit)} tokens` : `${number.format(used)} tokens`;
+  $("context-meter").hidden = !limit;
+  if (limit) $("context-meter").value = Math.min(1, used / limit);
+}
+
+function banner(text, label = null, action = null) {
+  const parts = [h("span", {}, text)];
+  if (label) parts.push(h("button", { type: "button", class: "button", click: action }, label));
+  $("banner").replaceChildren(...(text ? parts : []));
+}
+
+/** A line at the bottom that goes by itself, though not while someone is at it. */
+function toast(text, label, action) {
+  const element = h("div", { class: "toast" }, h("span", {}, text));
+  const close = () => element.remove();
+  const act = () => {
+    close();
+    action();
+  };
+  if (label) element.append(h("button", { type: "button", class: "button", click: act }, label));
+  $("toasts").replaceChildren(element);
+  const timer = setInterval(() => {
+    if (element.matches(":hover, :focus-within")) return;
+    close();
+    clearInterval(timer);
+  }, 10_000);
+}
+
+function confirm(title, text) {
+  const dialog = $("confirm");
+  $("confirm-title").textContent = title;
+  $("confirm-text").textContent = text;
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+  });
+}
+
+// ---- Keeping ----------------------------------------------------------------------------------------------------
+
+/** Keeps a conversation's record and these of its messages. */
+async function save(messages = [], conversation = current) {
+  conversation.updated = now();
+  const record = structuredClone(conversation);
+  const run = running.get(conversation.id);
+  if (run && !messages.includes(run.message)) record.leaf = run.leaf; // what it names must be kept, too
+  const index = conversations.findIndex(({ id }) => id === conversation.id);
+  if (index >= 0) conversations.splice(index, 1);
+  conversations.unshift(conversation);
+  try {
+    await store.save(record, structuredClone(messages));
+  } catch (error) {
+    banner(`Not kept: ${error.message}. The conversation is gone when the page closes; free some space, or copy it.`);
+  }
+}
+
+async function reload() {
+  conversations = await store.conversations();
+}
+
+/** Stops every answer, and waits until what came of them is kept. */
+async function settle(runs = [...running.values()]) {
+  for (const run of runs) run.stop();
+  await Promise.all(runs.map(({ ended }) => ended));
+}
+
+async function remove(conversation) {
+  if (running.has(conversation.id)) await settle([running.get(conversation.id)]);
+  const gone = await store.remove(conversation);
+  const open = conversation.id === current.id;
+  conversations = conversations.filter(({ id }) => id !== conversation.id);
+  if (open) startNew();
+  else render();
+  toast(`“${conversation.title}” is deleted.`, "Undo", async () => {
+    await store.merge([gone]);
+    await reload();
+    render();
+    if (open) location.hash = conversation.id;
+  });
+}
+
+// ---- Conversing -------------------------------------------------------------------------------------------------
+
+/** What an answer depends on besides the messages. The `count`th answer to the same has a seed of its own. */
+function requestFor(count) {
+  const { seed, ...rest } = current.settings;
+  const chosen = seed === null ? randomSeed() : (seed + count) % 2 ** 32;
+  return { ...rest, model: model()?.id ?? "", seed: chosen };
+}
+
+async function ask(parent, text) {
+  if (running.has(current.id)) return;
+  const message = userMessage(current, parent, text);
+  tree.add(message);
+  current.leaf = message.id;
+  if (current.title === "") current.title = titleOf(text);
+  thread.follow = true;
+  const saving = save([message]);
+  history.replaceState(null, "", `#${current.id}`);
+  await Promise.all([saving, answer(message.id, requestFor(0))]);
+}
+
+/**
+ * Has the message `parent` answered. `beside` is the answer that another is wanted for; `exactly` says that it should be
+ * the same, and then it is only kept if it is not.
+ */
+async function answer(parent, request, { beside = null, exactly = false } = {}) {
+  if (running.has(current.id)) return;
+  const conversation = current;
+  const branches = tree;
+  const message = assistantMessage(conversation, parent, request);
+  const run = new Answer(message, promptOf(request.system, branches.path(parent)));
+  run.tree = branches;
+  run.leaf = conversation.leaf; // what was shown before
+  const { promise, resolve: end } = Promise.withResolvers();
+  run.ended = promise;
+  running.set(conversation.id, run);
+  failures.delete(conversation.id);
+  if (beside) notes.delete(beside.id);
+  branches.add(message);
+  conversation.leaf = message.id;
+  thread.follow = true;
+  thread.speaker.begin();
+  thread.speaker.say("Answering");
+  render();
+
+  if (request.model === "") {
+    await connect();
+    request.model = model()?.id ?? "";
+  }
+  let drawing = false;
+  let saved = performance.now();
+  await run.run(() => {
+    if (drawing) return;
+    drawing = true;
+    afterFrame(() => {
+      drawing = false;
+      if (running.get(conversation.id) !== run) return;
+      if (conversation === current) thread.grow(run);
+      if (!exactly && performance.now() - saved > KEEP_EVERY) {
+        saved = performance.now();
+        save([message], conversation);
+      }
+    });
+  });
+
+  if (leaving) return; // the browser has cut the connection; what was kept stays as it is
+  const whole = message.finish === "stop" || message.finish === "length";
+  const comparison = exactly && whole ? compare(beside, message) : null;
+  if ((whole || (message.content !== "" && !exactly)) && !comparison?.same) {
+    if (comparison) notes.set(message.id, comparison);
+    if (run.failure) failures.set(conversation.id, run.failure);
+    await save([message], conversation);
+  } else {
+    branches.remove(message);
+    conversation.leaf = run.leaf;
+    if (comparison) notes.set(beside.id, comparison);
+    else if (beside && run.failure) notes.set(beside.id, { same: false, text: `No other answer: ${run.failure.message}` });
+    else if (run.failure) failures.set(conversation.id, run.failure);
+  }
+  running.delete(conversation.id); // not before all of it is kept
+  end();
+  if (conversation === current) {
+    thread.speaker.finish(message.content);
+    if (comparison) thread.speaker.say(comparison.text);
+    if (run.failure) thread.speaker.say(run.failure.message);
+  }
+  render();
+  if (run.failure?.kind === "key") askKey();
+  if (whole && !model()?.max_model_len) connect(); // how much a model reads is known once it is loaded
+}
+
+/** Draws with the next frame; in a window that nobody sees there are none, and a timer does. */
+function afterFrame(action) {
+  if (document.hidden) setTimeout(action, 200);
+  else requestAnimationFrame(action);
+}
+
+function stop() {
+  running.get(current.id)?.stop();
+}
+
+// ---- Going about ------------------------------------------------------------------------------------------------
+
+/** Opens what the address names: #CONVERSATION or #CONVERSATION/MESSAGE. */
+async function follow() {
+  const [id, message = null] = location.hash.slice(1).split("/");
+  const conversation = conversations.find((each) => each.id === id);
+  if (!conversation) {
+    if (id !== "") toast("This conversation is not in this browser.");
+    startNew();
+    return;
+  }
+  if (conversation !== current) {
+    // Where an answer is coming, the messages in use are newer than those that are kept.
+    const branches = running.get(id)?.tree ?? new Tree(await store.messages(id));
+    if (location.hash.slice(1).split("/")[0] !== id) return; // meanwhile another one was chosen
+    [current, tree] = [conversation, branches];
+  }
+  if (message && tree.messages.has(message)) current.leaf = tree.newest(tree.messages.get(message)).id;
+  open(message);
+}
+
+function open(message) {
+  thread.open(state(), message);
+  render();
+  closeSidebar();
+  if (!message) focusPrompt();
+}
+
+function startNew() {
+  if (location.hash !== "") history.pushState(null, "", location.pathname + location.search);
+  current = newConversation({ ...defaults(), model: current.settings.model });
+  tree = new Tree();
+  open(null);
+}
+
+/** On a phone the keyboard would cover what there is to read. */
+function focusPrompt() {
+  if (matchMedia("(hover: hover)").matches) $("prompt").focus();
+}
+
+const narrow = matchMedia("(max-width: 52em)");
+
+function openSidebar() {
+  document.body.classList.add("with-sidebar");
+  $("scrim").hidden = false;
+  $("open-sidebar").setAttribute("aria-expanded", "true");
+  showSidebar();
+  $("close-sidebar").focus();
+}
+
+function closeSidebar() {
+  if (!document.body.classList.contains("with-sidebar")) return;
+  document.body.classList.remove("with-sidebar");
+  $("scrim").hidden = true;
+  $("open-sidebar").setAttribute("aria-expanded", "false");
+  showSidebar();
+  $("open-sidebar").focus();
+}
+
+/** Where there is room for one thing only, the other cannot be reached. */
+function showSidebar() {
+  const over = narrow.matches && document.body.classList.contains("with-sidebar");
+  $("sidebar").inert = narrow.matches && !over;
+  document.querySelector("main").inert = over;
+}
+
+function showTheme() {
+  const theme = document.documentElement.dataset.theme ?? "auto";
+  const names = { auto: "Theme: system", light: "Theme: light", dark: "Theme: dark" };
+  const icons = { auto: "auto", light: "sun", dark: "moon" };
+  $("theme").replaceChildren(icon(icons[theme]), names[theme]);
+}
+
+function nextTheme() {
+  const { dataset } = document.documentElement;
+  const next = { undefined: "light", light: "dark", dark: null }[dataset.theme];
+  if (next) dataset.theme = next;
+  else delete dataset.theme;
+  keep("theme", next);
+  showTheme();
+}
+
+// ---- The server -------------------------------------------------------------------------------------------------
+
+async function connect() {
+  try {
+    served = await models();
+    banner("");
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    if (error.kind === "key") askKey();
+    else banner(error.message, "Try again", connect);
+  }
+  render();
+}
+
+function askKey() {
+  const dialog = $("key-dialog");
+  $("key-text").textContent = key.get()
+    ? "The server does not take this key. Whoever started it knows the right one."
+    : "The server asks for a key. Whoever started it knows it.";
+  if (!dialog.open) dialog.showModal();
+}
+
+// ---- Events -----------------------------------------------------------------------------------------------------
+
+function listen() {
+  const prompt = $("prompt");
+  const send = () => {
+    const text = prompt.value;
+    if (text.trim() === "" || running.has(current.id)) return;
+    prompt.value = "";
+    fit(prompt);
+    ask(current.leaf, text);
+  };
+  $("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    send();
+  });
+  prompt.addEventListener("input", () => fit(prompt));
+  prompt.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    send();
+  });
+  $("stop").addEventListener("click", () => {
+    stop();
+    prompt.focus();
+  });
+  $("new").addEventListener("click", startNew);
+  $("theme").addEventListener("click", nextTheme);
+  $("open-sidebar").addEventListener("click", openSidebar);
+  $("close-sidebar").addEventListener("click", closeSidebar);
+  $("scrim").addEventListener("click", closeSidebar);
+  $("open-settings").addEventListener("click", () => settings.open("system"));
+  $("sampling").addEventListener("click", () => settings.open("temperature"));
+  $("model").addEventListener("change", ({ target }) => change({ ...current.settings, model: target.value }));
+  $("suggestions").append(
+    ...SUGGESTIONS.map((text) => h("button", { type: "button", class: "suggestion", click: () => ask(null, text) }, text)),
+  );
+  for (const button of document.querySelectorAll("[data-close]"))
+    button.addEventListener("click", () => button.closest("dialog").close());
+  $("key-form").addEventListener("submit", ({ target }) => {
+    const fields = target.elements;
+    key.set(fields.key.value, fields.remember.checked);
+    fields.key.value = "";
+    connect();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.isComposing || event.defaultPrevented || document.querySelector("dialog[open]")) return;
+    const command = event.ctrlKey || event.metaKey;
+    if (command && event.key.toLowerCase() === "k") {
+      event.preventDefault();
+      if (narrow.matches) openSidebar();
+      $("search").focus();
+    } else if (command && event.shiftKey && event.key.toLowerCase() === "o") {
+      event.preventDefault();
+      startNew();
+    } else if (event.key === "Escape") {
+      if (document.body.classList.contains("with-sidebar")) closeSidebar();
+      else stop();
+    }
+  });
+  narrow.addEventListener("change", showSidebar);
+  addEventListener("hashchange", follow);
+  addEventListener("pagehide", () => (leaving = true));
+  addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
+  // What has come of an answer is kept before the page may be gone.
+  document.addEventListener("visibilitychange", () => {
+    if (!document.hidden) return;
+    for (const [id, { message }] of running) {
+      const conversation = conversations.find((each) => each.id === id);
+      if (conversation && message.content) save([message], conversation);
+    }
+  });
+}
+
+/** Takes what is shown from the store again. */
+async function refresh() {
+  const again = conversations.find(({ id }) => id === current.id);
+  if (!again && tree.messages.size > 0) return startNew();
+  if (again) [current, tree] = [again, new Tree(await store.messages(again.id))];
+  return render();
+}
+
+function change(chosen) {
+  current.settings = chosen;
+  if (!fresh()) save();
+  render();
+}
+
+async function start() {
+  try {
+    store = await Store.open();
+    await reload();
+  } catch (error) {
+    // Without a place to keep them there are no conversations; the API and this page's description of it remain.
+    banner(`This browser keeps no data for the page (${error.message}). Allow it to, and load the page again.`);
+    return;
+  }
+  store.onChange(async () => {
+    if (running.size > 0) return; // what comes here is newer
+    await reload();
+    await refresh();
+  });
+  sidebar = new Sidebar({ list: $("list"), search: $("search"), found: $("found") }, store, { remove });
+  settings = new Settings($("settings"), store, {
+    changed: change,
+    renamed: (title) => {
+      current.title = title || current.title;
+      save();
+      render();
+    },
+    settle,
+    imported: async () => {
+      await reload();
+      await refresh();
+    },
+    keepAsDefault: ({ model: _, ...rest }) => keep("defaults", JSON.stringify(rest)),
+    confirm,
+  });
+  listen();
+  showTheme();
+  showSidebar();
+  render();
+  await Promise.all([follow(), connect()]);
+  document.body.dataset.ready = "";
+}
+
+start();

@@ -1,0 +1,130 @@
+// What a conversation is.
+//
+// Messages form a tree: each names the one that it follows as its `parent`. To edit a message or to have it answered
+// again adds another child beside the first, so nothing that was said is lost. `leaf` names the last message of what is
+// shown; the conversation as shown is the path from the root to it.
+
+export const SETTINGS = {
+  model: null, // null: the server's first
+  system: "",
+  temperature: 0.6,
+  top_p: 0.9,
+  top_k: 0,
+  min_p: 0,
+  repetition_penalty: 1,
+  max_tokens: null, // null: what the context holds
+  seed: null, // null: another one for every answer
+};
+
+export function now() {
+  return new Date().toISOString();
+}
+
+/** A name that nothing else has. crypto.randomUUID would need HTTPS or the machine itself. */
+function identifier() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** Seeds that a person can copy, and that every language's numbers hold. */
+export function randomSeed() {
+  return crypto.getRandomValues(new Uint32Array(1))[0];
+}
+
+export function newConversation(settings) {
+  const time = now();
+  return { id: identifier(), title: "", created: time, updated: time, leaf: null, settings: { ...settings } };
+}
+
+export function userMessage(conversation, parent, content) {
+  return { id: identifier(), conversation: conversation.id, parent, role: "user", content, created: now() };
+}
+
+/** An answer that has not come yet. `request` holds everything but the messages that it depends on. */
+export function assistantMessage(conversation, parent, request) {
+  return {
+    id: identifier(),
+    conversation: conversation.id,
+    parent,
+    role: "assistant",
+    content: "",
+    created: now(),
+    request, // {model, system, temperature, …, max_tokens, seed}
+    finish: null, // stop, length; stopped: by the user; error; null: it was never finished
+    error: null, // one line
+    fingerprint: null, // the server's: equal requests get equal answers while it stays
+    usage: null, // {prompt_tokens, completion_tokens}
+    seconds: null, // {first: to the first token, rest: from the first to the last}
+    rating: null, // up, down
+    rated: null, // when
+  };
+}
+
+/** The messages of one conversation, and how they hang together. */
+export class Tree {
+  constructor(messages = []) {
+    this.messages = new Map();
+    this.followers = new Map(); // parent → messages, in order of time
+    const order = [...messages].sort((a, b) => (a.created < b.created ? -1 : a.created > b.created ? 1 : 0));
+    for (const message of order) this.add(message);
+  }
+
+  add(message) {
+    this.messages.set(message.id, message);
+    const beside = this.followers.get(message.parent);
+    if (beside) beside.push(message);
+    else this.followers.set(message.parent, [message]);
+  }
+
+  remove(message) {
+    this.messages.delete(message.id);
+    const beside = this.followers.get(message.parent);
+    beside.splice(beside.indexOf(message), 1);
+  }
+
+  /** The messages from the first one to `leaf`. */
+  path(leaf) {
+    const path = [];
+    for (let at = this.messages.get(leaf); at; at = this.messages.get(at.parent)) path.push(at);
+    return path.reverse();
+  }
+
+  /** The messages that follow the same one as `message` does, itself among them. */
+  versions(message) {
+    return this.followers.get(message.parent);
+  }
+
+  /** The last message on the newest path through `message`. */
+  newest(message) {
+    let at = message;
+    for (let next; (next = this.followers.get(at.id)?.at(-1)); ) at = next;
+    return at;
+  }
+}
+
+/** What a model is sent: the system prompt if there is one, then the path's messages. */
+export function promptOf(system, path) {
+  const messages = path.filter((message) => message.content !== "").map(({ role, content }) => ({ role, content }));
+  return system === "" ? messages : [{ role: "system", content: system }, ...messages];
+}
+
+/** The body of a chat completion for an answer's `request`. Settings that do nothing are left out. */
+export function requestBody(request, messages) {
+  const { system, ...rest } = request;
+  const idle = { top_k: 0, min_p: 0, repetition_penalty: 1, max_tokens: null };
+  const chosen = Object.entries(rest).filter(([name, value]) => !(name in idle) || value !== idle[name]);
+  return { ...Object.fromEntries(chosen), messages, stream: true, stream_options: { include_usage: true } };
+}
+
+/** A conversation's name, from the first thing that was said. */
+export function titleOf(text) {
+  const line = text.trim().split("\n", 1)[0].trim();
+  const characters = Array.from(line);
+  return characters.length > 60 ? `${characters.slice(0, 59).join("").trimEnd()}…` : line || "Conversation";
+}
+
+/** Tokens a second after the first one, or null where they came too fast to say. */
+export function rate({ usage, seconds }) {
+  return usage && seconds && usage.completion_tokens > 1 && seconds.rest > 0.02
+    ? (usage.completion_tokens - 1) / seconds.rest
+    : null;
+}

@@ -1,0 +1,141 @@
+// The dialog of settings: of one conversation, and of all of them.
+
+import { key } from "./api.js";
+import { now, SETTINGS } from "./conversation.js";
+import { download } from "./dom.js";
+import { merge, parse, preferences, serialise } from "./exchange.js";
+
+export class Settings {
+  /**
+   * `changed(settings)`, `renamed(title)` and `imported()` tell what happened; `settle` ends
+   * all answers before much changes, and `confirm` asks before a deletion.
+   */
+  constructor(dialog, store, { changed, renamed, settle, imported, keepAsDefault, confirm }) {
+    this.dialog = dialog;
+    this.store = store;
+    this.form = dialog.querySelector("form");
+    this.outcome = dialog.querySelector("#outcome");
+    const on = (id, action) => dialog.querySelector(id).addEventListener("click", action);
+    this.form.addEventListener("submit", (event) => event.preventDefault());
+    this.form.addEventListener("change", ({ target }) => {
+      if (target.name === "title") renamed(target.value.trim());
+      else if (target.name && this.#valid(target)) changed({ ...this.settings, [target.name]: valueOf(target) });
+    });
+    on("#keep-settings", () => {
+      keepAsDefault(this.settings);
+      dialog.querySelector("#settings-kept").textContent = "New conversations will begin with these.";
+    });
+    on("#reset-settings", () => changed({ ...SETTINGS, model: this.settings.model }));
+    on("#export", () => this.#export());
+    on("#export-ratings", () => this.#exportRatings());
+    on("#import", () => dialog.querySelector("#file").click());
+    dialog.querySelector("#file").addEventListener("change", async ({ target }) => {
+      const [file] = target.files;
+      await settle();
+      if (file && (await this.#import(file))) imported();
+      target.value = ""; // so that the same file can be chosen again
+    });
+    on("#delete-all", async () => {
+      const question = "Every conversation in this browser will be gone. What you have exported stays.";
+      if (!(await confirm("Delete all conversations?", question))) return;
+      await settle();
+      await this.#try(() => store.clear(), "All conversations are deleted.");
+      imported();
+    });
+    on("#forget-key", () => {
+      key.set(null, false);
+      dialog.querySelector("#key-settings").hidden = true;
+    });
+  }
+
+  /** Opens the dialog, with the focus on the field `name`. */
+  open(name) {
+    for (const status of this.dialog.querySelectorAll("[role=status]")) status.textContent = "";
+    this.dialog.querySelector("#key-settings").hidden = key.get() === null;
+    this.dialog.showModal();
+    const field = this.form.elements.namedItem(name);
+    if (field) field.focus();
+  }
+
+  /** What the fields show. `title` is null before a conversation has one. */
+  show(settings, title) {
+    this.settings = settings;
+    const { elements } = this.form;
+    this.dialog.querySelector("#title-field").hidden = title === null;
+    elements.title.value = title ?? "";
+    for (const [name, value] of Object.entries(settings)) {
+      const field = elements.namedItem(name);
+      if (!field || field === document.activeElement) continue;
+      field.value = value ?? "";
+      field.setCustomValidity("");
+      field.removeAttribute("aria-invalid");
+    }
+  }
+
+  #valid(field) {
+    const valid = field.checkValidity();
+    field.setAttribute("aria-invalid", String(!valid));
+    return valid || field.reportValidity();
+  }
+
+  async #export() {
+    await this.#try(async () => {
+      const entries = await this.store.everything();
+      download(`llama2-conversations-${stamp()}.json`, "application/json", serialise(entries, now()));
+      return `${counted(entries.length, "conversation")} exported; the file reads back as it should.`;
+    });
+  }
+
+  async #exportRatings() {
+    await this.#try(async () => {
+      const records = preferences(await this.store.everything());
+      if (records.length === 0) return "There are no ratings yet: thumbs stand below each answer.";
+      const lines = records.map((record) => `${JSON.stringify(record)}\n`).join("");
+      download(`llama2-preferences-${stamp()}.jsonl`, "application/jsonl", lines);
+      return `${counted(records.length, "preference record")} exported.`;
+    });
+  }
+
+  #import(file) {
+    return this.#try(async () => {
+      try {
+        const incoming = parse(await file.text());
+        const { entries, added, merged, same } = merge(await this.store.everything(), incoming);
+        await this.store.merge(entries);
+        return `${counted(added, "conversation")} added, ${merged} merged, ${same} here already.`;
+      } catch (error) {
+        throw new Error(`${file.name}: ${error.message}. Nothing was changed.`);
+      }
+    });
+  }
+
+  async #try(action, text) {
+    try {
+      this.#tell((await action()) ?? text, false);
+      return true;
+    } catch (error) {
+      this.#tell(error.message, true);
+      return false;
+    }
+  }
+
+  #tell(text, failed) {
+    this.outcome.textContent = text;
+    this.outcome.classList.toggle("failed", failed);
+    this.outcome.scrollIntoView({ block: "nearest" });
+  }
+}
+
+function valueOf({ type, value, name }) {
+  if (type !== "number") return value;
+  if (value === "") return SETTINGS[name];
+  return Number(value);
+}
+
+function counted(count, what) {
+  return `${count} ${what}${count === 1 ? "" : "s"}`;
+}
+
+function stamp() {
+  return now().slice(0, 16).replace("T", "-").replace(":", "");
+}

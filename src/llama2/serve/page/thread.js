@@ -1,0 +1,440 @@
+// The messages of one conversation on the screen.
+//
+// Of a long history only a window of messages is in the document; scrolling to its ends, or the buttons there, bring
+// more. An article that shows a message stays the same element as long as it is shown, so focus and selection do too.
+
+import { rate } from "./conversation.js";
+import { copy, h, icon, iconButton, reconcile } from "./dom.js";
+import { MarkdownView } from "./markdown.js";
+
+const PAGE = 40;
+const format = new Intl.NumberFormat("en");
+
+export class Thread {
+  /** `actions`: edit, regenerate, exactly, rate, version, retry: what the buttons of a message do. */
+  constructor({ scroller, list, latest, spoken }, actions) {
+    this.scroller = scroller;
+    this.list = list;
+    this.latest = latest;
+    this.speaker = new Speaker(spoken);
+    this.actions = actions;
+    this.articles = new Map(); // message id → Article
+    this.path = [];
+    this.from = this.to = 0; // which part of the path is in the document
+    this.follow = true; // whether the end stays in view while it grows
+    this.earlier = h("button", { type: "button", class: "more", click: () => this.#grow("earlier") });
+    this.later = h("button", { type: "button", class: "more", click: () => this.#grow("later") });
+    const near = new IntersectionObserver(
+      (entries) => {
+        for (const { isIntersecting, target } of entries)
+          if (isIntersecting && target.isConnected) this.#grow(target === this.earlier ? "earlier" : "later");
+      },
+      { root: scroller, rootMargin: "600px 0px" },
+    );
+    near.observe(this.earlier);
+    near.observe(this.later);
+    scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
+    latest.addEventListener("click", () => this.toEnd());
+  }
+
+  /** Another conversation: what was shown is forgotten, and `path`'s end, or the message `at`, is in view. */
+  open(state, at = null) {
+    this.articles.clear();
+    this.speaker.silence();
+    this.from = this.to = 0;
+    this.follow = true;
+    this.show(state);
+    if (at) this.#reveal(at);
+  }
+
+  /**
+   * Shows `path`. `running` is the Answer that is coming, or null; `versions(message)` are the message and what stands
+   * beside it; `notes` maps message ids to a line about them; `failure` is an ApiError that the last message met.
+   */
+  show(state) {
+    const { path } = state;
+    this.state = state;
+    // The window keeps its place while the path before it stays, and has the end if it had it.
+    const atEnd = this.to === this.path.length;
+    this.path = path;
+    if (atEnd || this.to > path.length) this.to = path.length;
+    if (this.from >= this.to || this.to - this.from > 4 * PAGE) this.from = Math.max(0, this.to - PAGE);
+    this.#render();
+    if (this.follow) this.toEnd();
+  }
+
+  /** The running answer has grown. */
+  grow(answer) {
+    this.articles.get(answer.message.id)?.grow(answer);
+    this.speaker.grow(answer.message.content);
+    if (this.follow) this.#pin();
+  }
+
+  /** Brings the end into view, and keeps it there. */
+  toEnd() {
+    this.follow = true;
+    if (this.to < this.path.length) {
+      this.to = this.path.length;
+      this.from = Math.max(0, this.to - PAGE);
+      this.#render();
+    }
+    this.#pin();
+    this.latest.hidden = true;
+  }
+
+  /** The element of a message, if it is in the document. */
+  element(id) {
+    return this.articles.get(id)?.element;
+  }
+
+  #reveal(id) {
+    const index = this.path.findIndex((message) => message.id === id);
+    if (index < 0) return;
+    this.follow = false;
+    this.from = Math.max(0, index - PAGE / 2);
+    this.to = Math.min(this.path.length, index + PAGE / 2);
+    this.#render();
+    const element = this.element(id);
+    element.scrollIntoView({ block: "center" });
+    element.focus({ preventScroll: true });
+  }
+
+  #grow(end) {
+    const { scroller } = this;
+    const height = scroller.scrollHeight;
+    const focused = document.activeElement === this[end];
+    if (end === "earlier") {
+      if (this.from === 0) return;
+      const first = this.path[this.from];
+      this.from = Math.max(0, this.from - PAGE);
+      this.#render();
+      // Where the browser does not hold the place by itself
+      if (!CSS.supports("overflow-anchor", "auto")) scroller.scrollTop += scroller.scrollHeight - height;
+      if (focused) this.element(first.id).focus({ preventScroll: true });
+    } else {
+      if (this.to === this.path.length) return;
+      const last = this.path[this.to - 1];
+      this.to = Math.min(this.path.length, this.to + PAGE);
+      this.#render();
+      if (focused) this.element(last.id).focus({ preventScroll: true });
+    }
+  }
+
+  #render() {
+    const { state, path } = this;
+    const shown = path.slice(this.from, this.to);
+    const elements = shown.map((message) => {
+      let article = this.articles.get(message.id);
+      if (!article) {
+        article = message.role === "user" ? new Question(message, this.actions) : new Reply(message, this.actions);
+        this.articles.set(message.id, article);
+      }
+      article.update(message, state);
+      return article.element;
+    });
+    const ids = new Set(shown.map(({ id }) => id));
+    for (const id of this.articles.keys()) if (!ids.has(id)) this.articles.delete(id);
+    this.earlier.textContent = `${format.format(this.from)} earlier`;
+    this.later.textContent = `${format.format(path.length - this.to)} later`;
+    if (this.from > 0) elements.unshift(this.earlier);
+    if (this.to < path.length) elements.push(this.later);
+    reconcile(this.list, elements);
+  }
+
+  #pin() {
+    this.scroller.scrollTop = this.scroller.scrollHeight;
+  }
+
+  #scrolled() {
+    const { scrollHeight, scrollTop, clientHeight } = this.scroller;
+    this.follow = this.to === this.path.length && scrollHeight - scrollTop - clientHeight < 60;
+    this.latest.hidden = this.follow;
+  }
+}
+
+/** Tells a growing answer to readers of the screen, by whole paragraphs, so that they are not interrupted by words. */
+class Speaker {
+  constructor(element) {
+    this.element = element;
+    this.told = 0;
+  }
+
+  begin() {
+    this.told = 0;
+    this.element.replaceChildren();
+  }
+
+  grow(text) {
+    const end = text.lastIndexOf("\n\n");
+    if (end > this.told) this.#say(text, end);
+  }
+
+  finish(text) {
+    this.#say(text, text.length);
+  }
+
+  say(text) {
+    this.element.append(h("p", {}, text));
+  }
+
+  silence() {
+    this.element.replaceChildren();
+  }
+
+  #say(text, end) {
+    for (const part of text.slice(this.told, end).split("\n\n")) if (part.trim()) this.say(part.trim());
+    this.told = end;
+  }
+}
+
+/** What questions and replies share: an article with a row of buttons below it. */
+class Article {
+  constructor(message, name, className) {
+    this.message = message;
+    this.foot = h("div", { class: "foot" });
+    this.element = h("article", { class: `message ${className}`, "aria-label": name, tabindex: "-1" });
+  }
+
+  /** Fills the row of buttons, if they changed. Whichever had the focus keeps it. */
+  footer(key, make) {
+    if (key === this.key) return;
+    this.key = key;
+    const focused = this.foot.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
+    this.foot.replaceChildren(...make().filter((part) => part !== null));
+    if (focused) this.foot.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
+  }
+
+  copyButton(label, text) {
+    const button = iconButton("copy", label, {
+      click: async () => {
+        button.replaceChildren(icon((await copy(text())) ? "check" : "close"));
+        setTimeout(() => button.replaceChildren(icon("copy")), 2000);
+      },
+    });
+    return button;
+  }
+
+  versions(message, beside, actions) {
+    if (beside.length < 2) return null;
+    const at = beside.indexOf(message);
+    const step = (name, label, to) =>
+      iconButton(name, label, {
+        "aria-disabled": beside[to] ? null : "true",
+        click: () => beside[to] && actions.version(beside[to]),
+      });
+    return h(
+      "span",
+      { class: "versions", role: "group", "aria-label": "Versions" },
+      step("previous", "Version before", at - 1),
+      h("span", {}, `${at + 1} / ${beside.length}`),
+      step("next", "Version after", at + 1),
+    );
+  }
+}
+
+/** What the user said. */
+class Question extends Article {
+  constructor(message, actions) {
+    super(message, "You", "question");
+    this.actions = actions;
+    this.bubble = h("div", { class: "bubble", dir: "auto" }, message.content);
+    this.after = h("div");
+    this.element.append(this.bubble, this.foot, this.after);
+  }
+
+  update(message, { path, running, failure, versions }) {
+    this.message = message;
+    const beside = versions(message);
+    const busy = running !== null;
+    this.footer(`${beside.indexOf(message)} ${beside.length} ${busy}`, () => [
+      this.versions(message, beside, this.actions),
+      this.copyButton("Copy message", () => this.message.content),
+      busy ? null : iconButton("edit", "Edit message", { click: () => this.edit() }),
+    ]);
+    const unanswered = !busy && path.at(-1) === message;
+    const problem = unanswered ? (failure ?? { kind: "none", message: "There is no answer yet." }) : null;
+    if (problem === this.problem || (problem?.kind === "none" && this.problem?.kind === "none")) return;
+    this.problem = problem;
+    this.after.replaceChildren(...(problem ? [trouble(problem, "Try again", () => this.actions.retry(this.message))] : []));
+  }
+
+  /** Puts a box in the message's place. */
+  edit() {
+    const box = h("textarea", { "aria-label": "Edit message", dir: "auto", rows: "1" });
+    const done = (focus) => {
+      form.replaceWith(this.bubble);
+      this.foot.hidden = false;
+      if (focus) this.foot.querySelector('[aria-label="Edit message"]')?.focus();
+    };
+    const send = () => {
+      if (box.value.trim() === "") return;
+      done(false);
+      this.actions.edit(this.message, box.value);
+    };
+    const form = h(
+      "form",
+      {
+        class: "edit",
+        submit: (event) => {
+          event.preventDefault();
+          send();
+        },
+        keydown: (event) => {
+          if (event.isComposing) return;
+          if (event.key === "Escape") {
+            event.stopPropagation();
+            done(true);
+          } else if (event.key === "Enter" && !event.shiftKey && event.target === box) {
+            event.preventDefault();
+            send();
+          }
+        },
+      },
+      box,
+      h(
+        "div",
+        { class: "row" },
+        h("span", { class: "grow" }, "The message as it was stays, as another version."),
+        h("button", { type: "button", class: "button", click: () => done(true) }, "Cancel"),
+        h("button", { type: "submit", class: "button primary" }, "Send"),
+      ),
+    );
+    box.value = this.message.content;
+    this.bubble.replaceWith(form);
+    this.foot.hidden = true;
+    fit(box);
+    box.addEventListener("input", () => fit(box));
+    box.focus();
+  }
+}
+
+/** What the model said. */
+class Reply extends Article {
+  constructor(message, actions) {
+    super(message, "Answer", "reply");
+    this.actions = actions;
+    this.body = h("div", { class: "prose" });
+    this.view = new MarkdownView(this.body);
+    this.waiting = h("p", { class: "waiting" }, "Reading");
+    this.note = h("div");
+    this.element.append(this.body, this.note, this.foot);
+  }
+
+  update(message, { running, failure, notes, versions, path }) {
+    this.message = message;
+    const coming = running?.message === message;
+    this.element.classList.toggle("coming", coming);
+    this.element.setAttribute("aria-busy", String(coming));
+    if (coming) {
+      this.grow(running);
+      this.note.replaceChildren();
+      return;
+    }
+    this.waiting.remove();
+    this.view.update(message.content);
+    this.#remark(message, notes.get(message.id), path.at(-1) === message ? failure : null);
+    const beside = versions(message);
+    const busy = running !== null;
+    const key = [beside.indexOf(message), beside.length, busy, message.rating, message.finish].join(" ");
+    const rating = (value, name, label) =>
+      iconButton(name, label, {
+        "aria-pressed": String(message.rating === value),
+        click: () => this.actions.rate(this.message, this.message.rating === value ? null : value),
+      });
+    this.footer(key, () => [
+      this.versions(message, beside, this.actions),
+      this.copyButton("Copy answer", () => this.message.content),
+      busy ? null : iconButton("again", "Regenerate", { click: () => this.actions.regenerate(this.message) }),
+      busy ? null : iconButton("exactly", "Regenerate exactly", { click: () => this.actions.exactly(this.message) }),
+      rating("up", "up", "Good answer"),
+      rating("down", "thumb-down", "Bad answer"),
+      facts(message),
+    ]);
+  }
+
+  grow(answer) {
+    const { message } = answer;
+    if (message.content === "") this.body.append(this.waiting);
+    else this.waiting.remove();
+    this.view.update(message.content);
+    const speed = answer.rate();
+    const text = speed === null ? "" : `${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`;
+    if (this.key !== "coming") {
+      this.key = "coming";
+      this.live = h("span", { class: "facts" });
+      this.foot.replaceChildren(this.live);
+    }
+    if (this.live.textContent !== text) this.live.textContent = text;
+  }
+
+  #remark(message, note, failure) {
+    const again = () => this.actions.regenerate(this.message);
+    const remarks = {
+      error: () => trouble(failure ?? { kind: "server", message: message.error }, "Regenerate", again),
+      length: () =>
+        h("p", { class: "note" }, message.request.max_tokens === null
+          ? "The context is full. Begin a new conversation, or edit an earlier message to go on from there."
+          : `Cut off after ${format.format(message.request.max_tokens)} tokens, as the settings say.`),
+      stopped: () => h("p", { class: "note" }, "Stopped."),
+      null: () => h("p", { class: "note" }, "Broken off when the page was closed."),
+    };
+    const key = `${message.finish} ${note?.text} ${failure?.message}`;
+    if (key === this.remarked && message.finish !== "error") return;
+    this.remarked = key;
+    const lines = [];
+    if (remarks[message.finish]) lines.push(remarks[message.finish]());
+    if (note) lines.push(h("p", { class: note.same ? "note good" : "note" }, note.same ? icon("check") : null, note.text));
+    this.note.replaceChildren(...lines);
+  }
+}
+
+/** One line of how an answer came about. */
+function facts(message) {
+  const { usage, request } = message;
+  const speed = rate(message);
+  const parts = [
+    speed === null ? null : `${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`,
+    usage ? `${format.format(usage.completion_tokens)} tokens` : null,
+    `seed ${request.seed}`,
+  ];
+  const sampling = Object.entries(request)
+    .filter(([name, value]) => name !== "system" && value !== null)
+    .map(([name, value]) => `${name} ${value}`);
+  return h("span", { class: "facts", title: sampling.join("\n") }, parts.filter((part) => part).join(" · "));
+}
+
+const ADVICE = {
+  busy: "Too many people ask at once; your message is kept.",
+  context: "Begin a new conversation, or edit an earlier message to go on from there.",
+  connection: "Your message is kept. Start the server again or check the network, then try again.",
+  key: "Enter the key to go on.",
+  request: "Change the settings or the message, then try again.",
+  server: "Its log says more.",
+};
+
+/** A box that says what went wrong, and what to do. While a busy server asks for patience, it counts down. */
+function trouble({ kind, message, seconds }, label, again) {
+  const button = h("button", { type: "button", class: "button", click: () => button.getAttribute("aria-disabled") || again() }, label);
+  const advice = ADVICE[kind] ? h("p", {}, ADVICE[kind]) : null;
+  const box = h("div", { class: kind === "none" ? "trouble mild" : "trouble" }, h("p", {}, h("strong", {}, message)), advice, button);
+  if (seconds > 0) {
+    const until = Date.now() + seconds * 1000;
+    button.setAttribute("aria-disabled", "true");
+    const tick = () => {
+      const left = Math.ceil((until - Date.now()) / 1000);
+      button.textContent = left > 0 ? `Try again in ${left} s` : label;
+      if (left > 0) return;
+      button.removeAttribute("aria-disabled");
+      clearInterval(timer);
+    };
+    const timer = setInterval(tick, 500);
+    tick();
+  }
+  return box;
+}
+
+/** Makes a text box as high as its text, up to what its style allows. */
+export function fit(box) {
+  box.style.height = "auto";
+  box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;
+}
