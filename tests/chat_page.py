@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +15,6 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@contextmanager
-def serving(model: Path | str, *options: str) -> Iterator[str]:
-    """The address of `llama2 serve` over a model, in a process of its own."""
-    command = [sys.executable, "-m", "llama2", "serve", "-m", str(model), "--port", "0", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            first = process.stderr.readline()
-            found = re.search(r"http://\S+", first)
-            assert found, first + process.stderr.read()
-            yield found[0]
-        finally:
-            process.terminate()
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser
 
-from chat_page import Chat, chromium, serving
+from chat_page import Chat, chromium
+from serving import serving
 
 TABLE = "Which planets are larger than Earth? Name each with one fact."
 CODE = "Write a Python function that adds the numbers of a list, and explain it."
@@ -36,13 +37,13 @@ def converse(browser: Browser, url: str, scheme: str, width: int, height: int) -
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with chromium() as browser, serving("smollm2-135m-instruct") as url:
+    with chromium() as browser, serving(["smollm2-135m-instruct"]) as server:
         for name, scheme, width, height in (
             ("chat-light", "light", 1280, 800),
             ("chat-dark", "dark", 1280, 800),
             ("chat-phone", "light", 390, 844),
         ):
-            chat = converse(browser, url, scheme, width, height)
+            chat = converse(browser, server.url + "/", scheme, width, height)
             if name == "chat-phone":
                 chat.page.locator("#thread").evaluate("element => element.scrollTop = 0")
                 chat.page.wait_for_timeout(200)

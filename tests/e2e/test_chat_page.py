@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from chat_page import Chat, chromium, serving
+from chat_page import Chat, chromium
 from models import tiny_config, write_tiny_gguf
+from serving import serving
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,8 @@ def browser() -> Iterator[Browser]:
 def url(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = tmp_path_factory.mktemp("page") / "tiny.gguf"
     write_tiny_gguf(path, config=tiny_config(context_length=16384))
-    with serving(path) as url:
-        yield url
+    with serving([path]) as server:
+        yield server.url + "/"
 
 
 @pytest.fixture

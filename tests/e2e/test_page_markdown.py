@@ -11,8 +11,9 @@ import pytest
 from markdown_it import MarkdownIt
 from playwright.sync_api import Page
 
-from chat_page import chromium, serving
+from chat_page import chromium
 from models import write_tiny_gguf
+from serving import serving
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +21,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """A document of the server's, in which the page's modules can be imported."""
     path = tmp_path_factory.mktemp("markdown") / "tiny.gguf"
     write_tiny_gguf(path)
-    with chromium() as browser, serving(path) as url:
+    with chromium() as browser, serving([path]) as server:
         page = browser.new_page()
-        page.goto(url + "docs/")
+        page.goto(server.url + "/docs/")
         yield page
 
 
