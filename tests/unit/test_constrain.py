@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,7 +161,7 @@ def nested(levels: int) -> dict[str, Any]:
     ("make", "works"),
     [
         (lambda: regex("(a+)+$", "f"), True),
-        (lambda: regex("(a{1000}){1000}", "f"), None),  # refused unless the machine is fast enough
+        (lambda: regex("(a{1000}){10000}", "f"), False),
         (lambda: regex("(" * 9999 + "a" + ")" * 9999, "f"), False),
         (lambda: regex("[ab]*a[ab]{300}", "f"), True),
         (lambda: json_schema({"type": "object", "properties": {"next": {"$ref": "#"}}}, "f"), True),
@@ -177,18 +176,15 @@ def nested(levels: int) -> dict[str, Any]:
         (lambda: lark("start: " + "(" * 9999 + '"a"' + ")" * 9999, "f"), False),
     ],
 )  # fmt: skip
-def test_hostile_grammars_end(letters: Constrainer, make: Any, works: bool | None) -> None:
+def test_hostile_grammars_end_within_two_seconds(letters: Constrainer, make: Any, works: bool) -> None:
     letters.processor(json_object())  # the process is there
     start = time.monotonic()
-    if works is None:
-        with suppress(RequestError):
-            letters.processor(make())
-    elif works:
+    if works:
         letters.processor(make())
     else:
         with pytest.raises(RequestError, match=r"^f: "):
             letters.processor(make())
-    assert time.monotonic() - start < 20 * constrain.SECONDS  # bounded, however slow the machine
+    assert time.monotonic() - start < 2 * constrain.SECONDS  # the bound that is promised
     letters.processor(json_object())  # later requests are served
 
 
