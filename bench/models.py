@@ -211,20 +211,8 @@ def made_up_vocabulary(size: int) -> Tokenizer:
     letters = "▁abcdefghijklmnopqrstuvwxyz"
     words = chain.from_iterable(map("".join, product(letters, repeat=length)) for length in range(1, 6))
     pieces = special + [(word, NORMAL) for word in islice(words, size - len(special))]
-    return tokenizer.from_vocabulary(
-        "sentencepiece",
-        [piece for piece, _ in pieces],
-        scores=[-float(i) for i in range(size)],
-        types=[kind for _, kind in pieces],
-        merges=None,
-        pre=None,
-        bos_id=1,
-        eos_id=2,
-        unk_id=0,
-        add_bos=True,
-        add_eos=False,
-        add_space_prefix=True,
-    )
+    scores = [-float(i) for i in range(size)]
+    return tokenizer.from_pieces([piece for piece, _ in pieces], scores, [kind for _, kind in pieces])
 
 
 def requantise(model: Path, format: str, llama_quantize: Path, path: Path) -> None:

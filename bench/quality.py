@@ -17,15 +17,16 @@ from provenance import provenance
 
 from llama2 import checkpoint
 from llama2.engine.agreement import Agreement, compare, logits, windows
-from llama2.engine.runner import BLOCK, Runner
+from llama2.engine.runner import Runner
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
+from llama2.engine.scheduler import blocks_for
 
 
 def measure(model: Path, text: str, *, window: int, positions: int, threads: int) -> dict[str, object]:
     """Compare the native runner with the NumPy runner on `text`."""
     with checkpoint.open(model) as opened:
-        blocks = -(-window // BLOCK)
+        blocks = blocks_for(window)
         runners: dict[str, Runner] = {
             "native": NativeRunner(opened, blocks, threads=threads),
             "numpy": NumpyRunner(opened, blocks),

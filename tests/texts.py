@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama2.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Tokenizer, from_vocabulary
+from llama2.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Tokenizer, from_pieces
 
 _WORDS = """
     the of and to in is it that Hello World don't we'LL I'm it's he'd they've naïve café über señor Привет мир 日本語
@@ -137,21 +137,3 @@ def llama2_tokenizer() -> Tokenizer:
         pieces[int(token)], types[int(token)] = piece, NORMAL
     scores = [0.0 if i < 259 else -1e9 if not piece.strip("▁") else 259.0 - i for i, piece in enumerate(pieces)]
     return from_pieces(pieces, scores, types)
-
-
-def from_pieces(pieces: Sequence[str | bytes], scores: Sequence[float], types: Sequence[int]) -> Tokenizer:
-    """A SentencePiece vocabulary as GGUF describes it, with Llama 2's settings."""
-    return from_vocabulary(
-        "sentencepiece",
-        pieces,
-        scores=scores,
-        types=types,
-        merges=None,
-        pre=None,
-        bos_id=1,
-        eos_id=2,
-        unk_id=0,
-        add_bos=True,
-        add_eos=False,
-        add_space_prefix=True,
-    )

@@ -26,8 +26,8 @@ from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
 from llama2.errors import CheckpointError, TokenizerError
 from llama2.text import huggingface as tokenizer_files
-from llama2.text.tokenizer import from_sentencepiece
-from texts import from_pieces, strings, train_bpe, train_sentencepiece
+from llama2.text.tokenizer import from_pieces, from_sentencepiece
+from texts import strings, train_bpe, train_sentencepiece
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

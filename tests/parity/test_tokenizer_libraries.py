@@ -12,8 +12,8 @@ from tokenizers import decoders, pre_tokenizers
 from llama2.text import huggingface, tokenizer
 from llama2.text.dialog import Dialog, Message
 from llama2.text.template import known
-from llama2.text.tokenizer import Tokenizer, from_sentencepiece
-from texts import from_pieces, strings, train_bpe, train_sentencepiece
+from llama2.text.tokenizer import Tokenizer, from_pieces, from_sentencepiece
+from texts import strings, train_bpe, train_sentencepiece
 
 TEXTS = strings(1500)
 

@@ -20,7 +20,6 @@ from llama2.convert import answers, convert, receipt
 from llama2.errors import EngineError, ParityError
 from llama2.text import tokenizer as tokenizers
 from meta_bytes import CONFIG
-from texts import from_pieces
 
 Patch = pytest.MonkeyPatch
 
@@ -312,6 +311,6 @@ def silent(*_: object) -> None:
 def test_an_unused_token_that_a_text_yields() -> None:
     """In one vocabulary "zq" is not used; in the other no text of the samples has it, but its own."""
     pieces, scores = ["<unk>", "<s>", "</s>", "▁", "z", "q", "zq"], [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -0.5]
-    before, after = (from_pieces(pieces, scores, [2, 3, 3, 1, 1, 1, last]) for last in (5, 1))
+    before, after = (tokenizers.from_pieces(pieces, scores, [2, 3, 3, 1, 1, 1, last]) for last in (5, 1))
     with pytest.raises(ParityError, match="the text 'zq' has other tokens"):
         receipt.tokenizer(before, after)

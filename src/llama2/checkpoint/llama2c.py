@@ -238,7 +238,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     tell the types of tokens, but these have their places: unknown, beginning and end of text, then bytes and others.
     Raises CheckpointError when the file ends early, TokenizerError when its tokens are not a Llama's.
     """
-    from llama2.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, from_vocabulary
+    from llama2.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, from_pieces
 
     file = MappedFile(path)
     pieces: list[bytes] = []
@@ -259,20 +259,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     pieces[: len(_MARKS)] = [mark.strip().encode() for mark in _MARKS]
     types = [BYTE if re.fullmatch(rb"<0x[0-9A-F]{2}>", piece) else NORMAL for piece in pieces]
     types[: len(_MARKS)] = UNKNOWN, CONTROL, CONTROL
-    return from_vocabulary(
-        "sentencepiece",
-        [piece.replace(b" ", "▁".encode()) for piece in pieces],
-        scores=scores,
-        types=types,
-        merges=None,
-        pre=None,
-        bos_id=1,
-        eos_id=2,
-        unk_id=0,
-        add_bos=True,
-        add_eos=False,
-        add_space_prefix=True,
-    )
+    return from_pieces([piece.replace(b" ", "▁".encode()) for piece in pieces], scores, types)
 
 
 def vocabulary(checkpoint: Checkpoint) -> bytes:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from llama2.cli.options import Tokenizer
 from llama2.cli.output import one_line, warn
 
 EXAMPLE = "Example: llama2 convert Llama-2-7b-chat-hf llama-2-7b-chat.gguf --to gguf --format Q8_0"
@@ -25,10 +26,7 @@ def convert(
         Literal["gguf", "hf", "meta", "llama2c"],
         typer.Option(help="Files for llama.cpp, for transformers, as Meta's, or for llama2.c."),
     ],
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin.", show_default="the model's own"),
-    ] = None,
+    tokenizer: Tokenizer = None,
     shards: Annotated[int, typer.Option(min=1, metavar="N", help="Meta: so many files, for so many processes.")] = 1,
     format: Annotated[
         str | None,

@@ -28,6 +28,15 @@ def _sampling(name: str, help: str) -> Any:
     return typer.Option(help=help, show_default=str(getattr(_DEFAULT, name)), rich_help_panel="Sampling")
 
 
+Tokenizer = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin.", show_default="the model's own")
+]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")]
+Context = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
+]
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it runs."""
@@ -36,22 +45,15 @@ class ModelOptions:
         str | None,
         typer.Option("--model", "-m", metavar="NAME", help="Name, file or Hugging Face repository; see `llama2 list`."),
     ] = None
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin.", show_default="the model's own"),
-    ] = None
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")
-    ] = None
+    tokenizer: Tokenizer = None
+    threads: Threads = None
     runner: Annotated[
         Literal["native", "numpy", "torch"], typer.Option(help="Who does the arithmetic; torch uses a GPU.")
     ] = "native"
     compile: Annotated[
         bool, typer.Option("--compile", help="Let the torch runner compile itself: slow at first, then faster.")
     ] = False
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
-    ] = None
+    context: Context = None
 
     @property
     def name(self) -> str:
@@ -207,5 +209,17 @@ def _text(word: str) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Llama2Error(f"{name}: not UTF-8 text at byte {error.start}; convert it first") from error
+        raise _not_utf8(name, error) from error
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises Llama2Error when it is not UTF-8, OSError when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from error
+
+
+def _not_utf8(name: object, error: UnicodeDecodeError) -> Llama2Error:
+    return Llama2Error(f"{name}: not UTF-8 text at byte {error.start}; convert it first")

@@ -11,6 +11,7 @@ import typer
 from llama2.cli.bench import Work, decode, prefill
 from llama2.cli.convert import ending_by_signals
 from llama2.cli.models import Json, Name, here, size
+from llama2.cli.options import Threads, Tokenizer, read_text
 from llama2.cli.output import one_line, warn
 
 EXAMPLE = "Example: llama2 quantize org/model model-Q4_K_M.gguf --format Q4_K_M --calibrate text.txt"
@@ -31,13 +32,8 @@ def quantize(
     save_imatrix: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep that matrix, as GGUF that llama.cpp reads too.")
     ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin.", show_default="the model's own"),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")
-    ] = None,
+    tokenizer: Tokenizer = None,
+    threads: Threads = None,
     report: Annotated[
         Literal["full", "none"], typer.Option(help="full runs both models and compares them; none only writes.")
     ] = "full",
@@ -76,7 +72,7 @@ def quantize(
             importance = matrices.read(imatrix, model.config)
     elif calibrate is not None:
         staging.check(path, target, force)  # before a long calculation
-        sums = quantising.calibrate(path, read(calibrate), tokenizer=tokenizer, threads=threads)
+        sums = quantising.calibrate(path, read_text(calibrate), tokenizer=tokenizer, threads=threads)
         importance = quantising.means(sums)
         if save_imatrix is not None:
             with open_checkpoint(path) as model:
@@ -104,7 +100,7 @@ def quantize(
         agreement = quantising.compare(
             path,
             target,
-            None if text is None else read(text),
+            None if text is None else read_text(text),
             tokenizer=tokenizer,
             positions=positions,
             threads=threads,
@@ -112,16 +108,6 @@ def quantize(
         speeds = {name: _speed(model, tokenizer, threads) for name, model in (("source", path), ("output", target))}
         facts |= {"agreement": agreement.summary(), "speed": speeds}
     print(json.dumps(facts) if as_json else "\n".join(_table(facts)))
-
-
-def read(path: Path) -> str:
-    """A text file. Raises Llama2Error when it is not UTF-8."""
-    from llama2.errors import Llama2Error
-
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise Llama2Error(f"{path}: not UTF-8 text at byte {error.start}; convert it first") from error
 
 
 def _speed(path: Path, tokenizer: Path | None, threads: int | None) -> dict[str, float]:

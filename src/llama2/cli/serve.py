@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llama2.cli.options import Context, Threads, read_text
 from llama2.errors import Llama2Error
 
 EXAMPLE = "Example: llama2 serve -m smollm2-135m-instruct --port 8080"
@@ -53,12 +54,8 @@ def serve(
         float | None,
         typer.Option(min=0.0, help="Gigabytes of a model's cache at most.", show_default="half of what is free"),
     ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")
-    ] = None,
+    context: Context = None,
+    threads: Threads = None,
     lookup: Annotated[
         int,
         typer.Option(min=0, max=1024, metavar="N", help="Draft up to N tokens a step where a request does not say."),
@@ -147,7 +144,7 @@ def _half_of_free_memory() -> int | None:
 def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
     keys = list(given or ())
     if file is not None:
-        keys += file.read_text(encoding="utf-8").split()
+        keys += read_text(file).split()
         if not keys:
             raise Llama2Error(f"{file}: holds no key; write one a line")
     if any(not key.isascii() or not key.strip() for key in keys):

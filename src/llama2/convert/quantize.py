@@ -23,8 +23,8 @@ from llama2.checkpoint.mapped import release_pages
 from llama2.convert.staging import carry_terms, check_room, staged
 from llama2.engine import agreement
 from llama2.engine.agreement import Agreement
-from llama2.engine.runner import BLOCK
 from llama2.engine.runner_native import NativeRunner
+from llama2.engine.scheduler import blocks_for
 from llama2.errors import CheckpointError, Llama2Error
 from llama2.hub.progress import Progress, reporting
 
@@ -155,7 +155,7 @@ def calibrate(
         windows = list(agreement.windows(text, model.tokenizer, width, CALIBRATION))
         if not windows or len(windows[0]) < width:
             raise Llama2Error(f"the calibration text has less than {width} tokens; give a longer one")
-        runner = NativeRunner(model, -(-width // BLOCK), threads=threads)
+        runner = NativeRunner(model, blocks_for(width), threads=threads)
         sums = runner.observe()
         for i, tokens in enumerate(windows):
             agreement.logits(runner, tokens)
@@ -203,7 +203,7 @@ def compare(
 
 
 def _runner(model: Checkpoint, windows: list[NDArray[np.int32]], threads: int | None) -> NativeRunner:
-    return NativeRunner(model, -(-max(map(len, windows)) // BLOCK), threads=threads)
+    return NativeRunner(model, blocks_for(max(map(len, windows))), threads=threads)
 
 
 def _logits(model: Checkpoint, windows: list[NDArray[np.int32]], threads: int | None) -> list[NDArray[np.float32]]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.engine.runner import BLOCK, Batch, Runner
+from llama2.engine.runner import Batch, Runner
+from llama2.engine.scheduler import blocks_for
 from llama2.text.tokenizer import Tokenizer
 
 #: Rows of logits that are compared at once, to bound the memory of their float64 copies.
@@ -102,7 +103,7 @@ def logits(runner: Runner, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
             tokens=tokens,
             positions=np.arange(length, dtype=np.int32),
             sequences=np.zeros(length, np.int32),
-            blocks=np.arange(-(-length // BLOCK), dtype=np.int32)[None],
+            blocks=np.arange(blocks_for(length), dtype=np.int32)[None],
             outputs=np.arange(length - 1, dtype=np.int32),
         )
     )

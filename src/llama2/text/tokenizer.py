@@ -339,6 +339,26 @@ def from_vocabulary(
     return _SentencePiece(arrays["model"].tobytes(), **options)
 
 
+def from_pieces(pieces: Sequence[str | bytes], scores: Sequence[float], types: Sequence[int]) -> Tokenizer:
+    """A SentencePiece vocabulary with Llama 2's settings: <unk>, BOS and EOS are its first three tokens, a prompt
+    begins with BOS, and a text with a space. Raises as `from_vocabulary` does.
+    """
+    return from_vocabulary(
+        "sentencepiece",
+        pieces,
+        scores=scores,
+        types=types,
+        merges=None,
+        pre=None,
+        bos_id=1,
+        eos_id=2,
+        unk_id=0,
+        add_bos=True,
+        add_eos=False,
+        add_space_prefix=True,
+    )
+
+
 def _model_proto(
     texts: Sequence[str], scores: Sequence[float] | None, types: list[int], *, unk_id: int | None, **options: Any
 ) -> bytes:

@@ -119,6 +119,7 @@ export class Store {
     });
     try {
       change({ conversations: transaction.objectStore("conversations"), messages: transaction.objectStore("messages") });
+      transaction.commit(); // on its own the browser commits only what a page that is still there has heard of
     } catch (error) {
       transaction.abort();
       done.catch(() => {}); // the first error is the one to tell
