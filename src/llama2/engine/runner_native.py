@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from llama2 import native
 from llama2.checkpoint import Checkpoint, Tensor
+from llama2.checkpoint.mapped import release_pages
 from llama2.engine import packed
 from llama2.engine.runner import BLOCK, Batch, cache_too_large
 from llama2.errors import EngineError
@@ -34,13 +35,15 @@ class NativeRunner:
             )
         except MemoryError:
             raise cache_too_large(n_blocks) from None
+        for tensor in checkpoint.tensors.values():
+            if len(tensor.shape) == 1:
+                self._set(tensor, tensor.dequantize().astype(np.float32).view(np.uint8), format="F32")  # a copy
+        release_pages()  # Linux may map megabytes of the file around each
         matrices = packed.pack(checkpoint, module)
         for tensor in checkpoint.tensors.values():
             tied = c.tied_embeddings and tensor.name == "tok_embeddings.weight"  # then read from the output head
             packs = matrices.get(tensor.name)
-            if len(tensor.shape) == 1:
-                self._set(tensor, tensor.dequantize().view(np.uint8), format="F32")
-            else:
+            if len(tensor.shape) == 2:
                 self._set(tensor, tensor.data if packs is None else packs, "output.weight" if tied else tensor.name)
         self._model.check()
 
