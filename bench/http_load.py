@@ -30,15 +30,28 @@ class Process:
     process: subprocess.Popen[bytes]
     ready: float  # seconds from its start until it was healthy
 
-    def cpu(self, thread: int | None = None) -> float:
-        """Seconds of processor time so far, of all threads or of one; `process.pid` is the first one's number."""
-        place = f"/proc/{self.process.pid}" + (f"/task/{thread}" if thread else "")
-        words = Path(place, "stat").read_text().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) * _TICK
+    def cpu(self) -> float:
+        """Seconds of processor time so far, of all its threads and of the processes that it started."""
+        return sum(_seconds(Path(f"/proc/{pid}/stat")) for pid in _family(self.process.pid))
+
+    def first_thread(self) -> float:
+        """Those of the thread that it began with."""
+        return _seconds(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat"))
 
     def memory(self) -> int:
         """Bytes that are resident."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * _PAGE
+
+
+def _seconds(stat: Path) -> float:
+    words = stat.read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) * _TICK
+
+
+def _family(pid: int) -> list[int]:
+    """A process, and all that it and its children started and that still run."""
+    children = " ".join(task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return [pid, *(member for child in children for member in _family(int(child)))]
 
 
 @contextmanager
@@ -56,14 +69,14 @@ def running(name: str, command: Sequence[str], environment: dict[str, str] | Non
     )
     try:
         while not _healthy(port):
-            if process.poll() is not None or time.perf_counter() - begun > 120:
+            if process.poll() is not None or time.perf_counter() - begun > 300:
                 raise SystemExit(f"{name} did not start: {' '.join(command)}")
             time.sleep(0.01)
         yield Process(name, port, process, time.perf_counter() - begun)
     finally:
         process.terminate()
         try:
-            process.wait(10)
+            process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
 

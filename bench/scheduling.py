@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,8 @@ def request(model: Model, first: int, tokens: int, answer: int, temperature: flo
 
 def beside_a_long_prompt(model: Model, streams: int, limit: int) -> dict[str, float]:
     """Seconds between the tokens of growing answers while a long prompt is read, and of reading it."""
-    engine = Engine(model.engine.runner, model.tokenizer, context=model.engine.context, max_prefill_tokens=limit)
+    runner = cast(Engine, model.engine).runner
+    engine = Engine(runner, model.tokenizer, context=model.engine.context, max_prefill_tokens=limit)
     for n in range(streams):
         engine.add(request(model, n, 64, 400))
     for _ in range(20):
@@ -71,7 +73,7 @@ def beside_a_long_prompt(model: Model, streams: int, limit: int) -> dict[str, fl
 
 def shared(model: Model, requests: Sequence[Request]) -> float:
     """Seconds until each of the requests has its first token."""
-    engine = Engine(model.engine.runner, model.tokenizer, context=model.engine.context)
+    engine = Engine(cast(Engine, model.engine).runner, model.tokenizer, context=model.engine.context)
     start = time.perf_counter()
     for each in requests:
         engine.add(each)
@@ -82,7 +84,7 @@ def shared(model: Model, requests: Sequence[Request]) -> float:
 
 def overhead(model: Model, streams: int, temperature: float) -> tuple[float, float]:
     """Median seconds of a decoding step, and of what is not the forward pass."""
-    runner = Timed(model.engine.runner)
+    runner = Timed(cast(Engine, model.engine).runner)
     engine = Engine(runner, model.tokenizer, context=model.engine.context)
     ids = [engine.add(request(model, n, 64, 200, temperature)) for n in range(streams)]
     whole, outside = [], []

@@ -1,9 +1,12 @@
-"""Our server beside llama-server, over one GGUF file: throughput and time to the first token, by number of streams.
+"""Our server beside llama-server, over one GGUF file, and vLLM's, over the same model in a folder as transformers keeps
+it: throughput and time to the first token, by number of streams.
 
-Both run throughout, and idle while the other is measured; rounds are interleaved. Prompts are token ids that nobody
-asked before, answers are greedy and of a fixed length.
+All run throughout, and idle while another is measured; rounds are interleaved. Prompts are token ids that nobody asked
+before, answers are greedy and of a fixed length. vLLM answers in bfloat16, from an environment of its own, whose Python
+is named.
 
-    python bench/serve_load.py -m MODEL.gguf --peer PATH/llama-server > load.json
+    llama2 convert MODEL.gguf FOLDER --to hf --format BF16
+    python bench/serve_load.py -m MODEL.gguf --peer PATH/llama-server --vllm PATH/python FOLDER > load.json
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ async def measure(server: Process, bodies: list[dict[str, Any]], streams: int) -
         while bodies:
             told.append(await ask(server.port, ROUTE, bodies.pop()))
 
-    cpu, loop, begun = server.cpu(), server.cpu(server.process.pid), time.perf_counter()
+    cpu, loop, begun = server.cpu(), server.first_thread(), time.perf_counter()
     await asyncio.gather(*(client() for _ in range(streams)))
     seconds = time.perf_counter() - begun
     if any(one.status != 200 for one in told):
@@ -52,7 +55,7 @@ async def measure(server: Process, bodies: list[dict[str, Any]], streams: int) -
         "first_token_p50": quantile(first, 0.5),
         "first_token_p95": quantile(first, 0.95),
         "cpu_share": (server.cpu() - cpu) / seconds,
-        "first_thread_share": (server.cpu(server.process.pid) - loop) / seconds,  # ours: the event loop's
+        "first_thread_share": (server.first_thread() - loop) / seconds,  # ours: the event loop's
     }
 
 
@@ -68,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, required=True)
     parser.add_argument("--peer", type=Path, help="llama-server")
+    parser.add_argument("--vllm", nargs=2, metavar=("PYTHON", "FOLDER"), help="vLLM's environment, and its model")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=64)
@@ -85,6 +89,15 @@ def main() -> None:
             command = [str(args.peer), "-m", str(args.model), "-t", threads, "-tb", threads, *slots]
             servers.append(stack.enter_context(running("llama-server", command)))
         seed, name = 0, args.model.stem
+        if args.vllm:
+            python, folder = args.vllm
+            length = ["--max-model-len", str(2 * (args.prompt + args.answer)), "--max-num-seqs", str(most)]
+            serve = ["-m", "vllm.entrypoints.cli.main", "serve", folder, "--served-model-name", name, *length]
+            cache = ["--kv-cache-memory-bytes", str(2 << 30), "--no-enable-prefix-caching"]
+            # By itself vLLM leaves a processor to its front end, and would compute on one thread fewer.
+            settings = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}", "HF_HUB_OFFLINE": "1"}
+            command = [python, *serve, "--dtype", "bfloat16", *cache, "--host", "127.0.0.1"]
+            servers.append(stack.enter_context(running("vllm", command, settings)))
         for round in range(-1, args.rounds):  # the first one warms up
             for streams in args.streams if round >= 0 else [most]:
                 for server in servers if round % 2 else servers[::-1]:

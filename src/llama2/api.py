@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from llama2 import checkpoint, hub
 from llama2.checkpoint import Checkpoint
 from llama2.engine.engine import Engine
+from llama2.engine.protocol import EngineProtocol
 from llama2.engine.request import Event, FinishReason, Logprob, Request, Sampling
 from llama2.engine.runner import BLOCK, Runner
 from llama2.engine.scheduler import blocks_for
@@ -70,6 +71,9 @@ def load(
     sequences: int = 1,
     cache_bytes: int | None = None,
     tokenizer: str | PathLike[str] | None = None,
+    engine: Literal["llama2", "vllm"] = "llama2",
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """Open a model by name, path, or repository of the Hugging Face Hub; it is fetched first if it is not here.
@@ -82,6 +86,9 @@ def load(
 
     The torch runner takes the GPU if there is one, and with `compile` is faster after its first steps. In a program
     that torchrun started, it shares the model among the processes: this returns in the first, the others end here.
+
+    With `engine="vllm"`, vLLM answers in processes of its own, if it is installed: `tensor_parallel` of them share each
+    layer, and `pipeline_parallel` such groups the layers. `engine/cluster.py` says what differs.
     """
     path = hub.locate(fspath(name_or_path), progress=progress)
     own = Path(tokenizer) if tokenizer is not None else None
@@ -94,6 +101,9 @@ def load(
         context=context,
         sequences=sequences,
         cache_bytes=cache_bytes,
+        engine=engine,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
     )
 
 
@@ -116,8 +126,13 @@ class Model:
         context: int | None = None,
         sequences: int = 1,
         cache_bytes: int | None = None,
+        engine: Literal["llama2", "vllm"] = "llama2",
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
     ) -> None:
-        """Raises ContextError for a context that the model has not, RequestError for other values out of range."""
+        """Raises ContextError for a context that the model has not, RequestError for other values out of range, and
+        EngineError where what runner or engine needs is not installed, or does not start.
+        """
         longest = checkpoint.config.context_length
         context = longest if context is None else context
         if not 1 <= context <= longest:
@@ -125,6 +140,25 @@ class Model:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
+        self.engine: EngineProtocol
+        if engine == "vllm":
+            if runner != "native" or compile or threads is not None:
+                raise RequestError("runner, compile and threads are for our own engine; vLLM has settings of its own")
+            from llama2.engine.cluster import ClusterEngine
+
+            self.engine = ClusterEngine(
+                checkpoint,
+                context=context,
+                sequences=sequences,
+                cache_bytes=cache_bytes,
+                tensor_parallel=tensor_parallel,
+                pipeline_parallel=pipeline_parallel,
+            )
+            return
+        if engine != "llama2":
+            raise RequestError(f"engine={engine!r} must be llama2 or vllm")
+        if (tensor_parallel, pipeline_parallel) != (1, 1):
+            raise RequestError('tensor_parallel and pipeline_parallel need engine="vllm"')
         whole = blocks_for(context)
         blocks = sequences * whole
         if cache_bytes is not None:
@@ -139,7 +173,8 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Let go of the model's file."""
+        """End the engine, and let go of the model's file."""
+        self.engine.close()
         self.checkpoint.close()
 
     def render(

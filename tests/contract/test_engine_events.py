@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fakes import plain
 from llama2 import checkpoint
+from llama2.checkpoint import huggingface
+from llama2.engine.cluster import ClusterEngine
 from llama2.engine.engine import Engine
 from llama2.engine.protocol import EngineProtocol
 from llama2.engine.request import Event, Load, Request, Sampling
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
 from llama2.errors import ContextError, RequestError
-from models import write_tiny_gguf
+from models import tiny_config, write_tiny_gguf
 
 CONTEXT = 128
 VOCABULARY = 320
@@ -36,14 +38,23 @@ def numpy(path: Path) -> EngineProtocol:
     return Engine(NumpyRunner(opened, 8), opened.tokenizer, context=CONTEXT)
 
 
-ENGINES: list[Callable[[Path], EngineProtocol]] = [native, numpy]
+def vllm(path: Path) -> EngineProtocol:
+    pytest.importorskip("vllm", reason="vLLM has an environment of its own; see CONTRIBUTING.md")
+    folder = path.with_name("folder")
+    huggingface.write(checkpoint.open(path), folder)
+    return ClusterEngine(checkpoint.open(folder), context=CONTEXT, sequences=8, dtype="float32")
+
+
+ENGINES: list[Callable[[Path], EngineProtocol]] = [native, numpy, vllm]
 
 
 @pytest.fixture(scope="module", params=ENGINES, ids=lambda make: make.__name__)
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EngineProtocol:
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProtocol]:
     path = tmp_path_factory.mktemp("tiny") / "model.gguf"
-    write_tiny_gguf(path)
-    return request.param(path)  # type: ignore[no-any-return]
+    write_tiny_gguf(path, config=tiny_config(head_dim=32))  # vLLM knows no shorter heads
+    engine = request.param(path)
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(autouse=True)

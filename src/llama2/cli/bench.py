@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -158,7 +158,8 @@ def decode(model: Model, work: Work) -> float:
     from llama2.engine.engine import Engine
 
     context = model.engine.context
-    engine = Engine(model.engine.runner, model.tokenizer, context=context, max_prefill_tokens=plan.STEP)
+    runner = cast(Engine, model.engine).runner
+    engine = Engine(runner, model.tokenizer, context=context, max_prefill_tokens=plan.STEP)
     requests = [engine.add(request) for request in _requests(model, work.batch, work.depth, None)]
     begun: set[int] = set()
     while len(begun) < work.batch:

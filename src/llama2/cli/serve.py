@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -56,6 +56,16 @@ def serve(
     ] = None,
     context: Context = None,
     threads: Threads = None,
+    engine: Annotated[
+        Literal["llama2", "vllm"],
+        typer.Option(help="Who answers; vLLM divides a model among GPUs and machines, and has to be installed."),
+    ] = "llama2",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --engine vllm: processes that share each layer.")
+    ] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --engine vllm: groups of them that share the layers.")
+    ] = 1,
     lookup: Annotated[
         int,
         typer.Option(min=0, max=1024, metavar="N", help="Draft up to N tokens a step where a request does not say."),
@@ -103,8 +113,14 @@ def serve(
         lookup=lookup,
         neutralise=neutralise,
     )
-    options: dict[str, Any] = {"threads": threads, "context": context, "sequences": parallel}
-    options["cache_bytes"] = int(cache_gb * 1e9) if cache_gb is not None else _half_of_free_memory()
+    if engine != "vllm" and (tensor_parallel, pipeline_parallel) != (1, 1):
+        raise typer.BadParameter("--tensor-parallel and --pipeline-parallel need --engine vllm")
+    if engine == "vllm" and threads is not None:
+        raise typer.BadParameter("--threads is for our own engine; vLLM reads VLLM_CPU_OMP_THREADS_BIND")
+    options: dict[str, Any] = {"threads": threads, "context": context, "sequences": parallel, "engine": engine}
+    options |= {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+    half = _half_of_free_memory() if engine == "llama2" else None
+    options["cache_bytes"] = half if cache_gb is None else int(cache_gb * 1e9)
     names = {public_name(name): name for name in model or [hub.DEFAULT]}
     if len(names) < len(model or [hub.DEFAULT]):
         raise typer.BadParameter("two models would have one name; rename a file")

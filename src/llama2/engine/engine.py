@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,13 @@ from llama2.engine import sampling
 from llama2.engine.cache import chain
 from llama2.engine.lookup import Lookup
 from llama2.engine.protocol import EngineProtocol
-from llama2.engine.request import Event, FinishReason, Load, Logprob, Request
+from llama2.engine.request import Event, FinishReason, Load, Logprob, Request, answer_limit
 from llama2.engine.runner import BLOCK, Batch, Runner
 from llama2.engine.sampling import Sampler
 from llama2.engine.scheduler import MAX_PREFILL_TOKENS, MAX_SEQUENCES, Scheduler, Sequence, blocks_for
-from llama2.engine.stop import StopStrings
-from llama2.errors import ContextError, Llama2Error, RequestError
-from llama2.text.tokenizer import Tokenizer, TokenStream
+from llama2.engine.stop import AnswerText
+from llama2.errors import Llama2Error
+from llama2.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -32,8 +32,7 @@ class Generation(Sequence):
     tokens: NDArray[np.int32]  # (limit,) the first `length` are known; drafts of a step follow them
     table: NDArray[np.int32]  # (W,) its cache blocks, −1 past the last
     sampler: Sampler
-    stream: TokenStream
-    stops: StopStrings
+    text: AnswerText
     stop_tokens: frozenset[int]
     prompt_logprobs: list[Logprob] | None
     lookup: Lookup | None
@@ -61,6 +60,8 @@ class Engine(EngineProtocol):
     `context` shortens the model's own; the runner's cache bounds it too. Nobody waits for a forward pass but those who
     want its events.
     """
+
+    runs_processors = True
 
     def __init__(
         self,
@@ -127,6 +128,9 @@ class Engine(EngineProtocol):
     def run(self, request: Request) -> Iterator[Event]:
         return self._follow(self._prepare(request))
 
+    def close(self) -> None:
+        """It started nothing."""
+
     def step(self) -> list[Event]:
         """Run the model once over what is scheduled, and return what is new about the requests that were added.
 
@@ -147,28 +151,12 @@ class Engine(EngineProtocol):
                 return rest
 
     def _prepare(self, request: Request) -> Generation:
-        length, vocabulary = len(request.prompt), self.runner.config.vocab_size
-        if length == 0:
-            raise RequestError("the prompt is empty; start with at least one token, such as BOS")
-        answer = max(1, self.context - length) if request.max_tokens is None else request.max_tokens
-        if length + answer > self.context:
-            raise ContextError(
-                f"prompt of {length} tokens and answer of {answer} do not fit the context of {self.context}; "
-                "shorten the prompt, or ask for fewer tokens"
-            )
-        for name in ("prompt", "stop_tokens"):
-            _check_tokens(name, getattr(request, name), vocabulary)
-        _check_tokens("logit_bias", request.sampling.logit_bias, vocabulary)
-        if request.logprobs is not None and request.logprobs > vocabulary:
-            raise RequestError(f"logprobs={request.logprobs} is more than the {vocabulary} tokens of the vocabulary")
+        length = len(request.prompt)
+        answer = answer_limit(request, self.context, self.runner.config.vocab_size)
         tokens = np.empty(length + answer, np.int32)
         tokens[:length] = request.prompt
         keys: list[bytes] = []
         chain(keys, tokens[:length])
-        stream = self.tokenizer.stream()
-        if request.continues:
-            for token in request.prompt:
-                stream.push(token)
         return Generation(
             id=next(self._ids),
             length=length,
@@ -179,8 +167,7 @@ class Engine(EngineProtocol):
             tokens=tokens,
             table=np.full(self._batch.blocks.shape[1], -1, np.int32),
             sampler=Sampler(request),
-            stream=stream,
-            stops=StopStrings(request.stop),
+            text=AnswerText(request, self.tokenizer),
             stop_tokens=self.tokenizer.stop_ids | request.stop_tokens,
             prompt_logprobs=[] if request.prompt_logprobs else None,
             lookup=Lookup(request.lookup) if request.lookup else None,
@@ -317,8 +304,8 @@ class Engine(EngineProtocol):
             chain(g.keys, g.tokens[: g.length])
         if token in g.stop_tokens:
             return self._event(g, token, logprob=logprob, finish="stop")
-        text = g.stops.push(g.stream.push(token))
-        if g.stops.found:
+        text = g.text.push(token)
+        if g.text.found:
             return self._event(g, token, text, logprob=logprob, finish="stop")
         return self._event(g, token, text, logprob=logprob, finish="length" if g.length == g.limit else None)
 
@@ -339,14 +326,8 @@ class Engine(EngineProtocol):
         """What to tell of `g`; with `finish`, its cache is freed, and its text completed if nothing cut it."""
         if finish is not None:
             self._release(g)
-            if finish != "error" and not g.stops.found:
-                text += g.stops.push(g.stream.flush()) + g.stops.flush()
+            if finish != "error":
+                text += g.text.flush()
         scores, g.prompt_logprobs = g.prompt_logprobs, None
         told = (0, 0, 0) if finish is None else (g.cached_tokens, g.drafted, g.accepted)
         return Event(g.id, token, text, finish, logprob, error, None if scores is None else tuple(scores), *told)
-
-
-def _check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:
-    for token in tokens:
-        if not isinstance(token, (int, np.integer)) or not 0 <= token < vocabulary:
-            raise RequestError(f"{name}: {token!r} is not a token of this model, whose ids are 0 to {vocabulary - 1}")

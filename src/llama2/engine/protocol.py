@@ -19,6 +19,7 @@ class EngineProtocol(Protocol):
 
     context: int  # tokens that prompt and answer may have together
     tokenizer: Tokenizer
+    runs_processors: bool  # whether it takes requests that have some
 
     @property
     def busy(self) -> bool:
@@ -33,8 +34,8 @@ class EngineProtocol(Protocol):
     def add(self, request: Request) -> int:
         """Queue a request and return the id of its events.
 
-        Raises ContextError when prompt and answer do not fit the context, RequestError when the prompt is empty or a
-        token is not in the vocabulary.
+        Raises ContextError when prompt and answer do not fit the context, RequestError when the prompt is empty, a
+        token is not in the vocabulary, or something is asked that this engine cannot do.
         """
         ...
 
@@ -48,4 +49,8 @@ class EngineProtocol(Protocol):
 
     def run(self, request: Request) -> Iterator[Event]:
         """The events of one request; closing the iterator cancels it. Raises like `add`, before the first event."""
+        ...
+
+    def close(self) -> None:
+        """End what it started outside of this process. What was asked is answered or cancelled before."""
         ...

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
-from llama2.errors import RequestError
+from llama2.errors import ContextError, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,3 +149,32 @@ class Load:
     held_blocks: int  # by requests
     kept_blocks: int  # in case that their tokens come again; free otherwise
     preemptions: int  # since the engine was made
+
+
+def answer_limit(request: Request, context: int, vocabulary: int) -> int:
+    """How many tokens the answer may have, in an engine of that context and a model of so many tokens.
+
+    Raises ContextError when prompt and answer do not fit the context, RequestError when the prompt is empty or
+    something is not in the vocabulary.
+    """
+    length = len(request.prompt)
+    if length == 0:
+        raise RequestError("the prompt is empty; start with at least one token, such as BOS")
+    answer = max(1, context - length) if request.max_tokens is None else request.max_tokens
+    if length + answer > context:
+        raise ContextError(
+            f"prompt of {length} tokens and answer of {answer} do not fit the context of {context}; "
+            "shorten the prompt, or ask for fewer tokens"
+        )
+    for name in ("prompt", "stop_tokens"):
+        _check_tokens(name, getattr(request, name), vocabulary)
+    _check_tokens("logit_bias", request.sampling.logit_bias, vocabulary)
+    if request.logprobs is not None and request.logprobs > vocabulary:
+        raise RequestError(f"logprobs={request.logprobs} is more than the {vocabulary} tokens of the vocabulary")
+    return answer
+
+
+def _check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:
+    for token in tokens:
+        if not isinstance(token, (int, Integral)) or not 0 <= token < vocabulary:
+            raise RequestError(f"{name}: {token!r} is not a token of this model, whose ids are 0 to {vocabulary - 1}")

@@ -1,8 +1,11 @@
-"""Stop strings, matched on text as it grows."""
+"""The text of an answer as it grows, and the stop strings that end it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from llama2.engine.request import Request
+from llama2.text.tokenizer import Tokenizer
 
 
 class StopStrings:
@@ -35,6 +38,30 @@ class StopStrings:
         """What was held back, once no more text comes."""
         held, self._held = self._held, ""
         return held
+
+
+class AnswerText:
+    """What the tokens of one answer say, until one of the request's stop strings completes."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self._stream = tokenizer.stream()
+        self._stops = StopStrings(request.stop)
+        if request.continues:
+            for token in request.prompt:
+                self._stream.push(token)
+
+    @property
+    def found(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self._stops.found
+
+    def push(self, token: int) -> str:
+        """The text that became certain with `token`."""
+        return self._stops.push(self._stream.push(token))
+
+    def flush(self) -> str:
+        """What was held back, once no more tokens come; nothing after a stop string."""
+        return "" if self.found else self._stops.push(self._stream.flush()) + self._stops.flush()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -121,6 +121,8 @@ def several(service: Service, request: Request, n: int, constraints: Sequence[Co
     A constraint that is new may take seconds.
     """
     rules = [rule for rule in constraints if rule is not None]
+    if rules and not service.model.engine.runs_processors:
+        raise RequestError(f"{rules[0].field}: the engine that answers here follows no grammar; leave it out")
 
     def processors() -> tuple[Processor, ...]:
         return tuple(service.constrainer.processor(rule, continues=request.continues) for rule in rules)

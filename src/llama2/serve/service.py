@@ -311,5 +311,6 @@ def measure(model: Model) -> float:
 def _fingerprint(model: Model) -> str:
     """Changes whenever equal requests may get other answers."""
     path = model.checkpoint.path
-    what = f"{llama2.__version__} {native.module().__name__} {path.resolve()} {path.stat().st_mtime_ns}"
+    engine = type(model.engine).__name__
+    what = f"{llama2.__version__} {engine} {native.module().__name__} {path.resolve()} {path.stat().st_mtime_ns}"
     return "fp_" + hashlib.sha256(what.encode()).hexdigest()[:12]
