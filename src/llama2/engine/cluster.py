@@ -315,9 +315,7 @@ class ClusterEngine(EngineProtocol):
             score = None
             if new.logprobs is not None:
                 score = _scored(token, new.logprobs[i], answer.request.logprobs or 0)
-            self._tell(
-                answer, self._event(answer, token, text, logprob=score, finish=finish, prompt_logprobs=scores)
-            )
+            self._tell(answer, self._event(answer, token, text, logprob=score, finish=finish, prompt_logprobs=scores))
             scores = None
 
     def _event(
