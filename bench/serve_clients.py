@@ -1,10 +1,15 @@
 """Unmodified clients against a running server: which feature passes, is refused with a reason, or fails.
 
-Run it where the clients are installed (`pip install openai ollama langchain-openai litellm llm 'lm-eval[api]'`, and
-`npm install openai` in the folder that `--node` names); what is not there is left out, and the table says so.
+Run it where the clients are installed (`pip install openai ollama langchain-openai litellm llm 'lm-eval[api]'
+transformers`, and `npm install openai` in the folder that `--node` names); what is not there is left out, and the table
+says so. It goes to standard output in Markdown, every outcome to a JSON file. Exit code 1 if something fails.
 
-    llama2 serve -m smollm2-135m-instruct -m TOOLS.gguf --port 8080
-    python bench/serve_clients.py -m smollm2-135m-instruct --tools-model TOOLS > clients.json
+`TOOLS.gguf` is a model whose template knows tools: for instance the default one, with another template.
+
+    gguf-new-metadata MODEL.gguf TOOLS.gguf --chat-template-file TEMPLATE.jinja
+    llama2 convert MODEL.gguf FOLDER --to hf --receipt tensors
+    llama2 serve -m MODEL.gguf -m TOOLS.gguf --port 8080
+    python bench/serve_clients.py -m MODEL --tools-model TOOLS --tokenizer FOLDER --node DIR -o clients.json > clients.md
 """
 
 from __future__ import annotations
@@ -19,6 +24,13 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from provenance import provenance
+
+#: The columns of the table: what a client may be able to do.
+FEATURES = (
+    "models", "chat", "stream", "completions", "responses", "logprobs", "schema", "tools", "errors", "embeddings",
+)  # fmt: skip
 
 #: What a check calls; it raises for whatever is not as it should be.
 Check = Callable[[], object]
@@ -57,19 +69,32 @@ def openai_python(url: str, model: str, tools: str) -> dict[str, Check]:
         parts = list(create(model=model, messages=ASK, temperature=0, stream=True))
         expect(SAID in "".join(part.choices[0].delta.content or "" for part in parts), parts)
 
-    def calls(model: str) -> None:
-        answer = create(
-            model=model, messages=ASK, tools=[WEATHER], tool_choice=NAMED, parallel_tool_calls=False, max_tokens=300
-        )
-        city(answer.choices[0].message.tool_calls[0].function.arguments)
+    def calls() -> None:
+        options = {"model": tools or model, "tools": [WEATHER], "max_tokens": 300}
+        answer = create(**options, messages=ASK, tool_choice=NAMED, parallel_tool_calls=False)
+        (call,) = answer.choices[0].message.tool_calls
+        city(call.function.arguments)
+        told = {"role": "tool", "tool_call_id": call.id, "content": "sun"}
+        after = create(**options, messages=[*ASK, answer.choices[0].message, told], tool_choice="none")
+        expect(after.choices[0].message.content, after)
 
     def responses() -> None:
         said = client.responses.create(model=model, input=ASK[0]["content"], temperature=0).output_text
         expect(SAID in said, said)
+        with client.responses.stream(model=model, input=ASK[0]["content"], temperature=0) as stream:
+            expect(SAID in stream.get_final_response().output_text, "another")
 
     def logprobs() -> None:
         answer = create(model=model, messages=ASK, temperature=0, logprobs=True, top_logprobs=2, n=2)
         expect(all(len(choice.logprobs.content[0].top_logprobs) == 2 for choice in answer.choices), answer)
+
+    def errors() -> None:
+        try:
+            create(model="nobody", messages=ASK)
+        except openai.NotFoundError as error:
+            expect(error.code == "model_not_found", error)
+        else:
+            expect(False, "no error")
 
     return {
         "models": lambda: expect(model in [one.id for one in client.models.list()], "not listed"),
@@ -79,7 +104,8 @@ def openai_python(url: str, model: str, tools: str) -> dict[str, Check]:
         "responses": responses,
         "logprobs": logprobs,
         "schema": lambda: city(create(model=model, messages=ASK, response_format=schema).choices[0].message.content),
-        "tools": lambda: calls(tools or model),
+        "tools": calls,
+        "errors": errors,
         "embeddings": lambda: client.embeddings.create(model=model, input="a"),
     }
 
@@ -113,11 +139,23 @@ await ({
     schema: async () => city((await create({
         response_format: { type: "json_schema", json_schema: { name: "city", schema: parameters } },
     })).choices[0].message.content),
-    tools: async () => city((await create({
-        model: tools || model, max_tokens: 300, parallel_tool_calls: false,
-        tools: [{ type: "function", function: { name: "weather", parameters } }],
-        tool_choice: { type: "function", function: { name: "weather" } },
-    })).choices[0].message.tool_calls[0].function.arguments),
+    tools: async () => {
+        const options = {
+            model: tools || model,
+            max_tokens: 300,
+            tools: [{ type: "function", function: { name: "weather", parameters } }],
+        };
+        const choice = { type: "function", function: { name: "weather" } };
+        const { message } = (await create({ ...options, tool_choice: choice, parallel_tool_calls: false })).choices[0];
+        city(message.tool_calls[0].function.arguments);
+        const told = { role: "tool", tool_call_id: message.tool_calls[0].id, content: "sun" };
+        const after = await create({ ...options, messages: [...messages, message, told], tool_choice: "none" });
+        expect(after.choices[0].message.content, after);
+    },
+    errors: async () => {
+        const error = await create({ model: "nobody" }).catch(error => error);
+        expect(error instanceof OpenAI.NotFoundError && error.code === "model_not_found", error);
+    },
     embeddings: async () => client.embeddings.create({ model, input: "a" }),
 })[feature]();
 """
@@ -130,8 +168,7 @@ def openai_node(url: str, model: str, tools: str, folder: Path) -> dict[str, Che
     def check(feature: str) -> Check:
         return lambda: command("node", str(script), url, model, tools, feature)
 
-    names = ("models", "chat", "stream", "completions", "responses", "logprobs", "schema", "tools", "embeddings")
-    return {name: check(name) for name in names}
+    return {name: check(name) for name in FEATURES}
 
 
 def ollama_python(url: str, model: str, tools: str) -> dict[str, Check]:
@@ -144,7 +181,29 @@ def ollama_python(url: str, model: str, tools: str) -> dict[str, Check]:
         expect(SAID in "".join(part.message.content for part in parts), parts)
 
     def calls() -> None:
-        client.chat(model=tools or model, messages=ASK, tools=[WEATHER], options={"num_predict": 64})
+        """It cannot demand a call, so one of two things is left: a call, or a text that the schema allows."""
+        never = {"type": "string", "enum": ["never"]}
+        for seed in range(50):
+            options = {"seed": seed, "temperature": 2, "num_predict": 300}
+            answer = client.chat(model=tools or model, messages=ASK, tools=[WEATHER], format=never, options=options)
+            if answer.message.tool_calls:
+                (call, *_) = answer.message.tool_calls
+                expect(call.function.arguments["city"] in ("Tokyo", "Kyoto"), call)
+                break
+        else:
+            expect(False, "no call in 50 answers")
+        message = {**answer.message.model_dump(exclude_none=True), "tool_calls": [call.model_dump()]}
+        told = {"role": "tool", "tool_name": "weather", "content": "sun"}
+        after = client.chat(model=tools or model, messages=[*ASK, message, told], options={"num_predict": 30})
+        expect(after.message.content, after)
+
+    def errors() -> None:
+        try:
+            client.chat(model="nobody", messages=ASK)
+        except ollama.ResponseError as error:
+            expect(error.status_code == 404, error)
+        else:
+            expect(False, "no error")
 
     def generate() -> None:
         expect(client.generate(model=model, prompt="Once", options={"num_predict": 3}).response, "nothing")
@@ -159,11 +218,13 @@ def ollama_python(url: str, model: str, tools: str) -> dict[str, Check]:
         "completions": generate,
         "schema": lambda: city(client.chat(model=model, messages=ASK, format=SCHEMA).message.content),
         "tools": calls,
+        "errors": errors,
         "embeddings": lambda: client.embed(model=model, input="a"),
     }
 
 
 def langchain(url: str, model: str, tools: str) -> dict[str, Check]:
+    from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_openai import ChatOpenAI
 
     def chat(name: str = model, **options: Any) -> Any:
@@ -173,7 +234,11 @@ def langchain(url: str, model: str, tools: str) -> dict[str, Check]:
         bound = chat(tools or model, max_tokens=300).bind_tools(
             [WEATHER], tool_choice="weather", parallel_tool_calls=False
         )
-        expect(bound.invoke("Weather?").tool_calls[0]["args"]["city"] in ("Tokyo", "Kyoto"), "no call")
+        answer = bound.invoke("Weather?")
+        (call,) = answer.tool_calls
+        expect(call["args"]["city"] in ("Tokyo", "Kyoto"), call)
+        told = ToolMessage("sun", tool_call_id=call["id"])
+        expect(chat(tools or model, max_tokens=30).invoke([HumanMessage("Weather?"), answer, told]).content, "nothing")
 
     def schema() -> None:
         named = {"title": "city", "description": "A city.", **SCHEMA}
@@ -300,8 +365,29 @@ def installed(name: str) -> str | None:
         return None
 
 
+def node_version(folder: Path) -> str:
+    """Version of the package `openai` in node_modules."""
+    return str(json.loads((folder / "node_modules/openai/package.json").read_text())["version"])
+
+
+def table(results: dict[str, dict[str, str]]) -> str:
+    """Clients by features in Markdown; what was refused or failed is told below."""
+    lines = ["| client | version | " + " | ".join(FEATURES) + " |", "| --- " * (len(FEATURES) + 2) + "|"]
+    notes: list[str] = []
+    for client, told in results.items():
+        cells = []
+        for feature in FEATURES:
+            outcome = told.get(feature, "–")
+            if outcome not in ("passes", "–"):
+                notes.append(f"{len(notes) + 1}. {client}, {feature}: {outcome}")
+                outcome = f"{outcome.split(':')[0]} ({len(notes)})"
+            cells.append(outcome)
+        lines.append(f"| {client} | {told['version']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *notes])
+
+
 def main() -> None:
-    """Try everything, show a table on standard error, and print one JSON object."""
+    """Try everything, tell each outcome on standard error, and show the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8080")
     parser.add_argument("-m", "--model", required=True)
@@ -310,6 +396,7 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=Path, help="folder with tokenizer.json, for the harness's log-probabilities"
     )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     url, model, tools = args.url.rstrip("/"), args.model, args.tools_model
     results: dict[str, Any] = {}
@@ -327,14 +414,16 @@ def main() -> None:
             clients["openai (Node)"] = ("", lambda: openai_node(url, model, tools, args.node))
         for client, (distribution, checks) in clients.items():
             if distribution and installed(distribution) is None:
-                results[client] = "not installed"
+                results[client] = {"version": "not installed"}
                 continue
-            results[client] = {"version": installed(distribution) if distribution else None}
+            results[client] = {"version": installed(distribution) if distribution else node_version(args.node)}
             for feature, check in checks().items():
                 results[client][feature] = outcome(check)
                 print(f"{client:22} {feature:12} {results[client][feature]}", file=sys.stderr, flush=True)
-    json.dump(results, sys.stdout, indent=1)
-    print()
+    args.output.write_text(json.dumps({**provenance(), "clients": results}, indent=1) + "\n")
+    print(table(results))
+    if any(told.startswith("FAILS") for rows in results.values() for told in rows.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,25 @@ def test_openai_client_responds(smol: openai.OpenAI) -> None:
     assert last.response.incomplete_details.reason == "max_output_tokens"
 
 
+def test_log_probabilities_of_responses(smol: openai.OpenAI) -> None:
+    """Those of the text, as chat completions have them; the token that ends the answer is no text."""
+    model = smol.models.list().data[0].id
+    options: Any = {"model": model, "temperature": 0, "top_logprobs": 2, "include": ["message.output_text.logprobs"]}
+    chat: Any = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+    scores = smol.chat.completions.create(**chat, logprobs=True, top_logprobs=2).choices[0].logprobs
+    assert scores is not None
+    expected = [place.to_dict() for place in scores.content or ()][:-1]
+    whole: Any = smol.responses.create(input=QUESTION, **options)
+    assert [place.to_dict() for place in whole.output[0].content[0].logprobs] == expected
+    with smol.responses.stream(input=QUESTION, **options) as stream:
+        told: list[Any] = list(stream)
+    deltas = [place for event in told if event.type == "response.output_text.delta" for place in event.logprobs]
+    (done,) = [event for event in told if event.type == "response.output_text.done"]
+    for places in (deltas, done.logprobs, told[-1].response.output[0].content[0].logprobs):
+        assert [place.to_dict() for place in places] == expected
+    assert smol.responses.create(model=model, input=QUESTION).output[0].content[0].logprobs == []  # type: ignore[union-attr]
+
+
 def test_the_client_reads_refusals(smol: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="is not served here") as missing:
         smol.chat.completions.create(model="nobody", messages=[{"role": "user", "content": "a"}])

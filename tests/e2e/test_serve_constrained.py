@@ -209,6 +209,12 @@ def test_calls_in_ollamas_chat(caller: Server) -> None:
     assert told
     turns = [*ASK, {"role": "assistant", "content": "", "tool_calls": told[:1]}, {"role": "tool", "content": "sun"}]
     assert caller.post("/api/chat", {**body, "messages": turns, "stream": False})[0] == 200
+    turns[2]["tool_name"] = "weather"
+    assert caller.post("/api/chat", {**body, "messages": turns, "stream": False})[0] == 200
+    turns[2]["tool_name"] = "clock"
+    refused = caller.post("/api/chat", {**body, "messages": turns})
+    assert refused[0] == 400
+    assert refused[2]["error"] == "message 2: no call before it of 'clock' is without an answer"
     assert "tools" in caller.post("/api/show", {"model": "caller"})[2]["capabilities"]
 
 
@@ -244,6 +250,28 @@ def test_calls_in_ollamas_chat(caller: Server) -> None:
 )  # fmt: skip
 def test_what_constrains_badly_is_refused_by_name(caller: Server, fields: dict[str, Any], param: str) -> None:
     status, _, answer = caller.post("/v1/chat/completions", {"model": "caller", "messages": ASK, **fields})
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert answer["error"]["message"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [FLAT, FLAT]}, "tools[1].name"),
+        ({"tools": [{**FLAT, "parameters": 5}]}, "tools[0].parameters"),
+        ({"tools": [{**FLAT, "parameters": {"type": "object", "not": {}}}]}, "tools[0].parameters"),
+        ({"tools": [{**FLAT, "description": 5}]}, "tools[0].description"),
+        ({"tools": [WEATHER]}, "tools[0].name"),  # as chat completions declare it
+        ({"tools": [FLAT], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name"),
+        ({"tools": [FLAT], "tool_choice": NAMED}, "tool_choice"),
+        ({"include": ["reasoning.encrypted_content"]}, "include.0"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+    ],
+    ids=lambda value: json.dumps(value)[:60],
+)  # fmt: skip
+def test_what_responses_refuse_by_name(caller: Server, fields: dict[str, Any], param: str) -> None:
+    status, _, answer = caller.post("/v1/responses", {"model": "caller", "input": "Rom?", **fields})
     assert (status, answer["error"]["param"]) == (400, param)
     assert answer["error"]["message"].startswith(param)
 

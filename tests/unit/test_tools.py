@@ -169,6 +169,18 @@ def test_dialogs_with_calls_in_three_formats() -> None:
     assert '{"content": "Wien: sun", "call_id": "000000001"}⟦[/TOOL_RESULTS]⟧' in text
 
 
+def test_an_answer_may_name_the_function_instead_of_an_id() -> None:
+    template, ours = family("mistral")
+    messages = called("Rom", "Wien")
+    messages[1]["tool_calls"][0]["function"]["name"] = "clock"
+    for message, name in zip(messages[2:], ("weather", "clock"), strict=True):
+        del message["tool_call_id"]
+        message["name"] = name
+    text = spelled(ours, Dialog(messages).render(ours, template, tools=TOOLS)[0])
+    assert '{"content": "Rom: sun", "call_id": "000000001"}' in text
+    assert '{"content": "Wien: sun", "call_id": "000000000"}' in text
+
+
 def test_what_transformers_makes_of_the_same_dialogs() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -256,6 +268,7 @@ def edited(change: Any) -> list[dict[str, Any]]:
         (lambda m: m[2].update(tool_call_id="other"), "message 2: no call before it with the id 'other'"),
         (lambda m: m[3].update(tool_call_id="call_0"), "message 3: no call before it with the id 'call_0'"),
         (lambda m: m[2].pop("tool_call_id"), None),  # answers the first
+        (lambda m: m[2].update(name="clock"), "message 2: no call before it with the id 'call_0' of 'clock'"),
         (lambda m: m[2].update(content=""), None),
         (lambda m: m[2].update(content=None), "message 2: content must be text"),
         (lambda m: m[2].update(name="weather"), None),

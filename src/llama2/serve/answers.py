@@ -53,11 +53,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What a request says of functions that the answer may call, in OpenAI's form."""
+    """What a request says of functions that the answer may call, in OpenAI's form; `flat`, in that of Responses."""
 
     declared: Any = None
     choice: Any = None
     parallel: bool | None = None
+    flat: bool = False
 
 
 async def ask(
@@ -80,7 +81,8 @@ async def ask(
 
         model = service.model
         toolset = Toolset(
-            *(tools.declared, tools.choice, tools.parallel), model.checkpoint.template, model.tokenizer, response
+            *(tools.declared, tools.choice, tools.parallel, model.checkpoint.template, model.tokenizer, response),
+            flat=tools.flat,
         )
         prompt = model.render(messages, neutralise=neutralise, tools=toolset.declared)
         asked = replace(request, prompt=tuple(prompt))

@@ -74,11 +74,11 @@ async def _sweep(models: Models, keep_alive: float) -> None:
 
 
 async def _failed(http: HttpRequest, error: Exception) -> Response:
-    refusal = _refusal(error)
+    refusal = _refusal(error, http.url.path)
     return openai.reply(refusal.told(http.url.path), refusal.headers, refusal.status_code)
 
 
-def _refusal(error: Exception) -> Refusal:
+def _refusal(error: Exception, path: str) -> Refusal:
     if isinstance(error, Refusal):
         return error
     if isinstance(error, RequestValidationError):
@@ -86,7 +86,9 @@ def _refusal(error: Exception) -> Refusal:
     if isinstance(error, Llama2Error):
         return answers.refuse(error)
     if isinstance(error, HTTPException):
-        return Refusal(error.status_code, f"{error.detail}", code="not_found" if error.status_code == 404 else None)
+        if error.status_code == 404:
+            return Refusal(404, f"{path[:100]!r} is not served here; /docs lists what is", code="not_found")
+        return Refusal(error.status_code, error.detail)
     return Refusal(500, "an internal error, which the server's log explains", type="server_error")
 
 

@@ -88,7 +88,7 @@ class Asked(Wire):
 
 
 class Turn(Message):
-    """One message of a chat; a tool's says by `tool_name` what answered, if not by the order of calls."""
+    """One message of a chat; a tool's may say by `tool_name` which function answers."""
 
     UNSUPPORTED: ClassVar[Values] = {"images": ([],), "thinking": ("",)}
 
@@ -130,7 +130,7 @@ class Show(Wire):
 async def chat(body: Chat, http: HttpRequest) -> Response:
     """The assistant's answer to a list of messages."""
     service = await served(http).service(body.model)
-    messages = [plain(f"messages.{i}", message) for i, message in enumerate(body.messages)]
+    messages = [_plain(i, message) for i, message in enumerate(body.messages)]
     return await _answer(body, service, messages, http, _message, Tools(body.tools))
 
 
@@ -245,6 +245,11 @@ async def _lines(stream: Stream, reader: CallReader, head: dict[str, Any], form:
     if calls := _calls(reader):
         yield dump({**head, "created_at": _now(), **form("", calls), "done": False}) + b"\n"
     yield dump({**head, "created_at": _now(), **form("", []), **_end(stream)}) + b"\n"
+
+
+def _plain(index: int, turn: Turn) -> dict[str, Any]:
+    message = plain(f"messages.{index}", turn)
+    return message if turn.tool_name is None else {**message, "name": turn.tool_name}
 
 
 def _message(text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:

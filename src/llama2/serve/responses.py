@@ -11,18 +11,22 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from pydantic import Field
 
-from llama2.engine.request import Request
+from llama2.engine.request import Logprob, Request
 from llama2.serve import answers
 from llama2.serve.answers import Tools
 from llama2.serve.errors import Refusal, unsupported
-from llama2.serve.openai import drafts, plain, reply, sampling, served, stops, warning
+from llama2.serve.openai import chat_logprobs, drafts, plain, reply, sampling, served, stops, warning
 from llama2.serve.service import News, Stream
 from llama2.serve.streaming import PING, PING_SECONDS, Growing, Watched, dump
+from llama2.serve.tokens import Texts
 from llama2.serve.tools import CallArguments, CallReader, CallStart, Piece, Text
 from llama2.serve.wire import Message, Part, Sampled, StrictRoute, Values, Wire
 
 if TYPE_CHECKING:
     from llama2.serve.constrain import Constraint
+
+#: What a request includes to have the log-probabilities of its answer's text.
+LOGPROBS = "message.output_text.logprobs"
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -80,7 +84,6 @@ class ResponsesRequest(Sampled):
     UNSUPPORTED: ClassVar[Values] = {
         "background": (False,),
         "conversation": (),
-        "include": ([],),
         "max_tool_calls": (),
         "moderation": (),
         "previous_response_id": (),
@@ -88,7 +91,6 @@ class ResponsesRequest(Sampled):
         "reasoning": ({}, {"effort": "none"}),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "top_logprobs": (0,),
     }
 
     input: str | list[Item]
@@ -96,6 +98,8 @@ class ResponsesRequest(Sampled):
     max_output_tokens: int | None = Field(None, ge=1, lt=1 << 62)
     truncation: Literal["disabled"] | None = None  # nothing is ever cut silently
     text: TextOptions | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -109,23 +113,31 @@ async def responses(body: ResponsesRequest, http: HttpRequest) -> Response:
     """The assistant's answer to a conversation."""
     if (body.n or 1) > 1:
         raise unsupported("n")
+    for i, what in enumerate(body.include or ()):
+        if what != LOGPROBS:
+            raise unsupported(f"include.{i}", f"{what[:60]!r} is not supported, only {LOGPROBS!r} is")
+    scored = LOGPROBS in (body.include or ())
+    if body.top_logprobs and not scored:
+        raise Refusal(400, f"top_logprobs: needs {LOGPROBS!r} in include", param="top_logprobs", code="invalid_value")
     service = await served(http).service(body.model)
     format = body.text.format if body.text else None
-    choice = body.tool_choice
     (request,), (reader,) = await answers.ask(
         service,
         _messages(body),
-        Request((), body.max_output_tokens, sampling(body), stops(body), lookup=drafts(body, http)),
-        neutralise=served(http).settings.neutralise,
-        tools=Tools(
-            body.tools and [_nested(tool) for tool in body.tools],
-            _nested(choice) if isinstance(choice, dict) else choice,
-            body.parallel_tool_calls,
+        Request(
+            (),
+            body.max_output_tokens,
+            sampling(body),
+            stops(body),
+            logprobs=(body.top_logprobs or 0) if scored else None,
+            lookup=drafts(body, http),
         ),
+        neutralise=served(http).settings.neutralise,
+        tools=Tools(body.tools, body.tool_choice, body.parallel_tool_calls, flat=True),
         response=format.constraint if format else None,
     )
     stream = await answers.start(http, service, [request])
-    answer = _Answer(body, request, reader)
+    answer = _Answer(body, request, reader, service.texts)
     if body.stream:
         return Growing(answer.events(stream), stream.close, headers=warning(body))
     async with Watched(http, stream.close):
@@ -137,8 +149,10 @@ async def responses(body: ResponsesRequest, http: HttpRequest) -> Response:
 class _Answer:
     """One response in wire form: the items of its output one after another, and the events that tell of them."""
 
-    def __init__(self, body: ResponsesRequest, request: Request, reader: CallReader) -> None:
+    def __init__(self, body: ResponsesRequest, request: Request, reader: CallReader, texts: Texts) -> None:
         self._reader = reader
+        self._texts = texts
+        self._scores: list[Logprob] = []  # of tokens whose text was not told yet
         self._count = 0
         self._items: list[dict[str, Any]] = []
         format = body.text.format if body.text else None
@@ -163,6 +177,7 @@ class _Answer:
             "text": {"format": format.model_dump(by_alias=True, exclude_none=True) if format else {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": request.sampling.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -206,6 +221,7 @@ class _Answer:
         told: list[bytes] = []
         for _, event in batch:
             answers.check(event)
+            self._scores += [] if event.logprob is None else [event.logprob]
             for piece in self._reader.push(event):
                 told += self._add(piece)
             if event.finish is not None:
@@ -219,13 +235,18 @@ class _Answer:
             case Text(text):
                 if not self._items or self._items[-1]["type"] != "message":
                     told += self._close("completed") + self._open_message()
-                self._items[-1]["content"][0]["text"] += text
-                told.append(self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=[]))
+                logprobs = chat_logprobs(self._scores, self._texts)["content"]
+                self._scores = []
+                part = self._items[-1]["content"][0]
+                part["text"] += text
+                part["logprobs"] += logprobs
+                told.append(self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs))
             case CallStart(_, id, name):
                 told += self._close("completed")
                 call = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", "status": "in_progress"}
                 told.append(self._open({**call, "call_id": id, "name": name, "arguments": ""}))
             case CallArguments(_, text):
+                self._scores = []  # only text has them
                 self._items[-1]["arguments"] += text
                 told.append(self._of_item("response.function_call_arguments.delta", delta=text))
         return told
@@ -248,8 +269,9 @@ class _Answer:
         item["status"] = status
         if item["type"] == "message":
             part = item["content"][0]
+            said = {name: part[name] for name in ("text", "logprobs")}
             told = [
-                self._of_item("response.output_text.done", content_index=0, text=part["text"], logprobs=[]),
+                self._of_item("response.output_text.done", content_index=0, **said),
                 self._of_item("response.content_part.done", content_index=0, part=part),
             ]
         else:
@@ -268,11 +290,6 @@ class _Answer:
 
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _nested(tool: dict[str, Any]) -> dict[str, Any]:
-    """A function, or a choice of one, as chat completions have it."""
-    return {"type": tool.get("type"), "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
 def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:

@@ -50,7 +50,8 @@ class Toolset:
     its own. With `tool_choice="none"`, or without tools, the model is told of none, and all of its answer is text. With
     `auto`, what begins as a call becomes a whole one of a declared function; `required` or a function's name makes the
     answer one. Several calls follow one another if the model knows that and `parallel` allows it. An answer that is no
-    call follows `response`, a JSON schema's constraint, if there is one.
+    call follows `response`, a JSON schema's constraint, if there is one. `flat` says that tools and a choice name their
+    function beside their type, as Responses have it, and not in an object `function`, as templates are told.
 
     Raises RequestError that names the field which is malformed, or says that the model knows no tools.
     """
@@ -63,9 +64,11 @@ class Toolset:
         template: str | None,
         tokenizer: Tokenizer,
         response: Constraint | None = None,
+        *,
+        flat: bool = False,
     ) -> None:
-        functions = _functions(tools)
-        choice = _choice(tool_choice, functions)
+        functions = _functions(tools, flat)
+        choice = _choice(tool_choice, functions, flat)
         self.declared: Sequence[Mapping[str, Any]] | None = None
         self.constraints = () if response is None else (response,)
         self._functions: tuple[Function, ...] = ()
@@ -77,7 +80,7 @@ class Toolset:
             self._format = call_format(template or "", tokenizer)
         except TemplateError as error:
             raise RequestError(f"tools: {error}") from None
-        self.declared = tools
+        self.declared = [_nested(tool) for tool in tools] if flat else tools
         self._functions = tuple(f for f in functions if choice in ("auto", "required", f.name))
         rules = _calls(
             self._format, self._functions, tokenizer, parallel is not False and choice in ("auto", "required")
@@ -97,7 +100,12 @@ class Toolset:
         return CallReader(self._format, {function.name for function in self._functions}, self._tokenizer)
 
 
-def _functions(tools: Any) -> tuple[Function, ...]:
+def _nested(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A function as chat completions declare it."""
+    return {"type": tool["type"], "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def _functions(tools: Any, flat: bool) -> tuple[Function, ...]:
     """The functions that a request's `tools` declare. Raises RequestError."""
     if tools is None:
         return ()
@@ -108,26 +116,27 @@ def _functions(tools: Any) -> tuple[Function, ...]:
         where = f"tools[{i}]"
         if not isinstance(tool, Mapping) or tool.get("type") != "function":
             raise RequestError(f"{where}.type must be 'function'; other tools are not supported")
-        function = tool.get("function")
+        function = tool if flat else tool.get("function")
         if not isinstance(function, Mapping):
             raise RequestError(f"{where}.function must be an object with a name")
+        where = where if flat else f"{where}.function"
         name, description = function.get("name"), function.get("description")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise RequestError(f"{where}.function.name must be 1 to 64 letters, digits, _ or -, not {name!r:.80}")
+            raise RequestError(f"{where}.name must be 1 to 64 letters, digits, _ or -, not {name!r:.80}")
         if any(name == other.name for other in functions):
-            raise RequestError(f"{where}.function.name: {name!r} is declared twice")
+            raise RequestError(f"{where}.name: {name!r} is declared twice")
         if description is not None and not isinstance(description, str):
-            raise RequestError(f"{where}.function.description must be text")
+            raise RequestError(f"{where}.description must be text")
         parameters = function.get("parameters")
         parameters = {"type": "object", "properties": {}} if parameters is None else parameters
-        place = f"{where}.function.parameters"
+        place = f"{where}.parameters"
         if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
             raise RequestError(f"{place} must be a JSON schema of type 'object'")
         functions.append(Function(name, {"type": "object", **parameters}, place))
     return tuple(functions)
 
 
-def _choice(choice: Any, functions: Sequence[Function]) -> str:
+def _choice(choice: Any, functions: Sequence[Function], flat: bool) -> str:
     """`none`, `auto`, `required`, or the name of the one function to call. Raises RequestError."""
     if choice is None:
         return "auto" if functions else "none"
@@ -135,14 +144,16 @@ def _choice(choice: Any, functions: Sequence[Function]) -> str:
         if choice == "required" and not functions:
             raise RequestError("tool_choice is 'required', but there are no tools")
         return str(choice) if functions else "none"
-    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    function = choice if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    if function is not None and not flat:
+        function = function.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
-        raise RequestError(
-            "tool_choice must be 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': …}}"
-        )
+        named = "'name': …" if flat else "'function': {'name': …}"
+        raise RequestError(f"tool_choice must be 'none', 'auto', 'required' or {{'type': 'function', {named}}}")
     if all(name != function.name for function in functions):
-        raise RequestError(f"tool_choice.function.name: {name!r:.80} is not one of the tools")
+        where = "tool_choice.name" if flat else "tool_choice.function.name"
+        raise RequestError(f"{where}: {name!r:.80} is not one of the tools")
     return name
 
 

@@ -43,14 +43,15 @@ class ToolCall:
 class Message:
     """One turn of a dialog: who speaks (one of ROLES), and what.
 
-    An assistant may call tools, and then need not say anything. A tool's message answers the call with its
-    `tool_call_id`, or without one the first call that has no answer yet.
+    An assistant may call tools, and then need not say anything. A tool's message answers the first call without an
+    answer that has its `tool_call_id` and calls the function `name`; None stands for any.
     """
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    name: str | None = None
 
 
 class Dialog:
@@ -152,10 +153,12 @@ def _answered(messages: Sequence[Message]) -> dict[int, int]:
     open_calls: list[int] = []
     for i, message in enumerate(messages):
         if message.role == "tool":
-            wanted = message.tool_call_id
-            at = next((n for n in open_calls if wanted in (None, calls[n].id)), None)
+            id, name = message.tool_call_id, message.name
+            at = next((n for n in open_calls if id in (None, calls[n].id) and name in (None, calls[n].name)), None)
             if at is None:
-                raise DialogError(f"message {i}: no call before it with the id {wanted!r} is without an answer")
+                wanted = "" if id is None else f" with the id {id!r}"
+                wanted += "" if name is None else f" of {name!r}"
+                raise DialogError(f"message {i}: no call before it{wanted} is without an answer")
             open_calls.remove(at)
             answered[i] = at
         elif open_calls:
@@ -195,7 +198,7 @@ def _message(index: int, message: Message | Mapping[str, Any]) -> Message:
         raise DialogError(f"message {index}: content must be text, not {type(message.content).__name__}")
     if message.tool_calls and message.role != "assistant":
         raise DialogError(f"message {index}: only the assistant calls tools, not {message.role}")
-    if message.tool_call_id is not None and message.role != "tool":
+    if (message.tool_call_id, message.name) != (None, None) and message.role != "tool":
         raise DialogError(f"message {index}: only a tool answers a call, not {message.role}")
     if not message.content.strip() and not message.tool_calls and message.role != "tool":
         raise DialogError(f"message {index}: content is empty")
@@ -220,6 +223,7 @@ def _from_mapping(index: int, message: Mapping[str, Any]) -> Message:
         "" if content is None and calls else content,
         tuple(_call(f"message {index}: tool_calls[{n}]", call) for n, call in enumerate(calls)),
         message.get("tool_call_id"),
+        message.get("name"),
     )
 
 
