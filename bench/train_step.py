@@ -55,22 +55,14 @@ STEPS = 3
 Take = Callable[[NDArray[np.int64], NDArray[np.int64]], float]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A batch, as train/step.py takes it."""
-
-    tokens: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    documents: None = None
-
-
 def ours() -> Take:
     """llama2's own step."""
+    from llama2.data.loader import Batch
     from llama2.model.transformer import Transformer
     from llama2.train.step import Step
 
     step = Step(Transformer(CONFIG), betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP, compile=True)
-    return lambda tokens, targets: step.step([Rows(tokens, targets)], RATE).loss
+    return lambda tokens, targets: step.step([Batch(tokens, targets)], RATE).loss
 
 
 def transformers() -> Take:

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama2.train.loss import IGNORED, exponentials, head_loss
+from llama2.data.loader import IGNORED
+from llama2.train.loss import exponentials, head_loss
 
 
 def example(*, ignored: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

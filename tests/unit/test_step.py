@@ -1,54 +1,19 @@
 """A step of the optimiser against transformers' gradients, torch's own AdamW, and by hand."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from llama2 import checkpoint
+from llama2.data.loader import Batch
 from llama2.model.transformer import Transformer, within
-from llama2.train.loss import IGNORED
 from llama2.train.step import Step
 from models import tiny_config, write_tiny_gguf
 from oracle_transformers import their_names, their_order, transformers_model
-
-
-@dataclass
-class Rows:
-    tokens: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    documents: NDArray[np.int32] | None = None
-
-
-def rows(count: int, length: int, seed: int, ignored: int = 0) -> Rows:
-    """Random tokens, of whose targets the first `ignored` of each row are no targets."""
-    ids = np.random.default_rng(seed).integers(3, 320, (count, length + 1))
-    targets = ids[:, 1:].copy()
-    targets[:, :ignored] = IGNORED
-    return Rows(ids[:, :-1], targets)
-
-
-def network(**changes: Any) -> Transformer:
-    model = Transformer(tiny_config(**changes))
-    model.initialise(torch.Generator().manual_seed(0))
-    return model
-
-
-def gradients(step: Step, batches: list[Rows]) -> dict[str, torch.Tensor]:
-    """What the optimiser is given."""
-    found: dict[str, torch.Tensor] = {}
-
-    def keep(*_: object) -> None:
-        found.update((name, p.grad.clone()) for name, p in step.network.named_parameters() if p.grad is not None)
-
-    hook = step.optimizer.register_step_pre_hook(keep)
-    step.step(batches, 0.0)
-    hook.remove()
-    return found
+from steps import gradients, network, rows
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -65,7 +30,7 @@ def test_accumulated_gradients_against_transformers(tied: bool, tmp_path: Any) -
     truth = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
 
     step = Step(ours, precision="fp32", clip=1e9, chunk=10)
-    found = gradients(step, batches)
+    _, found = gradients(step, batches)
     assert found.keys() == config.tensor_shapes().keys()
     for name, gradient in found.items():
         wanted = truth[their_names(config)[name]]
@@ -106,15 +71,15 @@ def test_steps_are_those_of_adamw() -> None:
 def test_documents_know_nothing_of_each_other() -> None:
     """One row of three documents is the same as a row for each, in loss and gradients."""
     parts = [rows(1, length, seed) for seed, length in enumerate((5, 1, 9))]
-    packed = Rows(
+    packed = Batch(
         *(np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("tokens", "targets")),
         np.array([[4] * 5 + [5] * 1 + [6] * 9], np.int32),
     )
     step = Step(network(), precision="fp32")
-    expected, found = gradients(step, parts), gradients(step, [packed])
+    (_, expected), (_, found) = gradients(step, parts), gradients(step, [packed])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
-    packed.documents = None
-    assert gradients(step, [packed])["norm.weight"].sub(expected["norm.weight"]).abs().max() > 1e-4
+    packed = Batch(packed.tokens, packed.targets)
+    assert gradients(step, [packed])[1]["norm.weight"].sub(expected["norm.weight"]).abs().max() > 1e-4
 
 
 def test_positions_and_sight_within_documents() -> None:
@@ -146,8 +111,8 @@ def test_what_is_not_finite_changes_nothing(fault: str, monkeypatch: pytest.Monk
 
 
 def test_bfloat16_is_close_and_keeps_float32_parameters() -> None:
-    expected = gradients(Step(network(), precision="fp32"), [rows(4, 33, 0)])
-    found = gradients(Step(network(), precision="bf16"), [rows(4, 33, 0)])
+    _, expected = gradients(Step(network(), precision="fp32"), [rows(4, 33, 0)])
+    _, found = gradients(Step(network(), precision="bf16"), [rows(4, 33, 0)])
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
         assert 0 < (gradient - expected[name]).norm() <= 0.03 * expected[name].norm(), name

@@ -196,12 +196,16 @@ class Transformer(nn.Module):
         et al. 2019), which keeps the sum of 2L additions from growing with depth.
         """
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
-                adds = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-                deviation = 0.02 / (2 * self.config.n_layers) ** 0.5 if adds else 0.02
-                nn.init.normal_(parameter, std=deviation, generator=generator)
+            self.draw(name, parameter, generator)
+
+    def draw(self, name: str, weight: Tensor, generator: torch.Generator | None = None) -> None:
+        """Fill `weight` as `initialise` fills the parameter of that name."""
+        if weight.ndim == 1:
+            nn.init.ones_(weight)
+        else:
+            adds = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+            deviation = 0.02 / (2 * self.config.n_layers) ** 0.5 if adds else 0.02
+            nn.init.normal_(weight, std=deviation, generator=generator)
 
     @classmethod
     def load(

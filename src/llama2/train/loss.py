@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-#: A target of no token: its position has no loss.
-IGNORED = -100
+from llama2.data.loader import IGNORED
 
 #: What `exponentials` is, compiled or not.
 Exponentials = Callable[[Tensor, Tensor, "dist.ProcessGroup | None"], tuple[Tensor, Tensor, Tensor]]
