@@ -21,7 +21,7 @@ from llama2.errors import Llama2Error
 
 #: Commands, and which file of this package has them.
 FILES = {
-    **{name: name for name in ("chat", "generate", "serve", "bench", "plan", "convert", "quantize")},
+    **{name: name for name in ("chat", "generate", "serve", "bench", "plan", "convert", "quantize", "pretrain")},
     **dict.fromkeys(("pull", "list", "show", "rm"), "models"),
 }
 
