@@ -86,7 +86,7 @@ class Windows:
         tokens, targets = read[:, :-1].copy(), read[:, 1:].copy()
         if not self._boundaries:
             return Batch(tokens, targets)
-        documents = np.zeros((len(numbers), T + 1), np.int32)
+        documents = np.zeros((len(numbers), length + 1), np.int32)
         for row, w in zip(documents, numbers, strict=True):
             row[self._shards.starts(w * length, w * length + length + 1) - w * length] = 1
         documents = np.cumsum(documents, axis=1, dtype=np.int32)

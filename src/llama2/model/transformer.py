@@ -42,17 +42,17 @@ class RMSNorm(nn.Module):
 
 
 def rotations(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
-    """Cosine and sine of the angle by which a position turns each pair of dimensions: (T,) → (T, E / 2, 2) float32."""
+    """Cosine and sine of the angles by which positions turn pairs of dimensions: (…, T) → (…, T, E / 2, 2) float32."""
     # In float64, because a float32 angle at position 4095 is wrong in the fourth digit (spec 12.2).
     turns = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)  # (E / 2,)
-    angles = positions[:, None] * turns  # (T, E / 2)
+    angles = positions[..., None] * turns  # (…, T, E / 2)
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021): turns the pairs (2i, 2i + 1) of x (B, T, heads, E) by rope (T, E / 2, 2)."""
+    """Rotary embedding (Su et al. 2021): turns pairs (2i, 2i + 1) of x (B, T, heads, E) by rope (…, T, E / 2, 2)."""
     a, b = x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)  # (B, T, heads, E / 2)
-    cos, sin = rope[:, None].unbind(-1)  # (T, 1, E / 2)
+    cos, sin = rope.unsqueeze(-3).unbind(-1)  # (…, T, 1, E / 2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 
@@ -66,6 +66,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     mask = None if visible is None else visible[..., None, :, :]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
+
+
+def within(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows that hold several documents: positions (B, T) in them, and which tokens (B, T, T) each token may read.
+
+    documents (B, T) are their numbers, which change where another begins.
+    """
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)  # (B, T)
+    changes = documents.diff(prepend=documents[:, :1]) != 0
+    starts = torch.where(changes, places, 0).cummax(-1).values  # of the document that each token is in
+    return places - starts, (starts[:, :, None] == starts[:, None, :]).tril()
 
 
 class Attention(nn.Module):
@@ -150,21 +161,32 @@ class Transformer(nn.Module):
         """
         return self.logits(self.features(tokens, past))
 
-    def features(self, tokens: Tensor, past: Past | None = None) -> Tensor:
-        """What the output head reads: (B, T) ids → (B, T, D)."""
-        count = tokens.shape[1]
-        positions = torch.arange(count, device=tokens.device) if past is None else past.advance(count)  # (T,)
-        rope = rotations(positions, self.frequencies)  # (T, E / 2, 2)
+    def features(self, tokens: Tensor, past: Past | None = None, documents: Tensor | None = None) -> Tensor:
+        """What the output head reads: (B, T) ids → (B, T, D).
+
+        With `documents` (B, T) instead of `past`, a row holds several of them, which know nothing of each other.
+        """
+        count, attend = tokens.shape[1], attention
+        if documents is not None:
+            positions, visible = within(documents)  # (B, T), (B, T, T)
+            attend = partial(attention, visible=visible)
+        else:
+            positions = torch.arange(count, device=tokens.device) if past is None else past.advance(count)  # (T,)
+        rope = rotations(positions, self.frequencies)  # ([B,] T, E / 2, 2)
         x: Tensor = self.tok_embeddings(tokens)  # (B, T, D)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, attention if past is None else partial(past.attend, i))  # (B, T, D)
+            x = layer(x, rope, attend if past is None else partial(past.attend, i))  # (B, T, D)
         x = self.norm(x)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         """The output head, which may be the embeddings again: (…, D) → (…, V) float32."""
-        y: Tensor = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
-        return y.float()
+        return F.linear(x, self.head).float()
+
+    @property
+    def head(self) -> Tensor:
+        """The output head's matrix (V, D), which may be the embeddings again."""
+        return (self.tok_embeddings if self.output is None else self.output).weight
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Draw random weights, also for a model that was built on the meta device and then given memory.
