@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llama2.checkpoint import Checkpoint
 from llama2.errors import EngineError
@@ -37,6 +39,12 @@ def load(
         if name.endswith(("attention.wo", "feed_forward.w2")):
             module.register_forward_hook(_add_up)
     return model
+
+
+def checkpoint_blocks(model: Transformer) -> None:
+    """Let blocks keep their inputs alone, and compute the rest again in the backward pass (Chen et al. 2016)."""
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def cut(name: str, weight: NDArray[np.float32], rank: int, size: int) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llama2.model import parallel
 from llama2.model.transformer import Transformer
 from llama2.train.loss import IGNORED, exponentials, head_loss
 
@@ -66,7 +67,8 @@ class Step:
     """A network and its AdamW, which decays matrices and no norms.
 
     `network` and `optimizer` are what a checkpoint saves. Parameters, gradients and the optimiser's state are float32;
-    `precision` "bf16" does products in bfloat16. The largest norm of the gradient is `clip`.
+    `precision` "bf16" does products in bfloat16. The largest norm of the gradient is `clip`. With `checkpointing` a
+    block keeps its input alone and runs again in the backward pass.
     """
 
     def __init__(
@@ -78,10 +80,18 @@ class Step:
         weight_decay: float = 0.1,
         clip: float = 1.0,
         precision: Literal["bf16", "fp32"] = "bf16",
+        compile: bool = False,
+        checkpointing: bool = False,
         chunk: int = CHUNK,
     ) -> None:
         self.network = network
         self.objective = Objective(network, chunk)
+        if checkpointing:
+            parallel.checkpoint_blocks(network)
+        if compile:  # block by block: all are one code, compiled once, in a fraction of the time that the whole takes
+            for layer in network.layers:
+                layer.compile()
+            self.objective.softmax = torch.compile(exponentials)
         self.clip = clip
         self.precision = precision
         self.device = network.norm.weight.device
