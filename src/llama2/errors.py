@@ -59,3 +59,7 @@ class RecipeError(Llama2Error):
 
 class DataError(Llama2Error):
     """Documents, a corpus built of them, or a tokenizer for them are missing, damaged, or do not go together."""
+
+
+class RunError(Llama2Error):
+    """A training run cannot begin, continue or go on."""

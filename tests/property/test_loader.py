@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama2.data import shards
-from llama2.data.loader import IGNORED, Batch, Loader, shuffled
+from llama2.data.loader import IGNORED, Batch, Loader, Windows, shuffled
 from llama2.data.shards import Shards
 from llama2.errors import DataError
 
@@ -57,8 +56,9 @@ def test_an_order_has_everything_once(count: int, key: int) -> None:
 
 
 def test_every_window_once_an_epoch_and_targets_one_further(corpus: Shards) -> None:
-    loader = Loader(corpus, rows=1, length=LENGTH, seed=3)
-    assert loader.windows == (131 - 1) // LENGTH == 16
+    windows = Windows(corpus, length=LENGTH)
+    loader = Loader(windows, rows=1, seed=3)
+    assert len(windows) == (131 - 1) // LENGTH == 16
     epochs = [[loader.next() for _ in range(16)] for _ in range(2)]
     for epoch in epochs:
         assert sorted(rows(epoch)) == [STREAM[i * LENGTH : (i + 1) * LENGTH].tolist() for i in range(16)]
@@ -77,12 +77,11 @@ def test_every_window_once_an_epoch_and_targets_one_further(corpus: Shards) -> N
 def test_continues_with_the_next_row_at_any_world_size(
     corpus: Shards, worlds: list[tuple[int, int]], seed: int
 ) -> None:
-    alone = Loader(corpus, rows=1, length=LENGTH, seed=seed)
+    alone = Loader(Windows(corpus, length=LENGTH), rows=1, seed=seed)
     state = alone.state()
     for world, each in worlds:
-        loaders = [
-            Loader(corpus, rows=each, length=LENGTH, seed=seed, rank=rank, world=world) for rank in range(world)
-        ]
+        windows = Windows(corpus, length=LENGTH)
+        loaders = [Loader(windows, rows=each, seed=seed, rank=rank, world=world) for rank in range(world)]
         for loader in loaders:
             loader.restore(state)
         for _ in range(2):
@@ -93,7 +92,7 @@ def test_continues_with_the_next_row_at_any_world_size(
 
 
 def test_boundaries_are_the_documents(corpus: Shards) -> None:
-    loader = Loader(corpus, rows=16, length=LENGTH, seed=0, boundaries=True)
+    loader = Loader(Windows(corpus, length=LENGTH, boundaries=True), rows=16, seed=0)
     [batch] = loader.first(16)
     assert batch.documents is not None
     ends = np.cumsum(DOCUMENTS)
@@ -107,14 +106,14 @@ def test_boundaries_are_the_documents(corpus: Shards) -> None:
 
 
 def test_first_is_in_order_and_no_longer_than_there_is(corpus: Shards) -> None:
-    loader = Loader(corpus, rows=3, length=LENGTH, seed=0)
+    loader = Loader(Windows(corpus, length=LENGTH), rows=3, seed=0)
     assert [len(batch.tokens) for batch in loader.first(7)] == [3, 3, 1]
     assert rows(loader.first(99)) == [STREAM[i * LENGTH : (i + 1) * LENGTH].tolist() for i in range(16)]
     assert loader.state()["rows"] == 0
 
 
 def test_skips_rows_of_all(corpus: Shards) -> None:
-    one, other = (Loader(corpus, rows=2, length=LENGTH, seed=5) for _ in range(2))
+    one, other = (Loader(Windows(corpus, length=LENGTH), rows=2, seed=5) for _ in range(2))
     one.skip(4)
     skipped = [other.next() for _ in range(2)]
     assert rows([one.next()]) == rows([other.next()])
@@ -122,20 +121,18 @@ def test_skips_rows_of_all(corpus: Shards) -> None:
 
 
 @pytest.fixture(params=["corpus", "seed", "length"])
-def changed(request: pytest.FixtureRequest, corpus: Shards, tmp_path: Path) -> Iterator[tuple[str, Loader]]:
-    settings = {"seed": 1, "length": LENGTH}
-    if request.param == "corpus":
-        yield request.param, Loader(built(tmp_path, b"b"), rows=1, **settings)
-    else:
-        yield request.param, Loader(corpus, rows=1, **(settings | {request.param: 9}))
+def changed(request: pytest.FixtureRequest, corpus: Shards, tmp_path: Path) -> tuple[str, Loader]:
+    shards = built(tmp_path, b"b") if request.param == "corpus" else corpus
+    windows = Windows(shards, length=9 if request.param == "length" else LENGTH)
+    return request.param, Loader(windows, rows=1, seed=9 if request.param == "seed" else 1)
 
 
 def test_another_corpus_seed_or_length_is_refused(corpus: Shards, changed: tuple[str, Loader]) -> None:
     name, loader = changed
     with pytest.raises(DataError, match=f"the run was begun with {name} .*; begin another run"):
-        loader.restore(Loader(corpus, rows=1, length=LENGTH, seed=1).state())
+        loader.restore(Loader(Windows(corpus, length=LENGTH), rows=1, seed=1).state())
 
 
 def test_too_few_tokens(corpus: Shards) -> None:
     with pytest.raises(DataError, match="train has 131 tokens, too few for a row of 131"):
-        Loader(corpus, rows=1, length=131, seed=0)
+        Windows(corpus, length=131)

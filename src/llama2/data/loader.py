@@ -1,14 +1,14 @@
-"""Batches from a corpus: windows of a stream of tokens, in an order that a seed fixes.
+"""Batches from rows of tokens, such as the windows of a corpus, in an order that a seed fixes.
 
-The stream of N tokens is cut into W = (N − 1) / T windows of T tokens; each gives T inputs and, one further, T targets.
-Every epoch deals all windows in another order, which is computed and not stored. What was dealt is one number, the same
-on however many processes, so a run goes on with the next token whoever continues it.
+Every epoch deals all rows in another order, which is computed and not stored. What was dealt is one number, the same on
+however many processes, so a run goes on with the next token whoever continues it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,68 @@ class Batch:
     documents: NDArray[np.int32] | None = None
 
 
+class Source(Protocol):
+    """Rows of one length, by number."""
+
+    @property
+    def name(self) -> str:
+        """Where they are, as a message begins."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """What they are, all together: what a resumed run must find again."""
+        ...
+
+    def __len__(self) -> int:
+        """How many there are, at least one."""
+        ...
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Some of them."""
+        ...
+
+
+class Windows:
+    """A corpus as rows: its stream of N tokens is cut into (N − 1) / T windows of T, each with targets one further.
+
+    With `boundaries`, tokens read their own document alone, and the last one of a document has no target; without, as
+    Llama 2 was trained as far as is known, a window is one text.
+    """
+
+    def __init__(self, shards: Shards, *, length: int, boundaries: bool = False) -> None:
+        self._shards, self._boundaries = shards, boundaries
+        self._count = (shards.tokens - 1) // length
+        self.name, self.length, self.sha256 = str(shards.folder), length, shards.sha256
+        if self._count == 0:
+            raise DataError(
+                f"{shards.folder}: {shards.split} has {shards.tokens} tokens, too few for a row of {length}; "
+                "choose a shorter length, or build the corpus with more documents"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Windows of the stream, by number."""
+        length = self.length
+        read = np.stack([self._shards.read(w * length, w * length + length + 1) for w in numbers])
+        tokens, targets = read[:, :-1].copy(), read[:, 1:].copy()
+        if not self._boundaries:
+            return Batch(tokens, targets)
+        documents = np.zeros((len(numbers), length + 1), np.int32)
+        for row, w in zip(documents, numbers, strict=True):
+            row[self._shards.starts(w * length, w * length + length + 1) - w * length] = 1
+        documents = np.cumsum(documents, axis=1, dtype=np.int32)
+        targets[documents[:, 1:] != documents[:, :-1]] = IGNORED
+        return Batch(tokens, targets, documents[:, :-1].copy())
+
+
 class State(TypedDict):
     """Where a loader stands: rows that all processes have read together, and of what."""
 
@@ -42,50 +104,30 @@ class State(TypedDict):
 
 
 class Loader:
-    """Deals windows of `length` tokens, `rows` at a time to each of `world` processes, of which this is `rank`.
+    """Deals rows of a source, `rows` at a time to each of `world` processes, of which this is `rank`."""
 
-    With `boundaries`, tokens read their own document alone, and the last one of a document has no target; without, as
-    Llama 2 was trained as far as is known, a window is one text.
-    """
-
-    def __init__(
-        self,
-        shards: Shards,
-        *,
-        rows: int,
-        length: int,
-        seed: int,
-        boundaries: bool = False,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.windows = (shards.tokens - 1) // length
-        if self.windows == 0:
-            raise DataError(
-                f"{shards.folder}: {shards.split} has {shards.tokens} tokens, too few for a row of {length}; "
-                "choose a shorter length, or build the corpus with more documents"
-            )
-        self._shards = shards
-        self._rows, self._length, self._seed, self._boundaries = rows, length, seed, boundaries
+    def __init__(self, source: Source, *, rows: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self._source = source
+        self._rows, self._seed = rows, seed
         self._rank, self._world = rank, world
         self._dealt = 0
 
     @property
     def epoch(self) -> float:
-        """How often the corpus was read."""
-        return self._dealt / self.windows
+        """How often all rows were read."""
+        return self._dealt / len(self._source)
 
     def next(self) -> Batch:
         """This process's next rows. Processes that ask as often get different ones."""
         first = self._dealt + self._rank * self._rows
         self._dealt += self._world * self._rows
-        return self._batch([self._window(n) for n in range(first, first + self._rows)])
+        return self._source.batch([self._number(n) for n in range(first, first + self._rows)])
 
     def first(self, rows: int) -> list[Batch]:
-        """The stream's first rows in its own order, the same ones for everybody, at most `rows`: for validation."""
-        count = min(rows, self.windows)
+        """The source's first rows in its own order, the same ones for everybody, at most `rows`: for validation."""
+        count = min(rows, len(self._source))
         starts = range(0, count, self._rows)
-        return [self._batch(list(range(start, min(start + self._rows, count)))) for start in starts]
+        return [self._source.batch(range(start, min(start + self._rows, count))) for start in starts]
 
     def skip(self, rows: int) -> None:
         """Leave out the next `rows` rows of all processes together."""
@@ -93,7 +135,7 @@ class Loader:
 
     def state(self) -> State:
         """What `restore` continues from, with the next token."""
-        return State(rows=self._dealt, seed=self._seed, length=self._length, corpus=self._shards.sha256)
+        return State(rows=self._dealt, seed=self._seed, length=self._source.length, corpus=self._source.sha256)
 
     def restore(self, state: State) -> None:
         """Continue from a state, perhaps of another number of processes.
@@ -104,28 +146,15 @@ class Loader:
         for name in ("corpus", "seed", "length"):
             if state[name] != now[name]:
                 raise DataError(
-                    f"{self._shards.folder}: the run was begun with {name} {state[name]}, and this one is {now[name]}; "
+                    f"{self._source.name}: the run was begun with {name} {state[name]}, and this one is {now[name]}; "
                     "begin another run, or use what it was begun with"
                 )
         self._dealt = state["rows"]
 
-    def _window(self, n: int) -> int:
-        """Which window comes n-th of all."""
-        epoch, place = divmod(n, self.windows)
-        return shuffled(place, self.windows, key=self._seed << 32 | epoch)
-
-    def _batch(self, windows: list[int]) -> Batch:
-        T = self._length
-        read = np.stack([self._shards.read(w * T, w * T + T + 1) for w in windows])
-        tokens, targets = read[:, :-1].copy(), read[:, 1:].copy()
-        if not self._boundaries:
-            return Batch(tokens, targets)
-        documents = np.zeros((len(windows), T + 1), np.int32)
-        for row, w in zip(documents, windows, strict=True):
-            row[self._shards.starts(w * T, w * T + T + 1) - w * T] = 1
-        documents = np.cumsum(documents, axis=1, dtype=np.int32)
-        targets[documents[:, 1:] != documents[:, :-1]] = IGNORED
-        return Batch(tokens, targets, documents[:, :-1].copy())
+    def _number(self, n: int) -> int:
+        """Which row comes n-th of all."""
+        epoch, place = divmod(n, len(self._source))
+        return shuffled(place, len(self._source), key=self._seed << 32 | epoch)
 
 
 def shuffled(place: int, count: int, *, key: int) -> int:

@@ -24,6 +24,8 @@ import pydantic
 from numpy.typing import NDArray
 
 from llama2.errors import DataError
+from llama2.text import huggingface
+from llama2.text.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 
@@ -253,6 +255,11 @@ class Shards:
             low, high = np.searchsorted(documents, np.array([a, b], np.uint64))
             found.append(documents[low:high].astype(np.int64) + base)
         return np.concatenate(found)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens. Raises TokenizerError."""
+        own = self.manifest.tokenizer
+        return huggingface.read(self.folder, size=own.vocabulary, bos_id=own.bos_id, eos_id=own.eos_id)
 
     def check_tokenizer(self, path: Path) -> None:
         """Raise DataError unless the file at `path` is the tokenizer that made these tokens."""
