@@ -24,6 +24,8 @@ vocabulary = 300
 files = ["**/*.txt"]
 [sources.pages]
 files = ["*.jsonl"]
+[dedup]
+near = false
 [executor]
 tasks = 2
 workers = 1

@@ -28,15 +28,15 @@ def build(folder: Path, files: list[list[list[int]]], vocabulary: int = 100) -> 
                 writer.add(ids)
         assert writer.shard
         written.append(writer.shard)
-    shards.finish(
-        folder,
-        source,
-        vocabulary=vocabulary,
-        bos_id=1,
-        eos_id=2,
-        shards={"train": written, "validation": []},
+    manifest = shards.Manifest(
+        tokenizer=shards.TokenizerFile(
+            file="tokenizer.model", sha256=shards.sha256(source), vocabulary=vocabulary, bos_id=1, eos_id=2
+        ),
+        dtype=shards.dtype_of(vocabulary),
+        splits={"train": written, "validation": []},
         sources={"s": {"train": {"documents": 1, "tokens": 2}}},
     )
+    shards.finish(folder, source, manifest)
     return folder
 
 

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
 
-from llama2.data import read, shards
+from llama2.data import card, contamination, dedup, describe, read, shards
+from llama2.data.clean import Clean
 from llama2.data.executor import executor
 from llama2.data.read import File
 from llama2.data.settings import BuildRecipe
@@ -33,7 +35,9 @@ from llama2.errors import DataError
 from llama2.text import trainer
 
 
-def build(recipe: BuildRecipe, *, force: bool = False) -> Manifest | None:
+def build(
+    recipe: BuildRecipe, *, force: bool = False, toxicity: describe.Scorer = describe.word_list
+) -> Manifest | None:
     """Make the corpus that a recipe describes, and return its manifest; None when a cluster's queue was given the work.
 
     Raises DataError or TokenizerError before anything is done for sources that are missing and a tokenizer that cannot
@@ -45,13 +49,16 @@ def build(recipe: BuildRecipe, *, force: bool = False) -> Manifest | None:
     if (output / shards.MANIFEST).exists() and not force:
         raise DataError(f"{recipe.output}: holds a corpus already; choose another output, or replace it with --force")
     files = read.find(recipe)
+    samples = {
+        name: contamination.read_samples(recipe.benchmarks_folder, name, benchmark)
+        for name, benchmark in recipe.decontamination.benchmarks.items()
+    }
     if recipe.tokenizer.file:
         open_tokenizer(recipe.tokenizer.file)
-    if output.exists():
-        _clear(output)
+    _check_folder(output)
     work = output / "work" / _identity(recipe, files)
     work.mkdir(parents=True, exist_ok=True)
-    last = _stages(recipe.model_copy(update={"output": output}), files, work)
+    last = _stages(recipe.model_copy(update={"output": output}), files, samples, work, toxicity)
     last.run()
     if recipe.executor.kind == "slurm":
         return None
@@ -59,14 +66,17 @@ def build(recipe: BuildRecipe, *, force: bool = False) -> Manifest | None:
     return shards.read_manifest(output)
 
 
-def _clear(output: Path) -> None:
-    """Remove the corpus that was there, and refuse a folder with anything else in it."""
-    (output / shards.MANIFEST).unlink(missing_ok=True)
-    for path in output.iterdir():
-        if path.name.startswith(("train-", "validation-", "tokenizer.")):
-            path.unlink()
-        elif path.name not in ("work", "card", "recipe.json"):
-            raise DataError(f"{path}: is no part of a corpus; choose another output folder")
+def _belongs(path: Path) -> bool:
+    """Whether a file or folder is one that a build writes."""
+    return path.name in ("work", "card", "recipe.json", shards.MANIFEST) or path.name.startswith(
+        ("train-", "validation-", "tokenizer.")
+    )
+
+
+def _check_folder(output: Path) -> None:
+    """Raise DataError when the folder has anything in it that is no part of a corpus."""
+    if output.exists() and (others := [path for path in output.iterdir() if not _belongs(path)]):
+        raise DataError(f"{others[0]}: is no part of a corpus; choose another output folder")
 
 
 def _identity(recipe: BuildRecipe, files: list[File]) -> str:
@@ -75,21 +85,32 @@ def _identity(recipe: BuildRecipe, files: list[File]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _stages(recipe: BuildRecipe, files: list[File], work: Path) -> Any:
+def _stages(
+    recipe: BuildRecipe, files: list[File], samples: dict[str, list[str]], work: Path, toxicity: describe.Scorer
+) -> Any:
     """The executor of the last stage, which runs those before it."""
     tasks = recipe.executor.tasks
     logs = work / "logs"
     clean, tokens = work / "clean", work / "tokens"
     tokenizer = recipe.tokenizer.file.resolve() if recipe.tokenizer.file else work / "tokenizer.model"
-    stages: list[tuple[str, list[Stage], int]] = [
-        ("clean", [read.Read(recipe, files), Write(clean)], tasks),
+    signatures, pairs, removed = work / "signatures", work / "pairs", work / "removed"
+    bands = dedup.bands(recipe.dedup)
+    sign = [dedup.Sign(recipe.dedup, signatures)] if bands else []
+    unique = [dedup.Unique(recipe.dedup, pairs, removed)] if bands else []
+    stages: list[tuple[str, list[PipelineStep], int]] = [
+        ("clean", [read.Read(recipe, files), Clean(recipe, toxicity), *sign, Write(clean)], tasks),
     ]
+    if bands:
+        stages += [
+            ("pair", [dedup.pair(recipe.dedup, signatures, pairs)], bands),
+            ("cluster", [dedup.cluster(recipe.dedup, pairs, removed)], 1),
+        ]
     if recipe.tokenizer.vocabulary:
         stages.append(("learn", [Learn(clean, tasks, recipe.tokenizer.vocabulary, tokenizer)], 1))
     stages += [
-        ("tokenise", [Load(clean), Tokenise(recipe, tokenizer, tokens)], tasks),
-        ("mix", [Mix(recipe, tokenizer, tokens, logs / "tokenise", recipe.output)], tasks),
-        ("finish", [Finish(recipe, tokenizer, tokens, logs)], 1),
+        ("tokenise", [Load(clean), *unique, card.Describe(), Tokenise(recipe, samples, tokenizer, tokens)], tasks),
+        ("mix", [Mix(recipe, tokenizer, tokens, logs / "tokenise", work / "mixed")], tasks),
+        ("finish", [Finish(recipe, samples, tokenizer, work)], 1),
     ]
     last = None
     for name, steps, count in stages:
@@ -160,25 +181,27 @@ class Finish(Stage):
 
     name = "finish"
 
-    def __init__(self, recipe: BuildRecipe, tokenizer: Path, tokens: Path, logs: Path) -> None:
+    def __init__(self, recipe: BuildRecipe, samples: dict[str, list[str]], tokenizer: Path, work: Path) -> None:
         super().__init__()
         self.recipe = recipe
+        self.samples = samples
         self.tokenizer = tokenizer
-        self.tokens = tokens
-        self.logs = logs
+        self.work = work
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
         opened = open_tokenizer(self.tokenizer)
-        mixed = counts(self.logs / "mix")
+        mixed, kept = counts(self.work / "logs" / "mix"), counts(self.work / "logs" / "tokenise")
+        for name in self.recipe.sources:
+            if not kept[name]["kept"]:
+                reasons = ", ".join(
+                    f"{count:g} {what}" for what, count in counts(self.work / "logs" / "clean")[name].items()
+                )
+                raise DataError(f"sources.{name}: none of its documents was kept ({reasons}); mend it, or leave it out")
         output = self.recipe.output
-        (output / "recipe.json").write_text(self.recipe.model_dump_json(indent=1) + "\n")
-        shards.finish(
-            output,
+        manifest = shards.Manifest.of(
             self.tokenizer,
-            vocabulary=opened.vocab_size,
-            bos_id=opened.bos_id or 0,
-            eos_id=opened.eos_id or 0,
-            shards=written(self.tokens, self.recipe.executor.tasks),
+            opened,
+            shards=written(self.work / "tokens", self.recipe.executor.tasks),
             sources={
                 name: {
                     split: {what: int(mixed[name][f"{split} {what}"]) for what in ("documents", "tokens")}
@@ -187,4 +210,22 @@ class Finish(Stage):
                 for name in self.recipe.sources
             },
         )
+        texts = [text for each in self.samples.values() for text in each]
+        coverages = [contamination.Coverage(contamination.tokenised(texts, opened)) for _ in range(2)]
+        for when, coverage in zip(("before", "after"), coverages, strict=True):
+            for file in sorted((self.work / "tokens").glob(f"{when}-*.npy")):
+                coverage.load(file)
+        numbers = {name: len(each) for name, each in self.samples.items()}
+        (output / shards.MANIFEST).unlink(missing_ok=True)  # from here on the corpus that was there is none
+        for path in output.iterdir():
+            if path.name.startswith(("train-", "validation-", "tokenizer.")):
+                path.unlink()
+        for path in (self.work / "mixed").iterdir():
+            path.replace(output / path.name)
+        card.write(
+            output / "card",
+            card.facts(self.recipe, manifest, counts(self.work / "logs" / "clean"), kept, numbers, *coverages),
+        )
+        (output / "recipe.json").write_text(self.recipe.model_dump_json(indent=1) + "\n")
+        shards.finish(output, self.tokenizer, manifest)
         yield from ()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ class _Quiet(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no t
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         logger.disable("datatrove")  # here too, since it may run in another process
-        return super()._run_for_rank(rank, local_rank, node_rank)
+        with redirect_stderr(io.StringIO()):  # progress bars
+            return super()._run_for_rank(rank, local_rank, node_rank)
 
 
 def executor(settings: Executor, name: str, steps: Sequence[PipelineStep], tasks: int, logs: Path, after: Any) -> Any:

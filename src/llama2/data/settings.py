@@ -47,6 +47,46 @@ class TokenizerSettings(Settings):
         return self
 
 
+class Dedup(Settings):
+    """Which documents count as one."""
+
+    exact: bool = Field(True, description="those with the same text")
+    near: bool = Field(True, description="those that share most of their n-grams of words, by MinHash")
+    words: int = Field(5, ge=1, description="words of an n-gram")
+    bands: int = Field(14, ge=1, le=100, description="bands of 8 hashes; more find documents that are less alike")
+
+
+class Personal(Settings):
+    """Personal information."""
+
+    replace: bool = Field(True, description="put [EMAIL], [PHONE] and their like in place of such information")
+    blocked: list[str] = Field([], description="sites to leave out, besides those that are known for searching people")
+
+
+class Card(Settings):
+    """What the corpus card looks at."""
+
+    sample: Share = Field(0.1, description="share of the English documents whose toxicity is scored")
+
+
+class Benchmark(Settings):
+    """Samples that a model is to be measured by."""
+
+    files: list[str] = Field(min_length=1, description="patterns in `dir`: JSON, JSON lines, CSV, or a line a sample")
+    fields: list[str] = Field([], description="what of a record the prompt shows, in order; none: every text")
+
+
+class Decontamination(Settings):
+    """Removal of benchmarks' samples from the corpus (paper A.6)."""
+
+    benchmarks: dict[Name, Benchmark] = Field({})
+    dir: str | None = Field(None, description="folder of the benchmarks' files; none: the sources'")
+    length: int = Field(10, ge=1, description="tokens of the shortest run that counts")
+    skips: int = Field(4, ge=0, description="tokens of a run, after the first ten, that may differ")
+    threshold: float = Field(0.2, gt=0, le=1, description="share of a sample from which its runs are cut out")
+    margin: int = Field(50, ge=0, description="tokens that go with a run on either side")
+
+
 class Executor(Settings):
     """Who does the work. The corpus depends on `tasks`, never on who did them."""
 
@@ -68,11 +108,24 @@ class BuildRecipe(Settings):
     validation: Share = Field(0.01, description="share of the documents kept for validation, chosen by their place")
     document_limit: int = Field(1 << 22, ge=1, description="bytes of a document; longer text is cut at a line's end")
     max_epochs: float = Field(4.0, ge=1, description="times that a document may be repeated for its source's weight")
+    dedup: Dedup = Dedup()
+    personal: Personal = Personal()
+    decontamination: Decontamination = Decontamination()
+    card: Card = Card()
     executor: Executor = Executor()
 
     @property
     def folder(self) -> str:
         """Where the sources are: an absolute path, or an address."""
-        if self.dir == STDLIB:
-            return sysconfig.get_path("stdlib")
-        return self.dir if "://" in self.dir else str(Path(self.dir).resolve())
+        return _absolute(self.dir)
+
+    @property
+    def benchmarks_folder(self) -> str:
+        """Where the benchmarks are, in the same way."""
+        return _absolute(self.decontamination.dir or self.dir)
+
+
+def _absolute(place: str) -> str:
+    if place == STDLIB:
+        return sysconfig.get_path("stdlib")
+    return place if "://" in place else str(Path(place).resolve())

@@ -65,6 +65,28 @@ class Manifest(_Record):
     splits: dict[Split, list[Shard]]
     sources: dict[str, dict[Split, dict[str, int]]] = {}
 
+    @classmethod
+    def of(
+        cls,
+        file: Path,
+        tokenizer: Tokenizer,
+        shards: Mapping[Split, Sequence[Shard]],
+        sources: Mapping[str, Mapping[Split, Mapping[str, int]]],
+    ) -> Manifest:
+        """The manifest of shards whose tokens the tokenizer in `file` made."""
+        return cls(
+            tokenizer=TokenizerFile(
+                file="tokenizer.json" if file.suffix == ".json" else "tokenizer.model",
+                sha256=sha256(file),
+                vocabulary=tokenizer.vocab_size,
+                bos_id=tokenizer.bos_id or 0,
+                eos_id=tokenizer.eos_id or 0,
+            ),
+            dtype=dtype_of(tokenizer.vocab_size),
+            splits={split: list(each) for split, each in shards.items()},
+            sources={name: {s: dict(c) for s, c in splits.items()} for name, splits in sources.items()},
+        )
+
 
 def dtype_of(vocabulary: int) -> Literal["uint16", "uint32"]:
     """The type that holds every id of a vocabulary."""
@@ -136,37 +158,12 @@ class _Hashed:
         return self._hash.hexdigest()
 
 
-def finish(
-    folder: Path,
-    tokenizer: Path,
-    *,
-    vocabulary: int,
-    bos_id: int,
-    eos_id: int,
-    shards: Mapping[Split, Sequence[Shard]],
-    sources: Mapping[str, Mapping[Split, Mapping[str, int]]] | None = None,
-) -> Manifest:
-    """Copy the tokenizer, a tokenizer.model or tokenizer.json, beside what was written, and write the manifest last:
-    a folder without one is no corpus.
-    """
-    name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
-    shutil.copyfile(tokenizer, folder / name)
-    manifest = Manifest(
-        tokenizer=TokenizerFile(
-            file=name,
-            sha256=sha256(folder / name),
-            vocabulary=vocabulary,
-            bos_id=bos_id,
-            eos_id=eos_id,
-        ),
-        dtype=dtype_of(vocabulary),
-        splits={split: list(each) for split, each in shards.items()},
-        sources={name: {s: dict(c) for s, c in splits.items()} for name, splits in (sources or {}).items()},
-    )
+def finish(folder: Path, tokenizer: Path, manifest: Manifest) -> None:
+    """Copy the tokenizer beside what was written, and write the manifest last: a folder without one is no corpus."""
+    shutil.copyfile(tokenizer, folder / manifest.tokenizer.file)
     part = folder / f"{MANIFEST}.part"
     part.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     part.replace(folder / MANIFEST)
-    return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -46,3 +47,9 @@ def counts(logs: Path) -> dict[str, Counter[str]]:
                 if slash:
                     total[source][what] += value["total"] if isinstance(value, dict) else value
     return total
+
+
+def fraction(key: str, purpose: str) -> float:
+    """A number in [0, 1) that is random but always the same for a key and a purpose."""
+    digest = hashlib.blake2b(f"{purpose}\0{key}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

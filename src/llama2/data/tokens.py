@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -14,10 +13,10 @@ import numpy as np
 from datatrove.data import Document
 from numpy.typing import NDArray
 
-from llama2.data import shards
+from llama2.data import contamination, shards
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Shard, Split
-from llama2.data.stage import Stage, counts
+from llama2.data.stage import Stage, counts, fraction
 from llama2.errors import DataError
 from llama2.text import huggingface, tokenizer
 from llama2.text.tokenizer import Tokenizer
@@ -38,25 +37,25 @@ def open_tokenizer(file: Path) -> Tokenizer:
     return opened
 
 
-def fraction(key: str, purpose: str) -> float:
-    """A number in [0, 1) that is random but always the same for a key and a purpose."""
-    digest = hashlib.blake2b(f"{purpose}\0{key}".encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
 class Tokenise(Stage):
     """Writes each source's documents as token ids, in a folder of its own, by split."""
 
     name = "tokenise"
 
-    def __init__(self, recipe: BuildRecipe, file: Path, folder: Path) -> None:
+    def __init__(self, recipe: BuildRecipe, samples: Mapping[str, list[str]], file: Path, folder: Path) -> None:
         super().__init__()
         self.recipe = recipe
+        self.samples = samples  # of each benchmark
         self.file = file
         self.folder = folder
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
         opened = open_tokenizer(self.file)
+        settings = self.recipe.decontamination
+        samples = contamination.tokenised([text for texts in self.samples.values() for text in texts], opened)
+        matcher = contamination.Matcher(samples, length=settings.length, skips=settings.skips)
+        before, after = contamination.Coverage(samples), contamination.Coverage(samples)
+        self.folder.mkdir(exist_ok=True)
         writers: dict[tuple[str, Split], shards.Writer] = {}
         with ExitStack() as open_writers:
             for document in data:
@@ -68,10 +67,26 @@ class Tokenise(Stage):
                     place.mkdir(parents=True, exist_ok=True)
                     writer = shards.Writer(place, split, rank, opened.vocab_size)
                     writers[source, split] = open_writers.enter_context(writer)
-                ids = opened.encode(document.text, bos=True, eos=True)
-                writers[source, split].add(ids)
-                self.count(source, f"{split} documents")
-                self.count(source, f"{split} tokens", len(ids))
+                ids = np.array(opened.encode(document.text), np.int64)
+                parts = [ids]
+                if samples:
+                    runs = list(matcher.runs(ids))
+                    parts = contamination.cut(ids, runs, samples, settings)
+                    for run in runs:
+                        before.add(run)
+                    for run in (run for part in parts if runs for run in matcher.runs(part)):
+                        after.add(run)
+                    if len(parts) != 1 or len(parts[0]) != len(ids):
+                        self.count(source, "contaminated documents")
+                        self.count(source, "contaminated tokens", len(ids) - sum(map(len, parts)))
+                for part in parts:
+                    whole = np.concatenate([[opened.bos_id], part, [opened.eos_id]])
+                    writers[source, split].add(whole)
+                    self.count(source, f"{split} documents")
+                    self.count(source, f"{split} tokens", len(whole))
+        if samples:
+            before.save(self.folder / f"before-{rank:05d}.npy")
+            after.save(self.folder / f"after-{rank:05d}.npy")
         yield from ()
 
 
@@ -117,6 +132,7 @@ class Mix(Stage):
         counted = counts(self.logs)
         times = epochs(self.recipe, {name: counted[name]["train tokens"] for name in self.recipe.sources})
         written = {}
+        self.folder.mkdir(exist_ok=True)
         for split in SPLITS:
             with shards.Writer(self.folder, split, rank, vocabulary) as writer:
                 for source in self.recipe.sources:
