@@ -1,11 +1,11 @@
 """What a run leaves behind: a folder with its recipe, where it comes from, and a line of figures for every step.
 
-    run.json        command, commit, versions, hardware, seed and when it began
-    recipe.json     every setting, defaults too
-    metrics.jsonl   one object a line
-    checkpoints/    step-…/, each with what continues the run, and the model as of that step
-    tensorboard/    the figures once more
-    samples.jsonl   what the model wrote
+run.json        command, commit, versions, hardware, seed and when it began
+recipe.json     every setting, defaults too
+metrics.jsonl   one object a line
+checkpoints/    step-…/, each with what continues the run, and the model as of that step
+tensorboard/    the figures once more
+samples.jsonl   what the model wrote
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from llama2.train.pretrain import Line
+    from llama2.train.loop import Line
 
 EXAMPLE = "Example: llama2 pretrain recipes/nano.toml --name first steps=500 optimizer.rate=2e-3"
 

@@ -1,8 +1,8 @@
 """Saved states of a run: what resumes it (torch's distributed checkpoints), and beside that the whole model.
 
-    checkpoints/step-00001000/             appears when all in it is written, by one renaming
-    checkpoints/step-00001000/model/       safetensors, configuration and tokenizer, which need no torch
-    checkpoints/step-00001000/*.distcp     parameters, AdamW's moments, and where loader and loop stand
+checkpoints/step-00001000/             appears when all in it is written, by one renaming
+checkpoints/step-00001000/model/       safetensors, configuration and tokenizer, which need no torch
+checkpoints/step-00001000/*.distcp     parameters, AdamW's moments, and where loader and loop stand
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import shutil
 import warnings
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -73,12 +73,13 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir()
             self._write_model(part / MODEL)
-            future = dcp.async_save(self._state(loop), checkpoint_id=part, no_dist=not dist.is_initialized())
+            future = state_dict_saver.async_save(
+                self._state(loop), checkpoint_id=part, no_dist=not dist.is_initialized()
+            )
         except (OSError, CheckpointError) as error:
             self._failed(part, error)
             return
-        assert isinstance(future, Future)
-        self._writing = path, future
+        self._writing = path, cast(Future[Any], future)
 
     def finish(self) -> None:
         """Wait for the state that is being written, and remove those that are too many."""
@@ -106,7 +107,7 @@ class Checkpoints:
         """Put a step's state in place, and return `loop` as it was saved. Raises RunError when it cannot be read."""
         state = self._state({})
         try:
-            dcp.load(state, checkpoint_id=self.path(step), no_dist=not dist.is_initialized())
+            state_dict_loader.load(state, checkpoint_id=self.path(step), no_dist=not dist.is_initialized())
         except Exception as error:
             raise RunError(
                 f"{self.path(step)}: cannot be read ({_words(error)}); remove it, and the run continues from "

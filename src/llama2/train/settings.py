@@ -46,7 +46,7 @@ class Model(Settings):
 
 
 class Data(Settings):
-    """What is read: a corpus of `llama2 data build`, or a recipe of it, by which the corpus is made if it is missing."""
+    """What is read: a corpus of `llama2 data build`, or by a recipe of it, which makes the corpus if it is missing."""
 
     corpus: Path | None = Field(None, description="folder of a built corpus")
     recipe: Path | None = Field(None, description="recipe of `llama2 data build`, beside this one")
@@ -57,8 +57,8 @@ class Data(Settings):
 
     @model_validator(mode="after")
     def _some(self) -> Data:
-        if not self.corpus and not self.recipe:
-            raise ValueError("needs a corpus, or a recipe to build one by")
+        if (self.corpus is None) == (self.recipe is None):
+            raise ValueError("needs a corpus, or a recipe to build one by, and not both")
         if self.dir and not self.recipe:
             raise ValueError("dir goes with a recipe to build a corpus by")
         return self
@@ -109,17 +109,15 @@ class Save(Settings):
 class Samples(Settings):
     """Texts that the model continues at every save."""
 
-    prompts: list[str] = []
+    prompts: list[str] = Field([], description="beginnings")
     tokens: Positive = 64
 
 
-class PretrainRecipe(Settings):
-    """A run of `llama2 pretrain`."""
+class LoopSettings(Settings):
+    """What every training run has."""
 
     steps: Positive
     seed: int = Field(0, ge=0, lt=1 << 32)
-    model: Model = Model()
-    data: Data
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -131,3 +129,10 @@ class PretrainRecipe(Settings):
     samples: Samples = Samples()
     evaluate: Positive = Field(500, description="steps between evaluations")
     watts: float | None = Field(None, gt=0, description="power of a device, for energy and carbon; none: not told")
+
+
+class PretrainRecipe(LoopSettings):
+    """A run of `llama2 pretrain`."""
+
+    model: Model = Model()
+    data: Data
