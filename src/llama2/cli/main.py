@@ -24,6 +24,7 @@ FILES = {
     **{name: name for name in ("chat", "generate", "serve", "bench", "plan", "convert", "quantize", "pretrain")},
     **dict.fromkeys(("pull", "list", "show", "rm"), "models"),
     **{name: name for name in ("data", "tokenizer")},
+    "runs": "runs",
 }
 #: Files whose commands stand together under the file's name.
 GROUPS = ("data", "tokenizer")
