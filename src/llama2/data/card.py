@@ -183,7 +183,12 @@ def markdown(facts: Mapping[str, Any]) -> str:
         ["source", "kind", "times"],
         [[name, kind, f"{n:,}"] for name, source in facts["sources"].items() for kind, n in source["personal"].items()],
     )
-    lines += ["## Languages", "", "By a document's beginning; unknown is what is less than half certain.", ""]
+    lines += [
+        "## Languages",
+        "",
+        "By a document's beginning and middle; unknown is what is less than half certain.",
+        "",
+    ]
     lines += _table(["language", "documents"], [[name, _percent(share)] for name, share in facts["languages"].items()])
     lines += ["## Pronouns and identities", "", f"Shares of the {facts['english_documents']:,} English documents.", ""]
     lines += _table(["pronouns", "documents"], [[group, _percent(share)] for group, share in facts["pronouns"].items()])

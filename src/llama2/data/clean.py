@@ -12,7 +12,8 @@ from llama2.data.settings import BuildRecipe
 from llama2.data.stage import Stage
 from llama2.data.words import Words
 
-#: Characters by which a language is told, and the least certainty (spec 8.2).
+#: Characters by which a language is told, half from the beginning and half from the middle, and the least certainty
+#: (spec 8.2).
 _SAMPLE, _CERTAIN = 1000, 0.5
 
 
@@ -60,6 +61,8 @@ def language_detector() -> Any:
 
 
 def identify(detector: Any, text: str) -> str:
-    """A text's language by its beginning (ISO 639), or "unknown" where it is not certain."""
-    best = detector.detect(text[:_SAMPLE].replace("\n", " "), model="lite")[0]
+    """A text's language (ISO 639), or "unknown" where it is not certain."""
+    middle = max(len(text), _SAMPLE) // 2
+    sample = text[: _SAMPLE // 2] + text[middle : middle + _SAMPLE // 2]
+    best = detector.detect(sample.replace("\n", " "), model="lite")[0]
     return str(best["lang"]) if best["score"] >= _CERTAIN else "unknown"
