@@ -24,7 +24,7 @@ FILES = {
     **{name: name for name in ("chat", "generate", "serve", "bench", "plan", "convert", "quantize", "pretrain")},
     **dict.fromkeys(("pull", "list", "show", "rm"), "models"),
     **{name: name for name in ("data", "tokenizer")},
-    "runs": "runs",
+    **{name: name for name in ("sft", "runs")},
 }
 #: Files whose commands stand together under the file's name.
 GROUPS = ("data", "tokenizer")

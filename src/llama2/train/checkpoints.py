@@ -12,6 +12,7 @@ import re
 import shutil
 import warnings
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +27,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from llama2.checkpoint import Checkpoint, Tensor, huggingface
-from llama2.checkpoint.checkpoint import read_tokenizer
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, RunError
 from llama2.records import CHECKPOINTS, MODEL
+from llama2.text.tokenizer import Tokenizer
 from llama2.train.step import Step
 
 _STEP = re.compile(r"step-(\d+)")
@@ -44,9 +45,12 @@ class Checkpoints:
     than the state: those before it stay.
     """
 
-    def __init__(self, run: Path, step: Step, config: ModelConfig, tokenizer: Path, *, keep: int) -> None:
+    def __init__(
+        self, run: Path, step: Step, config: ModelConfig, tokenizer: Tokenizer, template: str | None, *, keep: int
+    ) -> None:
         self.folder = run / CHECKPOINTS
-        self._step, self._config, self._tokenizer, self._keep = step, config, tokenizer, keep
+        self._step, self._keep = step, keep
+        self._like = Checkpoint(run, "huggingface", config, {}, {}, template, _build_tokenizer=lambda: tokenizer)
         self._writing: tuple[Path, Future[Any]] | None = None
         self.failure: str | None = None  # of the last state
         if _first():
@@ -131,7 +135,7 @@ class Checkpoints:
             self._step.network, options=StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
         )
         if _first():
-            write_model(folder, whole, self._config, self._tokenizer, self._step.precision)
+            write_model(folder, whole, self._like, self._step.precision)
 
     def _failed(self, part: Path, error: Exception) -> None:
         self.failure = f"{part.with_suffix('')}: cannot be saved ({_words(error)}); free some room"
@@ -139,18 +143,17 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def write_model(
-    folder: Path, weights: dict[str, Any], config: ModelConfig, tokenizer: Path, precision: str = "bf16"
-) -> None:
-    """Write the whole model as Hugging Face has it, in the precision that its products were done in."""
+def write_model(folder: Path, weights: dict[str, Any], like: Checkpoint, precision: str = "bf16") -> None:
+    """Write the whole model as Hugging Face has it, in the precision that its products were done in.
+
+    All but its weights is as in `like`.
+    """
     dtype, format = (torch.bfloat16, "BF16") if precision == "bf16" else (torch.float32, "F32")
     tensors = {}
     for name, weight in weights.items():
         data = weight.detach().to("cpu", dtype).contiguous()
         tensors[name] = Tensor(name, format, tuple(data.shape), data.view(torch.uint8).flatten().numpy())
-    checkpoint = Checkpoint(folder, "huggingface", config, tensors, {})
-    checkpoint._build_tokenizer = lambda: read_tokenizer(tokenizer, config.vocab_size)
-    huggingface.write(checkpoint, folder)
+    huggingface.write(replace(like, tensors=tensors), folder)
 
 
 def _first() -> bool:

@@ -19,6 +19,7 @@ from llama2.data.loader import Batch, Loader, Source
 from llama2.errors import RecipeError, RunError
 from llama2.model.transformer import Transformer
 from llama2.records import Run
+from llama2.text.tokenizer import Tokenizer
 from llama2.train.checkpoints import Checkpoints
 from llama2.train.processes import Processes
 from llama2.train.schedule import learning_rate
@@ -73,7 +74,8 @@ class _State:
 
 
 class Loop:
-    """A run: `network` learns from `source`, and leaves what it learned in `folder`, beside its `tokenizer`.
+    """A run: `network` learns from `source`, and leaves what it learned in `folder`, with its `tokenizer` and chat
+    template.
 
     `validation` is what the loss is measured on now and then. Raises RecipeError for a batch that cannot be divided.
     """
@@ -87,7 +89,8 @@ class Loop:
         source: Source,
         validation: Sequence[Batch],
         network: Transformer,
-        tokenizer: Path,
+        tokenizer: Tokenizer,
+        template: str | None = None,
         sample: Sample | None = None,
         watch: Watch | None = None,
     ) -> None:
@@ -103,6 +106,8 @@ class Loop:
         self.source = source
         self.loader = Loader(source, rows=batch.micro, seed=recipe.seed, rank=here.rank, world=here.world)
         self.config = network.config
+        self.batch_tokens = batch.rows * source.length  # that a step reads; with masked loss fewer are targets
+        self.flops = flops_per_token(self.config, source.length)
         self.step = Step(
             network,
             betas=o.betas,
@@ -113,7 +118,7 @@ class Loop:
             compile=recipe.compile,
             checkpointing=recipe.checkpointing,
         )
-        self.checkpoints = Checkpoints(folder, self.step, self.config, tokenizer, keep=recipe.save.keep)
+        self.checkpoints = Checkpoints(folder, self.step, self.config, tokenizer, template, keep=recipe.save.keep)
         self.state = _State()
         self.peak = _peak(here.device, recipe.precision)
 
@@ -235,8 +240,8 @@ class Loop:
             "tokens": self.state.tokens,
             "epoch": round(self.loader.epoch, 4),
             "seconds": round(seconds, 4),
-            "tokens_per_second": round(progress.tokens / seconds, 1),
-            "mfu": round(self._mfu(progress.tokens / seconds), 4),
+            "tokens_per_second": round(self.batch_tokens / seconds, 1),
+            "mfu": round(self._mfu(self.batch_tokens / seconds), 4),
         }
         if validation is not None:
             figures["validation"] = validation
@@ -250,25 +255,25 @@ class Loop:
     def _line(
         self, progress: Progress, rate: float, seconds: float, validation: float | None, note: str | None
     ) -> Line:
-        speed = progress.tokens / seconds
+        speed = self.batch_tokens / seconds
         left = (self.recipe.steps - self.state.step) * self.state.seconds / max(1, self.state.step)
         return Line(
             self.state.step, self.recipe.steps, progress.loss, rate, speed, self._mfu(speed), left, validation, note
         )
 
     def _mfu(self, tokens_per_second: float) -> float:
-        return flops_per_token(self.config) * tokens_per_second / (self.peak * self.here.devices)
+        return self.flops * tokens_per_second / (self.peak * self.here.devices)
 
     def _facts(self) -> list[str]:
         c, r = self.config, self.recipe
         device = self.here.device.type
         devices = f"{self.here.devices} × {device}" if self.here.devices > 1 else device
-        tokens = r.batch.rows * self.source.length
+        epochs = r.steps * r.batch.rows / len(self.source)
         return [
             f"{c.parameters() / 1e6:.1f} M parameters, {r.precision}, on {devices}; "
-            f"{r.steps:,} steps of {tokens:,} tokens, {r.steps * r.batch.rows / len(self.source):.2f} epochs",
+            f"{r.steps:,} steps of {self.batch_tokens:,} tokens, {epochs:.2f} epochs",
             "MFU = (6 × parameters in products + 3 × attention's operations) × tokens/s ÷ peak "
-            f"= {flops_per_token(c) / 1e6:.1f} MFLOP × tokens/s ÷ {self.peak * self.here.devices / 1e9:,.0f} GFLOP/s",
+            f"= {self.flops / 1e6:.1f} MFLOP × tokens/s ÷ {self.peak * self.here.devices / 1e9:,.0f} GFLOP/s",
         ]
 
     def _write_samples(self, run: Run, step: int) -> None:
@@ -291,9 +296,9 @@ def is_spike(loss: float, before: Sequence[float], rule: Spikes) -> bool:
     return loss > statistics.fmean(before) + max(rule.least, rule.deviations * statistics.pstdev(before))
 
 
-def flops_per_token(config: ModelConfig) -> float:
-    """Of forward and backward pass, 3 times the forward's: matrices, and causal attention over a row."""
-    return 3 * (config.matrix_flops() + config.causal_attention_flops(config.context_length))
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Of forward and backward pass, 3 times the forward's: matrices, and causal attention over a row of `length`."""
+    return 3 * (config.matrix_flops() + config.causal_attention_flops(length))
 
 
 def _peak(device: torch.device, precision: str) -> float:

@@ -53,7 +53,7 @@ def pretrain(
             source=Windows(train, length=length, boundaries=boundaries),
             validation=validation,
             network=network,
-            tokenizer=train.tokenizer,
+            tokenizer=train.load_tokenizer(),
             sample=sample,
             watch=watch,
         )
