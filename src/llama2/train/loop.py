@@ -124,9 +124,8 @@ class Loop:
 
     def run(self, resume: bool) -> Run:
         run = self._open(resume)
-        last = self.checkpoints.steps()
-        if last:
-            self._restore(self.checkpoints.load(last[-1]))
+        if resume and (last := self.checkpoints.last()) is not None:
+            self._restore(self.checkpoints.load(last))
         if resume and self.here.first:
             run.keep(lambda line: line["step"] <= self.state.step)
         if self.watch and self.here.first:
@@ -137,6 +136,7 @@ class Loop:
             while self.state.step < self.recipe.steps:
                 progress, rate, seconds, note = self._advance()
                 done = self.state.step
+                self.checkpoints.poll()
                 validation = None
                 if self.validation and (done % self.recipe.evaluate == 0 or done == self.recipe.steps):
                     validation = self.step.evaluate(self.validation)
@@ -158,6 +158,8 @@ class Loop:
             if self.checkpoints.failure:
                 raise RunError(self.checkpoints.failure + ", and continue with --resume")
         finally:
+            if self.here.mesh is None:  # others might wait for a process that has ended
+                self.checkpoints.finish()
             if board:
                 board.close()
         return run
@@ -207,9 +209,8 @@ class Loop:
 
     def _rewind(self, loss: float) -> str | None:
         """Go back to the last state, and on with rows that come after the spike's. None: there is no state."""
-        self.checkpoints.finish()
-        saved = self.checkpoints.steps()
-        if not saved:
+        saved = self.checkpoints.last()
+        if saved is None:
             return None
         at, rewinds, rows = self.state.step, self.state.rewinds + 1, self.loader.state()["rows"]
         if rewinds > self.recipe.spikes.rewinds:
@@ -217,10 +218,10 @@ class Loop:
                 f"{self.folder}: step {at}: the loss rose to {loss:.2f}, after {rewinds - 1} times that the run went "
                 "back and on with other rows; lower optimizer.rate, or raise spikes.deviations"
             )
-        self._restore(self.checkpoints.load(saved[-1]))
+        self._restore(self.checkpoints.load(saved))
         self.state.rewinds = rewinds
         self.loader.skip(rows - self.loader.state()["rows"])
-        return f"the loss rose to {loss:.2f} at step {at}: back to step {saved[-1]}, and on with other rows"
+        return f"the loss rose to {loss:.2f} at step {at}: back to step {saved}, and on with other rows"
 
     def _remembered(self) -> dict[str, Any]:
         return {"loader": self.loader.state(), **vars(self.state)}
