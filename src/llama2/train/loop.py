@@ -17,6 +17,7 @@ from llama2 import plan, records
 from llama2.config import ModelConfig
 from llama2.data.loader import Batch, Loader, Source
 from llama2.errors import RecipeError, RunError
+from llama2.model import parallel
 from llama2.model.transformer import Transformer
 from llama2.records import Run
 from llama2.text.tokenizer import Tokenizer
@@ -77,7 +78,8 @@ class Loop:
     """A run: `network` learns from `source`, and leaves what it learned in `folder`, with its `tokenizer` and chat
     template.
 
-    `validation` is what the loss is measured on now and then. Raises RecipeError for a batch that cannot be divided.
+    A network on the meta device gets random weights, by the recipe's seed, and is never whole where it is divided.
+    `validation` is what the loss is measured on now and then. Raises RecipeError for a batch that cannot be shared.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Loop:
         self.config = network.config
         self.batch_tokens = batch.rows * source.length  # that a step reads; with masked loss fewer are targets
         self.flops = flops_per_token(self.config, source.length)
+        new = network.norm.weight.is_meta
         self.step = Step(
             network,
             betas=o.betas,
@@ -117,7 +120,11 @@ class Loop:
             precision=recipe.precision,
             compile=recipe.compile,
             checkpointing=recipe.checkpointing,
+            mesh=here.mesh,
+            device=here.device if new else None,
         )
+        if new:
+            parallel.initialise(self.step.network, torch.Generator(here.device).manual_seed(recipe.seed))
         self.checkpoints = Checkpoints(folder, self.step, self.config, tokenizer, template, keep=recipe.save.keep)
         self.state = _State()
         self.peak = _peak(here.device, recipe.precision)
