@@ -51,3 +51,15 @@ class EngineError(Llama2Error):
 
 class PlanError(Llama2Error):
     """What is to be planned is not known, does not go together, or is out of range."""
+
+
+class RecipeError(Llama2Error):
+    """A recipe has a setting that is unknown, missing, or of no use, or is no TOML."""
+
+
+class DataError(Llama2Error):
+    """Documents, a corpus built of them, or a tokenizer for them are missing, damaged, or do not go together."""
+
+
+class RunError(Llama2Error):
+    """A training run cannot begin, continue or go on."""

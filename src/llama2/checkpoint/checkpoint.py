@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama2 import records
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, TokenizerError
 
@@ -135,6 +136,7 @@ def open(path: str | Path, *, vocabulary: Path | None = None, tokenizer: Path | 
 def _read(path: Path, vocabulary: Path | None) -> Checkpoint:
     from llama2.checkpoint import gguf
 
+    path = _newest(path)
     if not gguf.matches(path):  # the other formats are imported when they are asked: a start must be quick
         from llama2.checkpoint import huggingface, llama2c, meta
 
@@ -145,6 +147,12 @@ def _read(path: Path, vocabulary: Path | None) -> Checkpoint:
         if llama2c.matches(path):
             return llama2c.read(path)
     return gguf.read(path, vocabulary)
+
+
+def _newest(path: Path) -> Path:
+    """The last model that a training run has saved, if the path is a run's; else the path."""
+    saved = (path / records.CHECKPOINTS).glob(f"step-*[0-9]/{records.MODEL}")
+    return max(saved, key=lambda model: int(model.parent.name.partition("-")[2]), default=path)
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

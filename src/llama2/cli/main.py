@@ -21,9 +21,13 @@ from llama2.errors import Llama2Error
 
 #: Commands, and which file of this package has them.
 FILES = {
-    **{name: name for name in ("chat", "generate", "serve", "bench", "plan", "convert", "quantize")},
+    **{name: name for name in ("chat", "generate", "serve", "bench", "plan", "convert", "quantize", "pretrain")},
     **dict.fromkeys(("pull", "list", "show", "rm"), "models"),
+    **{name: name for name in ("data", "tokenizer")},
+    **{name: name for name in ("sft", "runs")},
 }
+#: Files whose commands stand together under the file's name.
+GROUPS = ("data", "tokenizer")
 
 
 def program(asked: str | None) -> typer.Typer:
@@ -32,8 +36,8 @@ def program(asked: str | None) -> typer.Typer:
     app.callback(invoke_without_command=True, epilog="Example: llama2 chat 'Why is the sky blue?'")(_program)
     for file in [FILES[asked]] if asked in FILES else dict.fromkeys(FILES.values()):
         module = import_module(f"llama2.cli.{file}")
-        if file == "models":
-            app.add_typer(module.app)
+        if file == "models" or file in GROUPS:
+            app.add_typer(module.app, name=file if file in GROUPS else None)
         else:
             app.command(epilog=module.EXAMPLE)(expand(getattr(module, file)))
     return app

@@ -1,17 +1,37 @@
-"""The network on several devices, each with its share of the heads and of the hidden units (Shoeybi et al. 2019)."""
+"""The network on several devices.
+
+For the engine, each has its share of the heads and of the hidden units (Shoeybi et al. 2019). For training, tensor
+parallelism divides the embeddings, the head and the tokens too, and FSDP2 all that lasts (Zhao et al. 2023).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed import fsdp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.utils.checkpoint import checkpoint as recompute
 
 from llama2.checkpoint import Checkpoint
-from llama2.errors import EngineError
+from llama2.errors import ConfigError, EngineError
 from llama2.model.transformer import Transformer
 
 
@@ -51,3 +71,87 @@ def cut(name: str, weight: NDArray[np.float32], rank: int, size: int) -> NDArray
 def _add_up(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     dist.all_reduce(output)
     return output
+
+
+# Training
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Let torch.compile make each block one graph. All blocks share its code, so time to compile is that of one."""
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward)
+
+
+def checkpoint_blocks(model: Transformer) -> None:
+    """Let blocks keep their inputs alone, and compute the rest again in the backward pass (Chen et al. 2016)."""
+    for layer in model.layers:
+        layer.forward = partial(recompute, layer.forward, use_reentrant=False)
+
+
+def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
+    """Share every matrix over `mesh`, and between the matrices the tokens (Korthikanti et al. 2022).
+
+    Rows and columns are divided as in `cut`; the embeddings and the head by the vocabulary. The features are then a
+    DTensor of which each process has some tokens; `gathered` gives all. Raises ConfigError when the model cannot be
+    divided evenly.
+    """
+    c, size = model.config, mesh.size()
+    for name in ("n_kv_heads", "hidden_dim", "vocab_size"):
+        if getattr(c, name) % size:
+            raise ConfigError(f"{name}={getattr(c, name)} cannot be shared by {size} processes; start a divisor of it")
+    tokens, whole = Shard(1), Replicate()
+    styles: dict[str, ParallelStyle] = {
+        "tok_embeddings": RowwiseParallel(input_layouts=whole, output_layouts=tokens),
+        "layers.*.attention_norm": SequenceParallel(),
+        "layers.*.attention": PrepareModuleInput(
+            input_layouts=(tokens, None, None), desired_input_layouts=(whole, None, None)
+        ),
+        "layers.*.ffn_norm": SequenceParallel(),
+        "layers.*.feed_forward": PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(whole,)),
+        "norm": SequenceParallel(),
+    }
+    styles |= {f"layers.*.attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
+    styles |= {f"layers.*.feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")}
+    styles |= {
+        f"layers.*.{name}": RowwiseParallel(output_layouts=tokens) for name in ("attention.wo", "feed_forward.w2")
+    }
+    if model.output is not None:
+        styles["output"] = ColwiseParallel()
+    parallelize_module(model, mesh, styles)
+
+
+def gathered(features: Tensor) -> Tensor:
+    """All tokens' features after `tensor_parallel`; their gradient is then each process's part of a sum."""
+    return features.full_tensor(grad_placements=[Partial()]) if isinstance(features, DTensor) else features
+
+
+def fully_shard(objective: nn.Module, model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Keep of each parameter, its gradient and the optimiser's state as many rows as every process of `mesh` (FSDP2).
+
+    A block gathers its parameters, in `dtype`, before its passes; `objective`, which holds the model, has the rest, and
+    does so for its whole pass. Gradients are float32 sums over the processes, not means.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*model.layers, objective):
+        shard = fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
+        shard.set_gradient_divide_factor(1.0)
+        shard.set_force_sum_reduction_for_comms(True)  # gloo has no average
+
+
+def initialise(model: Transformer, generator: torch.Generator) -> None:
+    """The weights that `model.initialise` draws, on any number of processes, without ever holding a whole network."""
+
+    def drawn() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters():
+            weight = torch.empty(parameter.shape, device=generator.device)
+            model.draw(name, weight, generator)
+            yield name, weight
+
+    fill(model, drawn())
+
+
+def fill(model: Transformer, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Give every parameter its share of a whole weight; all processes are given the same, one at a time."""
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    for name, weight in weights:
+        set_model_state_dict(model, {name: weight}, options=options)

@@ -24,6 +24,9 @@ from llama2.errors import ContextError
 #: Queries (B, T, H, E), keys and values (B, T, K, E) of T tokens → what they read (B, T, H, E).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+#: That attention_by_products takes at once.
+QUERIES = 128
+
 _FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -42,17 +45,17 @@ class RMSNorm(nn.Module):
 
 
 def rotations(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
-    """Cosine and sine of the angle by which a position turns each pair of dimensions: (T,) → (T, E / 2, 2) float32."""
+    """Cosine and sine of the angles by which positions turn pairs of dimensions: (…, T) → (…, T, E / 2, 2) float32."""
     # In float64, because a float32 angle at position 4095 is wrong in the fourth digit (spec 12.2).
     turns = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)  # (E / 2,)
-    angles = positions[:, None] * turns  # (T, E / 2)
+    angles = positions[..., None] * turns  # (…, T, E / 2)
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021): turns the pairs (2i, 2i + 1) of x (B, T, heads, E) by rope (T, E / 2, 2)."""
+    """Rotary embedding (Su et al. 2021): turns pairs (2i, 2i + 1) of x (B, T, heads, E) by rope (…, T, E / 2, 2)."""
     a, b = x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)  # (B, T, heads, E / 2)
-    cos, sin = rope[:, None].unbind(-1)  # (T, 1, E / 2)
+    cos, sin = rope.unsqueeze(-3).unbind(-1)  # (…, T, 1, E / 2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 
@@ -66,6 +69,39 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     mask = None if visible is None else visible[..., None, :, :]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
+
+
+def within(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows that hold several documents: positions (B, T) in them, and which tokens (B, T, T) each token may read.
+
+    documents (B, T) are their numbers, which change where another begins.
+    """
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)  # (B, T)
+    changes = documents.diff(prepend=documents[:, :1]) != 0
+    starts = torch.where(changes, places, 0).cummax(-1).values  # of the document that each token is in
+    return places - starts, (starts[:, :, None] == starts[:, None, :]).tril()
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """What `attention` gives for S = T, by plain products, some queries at a time.
+
+    Compiled for a CPU it is faster than the fused kernel where T is small, and keeps T² / 2 weights a head.
+    """
+    count, size = q.shape[1], q.shape[3]
+    if visible is None:
+        visible = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()  # (T, T)
+    hidden = ~visible[..., None, None, :, :]  # ([B,] 1, 1, T, T)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
+    q = q.view(*q.shape[:2], k.shape[1], -1, size).permute(0, 2, 3, 1, 4)  # (B, K, H / K, T, E)
+    parts = []
+    for start in range(0, count, QUERIES):
+        end = min(start + QUERIES, count)
+        some = q[..., start:end, :]  # (B, K, H / K, queries, E)
+        scores = some.flatten(2, 3) @ k[:, :, :end].transpose(-1, -2)  # (B, K, H / K * queries, keys)
+        scores = scores.float().view(*some.shape[:-1], end) * size**-0.5
+        weights = scores.masked_fill(hidden[..., start:end, :end], -torch.inf).softmax(-1).type_as(v)
+        parts.append((weights.flatten(2, 3) @ v[:, :, :end]).view_as(some))
+    return torch.cat(parts, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, T, H, E)
 
 
 class Attention(nn.Module):
@@ -150,21 +186,39 @@ class Transformer(nn.Module):
         """
         return self.logits(self.features(tokens, past))
 
-    def features(self, tokens: Tensor, past: Past | None = None) -> Tensor:
-        """What the output head reads: (B, T) ids → (B, T, D)."""
-        count = tokens.shape[1]
-        positions = torch.arange(count, device=tokens.device) if past is None else past.advance(count)  # (T,)
-        rope = rotations(positions, self.frequencies)  # (T, E / 2, 2)
+    def features(
+        self,
+        tokens: Tensor,
+        past: Past | None = None,
+        documents: Tensor | None = None,
+        attention: Callable[..., Tensor] = attention,
+    ) -> Tensor:
+        """What the output head reads: (B, T) ids → (B, T, D).
+
+        With `documents` (B, T) instead of `past`, a row holds several of them, which know nothing of each other.
+        Without `past`, another function of the same results may take the place of `attention`.
+        """
+        count, attend = tokens.shape[1], attention
+        if documents is not None:
+            positions, visible = within(documents)  # (B, T), (B, T, T)
+            attend = partial(attention, visible=visible)
+        else:
+            positions = torch.arange(count, device=tokens.device) if past is None else past.advance(count)  # (T,)
+        rope = rotations(positions, self.frequencies)  # ([B,] T, E / 2, 2)
         x: Tensor = self.tok_embeddings(tokens)  # (B, T, D)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, attention if past is None else partial(past.attend, i))  # (B, T, D)
+            x = layer(x, rope, attend if past is None else partial(past.attend, i))  # (B, T, D)
         x = self.norm(x)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         """The output head, which may be the embeddings again: (…, D) → (…, V) float32."""
-        y: Tensor = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
-        return y.float()
+        return F.linear(x, self.head).float()
+
+    @property
+    def head(self) -> Tensor:
+        """The output head's matrix (V, D), which may be the embeddings again."""
+        return (self.tok_embeddings if self.output is None else self.output).weight
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Draw random weights, also for a model that was built on the meta device and then given memory.
@@ -174,12 +228,16 @@ class Transformer(nn.Module):
         et al. 2019), which keeps the sum of 2L additions from growing with depth.
         """
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
-                adds = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-                deviation = 0.02 / (2 * self.config.n_layers) ** 0.5 if adds else 0.02
-                nn.init.normal_(parameter, std=deviation, generator=generator)
+            self.draw(name, parameter, generator)
+
+    def draw(self, name: str, weight: Tensor, generator: torch.Generator | None = None) -> None:
+        """Fill `weight` as `initialise` fills the parameter of that name."""
+        if weight.ndim == 1:
+            nn.init.ones_(weight)
+        else:
+            adds = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+            deviation = 0.02 / (2 * self.config.n_layers) ** 0.5 if adds else 0.02
+            nn.init.normal_(weight, std=deviation, generator=generator)
 
     @classmethod
     def load(

@@ -1,0 +1,311 @@
+"""Tokens a second of training, beside transformers and a loop in the manner of nanoGPT, both compiled.
+
+The three train the same Llama (dim 512, 8 layers, 32,000 tokens, tied: 41.7 million parameters) on the same batches of
+4 x 512 tokens, in bfloat16 autocast, with clipping and fused AdamW. Each is a process of its own with an empty cache of
+compiled code; it is started, takes its first step, and then they take turns (bench/rounds.py). In each turn the rate of
+PyTorch's own product of 2048 x 2048 matrices in bfloat16 is measured too. The table goes to stderr, one JSON object
+with every round to stdout. Needs PyTorch and transformers, as the tests do.
+
+    python bench/train_step.py > train_step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from provenance import installed, provenance
+from rounds import Figures, MeasurementError, Round, add_rounds, max_resident
+from torch import Tensor, nn
+
+from llama2.config import ModelConfig
+
+CONFIG = ModelConfig(
+    dim=512,
+    n_layers=8,
+    n_heads=8,
+    n_kv_heads=8,
+    hidden_dim=1376,
+    vocab_size=32000,
+    head_dim=64,
+    context_length=512,
+    tied_embeddings=True,
+)
+ROWS, LENGTH = 4, 512
+RATE, CLIP, BETAS, EPS, DECAY = 3e-4, 1.0, (0.9, 0.95), 1e-5, 0.1
+#: Steps of a turn, of which the median counts.
+STEPS = 3
+
+#: Takes a step with tokens and targets, and says its loss.
+Take = Callable[[NDArray[np.int64], NDArray[np.int64]], float]
+
+
+def ours() -> Take:
+    """llama2's own step."""
+    from llama2.data.loader import Batch
+    from llama2.model.transformer import Transformer
+    from llama2.train.step import Step
+
+    step = Step(Transformer(CONFIG), betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP, compile=True)
+    return lambda tokens, targets: step.step([Batch(tokens, targets)], RATE).loss
+
+
+def transformers() -> Take:
+    """LlamaForCausalLM under torch.compile."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = CONFIG
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=c.dim,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            intermediate_size=c.hidden_dim,
+            vocab_size=c.vocab_size,
+            max_position_embeddings=c.context_length,
+            tie_word_embeddings=True,
+            use_cache=False,
+        )
+    )
+    compiled = torch.compile(model)
+    return loop(model, lambda tokens, targets: compiled(input_ids=tokens, shift_labels=targets, labels=targets).loss)
+
+
+def nanogpt() -> Take:
+    """A small model in one file, compiled whole, in the manner of nanoGPT."""
+    model = Small(CONFIG)
+    return loop(model, torch.compile(model))
+
+
+def loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Take:
+    """The usual step: autocast, backward, clip, fused AdamW that decays matrices alone."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, eps=EPS, fused=True)
+
+    def take(tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(torch.from_numpy(tokens), torch.from_numpy(targets))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return take
+
+
+class SmallBlock(nn.Module):
+    """Attention with one matrix for queries, keys and values, and a SwiGLU."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.heads = c.n_heads
+        self.norm1, self.norm2 = (nn.RMSNorm(c.dim, eps=c.norm_eps) for _ in range(2))
+        self.qkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
+        self.project = nn.Linear(c.dim, c.dim, bias=False)
+        self.gate, self.up = (nn.Linear(c.dim, c.hidden_dim, bias=False) for _ in range(2))
+        self.down = nn.Linear(c.hidden_dim, c.dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(self.norm1(x)).split(D, dim=2))
+        y = F.scaled_dot_product_attention(turn(q, cos, sin), turn(k, cos, sin), v, is_causal=True)
+        x = x + self.project(y.transpose(1, 2).reshape(B, T, D))
+        h = self.norm2(x)
+        out: Tensor = x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return out
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of halves: x (B, H, T, E), cos and sin (T, E / 2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class Small(nn.Module):
+    """Embeddings, blocks, a tied head, and the loss of all logits at once."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(c.vocab_size, c.dim)
+        self.blocks = nn.ModuleList(SmallBlock(c) for _ in range(c.n_layers))
+        self.norm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        angles = torch.arange(c.context_length)[:, None] * torch.tensor(c.inverse_frequencies())
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                small = name.endswith(("project.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * c.n_layers) if small else 0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embeddings(tokens)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        logits = F.linear(self.norm(x), self.embeddings.weight)
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+
+CONTENDERS: dict[str, Callable[[], Take]] = {"llama2": ours, "transformers": transformers, "nanogpt": nanogpt}
+
+
+def child(name: str, threads: int) -> None:
+    """Take a first step, then STEPS for each line on stdin, and each time say the median's seconds and the losses."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    rng, take = np.random.default_rng(0), CONTENDERS[name]()
+    first = True
+    while first or sys.stdin.readline():
+        seconds, losses = [], []
+        for _ in range(1 if first else STEPS):
+            ids = rng.integers(0, CONFIG.vocab_size, (ROWS, LENGTH + 1))
+            start = time.perf_counter()
+            losses.append(take(ids[:, :-1].copy(), ids[:, 1:].copy()))
+            seconds.append(time.perf_counter() - start)
+        first = False
+        peak = max_resident(resource.getrusage(resource.RUSAGE_SELF))
+        print(json.dumps({"seconds": statistics.median(seconds), "losses": losses, "peak MiB": peak}), flush=True)
+
+
+@dataclass
+class Contender:
+    """A child process that waits for its turn."""
+
+    process: subprocess.Popen[str]
+    first_step: float  # seconds from the start of the process to the end of its first step
+    losses: list[float]
+    peak: float  # MiB
+
+    @classmethod
+    def start(cls, name: str, threads: int, stack: ExitStack) -> Contender:
+        """A child with no compiled code to find. Raises MeasurementError when it fails."""
+        cache = stack.enter_context(tempfile.TemporaryDirectory())
+        command = [sys.executable, __file__, "--child", name, "--threads", str(threads)]
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1"},
+        )
+        stack.enter_context(process)
+        stack.callback(process.kill)
+        contender = cls(process, 0.0, [], 0.0)
+        contender._answer()
+        contender.first_step = time.perf_counter() - start
+        return contender
+
+    def turn(self) -> Figures:
+        """Take some steps."""
+        assert self.process.stdin
+        print(file=self.process.stdin, flush=True)
+        return {"train tokens/s": ROWS * LENGTH / self._answer()}
+
+    def _answer(self) -> float:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise MeasurementError(f"{self.process.args!r} ended; see above")
+        answer = json.loads(line)
+        self.losses += answer["losses"]
+        self.peak = answer["peak MiB"]
+        return float(answer["seconds"])
+
+
+def product() -> Figures:
+    """The rate of a product of matrices in bfloat16, which is the limit; a multiplication and an addition are two."""
+    size, seconds = 2048, []
+    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return {"bf16 GFLOP/s": 2 * size**3 / statistics.median(seconds[2:]) / 1e9}
+
+
+def summary(rounds: list[Round], contenders: dict[str, Contender]) -> dict[str, dict[str, float]]:
+    """Medians over the rounds that count, by contender. Ratios are medians of each round's."""
+    counting = [one.figures for one in rounds if one.counts]
+    rates = {name: [figures[name]["train tokens/s"] for figures in counting] for name in contenders}
+    products = [figures["product"]["bf16 GFLOP/s"] for figures in counting]
+    flops = CONFIG.training_flops(1)
+    table = {}
+    for name, contender in contenders.items():
+        shares = [rate * flops / 1e9 / limit for rate, limit in zip(rates[name], products, strict=True)]
+        ratios = [ours / rate for ours, rate in zip(rates["llama2"], rates[name], strict=True)]
+        table[name] = {
+            "tokens/s": statistics.median(rates[name]),
+            "llama2 ×": statistics.median(ratios),
+            "share of bf16 rate": statistics.median(shares),
+            "first step s": contender.first_step,
+            "peak MiB": contender.peak,
+        }
+    return table
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=2, help="threads of all (default 2)")
+    parser.add_argument("--pairs", type=int, default=7, help="rounds that must count (default 7)")
+    parser.add_argument("--real", type=float, default=0.9, help="share of the threads that needs a real core (0.9)")
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS), help="contenders (all)")
+    parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child, options.threads)
+        return
+
+    torch.set_num_threads(options.threads)
+    rounds: list[Round] = []
+    with ExitStack() as stack:
+        contenders = {name: Contender.start(name, options.threads, stack) for name in options.only}
+        programs = {name: contender.turn for name, contender in contenders.items()} | {"product": product}
+        try:
+            add_rounds(rounds, programs, wanted=options.pairs, threads=options.threads, real=options.real)
+        except MeasurementError as error:
+            raise SystemExit(f"\n{error}") from None
+    table = summary(rounds, contenders)
+    print(file=sys.stderr)
+    for name, figures in table.items():
+        print(f"{name:14}", *(f"{key} {value:.4g}  " for key, value in figures.items()), file=sys.stderr)
+    json.dump(
+        {
+            **provenance(),
+            "torch": installed("torch"),
+            "transformers": installed("transformers"),
+            "threads": options.threads,
+            "real": options.real,
+            "table": table,
+            "losses": {name: contender.losses for name, contender in contenders.items()},
+            "rounds": [asdict(one) for one in rounds],
+        },
+        sys.stdout,
+        indent=1,
+    )
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""`llama2 tokenizer train`: learn a vocabulary from text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama2.cli.options import read_text
+from llama2.cli.output import warn
+
+app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+
+
+@app.callback(epilog="Example: llama2 tokenizer train book.txt --vocabulary 4096")
+def _tokenizer() -> None:
+    """Learn a vocabulary."""
+
+
+@app.command(epilog="Example: llama2 tokenizer train *.txt --vocabulary 4096 --output tokenizer.model")
+def train(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="UTF-8 text.")],
+    vocabulary: Annotated[
+        int, typer.Option(min=300, help="Tokens, 256 bytes and 3 control tokens among them.")
+    ] = 32000,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The model to make.")] = Path(
+        "tokenizer.model"
+    ),
+    sample: Annotated[int, typer.Option(min=101, help="Lines to learn from at most, chosen at random.")] = 2_000_000,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads that compute.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Learn a SentencePiece vocabulary with Llama 2's settings: byte-pair merges, bytes for the rest, single digits."""
+    from llama2.checkpoint.output import create
+    from llama2.errors import TokenizerError
+    from llama2.text import trainer
+
+    if output.exists() and not force:
+        raise TokenizerError(f"{output}: is there already; choose another name, or replace it with --force")
+
+    def texts() -> Iterator[str]:
+        yield from map(read_text, files)
+
+    trained = trainer.train(texts(), vocabulary, sample=sample, threads=threads)
+    with create(output) as file:
+        file.write(trained.model)
+    if trained.too_long:
+        warn(f"{trained.too_long} lines have more than {trainer.LONGEST_LINE} bytes, and nothing was learnt from them")
+    facts = {"path": str(output), "vocabulary": vocabulary, "lines": trained.lines, "lines_too_long": trained.too_long}
+    print(json.dumps(facts) if as_json else f"{output}: {vocabulary:,} tokens, learnt from {trained.lines:,} lines")

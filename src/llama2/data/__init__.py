@@ -1,0 +1,1 @@
+"""Documents → clean → deduplicated → mixed → token shards."""

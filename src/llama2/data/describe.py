@@ -1,0 +1,73 @@
+"""What the corpus card says of a document: pronouns, terms of identity, toxicity (paper 4.1, spec 8.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document
+
+from llama2.data.settings import Card
+from llama2.data.stage import fraction
+from llama2.data.words import Words
+
+#: Lines of a document → their toxicity, each from 0 to 1.
+Scorer = Callable[[Sequence[str]], Sequence[float]]
+
+_SHE = "she her hers herself"
+_HE = "he him his himself"
+_THEY = "they them their theirs theirself themself themselves"
+#: The paper's groups of pronouns.
+PRONOUNS = {
+    "she": _SHE,
+    "he": _HE,
+    "unspecified": _THEY,
+    "first person": "i me my mine myself we us our ours ourselves",
+    "second person": "you your yours yourself yourselves",
+    "third person": f"{_SHE} {_HE} {_THEY} it its itself",
+}
+#: Terms of identity by axis: those that the paper shows, and others of their kind that mean little else.
+IDENTITIES = {
+    "gender and sex": "female male feminine transgender masculine nonbinary cisgender intersex androgynous genderqueer",
+    "sexual orientation": "gay lesbian lgbt lgbtq queer bisexual heterosexual homosexual asexual pansexual",
+    "nationality": "american indian chinese korean mexican british german french japanese russian italian canadian",
+    "race and ethnicity": "european african asian latin indigenous hispanic latino latina caucasian arab",
+    "religion": "christian religious spiritual catholic jewish muslim buddhist hindu protestant atheist",
+}
+#: A first, rough idea of toxicity: words that insult. Whoever has a classifier passes it in.
+INSULTS = """arse arsehole ass asshole bastard bitch bitches bloody bollocks bullshit cock crap cunt damn dick dickhead
+    dumbass fuck fucked fucker fucking goddamn idiot idiots imbecile jackass moron morons motherfucker piss prick pussy
+    retard retarded scum shit shitty slut sluts stupid twat wanker whore whores"""
+
+
+def _hashes(words: str) -> Any:
+    return np.sort(Words(words).hashes)
+
+
+_TERMS = {
+    **{f"pronoun: {group}": _hashes(words) for group, words in PRONOUNS.items()},
+    **{f"identity: {axis}": _hashes(words) for axis, words in IDENTITIES.items()},
+    **{f"term: {axis}: {word}": _hashes(word) for axis, words in IDENTITIES.items() for word in words.split()},
+}
+_ALL = np.unique(np.concatenate(list(_TERMS.values())))
+_INSULTS = _hashes(INSULTS)
+
+
+def word_list(lines: Sequence[str]) -> list[float]:
+    """Toxicity of each line by words alone: 1 where it has an insult, else 0."""
+    return [float(np.isin(Words(line).hashes, _INSULTS).any()) for line in lines]
+
+
+def describe(document: Document, words: Words, toxicity: Scorer, card: Card) -> dict[str, Any]:
+    """`marks`, the groups of terms that are in an English document, and for a sample of those their `toxicity`, the
+    mean over its lines that are not empty.
+    """
+    if document.metadata["language"] != "en":
+        return {}
+    present = np.intersect1d(words.hashes, _ALL)
+    facts: dict[str, Any] = {"marks": [name for name, terms in _TERMS.items() if np.isin(terms, present).any()]}
+    if fraction(document.id, "toxicity") < card.sample:
+        lines = [line for line in document.text.split("\n") if line.strip()]
+        facts["toxicity"] = float(np.mean(toxicity(lines))) if lines else 0.0
+    return facts

@@ -1,0 +1,50 @@
+"""Who runs the pipeline: this machine, Slurm or Ray, by datatrove's executors."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from loguru import logger
+
+from llama2.data.settings import Executor
+
+
+class _Quiet(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
+    """Says nothing by itself: what goes wrong is an exception, and figures are read from the logs' folder."""
+
+    def run(self) -> Any:
+        logger.disable("datatrove")
+        return super().run()
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        logger.disable("datatrove")  # here too, since it may run in another process
+        with redirect_stderr(io.StringIO()):  # progress bars
+            return super()._run_for_rank(rank, local_rank, node_rank)
+
+
+def executor(settings: Executor, name: str, steps: Sequence[PipelineStep], tasks: int, logs: Path, after: Any) -> Any:
+    """An executor for one stage of a build, that first runs the stage `after`, where there is one.
+
+    Finished tasks are known by files in `logs`, and are not done again.
+    """
+    common = {"pipeline": list(steps), "tasks": tasks, "logging_dir": str(logs), "depends": after}
+    workers = min(tasks, settings.workers or (len(os.sched_getaffinity(0)) if settings.kind == "local" else tasks))
+    if settings.kind == "local":
+        return _Quiet(**common, workers=workers)
+    if settings.kind == "ray":
+        return RayPipelineExecutor(**common, workers=workers, mem_per_cpu_gb=settings.memory)
+    return SlurmPipelineExecutor(
+        **common,
+        workers=workers,
+        mem_per_cpu_gb=settings.memory,
+        time=settings.time,
+        partition=settings.partition,
+        job_name=f"llama2-data-{name}",
+    )

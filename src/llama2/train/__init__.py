@@ -1,0 +1,1 @@
+"""Training: one optimiser step and its loss. Needs torch."""

@@ -1,0 +1,204 @@
+"""Saved states of a run: what resumes it (torch's distributed checkpoints), and beside that the whole model.
+
+checkpoints/step-00001000/             appears when all in it is written, by one renaming
+checkpoints/step-00001000/model/       safetensors, configuration and tokenizer, which need no torch
+checkpoints/step-00001000/*.distcp     parameters, AdamW's moments, and where loader and loop stand
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from llama2.checkpoint import Checkpoint, Tensor, huggingface
+from llama2.config import ModelConfig
+from llama2.errors import CheckpointError, RunError
+from llama2.records import CHECKPOINTS, MODEL
+from llama2.text.tokenizer import Tokenizer
+from llama2.train.step import Step
+
+Answer = TypeVar("Answer")
+
+_STEP = re.compile(r"step-(\d+)")
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)  # it is one process
+
+
+class Checkpoints:
+    """The states in a run's folder. All processes call every method, in the same order.
+
+    A state is written while the run goes on. What goes wrong with that is told at the next call, and costs no more
+    than the state: those before it stay.
+    """
+
+    def __init__(
+        self, run: Path, step: Step, config: ModelConfig, tokenizer: Tokenizer, template: str | None, *, keep: int
+    ) -> None:
+        self.folder = run / CHECKPOINTS
+        self._step, self._keep = step, keep
+        self._like = Checkpoint(run, "huggingface", config, {}, {}, template, _build_tokenizer=lambda: tokenizer)
+        self._writing: tuple[Path, Future[Any]] | None = None
+        self.failure: str | None = None  # of the last state
+        if _first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for part in self.folder.glob("*.part"):  # of a process that was killed
+                shutil.rmtree(part)
+
+    def steps(self) -> list[int]:
+        """Of which steps there are whole states, in order."""
+        found = (_STEP.fullmatch(path.name) for path in self.folder.iterdir()) if self.folder.is_dir() else iter(())
+        return sorted(int(match[1]) for match in found if match)
+
+    def last(self) -> int | None:
+        """The step of the last whole state, if there is one: the first process's answer, for all."""
+        self.finish()
+        steps: list[int] = self.steps() if _first() else []
+        return _first_says(max(steps, default=None))
+
+    def path(self, step: int) -> Path:
+        """Where a step's state is."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, loop: dict[str, Any]) -> None:
+        """Begin to save the state after a step; `loop` is what else the run needs to go on, as JSON can hold it."""
+        self.finish()
+        path = self.path(step)
+        part = _part(path)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
+        whole = get_model_state_dict(self._step.network, options=options)  # with the first process alone
+        refused = None
+        if _first():
+            try:
+                part.mkdir()
+                write_model(part / MODEL, whole, self._like, self._step.precision)
+            except (OSError, CheckpointError) as error:
+                refused = _words(error)
+        if refused := _first_says(refused):
+            self._failed(path, refused)
+            return
+        try:
+            future = state_dict_saver.async_save(
+                self._state(loop), checkpoint_id=part, no_dist=not dist.is_initialized()
+            )
+        except (OSError, CheckpointException) as error:
+            self._failed(path, _words(error))
+            return
+        self._writing = path, cast(Future[Any], future)
+
+    def poll(self) -> None:
+        """Publish the state that is being written, if it is whole by now."""
+        if self._writing and self._writing[1].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the state that is being written, publish it, and remove those that are too many."""
+        if self._writing is None:
+            return
+        path, future = self._writing
+        self._writing = None
+        try:
+            future.result()
+        except (OSError, CheckpointException) as error:
+            self._failed(path, _words(error))
+            return
+        self.failure = None
+        if _first():
+            if path.exists():  # of before the run went back
+                _remove(path)
+            _part(path).rename(path)
+            for old in self.steps()[: -self._keep]:
+                _remove(self.path(old))
+
+    def load(self, step: int) -> dict[str, Any]:
+        """Put a step's state in place, and return `loop` as it was saved. Raises RunError when it cannot be read."""
+        state = self._state({})
+        try:
+            state_dict_loader.load(state, checkpoint_id=self.path(step), no_dist=not dist.is_initialized())
+        except (Exception, CheckpointException) as error:  # whatever a damaged pickle may raise
+            raise RunError(
+                f"{self.path(step)}: cannot be read ({_words(error)}); remove it, and the run continues from "
+                "the state before it"
+            ) from error
+        set_state_dict(
+            self._step.network,
+            self._step.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        loop: dict[str, Any] = json.loads(state["loop"])
+        return loop
+
+    def _state(self, loop: dict[str, Any]) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self._step.network, self._step.optimizer)
+        return {"model": model, "optimizer": optimizer, "loop": json.dumps(loop)}
+
+    def _failed(self, path: Path, reason: str) -> None:
+        self.failure = f"{path}: cannot be saved ({reason}); free some room"
+        if _first():
+            shutil.rmtree(_part(path), ignore_errors=True)
+
+
+def write_model(folder: Path, weights: dict[str, Any], like: Checkpoint, precision: str = "bf16") -> None:
+    """Write the whole model as Hugging Face has it, in the precision that its products were done in.
+
+    All but its weights is as in `like`.
+    """
+    dtype, format = (torch.bfloat16, "BF16") if precision == "bf16" else (torch.float32, "F32")
+    tensors = {}
+    for name, weight in weights.items():
+        data = weight.detach().to("cpu", dtype).contiguous()
+        tensors[name] = Tensor(name, format, tuple(data.shape), data.view(torch.uint8).flatten().numpy())
+    huggingface.write(replace(like, tensors=tensors), folder)
+
+
+def _first() -> bool:
+    """Whether this process is the one that renames and removes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _first_says(value: Answer) -> Answer:
+    """The first process's value, for all."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def _part(path: Path) -> Path:
+    """What a state is called that is not whole."""
+    return path.with_name(f"{path.name}.part")
+
+
+def _remove(path: Path) -> None:
+    """Remove a state so that no half of it can be taken for whole."""
+    old = _part(path.with_name(f"{path.name}.old"))
+    path.rename(old)
+    shutil.rmtree(old)
+
+
+def _words(error: BaseException) -> str:
+    """What an exception says, or the innermost that DCP hides in it, on one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    text = str(error.strerror or error) if isinstance(error, OSError) else str(error)
+    return " ".join((text or type(error).__name__).split())[:300]

@@ -1,0 +1,354 @@
+"""The loop of training: batches in, steps done, states saved, spikes rewound, all of it recorded (paper 2.2)."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from llama2 import plan, records
+from llama2.config import ModelConfig
+from llama2.data.loader import Batch, Loader, Source
+from llama2.errors import RecipeError, RunError
+from llama2.model import parallel
+from llama2.model.transformer import Transformer
+from llama2.records import Run
+from llama2.text.tokenizer import Tokenizer
+from llama2.train.checkpoints import Checkpoints
+from llama2.train.processes import Processes
+from llama2.train.schedule import learning_rate
+from llama2.train.settings import LoopSettings, Spikes
+from llama2.train.step import Progress, Step
+
+#: Continues texts with a model: (its folder, beginnings, tokens) → beginnings with what follows. The engine's work,
+#: which the caller passes in.
+Sample = Callable[[Path, Sequence[str], int], list[str]]
+
+#: What may differ between a run and what continues it: nothing that changes the loss.
+_FREE = {"mesh", "compile", "checkpointing", "save", "samples", "evaluate", "watts", "spikes", "steps"}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A step, for whoever watches."""
+
+    step: int
+    steps: int
+    loss: float
+    rate: float
+    tokens_per_second: float
+    mfu: float
+    seconds_left: float
+    validation: float | None = None
+    note: str | None = None  # what else happened
+
+
+class Watch(Protocol):
+    """Whoever is told how the run goes on."""
+
+    def begin(self, facts: Sequence[str]) -> None:
+        """What the run is."""
+        ...
+
+    def line(self, line: Line) -> None:
+        """A step was done."""
+        ...
+
+
+@dataclass
+class _State:
+    """What the loop remembers, and a checkpoint with it."""
+
+    step: int = 0
+    tokens: int = 0
+    nonfinite: int = 0  # steps in a row
+    rewinds: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # of steps
+
+
+class Loop:
+    """A run: `network` learns from `source`, and leaves what it learned in `folder`, with its `tokenizer` and chat
+    template.
+
+    A network on the meta device gets random weights, by the recipe's seed, and is never whole where it is divided.
+    `validation` is what the loss is measured on now and then. Raises RecipeError for a batch that cannot be shared.
+    """
+
+    def __init__(
+        self,
+        recipe: LoopSettings,
+        folder: Path,
+        here: Processes,
+        *,
+        source: Source,
+        validation: Sequence[Batch],
+        network: Transformer,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        sample: Sample | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        self.recipe, self.folder, self.here = recipe, folder, here
+        self.validation, self.sample, self.watch = validation, sample, watch
+        batch, o = recipe.batch, recipe.optimizer
+        if batch.rows % (batch.micro * here.world):
+            raise RecipeError(
+                f"batch.rows={batch.rows} is no multiple of batch.micro={batch.micro} rows on each of {here.world} "
+                "processes; change one of them"
+            )
+        self.accumulate = batch.rows // (batch.micro * here.world)
+        self.source = source
+        self.loader = Loader(source, rows=batch.micro, seed=recipe.seed, rank=here.rank, world=here.world)
+        self.config = network.config
+        self.batch_tokens = batch.rows * source.length  # that a step reads; with masked loss fewer are targets
+        self.flops = flops_per_token(self.config, source.length)
+        new = network.norm.weight.is_meta
+        self.step = Step(
+            network,
+            betas=o.betas,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            clip=o.clip,
+            precision=recipe.precision,
+            compile=recipe.compile,
+            checkpointing=recipe.checkpointing,
+            mesh=here.mesh,
+            device=here.device if new else None,
+        )
+        if new:
+            parallel.initialise(self.step.network, torch.Generator(here.device).manual_seed(recipe.seed))
+        self.checkpoints = Checkpoints(folder, self.step, self.config, tokenizer, template, keep=recipe.save.keep)
+        self.state = _State()
+        self.peak = _peak(here.device, recipe.precision)
+
+    def run(self, resume: bool) -> Run:
+        run = self._open(resume)
+        if resume and (last := self.checkpoints.last()) is not None:
+            self._restore(self.checkpoints.load(last))
+        if resume and self.here.first:
+            run.keep(lambda line: line["step"] <= self.state.step)
+        if self.watch and self.here.first:
+            self.watch.begin(self._facts())
+        board = _Board(run.folder / "tensorboard", self.state.step) if self.here.first else None
+        begun, before = time.perf_counter(), self.state.seconds
+        try:
+            while self.state.step < self.recipe.steps:
+                progress, rate, seconds, note = self._advance()
+                done = self.state.step
+                self.checkpoints.poll()
+                validation = None
+                if self.validation and (done % self.recipe.evaluate == 0 or done == self.recipe.steps):
+                    validation = self.step.evaluate(self.validation)
+                saved = done % self.recipe.save.every == 0 or done == self.recipe.steps
+                if saved:
+                    self.checkpoints.save(done, self._remembered())
+                self.state.seconds = before + time.perf_counter() - begun
+                if self.here.first:
+                    note = note or self.checkpoints.failure
+                    figures = self._figures(progress, rate, seconds, validation, note)
+                    run.log(**figures)
+                    if board:
+                        board.add(figures)
+                    if self.watch:
+                        self.watch.line(self._line(progress, rate, seconds, validation, note))
+                if saved:
+                    self._write_samples(run, done)
+            self.checkpoints.finish()
+            if self.checkpoints.failure:
+                raise RunError(self.checkpoints.failure + ", and continue with --resume")
+        finally:
+            if self.here.mesh is None:  # others might wait for a process that has ended
+                self.checkpoints.finish()
+            if board:
+                board.close()
+        return run
+
+    def _open(self, resume: bool) -> Run:
+        asked = self.recipe.model_dump(mode="json")
+        if not resume:
+            about = {"seed": self.recipe.seed, "corpus": self.source.sha256, "devices": self.here.devices}
+            about |= {"device": str(self.here.device), "parameters": self.config.parameters(), "peak": self.peak}
+            if not self.here.first:
+                return Run(self.folder)
+            return Run.create(self.folder, asked, **about)
+        run = Run.open(self.folder)
+        then = run.recipe
+        for name in sorted(set(asked) - _FREE):
+            if then.get(name) != asked[name]:
+                raise RunError(
+                    f"{self.folder}: the run was begun with {name} = {json.dumps(then.get(name))}, and the recipe "
+                    f"says {json.dumps(asked[name])}; continue it with what it was begun with, or begin another"
+                )
+        return run
+
+    def _advance(self) -> tuple[Progress, float, float, str | None]:
+        """One step, and what came of it: its figures, learning rate, seconds, and a note if there is one."""
+        s, o, spikes = self.state, self.recipe.optimizer, self.recipe.spikes
+        begun = time.perf_counter()
+        rate = learning_rate(s.step + 1, peak=o.rate, warmup=o.warmup, steps=self.recipe.steps, final=o.final)
+        progress = self.step.step([self.loader.next() for _ in range(self.accumulate)], rate)
+        seconds = time.perf_counter() - begun
+        s.step += 1
+        s.tokens += progress.tokens
+        if progress.skipped:
+            s.nonfinite += 1
+            if s.nonfinite >= spikes.nonfinite:
+                raise RunError(
+                    f"{self.folder}: step {s.step}: {s.nonfinite} steps in a row had no finite loss or gradient; "
+                    "lower optimizer.rate, and continue from the last state in another run"
+                )
+            return progress, rate, seconds, "skipped: loss or gradient is not finite"
+        s.nonfinite = 0
+        if is_spike(progress.loss, s.losses, spikes):
+            note = self._rewind(progress.loss)
+            if note:
+                return progress, rate, seconds, note
+        s.losses = [*s.losses, progress.loss][-spikes.window :]
+        return progress, rate, seconds, None
+
+    def _rewind(self, loss: float) -> str | None:
+        """Go back to the last state, and on with rows that come after the spike's. None: there is no state."""
+        saved = self.checkpoints.last()
+        if saved is None:
+            return None
+        at, rewinds, rows = self.state.step, self.state.rewinds + 1, self.loader.state()["rows"]
+        if rewinds > self.recipe.spikes.rewinds:
+            raise RunError(
+                f"{self.folder}: step {at}: the loss rose to {loss:.2f}, after {rewinds - 1} times that the run went "
+                "back and on with other rows; lower optimizer.rate, or raise spikes.deviations"
+            )
+        self._restore(self.checkpoints.load(saved))
+        self.state.rewinds = rewinds
+        self.loader.skip(rows - self.loader.state()["rows"])
+        return f"the loss rose to {loss:.2f} at step {at}: back to step {saved}, and on with other rows"
+
+    def _remembered(self) -> dict[str, Any]:
+        return {"loader": self.loader.state(), **vars(self.state)}
+
+    def _restore(self, remembered: dict[str, Any]) -> None:
+        self.loader.restore(remembered.pop("loader"))
+        self.state = _State(**remembered)
+
+    def _figures(
+        self, progress: Progress, rate: float, seconds: float, validation: float | None, note: str | None
+    ) -> dict[str, Any]:
+        figures: dict[str, Any] = {
+            "step": self.state.step,
+            "loss": _finite(progress.loss),
+            "rate": rate,
+            "norm": _finite(progress.norm),
+            "tokens": self.state.tokens,
+            "epoch": round(self.loader.epoch, 4),
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(self.batch_tokens / seconds, 1),
+            "mfu": round(self._mfu(self.batch_tokens / seconds), 4),
+        }
+        if validation is not None:
+            figures["validation"] = validation
+        if self.recipe.watts:
+            hours = self.state.seconds / 3600 * self.here.devices
+            figures["MWh"], figures["tCO2eq"] = plan.energy(hours, self.recipe.watts)
+        if note:
+            figures["note"] = note
+        return figures
+
+    def _line(
+        self, progress: Progress, rate: float, seconds: float, validation: float | None, note: str | None
+    ) -> Line:
+        speed = self.batch_tokens / seconds
+        left = (self.recipe.steps - self.state.step) * self.state.seconds / max(1, self.state.step)
+        return Line(
+            self.state.step, self.recipe.steps, progress.loss, rate, speed, self._mfu(speed), left, validation, note
+        )
+
+    def _mfu(self, tokens_per_second: float) -> float:
+        return self.flops * tokens_per_second / (self.peak * self.here.devices)
+
+    def _facts(self) -> list[str]:
+        c, r = self.config, self.recipe
+        device = self.here.device.type
+        devices = f"{self.here.devices} × {device}" if self.here.devices > 1 else device
+        epochs = r.steps * r.batch.rows / len(self.source)
+        return [
+            f"{c.parameters() / 1e6:.1f} M parameters, {r.precision}, on {devices}; "
+            f"{r.steps:,} steps of {self.batch_tokens:,} tokens, {epochs:.2f} epochs",
+            "MFU = (6 × parameters in products + 3 × attention's operations) × tokens/s ÷ peak "
+            f"= {self.flops / 1e6:.1f} MFLOP × tokens/s ÷ {self.peak * self.here.devices / 1e9:,.0f} GFLOP/s",
+        ]
+
+    def _write_samples(self, run: Run, step: int) -> None:
+        prompts = self.recipe.samples.prompts
+        if not self.sample or not prompts:
+            return
+        self.checkpoints.finish()
+        if not self.here.first or self.checkpoints.failure:
+            return
+        texts = self.sample(self.checkpoints.path(step) / records.MODEL, prompts, self.recipe.samples.tokens)
+        with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for text in texts:
+                file.write(json.dumps({"step": step, "text": text}) + "\n")
+
+
+def is_spike(loss: float, before: Sequence[float], rule: Spikes) -> bool:
+    """Whether a loss is out of the ordinary after those `before` it; never before there are `rule.window` of them."""
+    if len(before) < rule.window:
+        return False
+    return loss > statistics.fmean(before) + max(rule.least, rule.deviations * statistics.pstdev(before))
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Of forward and backward pass, 3 times the forward's: matrices, and causal attention over a row of `length`."""
+    return 3 * (config.matrix_flops() + config.causal_attention_flops(length))
+
+
+def _peak(device: torch.device, precision: str) -> float:
+    """Operations a second: what the maker states of a GPU that `plan` knows, else those of a product of 2048²."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for gpu in plan.GPUS.values():
+            if gpu.name.partition("-")[0] in name:
+                return gpu.operations
+    a, b = (torch.ones(2048, 2048, dtype=dtype, device=device) for _ in range(2))
+    best = math.inf
+    for _ in range(5):
+        begun = time.perf_counter()
+        c = a @ b
+        c[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - begun)
+    return 2 * 2048**3 / best
+
+
+def _finite(value: float) -> float | None:
+    """As JSON can hold it."""
+    return value if math.isfinite(value) else None
+
+
+class _Board:
+    """The figures for TensorBoard, if it is installed."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._writer = None
+        else:
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def add(self, figures: dict[str, Any]) -> None:
+        if self._writer:
+            for name, value in figures.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._writer.add_scalar(name, value, figures["step"])
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()

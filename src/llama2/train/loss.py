@@ -1,0 +1,106 @@
+"""Cross-entropy at the output head, a few tokens at a time, so that all logits are never held at once.
+
+N tokens  D width  V vocabulary, or a process's share of it  C tokens of a chunk
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama2.data.loader import IGNORED
+
+#: What `exponentials` is, compiled or not.
+Exponentials = Callable[[Tensor, Tensor, "dist.ProcessGroup | None"], tuple[Tensor, Tensor, Tensor]]
+
+
+def exponentials(
+    logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax's exponentials, their sums, and the losses: (C, V), (C,) → (C, V), (C, 1), (C,).
+
+    From row i's exponentials, s of them in all, the target's has s taken away, so that row / s is the gradient of the
+    loss by the logits. Done in float32, it stays exact where a target is nearly certain. Targets out of range are
+    other processes', or IGNORED. With a `group`, each process has its share of the vocabulary.
+    """
+    top = logits.amax(-1, keepdim=True).float()  # (C, 1)
+    if group is not None:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    e = torch.exp(logits.float() - top)  # (C, V)
+    sums = e.sum(-1, keepdim=True)  # (C, 1)
+    place = targets[:, None]  # (C, 1)
+    here = (place >= 0) & (place < logits.shape[-1])
+    place = torch.where(here, place, 0)
+    chosen = torch.where(here, logits.gather(-1, place).float() - top, 0.0)  # (C, 1)
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(chosen, group=group)
+    e = e.scatter_add(-1, place, torch.where(here, -sums, 0.0))
+    return e.to(logits.dtype), sums, (sums.log() - chosen).squeeze(-1)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The gradients are those of the forward pass, computed beside it: logits are there once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        chunk: int,
+        group: dist.ProcessGroup | None,
+        softmax: Exponentials,
+    ) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        loss = x.new_zeros((), dtype=torch.float32)
+        wanted = any(ctx.needs_input_grad)
+        dx = torch.empty_like(x) if wanted else None
+        dhead = torch.zeros_like(head, dtype=torch.float32) if wanted else None
+        first = 0 if group is None else head.shape[0] * group.rank()  # of the vocabulary, here
+        with torch.autocast(device, enabled=False):
+            weight = head.to(dtype)
+            for start in range(0, len(x), chunk):
+                some = slice(start, start + chunk)
+                piece = x[some].to(dtype)  # (C, D)
+                counts = targets[some] != IGNORED  # (C,)
+                places = torch.where(counts, targets[some] - first, IGNORED)
+                e, sums, losses = softmax(piece @ weight.T, places, group)
+                loss += torch.where(counts, losses, 0.0).sum()
+                if dx is not None and dhead is not None:
+                    share = torch.where(counts[:, None], 1 / sums, 0.0)  # (C, 1)
+                    dx[some] = (e @ weight) * share
+                    dhead += e.T @ (piece * share).to(dtype)
+        ctx.gradients = dx, None if dhead is None else dhead.to(head.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dhead = ctx.gradients
+        del ctx.gradients
+        return dx.mul_(gradients[0]), dhead.mul_(gradients[0]), None, None, None, None
+
+
+def head_loss(
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    chunk: int,
+    group: dist.ProcessGroup | None = None,
+    softmax: Exponentials = exponentials,
+) -> Tensor:
+    """Sum of the losses -log p(target), in nats: x (N, D), head (V, D), targets (N,) → () float32.
+
+    Targets that are IGNORED have none; with no other, the sum is 0. Products are done in autocast's type where it is
+    on. `chunk` tokens' logits are held at a time, beside gradients of x and of head, the latter in float32. With a
+    `group` for tensor parallelism, `head` is this process's share of the rows, x and targets are the same in all, the
+    loss too, and so the gradient of x is this process's part of a sum.
+    """
+    loss: Tensor = _HeadLoss.apply(x, head, targets, chunk, group, softmax)  # type: ignore[no-untyped-call]
+    return loss

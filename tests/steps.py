@@ -1,0 +1,107 @@
+"""Steps of training on few tokens, in one process or several: what comes of them, and under torchrun a program.
+
+python -m torch.distributed.run --nproc-per-node 4 steps.py OUT NAME...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from llama2.data.loader import IGNORED, Batch
+from llama2.model import parallel
+from llama2.model.transformer import Transformer
+from llama2.train.step import Progress, Step
+from models import tiny_config
+
+#: Of each way to train: processes for data and for a matrix, and the settings of the step.
+WAYS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "one process": (1, 1, {"precision": "fp32"}),
+    "FSDP2": (2, 1, {"precision": "fp32", "checkpointing": True}),
+    "tensor": (1, 2, {"precision": "fp32"}),
+    "both": (2, 2, {"precision": "fp32"}),
+    "both, tied, recomputed": (2, 2, {"precision": "fp32", "checkpointing": True}),
+    "one process, tied": (1, 1, {"precision": "fp32"}),
+    "FSDP2, bfloat16": (2, 1, {}),
+    "both, bfloat16": (2, 2, {}),
+}
+STEPS = 20
+
+
+def rows(count: int, length: int, seed: int, ignored: int = 0) -> Batch:
+    """Random tokens, of whose targets the first `ignored` of each row are no targets."""
+    ids = np.random.default_rng(seed).integers(3, 320, (count, length + 1))
+    targets = ids[:, 1:].copy()
+    targets[:, :ignored] = IGNORED
+    return Batch(ids[:, :-1], targets)
+
+
+def network(**changes: Any) -> Transformer:
+    """The same weights in every process."""
+    model = Transformer(tiny_config(**changes))
+    model.initialise(seeded())
+    return model
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def gradients(step: Step, batches: list[Batch], rate: float = 0.0) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """A step, and what its optimiser was given, clipped."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(*_: object) -> None:
+        for name, parameter in step.network.named_parameters():
+            grad = parameter.grad
+            assert grad is not None
+            found[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+
+    hook = step.optimizer.register_step_pre_hook(keep)
+    progress = step.step(batches, rate)
+    hook.remove()
+    return progress, found
+
+
+def whole(model: Transformer) -> dict[str, torch.Tensor]:
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return {name: (w.full_tensor() if isinstance(w, DTensor) else w).clone() for name, w in weights.items()}
+
+
+def train(name: str) -> dict[str, Any]:
+    """Of 20 steps of two micro-batches, whose rows have unlike many targets: losses, norms, gradients by name."""
+    data, tensor, settings = WAYS[name]
+    mesh = init_device_mesh("cpu", (data, tensor), mesh_dim_names=("dp", "tp")) if data * tensor > 1 else None
+    rank = 0 if mesh is None else mesh.get_local_rank("dp")
+    config = tiny_config(tied_embeddings="tied" in name)
+    with torch.device("meta"):
+        model = Transformer(config)
+    step = Step(model, mesh=mesh, device="cpu", clip=0.5, chunk=10, **settings)
+    parallel.initialise(step.network, seeded())
+    found: dict[str, Any] = {"weights": whole(step.network), "before": [], "losses": [], "norms": [], "gradients": []}
+    for i in range(STEPS):
+        both = [rows(4, 16, 2 * i, ignored=3), rows(2, 16, 2 * i + 1)]
+        both[0].targets[0] = IGNORED  # a row of the first process
+        batches = [Batch(batch.tokens[rank::data], batch.targets[rank::data]) for batch in both]
+        found["before"].append(step.evaluate(batches))
+        progress, weights = gradients(step, batches, rate=1e-3)
+        found["losses"].append(progress.loss)
+        found["norms"].append(progress.norm)
+        found["gradients"].append(weights)
+    return found
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for way in sys.argv[2:]:
+        result = train(way)
+        if dist.get_rank() == 0:
+            torch.save(result, Path(sys.argv[1]) / f"{way}.pt")
+    dist.destroy_process_group()
