@@ -109,7 +109,7 @@ def loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Take:
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         adam.step()
         adam.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
     return take
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama2.data import shards
+import corpora
 from llama2.data.loader import IGNORED, Batch, Loader, Windows, shuffled
 from llama2.data.shards import Shards
 from llama2.errors import DataError
@@ -25,17 +25,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 def built(folder: Path, name: bytes = b"a") -> Shards:
-    written = []
     ends = np.cumsum(DOCUMENTS)
-    for task, range_ in enumerate((slice(0, 4), slice(4, None))):
-        with shards.Writer(folder, "train", task, 300) as writer:
-            for end, size in zip(ends[range_], DOCUMENTS[range_], strict=True):
-                writer.add(STREAM[end - size : end])
-        assert writer.shard
-        written.append(writer.shard)
+    documents = [STREAM[end - size : end] for end, size in zip(ends, DOCUMENTS, strict=True)]
     tokenizer = folder / "some.model"
     tokenizer.write_bytes(name)
-    shards.finish(folder, tokenizer, vocabulary=300, bos_id=1, eos_id=2, shards={"train": written})
+    corpora.write(folder, tokenizer, 300, {"train": [documents[:4], documents[4:]]})
     return Shards.open(folder, "train")
 
 

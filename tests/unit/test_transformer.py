@@ -10,7 +10,16 @@ import torch
 from llama2 import checkpoint
 from llama2.config import LLAMA_1_SIZES, SIZES, ModelConfig
 from llama2.errors import ContextError
-from llama2.model.transformer import Cache, RMSNorm, Transformer, attention, rotate, rotations
+from llama2.model.transformer import (
+    Cache,
+    RMSNorm,
+    Transformer,
+    attention,
+    attention_by_products,
+    rotate,
+    rotations,
+    within,
+)
 from models import tiny_config, write_tiny_gguf
 
 
@@ -57,6 +66,19 @@ def test_neighbouring_query_heads_share_keys_and_values() -> None:
     v = torch.arange(2.0)[:, None].expand(2, 5, 2, 4)
     expected = torch.tensor([0.0, 0, 0, 1, 1, 1])[:, None].expand(2, 5, 6, 4)
     torch.testing.assert_close(attention(q, k, v), expected)
+
+
+@pytest.mark.parametrize("heads", [6, 2])
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_by_products_is_attention(heads: int, packed: bool) -> None:
+    """Of more tokens than it takes at once, and no multiple of them; gradients too."""
+    q, k, v = (torch.randn(2, 150, count, 8, requires_grad=True) for count in (6, heads, heads))
+    visible = within(torch.arange(150).expand(2, 150) // 40)[1] if packed else None
+    results = []
+    for function in (attention, attention_by_products):
+        y = function(q, k, v, visible)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [*SIZES.values(), *LLAMA_1_SIZES.values()])

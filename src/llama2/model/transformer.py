@@ -24,6 +24,9 @@ from llama2.errors import ContextError
 #: Queries (B, T, H, E), keys and values (B, T, K, E) of T tokens → what they read (B, T, H, E).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+#: That attention_by_products takes at once.
+QUERIES = 128
+
 _FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -77,6 +80,28 @@ def within(documents: Tensor) -> tuple[Tensor, Tensor]:
     changes = documents.diff(prepend=documents[:, :1]) != 0
     starts = torch.where(changes, places, 0).cummax(-1).values  # of the document that each token is in
     return places - starts, (starts[:, :, None] == starts[:, None, :]).tril()
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """What `attention` gives for S = T, by plain products, some queries at a time.
+
+    Compiled for a CPU it is faster than the fused kernel where T is small, and keeps T² / 2 weights a head.
+    """
+    count, size = q.shape[1], q.shape[3]
+    if visible is None:
+        visible = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()  # (T, T)
+    hidden = ~visible[..., None, None, :, :]  # ([B,] 1, 1, T, T)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, E)
+    q = q.view(*q.shape[:2], k.shape[1], -1, size).permute(0, 2, 3, 1, 4)  # (B, K, H / K, T, E)
+    parts = []
+    for start in range(0, count, QUERIES):
+        end = min(start + QUERIES, count)
+        some = q[..., start:end, :]  # (B, K, H / K, queries, E)
+        scores = some.flatten(2, 3) @ k[:, :, :end].transpose(-1, -2)  # (B, K, H / K * queries, keys)
+        scores = scores.float().view(*some.shape[:-1], end) * size**-0.5
+        weights = scores.masked_fill(hidden[..., start:end, :end], -torch.inf).softmax(-1).type_as(v)
+        parts.append((weights.flatten(2, 3) @ v[:, :, :end]).view_as(some))
+    return torch.cat(parts, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, T, H, E)
 
 
 class Attention(nn.Module):
@@ -161,10 +186,17 @@ class Transformer(nn.Module):
         """
         return self.logits(self.features(tokens, past))
 
-    def features(self, tokens: Tensor, past: Past | None = None, documents: Tensor | None = None) -> Tensor:
+    def features(
+        self,
+        tokens: Tensor,
+        past: Past | None = None,
+        documents: Tensor | None = None,
+        attention: Callable[..., Tensor] = attention,
+    ) -> Tensor:
         """What the output head reads: (B, T) ids → (B, T, D).
 
         With `documents` (B, T) instead of `past`, a row holds several of them, which know nothing of each other.
+        Without `past`, another function of the same results may take the place of `attention`.
         """
         count, attend = tokens.shape[1], attention
         if documents is not None:

@@ -14,11 +14,12 @@ import warnings
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -32,6 +33,8 @@ from llama2.errors import CheckpointError, RunError
 from llama2.records import CHECKPOINTS, MODEL
 from llama2.text.tokenizer import Tokenizer
 from llama2.train.step import Step
+
+Answer = TypeVar("Answer")
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -63,6 +66,12 @@ class Checkpoints:
         found = (_STEP.fullmatch(path.name) for path in self.folder.iterdir()) if self.folder.is_dir() else iter(())
         return sorted(int(match[1]) for match in found if match)
 
+    def last(self) -> int | None:
+        """The step of the last whole state, if there is one: the first process's answer, for all."""
+        self.finish()
+        steps: list[int] = self.steps() if _first() else []
+        return _first_says(max(steps, default=None))
+
     def path(self, step: int) -> Path:
         """Where a step's state is."""
         return self.folder / f"step-{step:08d}"
@@ -71,48 +80,58 @@ class Checkpoints:
         """Begin to save the state after a step; `loop` is what else the run needs to go on, as JSON can hold it."""
         self.finish()
         path = self.path(step)
-        part = path.with_name(f"{path.name}.part")
-        try:
-            if _first():
-                shutil.rmtree(part, ignore_errors=True)
+        part = _part(path)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
+        whole = get_model_state_dict(self._step.network, options=options)  # with the first process alone
+        refused = None
+        if _first():
+            try:
                 part.mkdir()
-            self._write_model(part / MODEL)
+                write_model(part / MODEL, whole, self._like, self._step.precision)
+            except (OSError, CheckpointError) as error:
+                refused = _words(error)
+        if refused := _first_says(refused):
+            self._failed(path, refused)
+            return
+        try:
             future = state_dict_saver.async_save(
                 self._state(loop), checkpoint_id=part, no_dist=not dist.is_initialized()
             )
-        except (OSError, CheckpointError) as error:
-            self._failed(part, error)
+        except (OSError, CheckpointException) as error:
+            self._failed(path, _words(error))
             return
         self._writing = path, cast(Future[Any], future)
 
+    def poll(self) -> None:
+        """Publish the state that is being written, if it is whole by now."""
+        if self._writing and self._writing[1].done():
+            self.finish()
+
     def finish(self) -> None:
-        """Wait for the state that is being written, and remove those that are too many."""
+        """Wait for the state that is being written, publish it, and remove those that are too many."""
         if self._writing is None:
             return
         path, future = self._writing
         self._writing = None
-        part = path.with_name(f"{path.name}.part")
         try:
             future.result()
-        except Exception as error:  # of any kind: DCP wraps what the file system says
-            self._failed(part, error)
+        except (OSError, CheckpointException) as error:
+            self._failed(path, _words(error))
             return
         self.failure = None
         if _first():
             if path.exists():  # of before the run went back
                 _remove(path)
-            part.rename(path)
+            _part(path).rename(path)
             for old in self.steps()[: -self._keep]:
                 _remove(self.path(old))
-        if dist.is_initialized():
-            dist.barrier()
 
     def load(self, step: int) -> dict[str, Any]:
         """Put a step's state in place, and return `loop` as it was saved. Raises RunError when it cannot be read."""
         state = self._state({})
         try:
             state_dict_loader.load(state, checkpoint_id=self.path(step), no_dist=not dist.is_initialized())
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # whatever a damaged pickle may raise
             raise RunError(
                 f"{self.path(step)}: cannot be read ({_words(error)}); remove it, and the run continues from "
                 "the state before it"
@@ -130,17 +149,10 @@ class Checkpoints:
         model, optimizer = get_state_dict(self._step.network, self._step.optimizer)
         return {"model": model, "optimizer": optimizer, "loop": json.dumps(loop)}
 
-    def _write_model(self, folder: Path) -> None:
-        whole = get_model_state_dict(
-            self._step.network, options=StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
-        )
+    def _failed(self, path: Path, reason: str) -> None:
+        self.failure = f"{path}: cannot be saved ({reason}); free some room"
         if _first():
-            write_model(folder, whole, self._like, self._step.precision)
-
-    def _failed(self, part: Path, error: Exception) -> None:
-        self.failure = f"{part.with_suffix('')}: cannot be saved ({_words(error)}); free some room"
-        if _first():
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(_part(path), ignore_errors=True)
 
 
 def write_model(folder: Path, weights: dict[str, Any], like: Checkpoint, precision: str = "bf16") -> None:
@@ -161,11 +173,25 @@ def _first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def _first_says(value: Answer) -> Answer:
+    """The first process's value, for all."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def _part(path: Path) -> Path:
+    """What a state is called that is not whole."""
+    return path.with_name(f"{path.name}.part")
+
+
 def _remove(path: Path) -> None:
     """Remove a state so that no half of it can be taken for whole."""
-    part = path.with_name(f"{path.name}.part")
-    path.rename(part)
-    shutil.rmtree(part)
+    old = _part(path.with_name(f"{path.name}.old"))
+    path.rename(old)
+    shutil.rmtree(old)
 
 
 def _words(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from llama2 import plan, records
 from llama2.config import ModelConfig
 from llama2.data.loader import Batch, Loader, Source
 from llama2.errors import RecipeError, RunError
+from llama2.model import parallel
 from llama2.model.transformer import Transformer
 from llama2.records import Run
 from llama2.text.tokenizer import Tokenizer
@@ -77,7 +78,8 @@ class Loop:
     """A run: `network` learns from `source`, and leaves what it learned in `folder`, with its `tokenizer` and chat
     template.
 
-    `validation` is what the loss is measured on now and then. Raises RecipeError for a batch that cannot be divided.
+    A network on the meta device gets random weights, by the recipe's seed, and is never whole where it is divided.
+    `validation` is what the loss is measured on now and then. Raises RecipeError for a batch that cannot be shared.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Loop:
         self.config = network.config
         self.batch_tokens = batch.rows * source.length  # that a step reads; with masked loss fewer are targets
         self.flops = flops_per_token(self.config, source.length)
+        new = network.norm.weight.is_meta
         self.step = Step(
             network,
             betas=o.betas,
@@ -117,16 +120,19 @@ class Loop:
             precision=recipe.precision,
             compile=recipe.compile,
             checkpointing=recipe.checkpointing,
+            mesh=here.mesh,
+            device=here.device if new else None,
         )
+        if new:
+            parallel.initialise(self.step.network, torch.Generator(here.device).manual_seed(recipe.seed))
         self.checkpoints = Checkpoints(folder, self.step, self.config, tokenizer, template, keep=recipe.save.keep)
         self.state = _State()
         self.peak = _peak(here.device, recipe.precision)
 
     def run(self, resume: bool) -> Run:
         run = self._open(resume)
-        last = self.checkpoints.steps()
-        if last:
-            self._restore(self.checkpoints.load(last[-1]))
+        if resume and (last := self.checkpoints.last()) is not None:
+            self._restore(self.checkpoints.load(last))
         if resume and self.here.first:
             run.keep(lambda line: line["step"] <= self.state.step)
         if self.watch and self.here.first:
@@ -137,6 +143,7 @@ class Loop:
             while self.state.step < self.recipe.steps:
                 progress, rate, seconds, note = self._advance()
                 done = self.state.step
+                self.checkpoints.poll()
                 validation = None
                 if self.validation and (done % self.recipe.evaluate == 0 or done == self.recipe.steps):
                     validation = self.step.evaluate(self.validation)
@@ -158,6 +165,8 @@ class Loop:
             if self.checkpoints.failure:
                 raise RunError(self.checkpoints.failure + ", and continue with --resume")
         finally:
+            if self.here.mesh is None:  # others might wait for a process that has ended
+                self.checkpoints.finish()
             if board:
                 board.close()
         return run
@@ -207,9 +216,8 @@ class Loop:
 
     def _rewind(self, loss: float) -> str | None:
         """Go back to the last state, and on with rows that come after the spike's. None: there is no state."""
-        self.checkpoints.finish()
-        saved = self.checkpoints.steps()
-        if not saved:
+        saved = self.checkpoints.last()
+        if saved is None:
             return None
         at, rewinds, rows = self.state.step, self.state.rewinds + 1, self.loader.state()["rows"]
         if rewinds > self.recipe.spikes.rewinds:
@@ -217,10 +225,10 @@ class Loop:
                 f"{self.folder}: step {at}: the loss rose to {loss:.2f}, after {rewinds - 1} times that the run went "
                 "back and on with other rows; lower optimizer.rate, or raise spikes.deviations"
             )
-        self._restore(self.checkpoints.load(saved[-1]))
+        self._restore(self.checkpoints.load(saved))
         self.state.rewinds = rewinds
         self.loader.skip(rows - self.loader.state()["rows"])
-        return f"the loss rose to {loss:.2f} at step {at}: back to step {saved[-1]}, and on with other rows"
+        return f"the loss rose to {loss:.2f} at step {at}: back to step {saved}, and on with other rows"
 
     def _remembered(self) -> dict[str, Any]:
         return {"loader": self.loader.state(), **vars(self.state)}

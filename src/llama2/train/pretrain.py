@@ -43,9 +43,8 @@ def pretrain(
         if recipe.data.validation:
             windows = Windows(Shards.open(corpus, "validation"), length=length, boundaries=boundaries)
             validation = Loader(windows, rows=recipe.batch.micro, seed=0).first(recipe.data.validation)
-        with here.device:
+        with torch.device("meta"):
             network = Transformer(recipe.model.config(train.manifest.tokenizer.vocabulary, length))
-        network.initialise(torch.Generator(here.device).manual_seed(recipe.seed))
         loop = Loop(
             recipe,
             folder,

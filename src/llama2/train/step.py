@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from llama2.data.loader import IGNORED, Batch
 from llama2.model import parallel
-from llama2.model.transformer import Transformer
+from llama2.model.transformer import Transformer, attention, attention_by_products
 from llama2.train.loss import exponentials, head_loss
 
 #: Tokens whose logits are held at once.
@@ -49,9 +49,10 @@ class Objective(nn.Module):
         self.chunk = chunk
         self.group = group
         self.softmax = exponentials
+        self.attention = attention
 
     def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
-        x = parallel.gathered(self.network.features(tokens, documents=documents))  # (B, T, D)
+        x = parallel.gathered(self.network.features(tokens, None, documents, self.attention))  # (B, T, D)
         head = self.network.head
         return head_loss(
             x.flatten(0, 1),
@@ -105,6 +106,8 @@ class Step:
         if compile:
             parallel.compile_blocks(network)
             self.objective.softmax = torch.compile(exponentials)
+            if self.device.type == "cpu":
+                self.objective.attention = attention_by_products
         if checkpointing:
             parallel.checkpoint_blocks(network)
         if shares is not None:

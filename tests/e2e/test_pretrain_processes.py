@@ -1,0 +1,83 @@
+"""A run that one process began goes on in two, and the other way round."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+import llama2
+from llama2.data import shards
+from texts import train_sentencepiece
+
+RECIPE = """
+steps = 6
+seed = 1
+compile = false
+precision = "fp32"
+model = { dim = 32, n_layers = 2, n_heads = 4, n_kv_heads = 2, hidden_dim = 64, tied_embeddings = true }
+data = { corpus = "corpus", length = 32, validation = 2 }
+batch = { rows = 8, micro = 2 }
+optimizer = { rate = 1e-2, warmup = 2 }
+save = { every = 3, keep = 5 }
+evaluate = 3
+"""
+
+
+def losses(folder: Path) -> dict[int, tuple[float, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss"], line["norm"]) for line in lines}
+
+
+def pretrain(folder: Path, name: str, *settings: str, processes: int) -> dict[int, tuple[float, float]]:
+    launch = [sys.executable, "-m"]
+    if processes > 1:
+        launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [*launch, "llama2", "pretrain", "recipe.toml", "--name", name, *settings]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return losses(folder / "runs" / name)
+
+
+def build(folder: Path) -> None:
+    """A corpus of random words in `corpus`, beside the recipe."""
+    (folder / "corpus").mkdir()
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(400, ()))
+    rng, written = np.random.default_rng(0), dict[Literal["train", "validation"], list[shards.Shard]]()
+    for split, documents in (("train", 60), ("validation", 4)):
+        with shards.Writer(folder / "corpus", split, 0, 400) as writer:
+            for _ in range(documents):
+                writer.add([1, *rng.integers(3, 400, 40), 2])
+        assert writer.shard
+        written[split] = [writer.shard]
+    shards.finish(folder / "corpus", folder / "tokenizer.model", vocabulary=400, bos_id=1, eos_id=2, shards=written)
+    (folder / "recipe.toml").write_text(RECIPE)
+
+
+def test_from_one_to_two_and_back(tmp_path: Path) -> None:
+    build(tmp_path)
+    alone = pretrain(tmp_path, "alone", processes=1)
+    shared = pretrain(tmp_path, "shared", processes=2)
+    assert list(alone) == list(shared) == [1, 2, 3, 4, 5, 6]
+    for name, processes in (("alone", 2), ("shared", 1)):
+        went_on = tmp_path / "runs" / f"{name}-goes-on"
+        shutil.copytree(tmp_path / "runs" / name, went_on)
+        shutil.rmtree(went_on / "checkpoints" / "step-00000006")
+        resumed = pretrain(tmp_path, went_on.name, "--resume", processes=processes)
+        for step, figures in alone.items():
+            assert resumed[step] == pytest.approx(figures, rel=1e-4), (name, step)
+            assert shared[step] == pytest.approx(figures, rel=1e-4), step
+    weights = []
+    for name in ("alone", "shared"):
+        with llama2.load(tmp_path / "runs" / name) as model:
+            weights.append({name: tensor.dequantize() for name, tensor in model.checkpoint.tensors.items()})
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], weight, rtol=0, atol=1e-4, err_msg=name)
