@@ -25,21 +25,38 @@ Recipe = TypeVar("Recipe", bound=Settings)
 def load(path: Path, kind: type[Recipe], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, with `overrides` such as `optimizer.rate=1e-3` in place of what stands there.
 
+    What a file leaves out is as in the file, beside it, that its `base` names.
     The value of an override is TOML, or else text as it is. Raises RecipeError, in one line, for a file that cannot be
     read, and for a setting that is unknown, missing or out of range.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a recipe's file") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path}: is not TOML: {error}") from None
+    table = _read(path)
     for override in overrides:
         _place(table, override)
     try:
         return kind.model_validate(table)
     except pydantic.ValidationError as error:
         raise RecipeError(f"{path}: {_describe(error, kind)}") from None
+
+
+def _read(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a recipe's file") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path}: is not TOML: {error}") from None
+    if "base" not in table:
+        return table
+    base = table.pop("base")
+    if not isinstance(base, str) or path in above:
+        raise RecipeError(f"{path}: base: must be the name of another file that is not based on this one")
+    return _over(_read(path.parent / base, [*above, path]), table)
+
+
+def _over(base: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """`base` with what stands in `table` in place of its own, table by table."""
+    tables = {k: _over(base[k], v) for k, v in table.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | table | tables
 
 
 def _place(table: dict[str, Any], override: str) -> None:

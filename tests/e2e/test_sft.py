@@ -1,0 +1,141 @@
+"""`llama2 sft` as a person uses it: a tiny random model learns two answers by heart, and gives them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import llama2
+from llama2 import checkpoint
+from llama2.cli.main import run
+from llama2.records import Run
+from models import tiny_config, write_tiny_gguf
+from oracle_transformers import transformers_model
+
+DIALOGS = [{"prompt": "one", "completion": "bat"}, {"prompt": "two", "completion": "the coin"}]
+
+RECIPE = """
+start = "tiny.gguf"
+precision = "fp32"
+compile = false
+[data]
+files = ["dialogs.jsonl"]
+length = 64
+[batch]
+rows = 1
+micro = 1
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a model, dialogs and a recipe."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny_gguf(tmp_path / "tiny.gguf", config=tiny_config())
+    (tmp_path / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in DIALOGS))
+    (tmp_path / "mine.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def llama2_(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out, said.err
+
+
+def loss_of_answers(path: Path) -> float:
+    """transformers' mean loss over the answers' tokens, each dialog by itself."""
+    with checkpoint.open(path) as model:
+        theirs, tokenizer = transformers_model(model), model.tokenizer
+    losses = []
+    for dialog in DIALOGS:
+        asked = tokenizer.encode(f"[INST] {dialog['prompt']} [/INST]", bos=True)
+        whole = tokenizer.encode(f"[INST] {dialog['prompt']} [/INST] {dialog['completion']} ", bos=True, eos=True)
+        assert whole[: len(asked)] == asked
+        with torch.no_grad():
+            logits = theirs(torch.tensor([whole])).logits[0]
+        losses += F.cross_entropy(logits[:-1], torch.tensor(whole[1:]), reduction="none")[len(asked) - 1 :].tolist()
+    return float(np.mean(losses))
+
+
+def test_learns_answers_by_heart(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["steps=60", "optimizer.rate=1e-2", "save.every=30", 'samples.prompts=["one"]', "samples.tokens=8"]
+    code, out, error = llama2_(capsys, "sft", "mine.toml", *settings)
+    assert code == 0, error
+    assert out == "runs/mine: done; talk with it: llama2 chat -m runs/mine\n"
+    lines = Run.open(place / "runs" / "mine").metrics()
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    # Both dialogs are in one row, and yet the loss is that of each alone, over its answer alone.
+    assert lines[0]["loss"] == pytest.approx(loss_of_answers(place / "tiny.gguf"), rel=1e-5)
+    assert lines[0]["tokens"] == lines[1]["tokens"] / 2
+    with llama2.load(place / "runs" / "mine") as model:
+        for dialog in DIALOGS:
+            answer = model.chat([{"role": "user", "content": dialog["prompt"]}], temperature=0, max_tokens=20)
+            assert answer.text.strip() == dialog["completion"]
+            assert answer.finish_reason == "stop"
+    samples = [json.loads(line) for line in (place / "runs" / "mine" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [30, 60]
+    assert samples[-1]["text"].startswith("one\n")
+
+
+def test_as_many_steps_as_epochs_take(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Five dialogs, one held out and two to a row, read twice, two rows a step; then from that run to another."""
+    lines = [DIALOGS[n % 2] for n in range(5)]
+    (place / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in lines))
+    batch = ["batch.rows=2", "data.validation=1", "evaluate=2"]
+    code, _, error = llama2_(capsys, "sft", "mine.toml", *batch)
+    assert code == 0, error
+    first = Run.open(place / "runs" / "mine")
+    rows = -(-4 // 2)  # four dialogs are learnt, two to a row
+    assert [line["step"] for line in first.metrics()] == list(range(1, 2 * rows // 2 + 1))
+    assert "validation" in first.metrics()[-1]
+    assert first.recipe["steps"] == 2
+    code, _, error = llama2_(capsys, "sft", "mine.toml", "start=runs/mine", "steps=1", "--name", "more", *batch)
+    assert code == 0, error
+    with checkpoint.open(place / "runs" / "more") as more, checkpoint.open(place / "tiny.gguf") as tiny:
+        assert more.tokenizer.encode("the coin") == tiny.tokenizer.encode("the coin")
+        assert more.config == tiny.config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.length=512"], "data.length=512 is more than tiny.gguf reads, 256; choose shorter rows"),
+        (["data.length=16"], "dialogs.jsonl:1: the dialog has .* tokens and a row 16; choose longer rows"),
+        (["data.file=x"], "mine.toml: data.file: unknown setting; did you mean data.files\\?"),
+        (["start=nowhere"], "nowhere"),
+        (["batch.rows=3", "batch.micro=2"], "batch.rows=3 is no multiple of batch.micro=2"),
+    ],
+)
+def test_errors_before_the_first_step(
+    place: Path, capsys: pytest.CaptureFixture[str], settings: list[str], message: str
+) -> None:
+    code, _, error = llama2_(capsys, "sft", "mine.toml", *settings)
+    assert code == 1
+    assert error.count("\n") == 1
+    assert error.startswith("llama2: error: ")
+    assert re.search(message, error)
+    assert not (place / "runs").exists()
+
+
+def test_a_template_of_the_start_stays(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    config: Any = tiny_config(vocab_size=352)
+    write_tiny_gguf(place / "tiny.gguf", config=config, tokenizer="bpe", template=template)
+    code, _, error = llama2_(capsys, "sft", "mine.toml", "steps=1", "data.length=128")
+    assert code == 0, error
+    with checkpoint.open(place / "runs" / "mine") as tuned, checkpoint.open(place / "tiny.gguf") as tiny:
+        assert tuned.template == template
+        assert tuned.tokenizer.encode("the coin") == tiny.tokenizer.encode("the coin")
