@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 #: Seconds after which `step` returns without news, so that its caller can add and cancel requests.
 _MOMENT = 0.01
 
+#: vLLM's reasons to end an answer, of those that a request can have.
+_REASONS: dict[str | None, FinishReason | None] = {None: None, "stop": "stop", "length": "length"}
+
 #: Values of Sampling that vLLM takes, where they are fewer than ours.
 _LIMITS = {"temperature": (0.01, 2.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0)}
 
@@ -307,11 +310,12 @@ class ClusterEngine(EngineProtocol):
         for i, token in enumerate(new.token_ids):
             if answer.id not in self._answers:
                 return
-            finish = new.finish_reason if i == len(new.token_ids) - 1 else None
+            reason = new.finish_reason if i == len(new.token_ids) - 1 else None
+            if reason not in _REASONS:
+                raise EngineError(f"vLLM ended the answer with {reason!r}")
+            finish = _REASONS[reason]
             text = "" if finish == "stop" else answer.text.push(token)
             finish = "stop" if answer.text.found else finish
-            if finish not in (None, "stop", "length"):
-                raise EngineError(f"vLLM ended the answer with {finish!r}")
             score = None
             if new.logprobs is not None:
                 score = _scored(token, new.logprobs[i], answer.request.logprobs or 0)
