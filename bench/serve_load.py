@@ -91,12 +91,12 @@ def main() -> None:
         seed, name = 0, args.model.stem
         if args.vllm:
             python, folder = args.vllm
-            length = ["--max-model-len", str(2 * (args.prompt + args.answer)), "--max-num-seqs", str(most)]
-            serve = ["-m", "vllm.entrypoints.cli.main", "serve", folder, "--served-model-name", name, *length]
-            cache = ["--kv-cache-memory-bytes", str(2 << 30), "--no-enable-prefix-caching"]
+            module, most_tokens = "vllm.entrypoints.openai.api_server", 2 * (args.prompt + args.answer)
+            command = [python, "-m", module, "--model", folder, "--served-model-name", name, "--dtype", "bfloat16"]
+            command += ["--max-model-len", str(most_tokens), "--max-num-seqs", str(most), "--host", "127.0.0.1"]
+            command += ["--kv-cache-memory-bytes", str(2 << 30), "--no-enable-prefix-caching"]
             # By itself vLLM leaves a processor to its front end, and would compute on one thread fewer.
             settings = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}", "HF_HUB_OFFLINE": "1"}
-            command = [python, *serve, "--dtype", "bfloat16", *cache, "--host", "127.0.0.1"]
             servers.append(stack.enter_context(running("vllm", command, settings)))
         for round in range(-1, args.rounds):  # the first one warms up
             for streams in args.streams if round >= 0 else [most]:

@@ -39,7 +39,7 @@ def numpy(path: Path) -> EngineProtocol:
 
 
 def vllm(path: Path) -> EngineProtocol:
-    pytest.importorskip("vllm", reason="vLLM has an environment of its own; see CONTRIBUTING.md")
+    pytest.importorskip("vllm", reason="vLLM has an environment of its own; see docs/decisions/0009")
     folder = path.with_name("folder")
     huggingface.write(checkpoint.open(path), folder)
     return ClusterEngine(checkpoint.open(folder), context=CONTEXT, sequences=8, dtype="float32")

@@ -18,7 +18,7 @@ from llama2.engine.request import FinishReason, Logprob, Request, Sampling
 from llama2.errors import EngineError
 
 if TYPE_CHECKING:
-    from llama2.engine.engine import Engine
+    from llama2.engine.protocol import EngineProtocol
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Reply:
         return f"{count} token{'s' * (count != 1)}{speed}{drafts}"
 
 
-def follow(engine: Engine, request: Request, show: Callable[[str], None]) -> Reply:
+def follow(engine: EngineProtocol, request: Request, show: Callable[[str], None]) -> Reply:
     """Run a request to its end, handing each piece of text to `show`.
 
     Ctrl-C ends it: after the step at hand, which is not cut in the middle, or at once while there is no token yet, and
@@ -95,7 +95,7 @@ def _on_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def print_answer(engine: Engine, request: Request, model: str, *, before: str = "", as_json: bool) -> None:
+def print_answer(engine: EngineProtocol, request: Request, model: str, *, before: str = "", as_json: bool) -> None:
     """Print the answer to a request, after `before`: piece by piece, or as one JSON object.
 
     Raises typer.Exit with code 130 when Ctrl-C ended it; what there is has been printed then.

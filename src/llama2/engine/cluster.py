@@ -23,12 +23,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llama2.checkpoint import Checkpoint
+from llama2.checkpoint.kept import available_memory
 from llama2.engine.protocol import EngineProtocol
 from llama2.engine.request import Event, FinishReason, Load, Logprob, Request, answer_limit
 from llama2.engine.runner import BLOCK
 from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.engine.stop import AnswerText
 from llama2.errors import ContextError, EngineError, Llama2Error, RequestError
+from llama2.text.tokenizer import one_line
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -37,6 +39,12 @@ if TYPE_CHECKING:
 
 #: Seconds after which `step` returns without news, so that its caller can add and cancel requests.
 _MOMENT = 0.01
+
+#: Tokens of the cache beyond a context: one of vLLM's blocks of 128 is never used, and another begun.
+_SPARE = 256
+
+#: vLLM's reasons to end an answer, of those that a request can have.
+_REASONS: dict[str | None, FinishReason | None] = {None: None, "stop": "stop", "length": "length"}
 
 #: Values of Sampling that vLLM takes, where they are fewer than ours.
 _LIMITS = {"temperature": (0.01, 2.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0)}
@@ -85,7 +93,7 @@ class ClusterEngine(EngineProtocol):
 
     The checkpoint is a folder as transformers keeps it. `dtype` is one of PyTorch's, by default the checkpoint's, but
     16 bits where that has 32. On a CPU the cache holds `sequences` requests of the whole context, and at most
-    `cache_bytes`; elsewhere it takes what memory is left over, or `cache_bytes` of each process.
+    `cache_bytes`, or half of what is free; elsewhere it takes what vLLM leaves for it, or `cache_bytes`.
     """
 
     runs_processors = False
@@ -121,8 +129,8 @@ class ClusterEngine(EngineProtocol):
         self.context = context or config.context_length
         self._vocabulary = config.vocab_size
         if current_platform.is_cpu():
-            whole = config.cache_bytes(self.context) * (2 if dtype == "float32" else 1)
-            cache_bytes = max(whole, min(sequences * whole, cache_bytes or sequences * whole))
+            whole = config.cache_bytes(self.context + _SPARE) * (2 if dtype == "float32" else 1)
+            cache_bytes = max(whole, min(sequences * whole, cache_bytes or available_memory() // 2))
         self._ids = itertools.count()
         self._answers: dict[int, _Answer] = {}  # those that have not ended
         self._events: list[Event] = []  # to be returned by the next step
@@ -138,7 +146,7 @@ class ClusterEngine(EngineProtocol):
             "max_model_len": self.context,
             "max_num_seqs": MAX_SEQUENCES,
             "max_logprobs": -1,
-            "kv_cache_memory_bytes": cache_bytes,
+            "kv_cache_memory_bytes": cache_bytes and cache_bytes // (tensor_parallel * pipeline_parallel),
             "tensor_parallel_size": tensor_parallel,
             "pipeline_parallel_size": pipeline_parallel,
             "disable_log_stats": True,
@@ -198,6 +206,7 @@ class ClusterEngine(EngineProtocol):
 
     def _prepare(self, request: Request) -> _Answer:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         limit = answer_limit(request, self.context, self._vocabulary)
@@ -208,11 +217,14 @@ class ClusterEngine(EngineProtocol):
             )
         if self._vllm.errored:
             raise EngineError("vLLM has ended; start the program again")
-        sampling = SamplingParams(
-            **sampling_params(request, limit),
-            stop_token_ids=sorted(self.tokenizer.stop_ids | request.stop_tokens),
-            output_kind=RequestOutputKind.DELTA,
-        )
+        try:
+            sampling = SamplingParams(
+                **sampling_params(request, limit),
+                stop_token_ids=sorted(self.tokenizer.stop_ids | request.stop_tokens),
+                output_kind=RequestOutputKind.DELTA,
+            )
+        except (VLLMClientError, ValueError) as error:
+            raise RequestError(f"vLLM takes no such request: {one_line(error)}") from None
         return _Answer(next(self._ids), request, limit, sampling, AnswerText(request, self.tokenizer))
 
     def _begin(self, answer: _Answer) -> None:
@@ -268,8 +280,7 @@ class ClusterEngine(EngineProtocol):
             stats: Any = lambda *_: self._stats  # noqa: E731
             vllm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[stats])
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            started.set_exception(EngineError(f"vLLM does not start: {reason[:500]}"))
+            started.set_exception(EngineError(f"vLLM does not start: {one_line(error)}"))
             return
         started.set_result(vllm)
         await self._ended.wait()
@@ -283,6 +294,8 @@ class ClusterEngine(EngineProtocol):
                 async for output in outputs:
                     with self._news:
                         self._take(answer, output)
+            if answer.id in self._answers:
+                raise EngineError("vLLM gave the answer up")
         except Exception as error:
             cause = error.__cause__ or error
             reason = str(cause) if isinstance(cause, Llama2Error) else f"{type(cause).__name__}: {cause}"
@@ -307,11 +320,12 @@ class ClusterEngine(EngineProtocol):
         for i, token in enumerate(new.token_ids):
             if answer.id not in self._answers:
                 return
-            finish = new.finish_reason if i == len(new.token_ids) - 1 else None
+            reason = new.finish_reason if i == len(new.token_ids) - 1 else None
+            if reason not in _REASONS:
+                raise EngineError(f"vLLM ended the answer with {reason!r}")
+            finish = _REASONS[reason]
             text = "" if finish == "stop" else answer.text.push(token)
             finish = "stop" if answer.text.found else finish
-            if finish not in (None, "stop", "length"):
-                raise EngineError(f"vLLM ended the answer with {finish!r}")
             score = None
             if new.logprobs is not None:
                 score = _scored(token, new.logprobs[i], answer.request.logprobs or 0)
