@@ -65,7 +65,7 @@ def ask(port: int, asked: Asked, stream: bool) -> list[dict[str, Any]]:
     data = post(port, route, {**body, "stream": stream})
     if not stream:
         return [joined([row]) for row in sorted(json.loads(data)["choices"], key=lambda row: row["index"])]
-    *events, end = data.decode().removesuffix("\n\n").split("\n\n")
+    *events, end = (event for event in data.decode().split("\n\n") if event.startswith("data: "))  # others: pings
     if end != "data: [DONE]":
         raise SystemExit(f"a stream ended with {end[:300]!r}")
     rows: dict[int, list[dict[str, Any]]] = defaultdict(list)

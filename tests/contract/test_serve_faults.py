@@ -390,7 +390,8 @@ def test_one_request_that_fails_in_the_model(tmp_path: Path) -> None:
         server.wait_for("llama2_running", 1, 10)
         for _ in range(3):
             error = refused(server.post("/v1/completions", {**body, "prompt": [8]}), 500)
-            assert (error["type"], "finite" in error["message"] or "NaN" in error["message"]) == ("server_error", True)
+            assert error["type"] == "server_error"
+            assert "a logit is not a number" in error["message"]
             *_, last = events(server.post("/v1/completions", {**body, "prompt": [8], "stream": True})[2])
             assert last["error"]["type"] == "server_error"
         told = b"".join(iter(lambda: beside.recv(65536), b""))  # it went on beside them all

@@ -316,7 +316,7 @@ def test_answers_over_http_are_the_same_bytes_under_load(tmp_path: Path) -> None
     result = json.loads(done.stdout)
     assert result["different"] == []
     assert result["preemptions"] > 0
-    assert result["scored_tokens"] > 1000
+    assert result["scored_tokens"] > 500
     assert result["different_texts"] > 10
 
 
