@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import socket
@@ -92,6 +93,18 @@ def _healthy(port: int) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def post(port: int, path: str, body: dict[str, Any]) -> bytes:
+    """What a server answers. Raises SystemExit unless its status is 200."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    data = response.read()
+    connection.close()
+    if response.status != 200:
+        raise SystemExit(f"{path}: status {response.status}: {data[:300]!r}")
+    return data
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""Are answers over HTTP the same bytes alone and under load? Requests one by one to one server, then together to another.
+"""Are answers over HTTP the same bytes alone and under load? Requests one by one to a server, then together to another.
 
-Alone, each is streamed by a server with a large cache. Then up to 32 at a time, a number that changes at random, half of
-them streamed, are answered by a second server, whose cache holds one context, so that some are preempted. Texts, tokens,
-log-probabilities and reasons to end must be equal. Exit code 1 if one differs, or if nothing was preempted.
+Alone, each is streamed by a server with a large cache. Then up to 32 at a time, a number that changes at random, half
+of them streamed, are answered by a second server, whose cache holds one context, so that some are preempted. Texts,
+tokens, log-probabilities and reasons to end must be equal. Exit code 1 if one differs, or if nothing was preempted.
 
     python bench/same_bytes_http.py -m MODEL.gguf > same_bytes_http.json
 """
@@ -10,7 +10,6 @@ log-probabilities and reasons to end must be equal. Exit code 1 if one differs, 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import random
 import sys
@@ -21,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from http_load import ours, running
+from http_load import ours, post, running
 from provenance import provenance
 
 CLONE = Path(__file__).parents[1]
@@ -51,7 +50,7 @@ def requests(model: str, count: int, rng: random.Random) -> list[Asked]:
             "lookup": rng.choice([0, 0, 8]),
         }
         if rng.random() < 0.7:
-            scores = rng.choice([{}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 5}])
+            scores: dict[str, Any] = rng.choice([{}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 5}])
             messages = [{"role": "user", "content": f"{about}\n\nSummarise this."}]
             made.append((CHAT, {**body, "messages": messages, **scores}))
         else:
@@ -63,16 +62,10 @@ def requests(model: str, count: int, rng: random.Random) -> list[Asked]:
 def ask(port: int, asked: Asked, stream: bool) -> list[dict[str, Any]]:
     """The choices of an answer, in one form whether it was streamed or not. Raises SystemExit for a refusal."""
     route, body = asked
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    connection.request("POST", route, json.dumps({**body, "stream": stream}), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    data = response.read()
-    connection.close()
-    if response.status != 200:
-        raise SystemExit(f"status {response.status}: {data[:300]!r}")
+    data = post(port, route, {**body, "stream": stream})
     if not stream:
         return [joined([row]) for row in sorted(json.loads(data)["choices"], key=lambda row: row["index"])]
-    *events, end = data.decode().removesuffix("\n\n").split("\n\n")
+    *events, end = (event for event in data.decode().split("\n\n") if event.startswith("data: "))  # others: pings
     if end != "data: [DONE]":
         raise SystemExit(f"a stream ended with {end[:300]!r}")
     rows: dict[int, list[dict[str, Any]]] = defaultdict(list)

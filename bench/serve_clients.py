@@ -9,7 +9,7 @@ says so. It goes to standard output in Markdown, every outcome to a JSON file. E
     gguf-new-metadata MODEL.gguf TOOLS.gguf --chat-template-file TEMPLATE.jinja
     llama2 convert MODEL.gguf FOLDER --to hf --receipt tensors
     llama2 serve -m MODEL.gguf -m TOOLS.gguf --port 8080
-    python bench/serve_clients.py -m MODEL --tools-model TOOLS --tokenizer FOLDER --node DIR -o clients.json > clients.md
+    python bench/serve_clients.py -m MODEL --tools-model TOOLS --tokenizer FOLDER --node DIR -o clients.json
 """
 
 from __future__ import annotations

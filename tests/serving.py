@@ -107,11 +107,13 @@ class Server:
 
 
 @contextmanager
-def serving(models: Sequence[Path | str], *options: str, **environment: str) -> Iterator[Server]:
-    """A server of these models on a free port."""
+def serving(
+    models: Sequence[Path | str], *options: str, program: Sequence[str] = ("-m", "llama2"), **environment: str
+) -> Iterator[Server]:
+    """A server of these models on a free port; `program` is what Python runs."""
     named = [word for model in models for word in ("-m", str(model))]
     process = subprocess.Popen(
-        [sys.executable, "-m", "llama2", "serve", *named, "--port", "0", "--threads", "1", *options],
+        [sys.executable, *program, "serve", *named, "--port", "0", "--threads", "1", *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

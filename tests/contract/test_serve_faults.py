@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
+import hashlib
 import http.client
 import json
 import re
@@ -15,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from serving import Server, chat, serving, write_model
+from llama2.serve.security import Guard
+from llama2.serve.settings import Settings
+from serving import ENDLESS, Server, chat, events, serving, write_model
 
 CHAT = "/v1/chat/completions"
 KEY = "correct-horse"
@@ -292,6 +296,33 @@ def test_keys(guarded: Server) -> None:
         assert guarded.post(CHAT, body, **headers)[0] == 200
 
 
+def test_keys_are_compared_in_the_same_time_whatever_they_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests of one length by `compare_digest`, and with every key of the server: also after one that fits."""
+    compared: list[tuple[bytes, bytes]] = []
+    monkeypatch.setattr("hmac.compare_digest", lambda given, key: compared.append((given, key)) or given == key)
+    keys = ("first-key", "second-key", "third")
+    answered: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        answered.append(200)
+
+    async def send(message: Any) -> None:
+        answered.extend([message["status"]] if "status" in message else [])
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    guard = Guard(application, Settings(keys=keys), ())
+    for given in ("", "x", "first-kez", "second-kex", "a" * 10_000, *keys):
+        head = [(b"host", b"localhost"), (b"x-api-key", given.encode())]
+        scope = {"type": "http", "method": "GET", "path": "/metrics", "headers": head}
+        asyncio.run(guard(scope, receive, send))
+    assert answered == [401] * 5 + [200] * 3
+    expected = [hashlib.sha256(key.encode()).digest() for key in keys]
+    assert [key for _, key in compared] == expected * 8
+    assert {len(given) for given, _ in compared} == {32}
+
+
 def test_every_route_but_health_and_the_page_needs_the_key(guarded: Server) -> None:
     paths = guarded.get("/openapi.json", **{"X-Api-Key": KEY})[2]["paths"]
     assert len(paths) > 12
@@ -327,6 +358,53 @@ def test_who_leaves_frees_the_cache(server: Server) -> None:
         connection.close()
         server.wait_for("llama2_running", 0, 1)
         assert server.gauge("llama2_kv_cache_used_ratio") == 0
+
+
+FAILING = """
+import numpy as np
+from llama2.cli.main import run
+from llama2.engine.runner_native import NativeRunner
+
+forward = NativeRunner.forward
+
+def failing(self, batch):
+    if 7 in batch.tokens:
+        raise MemoryError("no memory for the batch")
+    logits = forward(self, batch)
+    poisoned = set(batch.sequences[batch.tokens == 8])
+    logits[[batch.sequences[at] in poisoned for at in batch.outputs]] = np.nan
+    return logits
+
+NativeRunner.forward = failing
+run()
+"""
+
+
+def test_one_request_that_fails_in_the_model(tmp_path: Path) -> None:
+    """Token 8 makes the logits of its sequence NaN, token 7 the whole forward pass fail. Neither is ever drawn."""
+    bias = {**ENDLESS, "7": -100, "8": -100}
+    body = {"model": "tiny", "prompt": [5], "max_tokens": 400, "temperature": 0, "logit_bias": bias}
+    with serving([write_model(tmp_path)], program=("-c", FAILING)) as server:
+        expected = server.post("/v1/completions", body)[2]["choices"]
+        beside = server.open("/v1/completions", {**body, "max_tokens": 4000, "stream": True})
+        server.wait_for("llama2_running", 1, 10)
+        for _ in range(3):
+            error = refused(server.post("/v1/completions", {**body, "prompt": [8]}), 500)
+            assert error["type"] == "server_error"
+            assert "a logit is not a number" in error["message"]
+            *_, last = events(server.post("/v1/completions", {**body, "prompt": [8], "stream": True})[2])
+            assert last["error"]["type"] == "server_error"
+        told = b"".join(iter(lambda: beside.recv(65536), b""))  # it went on beside them all
+        beside.close()
+        assert b'"finish_reason":"length"' in told
+        assert b"data: [DONE]" in told[-40:]
+        for _ in range(3):
+            error = refused(server.post("/v1/completions", {**body, "prompt": [7]}), 500)
+            assert error["message"] == "MemoryError: no memory for the batch"
+            assert server.get("/health")[2] == {"status": "ok"}
+            assert server.post("/v1/completions", body)[2]["choices"] == expected
+        assert server.gauge("llama2_kv_cache_used_ratio") == 0
+        assert server.gauge("llama2_running") == 0
 
 
 def test_a_message_of_the_prompt_is_in_no_log(server: Server) -> None:

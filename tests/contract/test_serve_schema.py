@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 
 from models import tiny_config, write_tiny_gguf
 from serving import Server, serving
@@ -53,11 +53,12 @@ def test_no_request_makes_the_server_fail(server: Server, mode: GenerationMode) 
     document = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     statuses: Counter[tuple[str, int]] = Counter()
     for found in document.get_all_operations():
+        assert isinstance(found, Ok), found
         operation = found.ok()
 
         @given(operation.as_strategy(generation_mode=mode))
         @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-        def ask(case: schemathesis.Case) -> None:
+        def ask(case: schemathesis.Case[Any]) -> None:
             if isinstance(case.body, dict):
                 nearly(case.body)
             if "model" in case.path_parameters:

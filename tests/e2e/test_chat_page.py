@@ -625,6 +625,56 @@ def test_a_phone_shows_one_thing_at_a_time(brief: Chat) -> None:
     expect(page.get_by_role("button", name="Conversations")).to_be_focused()
 
 
+def test_the_page_at_twice_and_four_times_its_size(brief: Chat) -> None:
+    """A window of 1280 × 1024 has half as many pixels for the page at 200 %, and a quarter at 400 %."""
+    page = brief.page
+    scripted(page, "A" * 300 + "\n\n```\n" + "b" * 300 + "\n```")
+    brief.say("x" * 300)
+    for width, height in ((640, 512), (320, 256)):
+        page.set_viewport_size({"width": width, "height": height})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for control in (page.get_by_label("Message", exact=True), page.get_by_role("button", name="Send")):
+            expect(control).to_be_in_viewport(ratio=1)
+        page.locator(".prose pre").scroll_into_view_if_needed()
+        expect(page.locator(".prose pre")).to_be_in_viewport()
+        brief.press("Settings")
+        dialog = page.get_by_role("dialog")
+        assert dialog.evaluate("element => element.scrollWidth <= element.clientWidth")
+        last = dialog.get_by_role("button").last
+        last.scroll_into_view_if_needed()
+        expect(last).to_be_in_viewport(ratio=1)
+        page.keyboard.press("Escape")
+
+
+def test_text_from_right_to_left_is_set_from_its_side(brief: Chat) -> None:
+    page = brief.page
+    scripted(page, "مرحبا بالعالم\n\n```\nprint(1)\n```")
+    brief.say("اكتب قصة طويلة جدا عن البحر والسفن والعواصف")
+    for place, direction in ((".bubble", "rtl"), (".prose p", "rtl"), (".prose pre", "ltr"), ("main", "ltr")):
+        assert page.locator(place).first.evaluate("element => getComputedStyle(element).direction") == direction
+    name, button = (page.locator(f"#list {part}").bounding_box() for part in (".name", "li .icon-button"))
+    assert name is not None
+    assert button is not None
+    assert name["x"] + name["width"] <= button["x"]
+
+
+def test_forced_colours_leave_nothing_unseen(brief: Chat) -> None:
+    """What a background alone shows elsewhere has a line of its own."""
+    page = brief.page
+    page.emulate_media(forced_colors="active")
+    brief.say("to be")
+    brief.press("Good answer")
+    page.mouse.move(0, 0)
+    for place, line in (
+        ("#context-meter", "border-top-width"),
+        (".bubble", "border-top-width"),
+        ("#list a[aria-current]", "outline-width"),
+        (".foot [aria-pressed='true']", "outline-width"),
+    ):
+        width = page.locator(place).first.evaluate(f"element => getComputedStyle(element)['{line}']")
+        assert float(width.removesuffix("px")) >= 1, place
+
+
 def test_everything_can_be_done_with_the_keyboard(brief: Chat) -> None:
     page = brief.page
 

@@ -307,10 +307,24 @@ def test_many_streams_at_once_are_what_they_are_alone(tiny: Server) -> None:
     assert len(set(alone)) == 24
 
 
-def test_a_stop_signal_lets_streams_finish(tmp_path: Path) -> None:
+def test_answers_over_http_are_the_same_bytes_under_load(tmp_path: Path) -> None:
+    """A smaller run of the benchmark, which asks two servers, so log-probabilities survive a restart as well."""
+    script = Path(__file__).parents[2] / "bench" / "same_bytes_http.py"
+    words = ["-m", str(write_model(tmp_path)), "--requests", "30", "--threads", "1"]
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["different"] == []
+    assert result["preemptions"] > 0
+    assert result["scored_tokens"] > 500
+    assert result["different_texts"] > 10
+
+
+@pytest.mark.parametrize("count", [16, 32])
+def test_a_stop_signal_lets_streams_finish(tmp_path: Path, count: int) -> None:
     with serving([write_model(tmp_path)]) as server:
         body = chat(max_tokens=1500, stream=True, stream_options={"include_usage": True})
-        streams = [server.open(CHAT, body) for _ in range(16)]
+        streams = [server.open(CHAT, body) for _ in range(count)]
         heads = [stream.recv(16) for stream in streams]
         assert all(head.startswith(b"HTTP/1.1 200") for head in heads)
         server.signal()

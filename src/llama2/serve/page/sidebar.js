@@ -100,8 +100,8 @@ export class Sidebar {
     const focused = element.contains(document.activeElement) ? document.activeElement.tagName : null;
     const link = h(
       "a",
-      { href: hit ? `#${id}/${hit.id}` : `#${id}`, "aria-current": current ? "page" : null, dir: "auto", title },
-      h("span", { class: "name" }, title),
+      { href: hit ? `#${id}/${hit.id}` : `#${id}`, "aria-current": current ? "page" : null, title },
+      h("span", { class: "name", dir: "auto" }, title),
       hit ? excerpt(hit.content, this.needle) : null,
     );
     if (running) link.append(h("span", { class: "dot" }, h("span", { class: "visually-hidden" }, "is answering")));
@@ -118,7 +118,7 @@ function excerpt(text, needle) {
   const end = at + needle.length;
   return h(
     "span",
-    { class: "excerpt" },
+    { class: "excerpt", dir: "auto" },
     (from > 0 ? "…" : "") + text.slice(from, at),
     h("mark", {}, text.slice(at, end)),
     text.slice(end, end + 60),
