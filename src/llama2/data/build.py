@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,20 @@ from llama2.text import trainer
 
 
 def build(
-    recipe: BuildRecipe, *, force: bool = False, toxicity: describe.Scorer = describe.word_list
+    recipe: BuildRecipe,
+    *,
+    force: bool = False,
+    toxicity: describe.Scorer = describe.word_list,
+    announce: Callable[[str], None] | None = None,
 ) -> Manifest | None:
     """Make the corpus that a recipe describes, and return its manifest; None when a cluster's queue was given the work.
 
+    `toxicity` scores lines for the corpus card. On this machine `announce` is told each stage's name when it begins.
+
     Raises DataError or TokenizerError before anything is done for sources that are missing and a tokenizer that cannot
     be used, and later when a source has nothing to use. Without `force` a corpus that is there already is left alone,
-    which is a DataError. With more than one worker on Windows or macOS, and from a script anywhere, the call must
-    stand behind `if __name__ == "__main__"`, since workers import the script.
+    which is a DataError. With more than one worker, a script that calls this must do so behind
+    `if __name__ == "__main__"`, since workers import it.
     """
     output = recipe.output.resolve()  # since tasks may run elsewhere, and libraries remember relative folders
     if (output / shards.MANIFEST).exists() and not force:
@@ -57,7 +63,7 @@ def build(
     _check_folder(output)
     work = output / "work" / _identity(recipe, files)
     work.mkdir(parents=True, exist_ok=True)
-    last = _stages(recipe.model_copy(update={"output": output}), files, work, toxicity)
+    last = _stages(recipe.model_copy(update={"output": output}), files, work, toxicity, announce)
     last.run()
     if recipe.executor.kind == "slurm":
         return None
@@ -84,7 +90,13 @@ def _identity(recipe: BuildRecipe, files: list[File]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _stages(recipe: BuildRecipe, files: list[File], work: Path, toxicity: describe.Scorer) -> Any:
+def _stages(
+    recipe: BuildRecipe,
+    files: list[File],
+    work: Path,
+    toxicity: describe.Scorer,
+    announce: Callable[[str], None] | None,
+) -> Any:
     """The executor of the last stage, which runs those before it."""
     tasks = recipe.executor.tasks
     logs = work / "logs"
@@ -114,7 +126,7 @@ def _stages(recipe: BuildRecipe, files: list[File], work: Path, toxicity: descri
     ]
     last = None
     for name, steps, count in stages:
-        last = executor(recipe.executor, name, steps, count, logs / name, last)
+        last = executor(recipe.executor, name, steps, count, logs / name, last, announce)
     return last
 
 
