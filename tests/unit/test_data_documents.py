@@ -270,7 +270,10 @@ SENTENCES = [
         ("\n".join(f"- {line}" for line in SENTENCES), "more than 90 % of lines with a bullet"),
         ("\n".join(f"{line[:-1]} …" for line in SENTENCES), "more than 30 % of lines with an ellipsis"),
         ("\n".join(SENTENCES + [SENTENCES[0]] * 5), "repeated lines"),
-        ("\n".join(SENTENCES) + " and then he said: and then she said:" * 9, "one 2-gram again and again"),
+        (
+            "\n".join(f"nonsense lampshade {word}" for line in SENTENCES for word in line.split()),
+            "one 2-gram again and again",
+        ),
         (" ".join(SENTENCES + SENTENCES[:4]), "repeated 5-grams"),
     ],
 )
