@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
 
 from llama2.data import clean, personal, quality, read
 from llama2.data.settings import BuildRecipe
@@ -98,12 +100,9 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_warc(tmp_path: Path) -> None:
-    warcio = pytest.importorskip("warcio.warcwriter")
-    from warcio.statusandheaders import StatusAndHeaders
-
     page = "<html><body><nav>Menu</nav><main><p>Grüße &amp; more.</p><p>Second.</p></main></body></html>"
     stream = io.BytesIO()
-    writer = warcio.WARCWriter(stream, gzip=True)
+    writer = WARCWriter(stream, gzip=True)
     for address, kind, body in (
         ("http://a/", "text/html; charset=latin-1", page.encode("latin-1")),
         ("http://b/", "image/png", b"\x89PNG"),

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
 from llama2.data.settings import Executor
+from llama2.errors import DataError
 
 
 class _Quiet(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
@@ -57,6 +59,8 @@ def executor(
         local.announce = announce
         return local
     if settings.kind == "ray":
+        if not find_spec("ray"):
+            raise DataError("executor.kind: Ray is not installed; pip install 'datatrove[ray]', or use local")
         return RayPipelineExecutor(**common, workers=workers, mem_per_cpu_gb=settings.memory)
     return SlurmPipelineExecutor(
         **common,
