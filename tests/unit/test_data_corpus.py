@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,65 @@ def test_words_are_encoded_as_the_library_does(text: str, vocabulary: tokenizer.
 
 def test_near_duplicates_need_a_few_words() -> None:
     assert len(Words("one two three four").grams(5)) == 0
+
+
+ENGLISH = [
+    "She told her mother about the weather, and then she went home to sleep until the morning came.",
+    "He said that the French teacher was a woman with a good voice, which is what people wanted to hear.",
+    "We were walking along the river with our friends when it began to rain on all of the houses.",
+    "The weather was fine in the valley, and the roads were open, so that trade with the coast began again.",
+]
+
+
+def shout(lines: Any) -> list[float]:
+    """A scorer that knows one word."""
+    return [float("river" in line or "valley" in line) for line in lines]
+
+
+def test_the_card_has_the_papers_tables(tmp_path: Path) -> None:
+    for number, text in enumerate(ENGLISH):
+        (tmp_path / f"{number}.txt").write_text(text + "\nMore of the same follows here." * (number == 2))
+    (tmp_path / "de.txt").write_text("Das Wetter war schön, und wir gingen am Fluss entlang, bis es dunkel wurde.")
+    settings: dict[str, Any] = {"output": str(tmp_path / "out"), "dir": str(tmp_path), "validation": 0}
+    settings |= {"sources": {"s": {"files": ["*.txt"], "licence": "CC0 | mine"}}, "card": {"sample": 1}}
+    settings |= {"tokenizer": {"vocabulary": 300}, "executor": {"tasks": 2, "workers": 1}}
+    build(BuildRecipe.model_validate(settings), toxicity=shout)
+    card = json.loads((tmp_path / "out/card/card.json").read_bytes())
+    assert card["languages"] == {"en": 0.8, "de": 0.2}
+    assert card["english_documents"] == 4
+    assert card["pronouns"] == {
+        "she": 0.25,
+        "he": 0.25,
+        "unspecified": 0,
+        "first person": 0.25,
+        "second person": 0,
+        "third person": 0.75,  # she, he, it
+    }
+    assert card["identities"]["nationality"] == {"share": 0.25, "terms": {"french": 1.0}}
+    assert card["identities"]["religion"] == {"share": 0, "terms": {}}
+    # One document has the word in its only line, one in one of its two lines.
+    assert card["toxicity"] == {"scored": 4, "at_least_half": 0.5, "histogram": [2, 0, 0, 0, 0, 1, 0, 0, 0, 1]}
+    page = (tmp_path / "out/card/README.md").read_text()
+    assert "| s | CC0 \\| mine | 5 | 5 |" in page
+    assert "| she | 25.00% |" in page
+    assert (tmp_path / "out/card/steps.svg").read_text().startswith("<?xml")
+
+
+def test_samples_of_a_benchmark_leave_the_corpus(tmp_path: Path) -> None:
+    planted, other = story(7, 60), story(8, 60)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"q": " ".join(words)}) + "\n" for words in (planted, other)))
+    (tmp_path / "a.txt").write_text(" ".join(story(1, 200) + planted + story(2, 200)))
+    (tmp_path / "b.txt").write_text(" ".join(story(3, 200)))
+    settings: dict[str, Any] = {"output": str(tmp_path / "out"), "dir": str(tmp_path), "validation": 0}
+    settings |= {"sources": {"s": {"files": ["*.txt"]}}, "executor": {"tasks": 2, "workers": 1}}
+    settings |= {"tokenizer": {"vocabulary": 300}, "decontamination": {"benchmarks": {"q": {"files": ["q.jsonl"]}}}}
+    build(BuildRecipe.model_validate(settings))
+    shards = Shards.open(tmp_path / "out", "train")
+    assert shards.documents == 3  # one in two parts
+    text = shards.load_tokenizer().decode(shards.read(0, shards.tokens).tolist())
+    assert " ".join(story(3, 200)) in text
+    assert not any(word in text for word in planted if len(word) > 6)
+    found = json.loads((tmp_path / "out/card/card.json").read_bytes())["contamination"]
+    assert found["benchmarks"]["q"]["before"] == {"clean": 1, "not clean": 1, "not dirty": 1, "dirty": 1}
+    assert found["benchmarks"]["q"]["after"] == {"clean": 2, "not clean": 0, "not dirty": 2, "dirty": 0}
+    assert found["cut"]["documents"] == 1
