@@ -110,6 +110,13 @@ def test_a_corpus_is_replaced_only_when_asked(place: Path, capsys: pytest.Captur
         (["tokenizer.file=a"], "tokenizer: Value error, needs either file or vocabulary"),
         (["tokenizer={file='none.model'}"], "none.model: No such file"),
         (["tokenizer.vocabulary=30000"], "no vocabulary of 30000 tokens can be learnt from 10 lines"),
+        (["executor.kind='slurm'"], "executor: Value error, Slurm needs a partition"),
+        (["executor.kind='ray'"], "executor.kind: Ray is not installed"),
+        (["sources.notes.languages=['de']"], "sources.notes: none of its documents was kept (6 read, "),
+        (
+            ["decontamination.benchmarks.b={files=['none']}"],
+            "decontamination.benchmarks.b: no file matches none; mend files",
+        ),
         (["sources.notes.weight=1"], "sources.pages.weight: is missing; give every source a weight, or none"),
     ],
 )
@@ -149,3 +156,38 @@ def test_train_a_tokenizer(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     code, _, err = llama2(capsys, "data", "build", "recipe.toml", "tokenizer={file='tokenizer.model'}")
     assert (code, err) == (0, "")
     assert Path("corpus/tokenizer.model").read_bytes() == Path("tokenizer.model").read_bytes()
+
+
+def test_slurm_is_given_each_stage_after_the_one_before(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bin_ = place / "bin"
+    bin_.mkdir()
+    program = bin_ / "sbatch"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import pathlib, sys\n"
+        f"jobs = pathlib.Path({str(place / 'jobs')!r})\n"
+        "script = [pathlib.Path(word).read_text() for word in sys.argv[1:] if not word.startswith('--')][0]\n"
+        "name = [line for line in script.split('\\n') if '--job-name=' in line][0].partition('=')[2]\n"
+        "after = [word for word in sys.argv if word.startswith('--dependency=')]\n"
+        "number = jobs.read_text().count('\\n') + 1 if jobs.exists() else 1\n"
+        "if 'merge_stats' not in script.split('set -xe')[1]:\n"
+        "    with jobs.open('a') as file: print(name, *after, file=file)\n"
+        "    print('Submitted batch job', number)\n"
+        "else: print('Submitted batch job', 99)\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(bin_), prepend=":")
+    code, out, _ = llama2(capsys, "data", "build", "recipe.toml", "executor={kind='slurm', partition='cpu', tasks=3}")
+    assert code == 0
+    assert "is being built by slurm" in out
+    assert (place / "jobs").read_text().splitlines() == [
+        "llama2-data-clean",
+        "llama2-data-pair --dependency=afterok:1",
+        "llama2-data-cluster --dependency=afterok:2",
+        "llama2-data-learn --dependency=afterok:3",
+        "llama2-data-tokenise --dependency=afterok:4",
+        "llama2-data-mix --dependency=afterok:5",
+        "llama2-data-finish --dependency=afterok:6",
+    ]

@@ -28,12 +28,15 @@ def build(
 
     A build that was stopped goes on where it stopped.
     """
+    from rich.console import Console
+
     from llama2 import recipe as recipes
     from llama2.data.build import build as run
     from llama2.data.settings import BuildRecipe
 
     asked = recipes.load(recipe, BuildRecipe, settings or ())
-    manifest = run(asked, force=force)
+    with Console(stderr=True).status("Looking for documents") as status:  # nothing where there is no terminal
+        manifest = run(asked, force=force, announce=lambda stage: status.update(f"Building {asked.output}: {stage}"))
     if manifest is None:
         print(f"{asked.output}: is being built by {asked.executor.kind}; it is whole once it has a manifest.json")
     elif as_json:

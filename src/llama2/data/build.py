@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +30,40 @@ from llama2.data.read import File
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Manifest
 from llama2.data.stage import Stage, counts
-from llama2.data.tokens import SPLITS, Mix, Tokenise, open_tokenizer, written
+from llama2.data.tokens import SPLITS, Mix, Tokenise, written
+from llama2.data.vocabulary import open_tokenizer
 from llama2.errors import DataError
 from llama2.text import trainer
 
 
 def build(
-    recipe: BuildRecipe, *, force: bool = False, toxicity: describe.Scorer = describe.word_list
+    recipe: BuildRecipe,
+    *,
+    force: bool = False,
+    toxicity: describe.Scorer = describe.word_list,
+    announce: Callable[[str], None] | None = None,
 ) -> Manifest | None:
     """Make the corpus that a recipe describes, and return its manifest; None when a cluster's queue was given the work.
 
+    `toxicity` scores lines for the corpus card. On this machine `announce` is told each stage's name when it begins.
+
     Raises DataError or TokenizerError before anything is done for sources that are missing and a tokenizer that cannot
     be used, and later when a source has nothing to use. Without `force` a corpus that is there already is left alone,
-    which is a DataError. With more than one worker on Windows or macOS, and from a script anywhere, the call must
-    stand behind `if __name__ == "__main__"`, since workers import the script.
+    which is a DataError. With more than one worker, a script that calls this must do so behind
+    `if __name__ == "__main__"`, since workers import it.
     """
     output = recipe.output.resolve()  # since tasks may run elsewhere, and libraries remember relative folders
     if (output / shards.MANIFEST).exists() and not force:
         raise DataError(f"{recipe.output}: holds a corpus already; choose another output, or replace it with --force")
     files = read.find(recipe)
-    samples = {
-        name: contamination.read_samples(recipe.benchmarks_folder, name, benchmark)
-        for name, benchmark in recipe.decontamination.benchmarks.items()
-    }
+    for name, benchmark in recipe.decontamination.benchmarks.items():
+        contamination.find(recipe.benchmarks_folder, name, benchmark)
     if recipe.tokenizer.file:
         open_tokenizer(recipe.tokenizer.file)
     _check_folder(output)
     work = output / "work" / _identity(recipe, files)
     work.mkdir(parents=True, exist_ok=True)
-    last = _stages(recipe.model_copy(update={"output": output}), files, samples, work, toxicity)
+    last = _stages(recipe.model_copy(update={"output": output}), files, work, toxicity, announce)
     last.run()
     if recipe.executor.kind == "slurm":
         return None
@@ -86,7 +91,11 @@ def _identity(recipe: BuildRecipe, files: list[File]) -> str:
 
 
 def _stages(
-    recipe: BuildRecipe, files: list[File], samples: dict[str, list[str]], work: Path, toxicity: describe.Scorer
+    recipe: BuildRecipe,
+    files: list[File],
+    work: Path,
+    toxicity: describe.Scorer,
+    announce: Callable[[str], None] | None,
 ) -> Any:
     """The executor of the last stage, which runs those before it."""
     tasks = recipe.executor.tasks
@@ -107,6 +116,9 @@ def _stages(
         ]
     if recipe.tokenizer.vocabulary:
         stages.append(("learn", [Learn(clean, tasks, recipe.tokenizer.vocabulary, tokenizer)], 1))
+    samples = work / "samples.npz" if recipe.decontamination.benchmarks else None
+    if samples:
+        stages.append(("prepare", [contamination.Prepare(recipe, tokenizer, samples)], 1))
     stages += [
         ("tokenise", [Load(clean), *unique, card.Describe(), Tokenise(recipe, samples, tokenizer, tokens)], tasks),
         ("mix", [Mix(recipe, tokenizer, tokens, logs / "tokenise", work / "mixed")], tasks),
@@ -114,7 +126,7 @@ def _stages(
     ]
     last = None
     for name, steps, count in stages:
-        last = executor(recipe.executor, name, steps, count, logs / name, last)
+        last = executor(recipe.executor, name, steps, count, logs / name, last, announce)
     return last
 
 
@@ -181,7 +193,7 @@ class Finish(Stage):
 
     name = "finish"
 
-    def __init__(self, recipe: BuildRecipe, samples: dict[str, list[str]], tokenizer: Path, work: Path) -> None:
+    def __init__(self, recipe: BuildRecipe, samples: Path | None, tokenizer: Path, work: Path) -> None:
         super().__init__()
         self.recipe = recipe
         self.samples = samples
@@ -210,12 +222,11 @@ class Finish(Stage):
                 for name in self.recipe.sources
             },
         )
-        texts = [text for each in self.samples.values() for text in each]
-        coverages = [contamination.Coverage(contamination.tokenised(texts, opened)) for _ in range(2)]
+        samples, numbers = contamination.load(self.samples) if self.samples else ([], [])
+        coverages = [contamination.Coverage(samples) for _ in range(2)]
         for when, coverage in zip(("before", "after"), coverages, strict=True):
             for file in sorted((self.work / "tokens").glob(f"{when}-*.npy")):
                 coverage.load(file)
-        numbers = {name: len(each) for name, each in self.samples.items()}
         (output / shards.MANIFEST).unlink(missing_ok=True)  # from here on the corpus that was there is none
         for path in output.iterdir():
             if path.name.startswith(("train-", "validation-", "tokenizer.")):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def facts(
     manifest: Manifest,
     cleaned: Counts,
     kept: Counts,
-    samples: Mapping[str, int],
+    samples: Sequence[int],
     before: Coverage,
     after: Coverage,
 ) -> dict[str, Any]:
@@ -136,16 +136,14 @@ def _identities(total: Mapping[str, float], english: float) -> dict[str, Any]:
     return table
 
 
-def _contamination(
-    recipe: BuildRecipe, samples: Mapping[str, int], before: Coverage, after: Coverage
-) -> dict[str, Any]:
+def _contamination(recipe: BuildRecipe, samples: Sequence[int], before: Coverage, after: Coverage) -> dict[str, Any]:
     settings = recipe.decontamination
     table, start = {}, 0
-    for name, count in samples.items():
+    subsets = {when: contamination.subsets(each.shares()) for when, each in (("before", before), ("after", after))}
+    for name, count in zip(settings.benchmarks, samples, strict=True):
         part = slice(start, start + count)
         table[name] = {"samples": count} | {
-            when: {subset: int(mask[part].sum()) for subset, mask in contamination.subsets(coverage.shares()).items()}
-            for when, coverage in (("before", before), ("after", after))
+            when: {subset: int(mask[part].sum()) for subset, mask in masks.items()} for when, masks in subsets.items()
         }
         start += count
     return {"length": settings.length, "skips": settings.skips, "benchmarks": table}

@@ -14,7 +14,7 @@ from llama2.data.words import Words
 
 #: Characters by which a language is told, half from the beginning and half from the middle, and the least certainty
 #: (spec 8.2).
-_SAMPLE, _CERTAIN = 1000, 0.5
+_SAMPLE, _CERTAIN = 240, 0.5
 
 
 class Clean(Stage):

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datatrove.data import Document
 from datatrove.io import get_datafolder
 from numpy.typing import NDArray
 
-from llama2.data.settings import Benchmark, Decontamination
+from llama2.data.settings import Benchmark, BuildRecipe, Decontamination
+from llama2.data.stage import Stage
+from llama2.data.vocabulary import open_tokenizer
 from llama2.data.words import grams, mix
 from llama2.errors import DataError
-from llama2.text.tokenizer import Tokenizer
 
 Ids = NDArray[np.int64]
 
@@ -33,7 +35,7 @@ SEED = 10
 #: Shares of a sample's tokens from which it is no longer clean, and from which it is dirty.
 NOT_CLEAN, DIRTY = 0.2, 0.8
 
-_BITS = 22  # of a hash, by which most places of a document are ruled out at once
+_BITS = 26  # of a hash, by which most places of a document are ruled out at once; a byte for each value
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Coverage:
 
     def shares(self) -> NDArray[np.float64]:
         """Contaminated share of each sample's tokens."""
-        return np.array([mask.mean() if len(mask) else 0.0 for mask in self.masks])
+        return np.array([np.count_nonzero(mask) / max(len(mask), 1) for mask in self.masks])
 
     def save(self, file: Path) -> None:
         """Keep what was counted."""
@@ -158,23 +160,27 @@ def cut(document: Ids, runs: Sequence[Run], samples: Sequence[Ids], settings: De
     return [document[a:b] for a, b in edges.reshape(-1, 2).tolist() if b - a > settings.margin]
 
 
+def find(folder: str, name: str, benchmark: Benchmark) -> list[str]:
+    """A benchmark's files. Raises DataError when there are none."""
+    place = get_datafolder(folder)
+    paths = sorted({str(path) for pattern in benchmark.files for path in place.glob(pattern)})
+    if not paths:
+        raise DataError(f"decontamination.benchmarks.{name}: no file matches {', '.join(benchmark.files)}; mend files")
+    return paths
+
+
 def read_samples(folder: str, name: str, benchmark: Benchmark) -> list[str]:
     """A benchmark's samples as text: the fields of each record, a line each. Raises DataError for unfit files."""
     place = get_datafolder(folder)
     texts = []
-    paths = sorted(path for pattern in benchmark.files for path in place.glob(pattern))
-    if not paths:
-        raise DataError(f"decontamination.benchmarks.{name}: no file matches {', '.join(benchmark.files)}; mend files")
-    for path in paths:
+    for path in find(folder, name, benchmark):
         with place.open(path, "rb", compression="infer") as file:
             data = file.read()
         try:
             records = list(_records(str(path), data.decode("utf-8-sig")))
             found = [_verbalise(record, benchmark.fields) for record in records]
         except (ValueError, KeyError, IndexError) as error:
-            raise DataError(
-                f"{path}: is no benchmark of the fields {benchmark.fields} ({error}); mend fields"
-            ) from None
+            raise DataError(f"{path}: has not the fields {benchmark.fields} ({error}); mend fields") from None
         texts += [text for text in found if text.strip()]
     return texts
 
@@ -206,6 +212,32 @@ def _verbalise(record: Any, fields: Sequence[str]) -> str:
     return "\n".join(str(part) for part in parts if isinstance(part, str))
 
 
-def tokenised(texts: Sequence[str], tokenizer: Tokenizer) -> list[Ids]:
-    """Samples as token ids, as they stand in a prompt: without BOS."""
-    return [np.array(tokenizer.encode(text), np.int64) for text in texts]
+class Prepare(Stage):
+    """Keeps benchmarks' samples as token ids, as they stand in a prompt: without BOS."""
+
+    name = "prepare"
+
+    def __init__(self, recipe: BuildRecipe, tokenizer: Path, file: Path) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.file = file
+
+    def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
+        opened = open_tokenizer(self.tokenizer)
+        ids: list[Ids] = []
+        numbers = []
+        for name, benchmark in self.recipe.decontamination.benchmarks.items():
+            texts = read_samples(self.recipe.benchmarks_folder, name, benchmark)
+            ids += [np.array(opened.encode(text), np.int64) for text in texts]
+            numbers.append(len(texts))
+        np.savez(
+            self.file, ids=np.concatenate([np.zeros(0, np.int64), *ids]), lengths=list(map(len, ids)), numbers=numbers
+        )
+        yield from ()
+
+
+def load(file: Path) -> tuple[list[Ids], list[int]]:
+    """What `Prepare` kept: all samples, and how many of them are of each benchmark."""
+    with np.load(file) as kept:
+        return np.split(kept["ids"], np.cumsum(kept["lengths"])[:-1].astype(np.int64)), kept["numbers"].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,12 +52,14 @@ _TERMS = {
     **{f"term: {axis}: {word}": _hashes(word) for axis, words in IDENTITIES.items() for word in words.split()},
 }
 _ALL = np.unique(np.concatenate(list(_TERMS.values())))
-_INSULTS = _hashes(INSULTS)
+_NAMES = np.array(list(_TERMS))
+_MEMBERS = np.array([np.isin(_ALL, terms) for terms in _TERMS.values()])  # (groups, all terms)
+_INSULTS = frozenset(INSULTS.split())
 
 
 def word_list(lines: Sequence[str]) -> list[float]:
     """Toxicity of each line by words alone: 1 where it has an insult, else 0."""
-    return [float(np.isin(Words(line).hashes, _INSULTS).any()) for line in lines]
+    return [float(not _INSULTS.isdisjoint(re.findall(r"\w+", line.lower()))) for line in lines]
 
 
 def describe(document: Document, words: Words, toxicity: Scorer, card: Card) -> dict[str, Any]:
@@ -65,8 +68,10 @@ def describe(document: Document, words: Words, toxicity: Scorer, card: Card) -> 
     """
     if document.metadata["language"] != "en":
         return {}
-    present = np.intersect1d(words.hashes, _ALL)
-    facts: dict[str, Any] = {"marks": [name for name, terms in _TERMS.items() if np.isin(terms, present).any()]}
+    places = np.searchsorted(_ALL, words.hashes).clip(max=len(_ALL) - 1)
+    present = np.zeros(len(_ALL), bool)
+    present[places[_ALL[places] == words.hashes]] = True
+    facts: dict[str, Any] = {"marks": _NAMES[_MEMBERS @ present].tolist()}
     if fraction(document.id, "toxicity") < card.sample:
         lines = [line for line in document.text.split("\n") if line.strip()]
         facts["toxicity"] = float(np.mean(toxicity(lines))) if lines else 0.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,21 @@ from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
 from llama2.data.settings import Executor
+from llama2.errors import DataError
 
 
 class _Quiet(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
     """Says nothing by itself: what goes wrong is an exception, and figures are read from the logs' folder."""
 
+    announce: Callable[[str], None] | None = None
+
     def run(self) -> Any:
         logger.disable("datatrove")
+        if self.depends and not self.depends._launched:
+            self.depends.run()
+        if self.announce:
+            self.announce(Path(self.logging_dir.path).name)
+            self.announce = None  # workers, who get a copy of this, need it not
         return super().run()
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
@@ -29,16 +38,29 @@ class _Quiet(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no t
             return super()._run_for_rank(rank, local_rank, node_rank)
 
 
-def executor(settings: Executor, name: str, steps: Sequence[PipelineStep], tasks: int, logs: Path, after: Any) -> Any:
+def executor(
+    settings: Executor,
+    name: str,
+    steps: Sequence[PipelineStep],
+    tasks: int,
+    logs: Path,
+    after: Any,
+    announce: Callable[[str], None] | None,
+) -> Any:
     """An executor for one stage of a build, that first runs the stage `after`, where there is one.
 
-    Finished tasks are known by files in `logs`, and are not done again.
+    On this machine `announce` is told each stage's name when it begins. Finished tasks are known by files in `logs`,
+    and are not done again.
     """
     common = {"pipeline": list(steps), "tasks": tasks, "logging_dir": str(logs), "depends": after}
     workers = min(tasks, settings.workers or (len(os.sched_getaffinity(0)) if settings.kind == "local" else tasks))
     if settings.kind == "local":
-        return _Quiet(**common, workers=workers)
+        local = _Quiet(**common, workers=workers)
+        local.announce = announce
+        return local
     if settings.kind == "ray":
+        if not find_spec("ray"):
+            raise DataError("executor.kind: Ray is not installed; pip install 'datatrove[ray]', or use local")
         return RayPipelineExecutor(**common, workers=workers, mem_per_cpu_gb=settings.memory)
     return SlurmPipelineExecutor(
         **common,

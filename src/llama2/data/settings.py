@@ -95,7 +95,13 @@ class Executor(Settings):
     workers: int | None = Field(None, ge=1, description="tasks at a time; none: local, the cores; else all")
     memory: float = Field(2.0, gt=0, description="GB for each worker, which Slurm and Ray reserve")
     time: str = Field("24:00:00", description="Slurm: the limit for a task")
-    partition: str | None = Field(None, description="Slurm: where to run")
+    partition: str | None = Field(None, description="Slurm: where to run, which it must be told")
+
+    @model_validator(mode="after")
+    def _partition(self) -> Executor:
+        if self.kind == "slurm" and not self.partition:
+            raise ValueError("Slurm needs a partition")
+        return self
 
 
 class BuildRecipe(Settings):

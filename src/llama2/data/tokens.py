@@ -17,24 +17,10 @@ from llama2.data import contamination, shards
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Shard, Split
 from llama2.data.stage import Stage, counts, fraction
+from llama2.data.vocabulary import encoder, open_tokenizer
 from llama2.errors import DataError
-from llama2.text import huggingface, tokenizer
-from llama2.text.tokenizer import Tokenizer
 
 SPLITS: tuple[Split, Split] = ("train", "validation")
-
-
-def open_tokenizer(file: Path) -> Tokenizer:
-    """A tokenizer whose documents can begin with BOS and end with EOS. Raises TokenizerError, or DataError if not."""
-    if file.suffix != ".json":
-        opened = tokenizer.from_sentencepiece(file)
-    elif file.with_name("tokenizer.model").exists():
-        raise DataError(f"{file}: tokenizer.model, which stands beside it, says more; use that")
-    else:
-        opened = huggingface.read(file.parent)
-    if opened.bos_id is None or opened.eos_id is None:
-        raise DataError(f"{file}: has no BOS or no EOS token, which stand around every document; use another")
-    return opened
 
 
 class Tokenise(Stage):
@@ -42,17 +28,18 @@ class Tokenise(Stage):
 
     name = "tokenise"
 
-    def __init__(self, recipe: BuildRecipe, samples: Mapping[str, list[str]], file: Path, folder: Path) -> None:
+    def __init__(self, recipe: BuildRecipe, samples: Path | None, file: Path, folder: Path) -> None:
         super().__init__()
         self.recipe = recipe
-        self.samples = samples  # of each benchmark
+        self.samples = samples  # of the benchmarks, where there are some
         self.file = file
         self.folder = folder
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
         opened = open_tokenizer(self.file)
+        encode = encoder(opened)
         settings = self.recipe.decontamination
-        samples = contamination.tokenised([text for texts in self.samples.values() for text in texts], opened)
+        samples = contamination.load(self.samples)[0] if self.samples else []
         matcher = contamination.Matcher(samples, length=settings.length, skips=settings.skips)
         before, after = contamination.Coverage(samples), contamination.Coverage(samples)
         self.folder.mkdir(exist_ok=True)
@@ -67,7 +54,7 @@ class Tokenise(Stage):
                     place.mkdir(parents=True, exist_ok=True)
                     writer = shards.Writer(place, split, rank, opened.vocab_size)
                     writers[source, split] = open_writers.enter_context(writer)
-                ids = np.array(opened.encode(document.text), np.int64)
+                ids = np.array(encode(document.text), np.int64)
                 parts = [ids]
                 if samples:
                     runs = list(matcher.runs(ids))

@@ -1,0 +1,58 @@
+"""The tokenizer of a corpus, and its encoding of many documents."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from llama2.errors import DataError
+from llama2.text import huggingface, tokenizer
+from llama2.text.tokenizer import NORMAL, Tokenizer
+
+#: So many words of up to so many characters are remembered.
+_REMEMBERED, _REMEMBERED_LENGTH = 1 << 18, 48
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    """A tokenizer whose documents can begin with BOS and end with EOS. Raises TokenizerError, or DataError if not."""
+    if file.suffix != ".json":
+        opened = tokenizer.from_sentencepiece(file)
+    elif file.with_name("tokenizer.model").exists():
+        raise DataError(f"{file}: tokenizer.model, which stands beside it, says more; use that")
+    else:
+        opened = huggingface.read(file.parent)
+    if opened.bos_id is None or opened.eos_id is None:
+        raise DataError(f"{file}: has no BOS or no EOS token, which stand around every document; use another")
+    return opened
+
+
+def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """`tokenizer.encode`, but twice as fast for SentencePiece vocabularies, as it remembers the tokens of words.
+
+    A space, or the character ▁ that stands for it, begins a word. Where no piece has a space behind another character,
+    no merge crosses a word's beginning, so that words can be encoded alone, each after the space that the tokenizer
+    puts in front of a text.
+    """
+    if tokenizer.kind != "sentencepiece":
+        return tokenizer.encode
+    parts = tokenizer.vocabulary()
+    pieces = [text for text, kind in zip(parts.pieces, parts.types, strict=True) if kind == NORMAL]
+    if not parts.add_space_prefix or any(re.search("[^▁]▁", piece) for piece in pieces):
+        return tokenizer.encode
+    known: dict[str, list[int]] = {}
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = []
+        for word in re.findall(r"[ ▁]+[^ ▁]*(?:[ ▁]+\Z)?", f" {text}") if text else ():
+            tokens = known.get(word)
+            if tokens is None:
+                tokens = tokenizer.encode(word[1:])
+                if len(word) <= _REMEMBERED_LENGTH:
+                    if len(known) == _REMEMBERED:
+                        known.clear()
+                    known[word] = tokens
+            ids += tokens
+        return ids
+
+    return encode

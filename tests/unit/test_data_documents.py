@@ -1,0 +1,333 @@
+"""Single documents: how files are read, what is counted and skipped, personal information, quality, language."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
+
+from llama2.data import clean, personal, quality, read
+from llama2.data.settings import BuildRecipe
+from llama2.data.words import Words
+from llama2.errors import DataError
+
+
+def documents(
+    folder: Path, limit: int = 1 << 20, pattern: str = "*", **source: Any
+) -> tuple[list[tuple[str, str | None]], Counter[str]]:
+    """Text and address of each document of a source, and what was counted."""
+    recipe = BuildRecipe.model_validate(
+        {
+            "output": "out",
+            "dir": str(folder),
+            "document_limit": limit,
+            "sources": {"s": {"files": [pattern], **source}},
+            "tokenizer": {"vocabulary": 300},
+        }
+    )
+    reader = read.Read(recipe, read.find(recipe))
+    found = [(each.text, each.metadata.get("url")) for each in reader.documents(iter(()), 0, 1)]
+    counts = Counter({key.removeprefix("s/"): value for key, value in reader._counts.items()})
+    del counts["bytes read"]
+    return found, counts
+
+
+def test_text_and_compressed_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("eins\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("zwei é".encode()))
+    (tmp_path / "c.md.bz2").write_bytes(bz2.compress(b"\xef\xbb\xbfthree"))
+    assert documents(tmp_path) == ([("eins\n", None), ("zwei é", None), ("three", None)], Counter({"read": 3}))
+
+
+def test_documents_of_one_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n== b ==\ntwo\n== c ==\n")
+    assert documents(tmp_path, separator=r"\n(?=== )")[0] == [
+        ("one", None),
+        ("== b ==\ntwo", None),
+        ("== c ==\n", None),
+    ]
+
+
+def test_docstrings(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        '"""Module.\n\n    More.\n"""\nclass A:\n    """Class."""\n    def f(self): "F."\nx = "no"\n'
+    )
+    (tmp_path / "b.py").write_text("def (")
+    found, counts = documents(tmp_path, format="docstrings")
+    assert found == [("Module.\n\nMore.\n\nClass.\n\nF.", None)]
+    assert counts == {"read": 1, "malformed": 1, "empty": 1}
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "a", "url": "http://x/"}',
+        b"",
+        b'{"text": ""}',
+        b'{"text": 1}',
+        b'{"other": "a"}',
+        b"[1]",
+        b"{",
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800b"}',
+        b'{"text": "' + b"x" * 200 + b'"}',
+        b'{"text": "last"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    found, counts = documents(tmp_path, limit=100)
+    assert found == [("a", "http://x/"), ("?b", None), ("last", None)]
+    assert counts == {"read": 3, "empty": 1, "malformed": 4, "not UTF-8": 1, "too long": 1}
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": ["a", None, "c"], "url": ["http://x/", None, None]}), tmp_path / "a.parquet")
+    found, counts = documents(tmp_path, text="body")
+    assert found == [("a", "http://x/"), ("c", None)]
+    assert counts == {"read": 2, "malformed": 1}
+
+
+def test_warc(tmp_path: Path) -> None:
+    page = "<html><body><nav>Menu</nav><main><p>Grüße &amp; more.</p><p>Second.</p></main></body></html>"
+    stream = io.BytesIO()
+    writer = WARCWriter(stream, gzip=True)
+    for address, kind, body in (
+        ("http://a/", "text/html; charset=latin-1", page.encode("latin-1")),
+        ("http://b/", "image/png", b"\x89PNG"),
+    ):
+        http = StatusAndHeaders("200 OK", [("Content-Type", kind)], protocol="HTTP/1.1")
+        writer.write_record(writer.create_warc_record(address, "response", io.BytesIO(body), http_headers=http))
+    wet = writer.create_warc_record(
+        "http://c/", "conversion", io.BytesIO("Texte déjà extrait".encode()), warc_content_type="text/plain"
+    )
+    writer.write_record(wet)
+    (tmp_path / "a.warc.gz").write_bytes(stream.getvalue())
+    found, counts = documents(tmp_path)
+    assert [address for _, address in found] == ["http://a/", "http://c/"]
+    assert "Grüße & more." in found[0][0]
+    assert "Menu" not in found[0][0]
+    assert found[1][0] == "Texte déjà extrait"
+    assert counts == {"read": 2, "no page": 1}
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "a.parquet"):
+        place = tmp_path / name
+        place.mkdir()
+        (place / name).write_bytes(b"\x1f\x8bnothing of the kind")
+        with pytest.raises(DataError, match=f"{name}: cannot be read") as caught:
+            documents(place)
+        assert "\n" not in str(caught.value)
+
+
+def test_invalid_utf_8_and_empty_files_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a\xff")
+    (tmp_path / "b.txt").write_bytes(b" \n")
+    (tmp_path / "c.txt").write_bytes(b"")
+    assert documents(tmp_path) == ([], Counter({"not UTF-8": 1, "empty": 1}))
+
+
+class _Endless(io.RawIOBase):
+    """A line of so many bytes, that is nowhere as a whole, then a short one."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._end = b"\nend"
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), self._left)
+        if size:
+            self._left -= size
+            buffer[:size] = b"x" * size
+            return size
+        data, self._end = self._end[: len(buffer)], self._end[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@pytest.mark.parametrize("reader", [read.lines, read.pieces])
+def test_a_line_of_a_gigabyte_is_never_held(reader: Any) -> None:
+    tracemalloc.start()
+    assert list(reader(io.BufferedReader(_Endless(1 << 30), 1 << 16), 1 << 20)) == [None, b"end"]
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+@given(
+    st.binary(max_size=60).map(lambda data: data.translate(bytes(b"a\n"[i % 2] for i in range(256)))), st.integers(1, 9)
+)
+def test_pieces_are_the_whole_file(data: bytes, limit: int) -> None:
+    found = list(read.pieces(io.BytesIO(data), limit))
+    assert all(len(piece) <= limit for piece in found if piece is not None)
+    if None not in found:
+        assert b"".join(piece for piece in found if piece) == data
+    else:
+        assert any(len(line) > limit - 1 for line in data.split(b"\n"))
+    if all(len(line) < limit for line in data.split(b"\n")):
+        assert None not in found
+
+
+@given(st.lists(st.binary(max_size=12).filter(lambda line: b"\n" not in line), max_size=6), st.integers(1, 9))
+def test_lines_are_all_but_long_ones(rows: list[bytes], limit: int) -> None:
+    data = b"\n".join(rows)
+    lines = [line + b"\n" for line in data.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    expected = [None if len(line.removesuffix(b"\n")) > limit else line for line in lines if line]
+    assert list(read.lines(io.BytesIO(data), limit)) == expected
+
+
+PERSONAL = [
+    ("write to jo.doe+x@mail.example.org.", "write to [EMAIL].", "EMAIL"),
+    ("call (415) 555-2671 now", "call [PHONE] now", "PHONE"),
+    ("call 415-555-2671.", "call [PHONE].", "PHONE"),
+    ("call +44 20 7946 0958", "call [PHONE]", "PHONE"),
+    ("from 8.8.8.8 port 53", "from [IP] port 53", "IP"),
+    ("SSN 536-22-8145", "SSN [SSN]", "SSN"),
+    ("card 4111 1111 1111 1111 ok", "card [CARD] ok", "CARD"),  # the well-known test number, whose Luhn sum is 30
+    ("IBAN GB82 WEST 1234 5698 7654 32", "IBAN [IBAN]", "IBAN"),  # the standard's own example
+]
+
+
+@pytest.mark.parametrize(("text", "expected", "kind"), PERSONAL)
+def test_personal_information_is_replaced(text: str, expected: str, kind: str) -> None:
+    assert personal.replace(text) == (expected, Counter([kind]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "@dataclass and a @ b",
+        "192.168.0.1 and 127.0.0.1",
+        "300.300.300.300",
+        "4111 1111 1111 1112",
+        "GB83 WEST 1234 5698 7654 32",
+        "in 1990 1995 2000 and 2010-2011",
+        "pi is 3.14159265358979, e is 2.718281828",
+        "000-12-3456 and 666-12-3456",
+        "1,234,567,890 people in 2020-01-31",
+        "version 1.10.2",
+    ],
+)
+def test_other_numbers_stay(text: str) -> None:
+    assert personal.replace(text) == (text, Counter())
+
+
+def test_sites_and_what_is_below_them() -> None:
+    hosts = frozenset({"spokeo.com"})
+    assert personal.blocked("https://www.spokeo.com/john", hosts)
+    assert personal.blocked("http://SPOKEO.com:80/", hosts)
+    assert personal.blocked("http://[broken", hosts)
+    assert not personal.blocked("https://notspokeo.com/", hosts)
+    assert not personal.blocked("https://com/", hosts)
+
+
+SENTENCES = [
+    "The keeper climbed to the lantern before sunset, as he had done for thirty years.",
+    "Below him lay the harbour, where fishermen were mending nets and boys threw stones.",
+    "A schooner from the north would have to turn with the tide, or wait until morning.",
+    "He trimmed every wick, polished brass, and wrote three lines about wind and cloud.",
+    "That evening no ship came; instead a woman knocked at his door with a letter.",
+    "It had travelled further than she, through two countries and a war.",
+    "Nobody could read its seal, but both knew whose hand had folded that paper.",
+    "So they sat until dawn without opening it, listening to waves break on rock.",
+    "When light returned, gulls rose all together from their ledges and were gone.",
+    "Then he took a knife, cut the thread, and began to laugh.",
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("\n".join(SENTENCES), None),
+        ("Too short to be of the use that we have with it.", "fewer than 50 words"),
+        ("a b c d e " * 20, "mean word length not from 3 to 10"),
+        ("antidisestablishmentarianism " * 60, "mean word length not from 3 to 10"),
+        ("\n".join("# " + " # ".join(line.split()) for line in SENTENCES), "more than one # or … to ten words"),
+        (
+            " ".join(f"{i:05d} the of" if i % 2 else f"{i:05d} word" for i in range(60)),
+            "less than 80 % of words with a letter",
+        ),
+        (
+            " ".join(f"ipsum{chr(97 + i % 26)} dolor{chr(97 + i // 26)}" for i in range(80)),
+            "fewer than 2 of the commonest words",
+        ),
+        ("\n".join(f"- {line}" for line in SENTENCES), "more than 90 % of lines with a bullet"),
+        ("\n".join(f"{line[:-1]} …" for line in SENTENCES), "more than 30 % of lines with an ellipsis"),
+        ("\n".join(SENTENCES + [SENTENCES[0]] * 5), "repeated lines"),
+        (
+            "\n".join(f"nonsense lampshade {word}" for line in SENTENCES for word in line.split()),
+            "one 2-gram again and again",
+        ),
+        (" ".join(SENTENCES + SENTENCES[:4]), "repeated 5-grams"),
+    ],
+)
+def test_quality(text: str, fault: str | None) -> None:
+    assert quality.fault(text, Words(text)) == fault
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("The weather was fine and we walked along the river until it was dark.", "en"),
+        ("Das Wetter war schön, und wir gingen am Fluss entlang, bis es dunkel wurde.", "de"),
+        ("天気がよかったので、暗くなるまで川沿いを歩きました。", "ja"),
+        ("0101 1101 ::: {} [] ++ -- 0x1f", "unknown"),
+    ],
+)
+def test_languages(text: str, language: str) -> None:
+    assert clean.identify(clean.language_detector(), text) == language
+
+
+def words_of(text: str) -> Iterator[str]:
+    """Words by the definition, character by character."""
+    word = ""
+    for c in text:
+        if c.isascii() and not c.isalnum():
+            yield word
+            word = ""
+        elif c.encode()[0] >= 0xE3:
+            yield word
+            word = c
+        elif word and word[0].encode()[0] >= 0xE3 and c.isascii():
+            word += c
+        else:
+            word += c
+    yield word
+
+
+@given(st.lists(st.text(st.sampled_from("abAB01 .\n\0éß日本あ한😀"), max_size=30), min_size=2, max_size=2))
+def test_words(texts: list[str]) -> None:
+    plain = [[word.lower() if word.isascii() else word for word in words_of(text) if word] for text in texts]
+    fast = [Words(text) for text in texts]
+    for expected, words in zip(plain, fast, strict=True):
+        assert words.lengths.tolist() == [len(word) for word in expected]
+    cased = [[("".join(c.lower() if c.isascii() else c for c in word)) for word in words] for words in plain]
+    together = [
+        pair for words, each in zip(cased, fast, strict=True) for pair in zip(words, each.hashes.tolist(), strict=True)
+    ]
+    hashes = dict(together)
+    assert all(hashes[word] == h for word, h in together)
+    for words, each in zip(cased, fast, strict=True):
+        assert len(each) == len(words)
+        assert len(each.grams(3)) == max(len(words) - 2, 0)
+    assert len(set(hashes.values())) == len(hashes)
+
+
+def test_a_json_document_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.json.txt").write_text(json.dumps({"text": "a"}))
+    assert documents(tmp_path)[0] == [('{"text": "a"}', None)]
