@@ -33,6 +33,7 @@ from provenance import installed, provenance
 from rounds import Figures, MeasurementError, Round, add_rounds, max_resident
 from torch import Tensor, nn
 
+from llama2 import plan
 from llama2.config import ModelConfig
 
 CONFIG = ModelConfig(
@@ -59,8 +60,10 @@ def ours() -> Take:
     """llama2's own step."""
     from llama2.data.loader import Batch
     from llama2.model.transformer import Transformer
+    from llama2.train.processes import keep_memory
     from llama2.train.step import Step
 
+    keep_memory()
     step = Step(Transformer(CONFIG), betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP, compile=True)
     return lambda tokens, targets: step.step([Batch(tokens, targets)], RATE).loss
 
@@ -261,6 +264,9 @@ def summary(rounds: list[Round], contenders: dict[str, Contender]) -> dict[str, 
             "first step s": contender.first_step,
             "peak MiB": contender.peak,
         }
+    machine = plan.Machine("this", 1.0, 1.0, overhead=plan.TRAINER)
+    run = plan.TrainingRun(context=LENGTH, sequences=ROWS, batch_tokens=ROWS * LENGTH, products=True)
+    table["llama2"]["planned MiB"] = sum(plan.training(CONFIG, machine, run).memory.values()) / 2**20
     return table
 
 
@@ -285,7 +291,8 @@ def main() -> None:
         try:
             add_rounds(rounds, programs, wanted=options.pairs, threads=options.threads, real=options.real)
         except MeasurementError as error:
-            raise SystemExit(f"\n{error}") from None
+            cores = [(one.cores, one.left) for one in rounds]
+            raise SystemExit(f"\n{error}: {cores}") from None
     table = summary(rounds, contenders)
     print(file=sys.stderr)
     for name, figures in table.items():

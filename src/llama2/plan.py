@@ -69,6 +69,9 @@ class Machine:
 #: (167 MiB at the peak of SmolLM2-135M) beyond weights, cache and activations, rounded up.
 PROCESS = 64 << 20
 
+#: The same of a process that trains: PyTorch and its compiler besides. Measured by bench/train_step.py.
+TRAINER = 400 << 20
+
 #: GPUs by name: dense BF16 operations, memory bandwidth, memory and design power, as their makers state them.
 GPUS = {
     gpu.name: gpu
@@ -97,6 +100,9 @@ INTENSITY = 0.385
 #: Tokens of the paper's pretraining, and of its batch "4M": 1,024 sequences (paper 2.2; spec 3.2).
 TOKENS = 2 * 10**12
 BATCH_TOKENS = 1 << 22
+
+#: Tokens whose logits training holds at once.
+CHUNK = 512
 
 #: Tokens of all sequences that one step of the engine runs at most (engine/scheduler.py).
 STEP = 512
@@ -245,13 +251,14 @@ class TrainingRun:
     batch_tokens: int = BATCH_TOKENS  # of a step on all GPUs
     sequences: int = 1  # at once on a GPU, which takes only its share of the batch if that is less
     recompute: bool = False  # keep the layers' inputs alone, and compute the rest again (activation checkpointing)
+    products: bool = False  # attention keeps its weights, as it does in steps that are compiled for a CPU
     mfu: float = MFU
     price: float | None = None  # of a GPU for an hour
     pue: float = PUE
     intensity: float = INTENSITY  # kg of CO₂ equivalent a kWh
 
     def __post_init__(self) -> None:
-        _positive(**{field.name: getattr(self, field.name) for field in fields(self) if field.name != "recompute"})
+        _positive(**{field.name: getattr(self, field.name) for field in fields(self) if field.type != "bool"})
         if self.mfu > 1:
             raise PlanError(f"mfu={self.mfu} must be at most 1, all that a GPU can do")
 
@@ -275,8 +282,9 @@ def training(config: ModelConfig, gpu: Machine, run: TrainingRun, *, gpus: int =
     """Plan AdamW in mixed precision, with all that lasts sharded over `gpus` (FSDP2).
 
     memory: 16 bytes a parameter (float32 parameters, gradients, AdamW's mean and variance) over all GPUs; gathered, the
-    bfloat16 parameters of the layer at work and of the next, and a layer's gradients in bfloat16 and float32;
-    activations (`saved_bytes`); logits and their gradients in float32.
+    bfloat16 parameters of the layer at work and of the next, and a layer's gradients in bfloat16 and float32, or on
+    one device a bfloat16 copy of all parameters, and the head's gradient in both beside the embeddings'; activations
+    (`saved_bytes`); logits of CHUNK tokens and their gradients in float32.
     FLOPs: 6 N a token, and 3 times the causal attention of a forward pass. hours = FLOPs / (operations * MFU).
     Raises PlanError when `gpus` is out of range.
     """
@@ -302,15 +310,17 @@ def _training_memory(config: ModelConfig, gpu: Machine, run: TrainingRun, gpus: 
     tokens = min(run.sequences * run.context, -(-run.batch_tokens // gpus))
     share = -(-config.parameters() // gpus)
     ends = config.parameters() - config.n_layers * _layer(config)  # embeddings, last norm, head: gathered together
-    layer = saved_bytes(config)
+    head = config.vocab_size * config.dim
+    gathered = 10 * max(_layer(config), ends) if gpus > 1 else 2 * config.parameters() + 10 * head
+    layer = saved_bytes(config) + (config.n_heads * run.context if run.products else 0)  # half of T weights of 2 bytes
     layers = config.n_layers * 2 * config.dim + layer if run.recompute else config.n_layers * layer
     return {
         "parameters": 4 * share,
         "gradients": 4 * share,
         "AdamW": 8 * share,
-        "gathered layers": (2 + 2 + 2 + 4) * max(_layer(config), ends),
+        "gathered layers": gathered,
         "activations": tokens * layers,
-        "logits": 8 * tokens * config.vocab_size,
+        "logits": 8 * min(tokens, CHUNK) * config.vocab_size,
         "overhead": gpu.overhead,
     }
 

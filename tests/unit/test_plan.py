@@ -187,11 +187,15 @@ def test_training_memory_by_hand() -> None:
         "gathered layers": 10 * (2 * 32000 * 4096 + 4096),  # more than a layer's 202,383,360
         # A layer's token: 2 * (4 * 4096 + 2 * 4096 + 2 * 4096 + 4 * 11008) + 4 * 32 = 153,728 bytes.
         "activations": 4096 * 32 * 153_728,
-        "logits": 8 * 4096 * 32000,
+        "logits": 8 * 512 * 32000,
         "overhead": GIB,
     }
     again = plan.training(SIZES["7B"], A100, replace(run, recompute=True, sequences=2), gpus=8).memory
     assert again["activations"] == 2 * 4096 * (32 * 2 * 4096 + 153_728)
+    # On one device nothing is gathered. A head keeps 2 bytes for each of 4096 / 2 keys that a token reads on average.
+    one = plan.training(SIZES["7B"], A100, replace(run, products=True)).memory
+    assert one["gathered layers"] == 2 * 6_738_415_616 + 10 * 32000 * 4096
+    assert one["activations"] == 4096 * 32 * (153_728 + 32 * 4096)
     many = plan.training(SIZES["70B"], A100, run, gpus=2048).memory
     assert many["gathered layers"] == 10 * 855_654_400
     # 2^22 tokens over 2^11 GPUs are half a sequence each; 70B: 2 * (6 * 8192 + 2 * 1024 + 4 * 28672) + 4 * 64 bytes.

@@ -187,7 +187,11 @@ def _train(
     config, _ = _model(name)
     gpus = on.gpus or 1
     machine = _machine(on, "A100-80GB", integers=False)
-    given = {field: value for field, value in asdict(options).items() if value is not None}
+    if on.on == _HERE:
+        machine = replace(machine, overhead=planning.TRAINER)
+    given = {"products": on.on == _HERE} | {
+        field: value for field, value in asdict(options).items() if value is not None
+    }
     for whole in {"tokens", "batch_tokens"} & given.keys():
         if not 1 <= given[whole] <= 1e30:
             raise typer.BadParameter(f"--{whole.replace('_', '-')} {given[whole]} must be from 1 to 1e30")

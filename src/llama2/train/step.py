@@ -18,13 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from llama2 import plan
 from llama2.data.loader import IGNORED, Batch
 from llama2.model import parallel
 from llama2.model.transformer import Transformer, attention, attention_by_products
 from llama2.train.loss import exponentials, head_loss
-
-#: Tokens whose logits are held at once.
-CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ class Step:
         checkpointing: bool = False,
         mesh: DeviceMesh | None = None,
         device: torch.device | str | None = None,
-        chunk: int = CHUNK,
+        chunk: int = plan.CHUNK,
     ) -> None:
         self.network = network
         self.clip = clip
