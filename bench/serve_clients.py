@@ -157,7 +157,10 @@ await ({
         expect(error instanceof OpenAI.NotFoundError && error.code === "model_not_found", error);
     },
     embeddings: async () => client.embeddings.create({ model, input: "a" }),
-})[feature]();
+})[feature]().catch(error => {
+    console.error(`${error.constructor.name}: ${error.message}`);
+    process.exit(1);
+});
 """
 
 
