@@ -8,6 +8,8 @@ import pytest
 from pydantic import Field
 
 from llama2 import recipe
+from llama2.data import read
+from llama2.data.settings import STDLIB, BuildRecipe
 from llama2.errors import RecipeError
 
 
@@ -79,3 +81,14 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "bytes.toml").write_bytes(b"\xff")
     with pytest.raises(RecipeError, match="is not TOML"):
         recipe.load(tmp_path / "bytes.toml", Run)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("recipes/data/*.toml")), ids=lambda path: path.stem
+)
+def test_recipes_of_corpora_are_in_order(path: Path) -> None:
+    asked = recipe.load(path, BuildRecipe)
+    weights = [source.weight for source in asked.sources.values()]
+    assert all(weights) or not any(weights)
+    if asked.dir == STDLIB:
+        assert read.find(asked)

@@ -86,7 +86,8 @@ def _check_folder(output: Path) -> None:
 
 def _identity(recipe: BuildRecipe, files: list[File]) -> str:
     """What tells the work of this recipe on these files from that of another."""
-    told = json.dumps([recipe.model_dump(mode="json", exclude={"executor": {"workers"}}), files])
+    tokenizer = shards.sha256(recipe.tokenizer.file) if recipe.tokenizer.file else None
+    told = json.dumps([recipe.model_dump(mode="json", exclude={"executor": {"workers"}}), files, tokenizer])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
