@@ -2,7 +2,7 @@
 
 The three train the same Llama (dim 512, 8 layers, 32,000 tokens, tied: 41.7 million parameters) on the same batches of
 4 x 512 tokens, in bfloat16 autocast, with clipping and fused AdamW. Each is a process of its own with an empty cache of
-compiled code; it is started, takes its first step, and then they take turns (bench/rounds.py). In each turn the rate of
+compiled code; it is started, takes its first step, and then they take turns. In each turn the rate of
 PyTorch's own product of 2048 x 2048 matrices in bfloat16 is measured too. The table goes to stderr, one JSON object
 with every round to stdout. Needs PyTorch and transformers, as the tests do.
 
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from provenance import installed, provenance
-from rounds import Figures, MeasurementError, Round, add_rounds, max_resident
+from rounds import Figures, MeasurementError, Round, max_resident, real_cores
 from torch import Tensor, nn
 
 from llama2 import plan
@@ -247,9 +247,21 @@ def product() -> Figures:
     return {"bf16 GFLOP/s": 2 * size**3 / statistics.median(seconds[2:]) / 1e9}
 
 
+def one_round(programs: dict[str, Callable[[], Figures]], first: int, threads: int) -> Round:
+    """All take a turn, beginning with number `first`, between probes of the cores.
+
+    What other processes leave to them is not known here, because the children still live, so every round counts.
+    """
+    names, figures, cores = list(programs), dict[str, Figures](), [real_cores(threads)]
+    for name in names[first:] + names[:first]:
+        figures[name] = programs[name]()
+        cores.append(real_cores(threads))
+    return Round(figures, cores, [], counts=True)
+
+
 def summary(rounds: list[Round], contenders: dict[str, Contender]) -> dict[str, dict[str, float]]:
-    """Medians over the rounds that count, by contender. Ratios are medians of each round's."""
-    counting = [one.figures for one in rounds if one.counts]
+    """Medians over the rounds, by contender. Ratios are medians of each round's."""
+    counting = [one.figures for one in rounds]
     rates = {name: [figures[name]["train tokens/s"] for figures in counting] for name in contenders}
     products = [figures["product"]["bf16 GFLOP/s"] for figures in counting]
     flops = CONFIG.training_flops(1)
@@ -274,8 +286,7 @@ def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2, help="threads of all (default 2)")
-    parser.add_argument("--pairs", type=int, default=7, help="rounds that must count (default 7)")
-    parser.add_argument("--real", type=float, default=0.9, help="share of the threads that needs a real core (0.9)")
+    parser.add_argument("--pairs", type=int, default=7, help="rounds (default 7)")
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS), help="contenders (all)")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -288,11 +299,9 @@ def main() -> None:
     with ExitStack() as stack:
         contenders = {name: Contender.start(name, options.threads, stack) for name in options.only}
         programs = {name: contender.turn for name, contender in contenders.items()} | {"product": product}
-        try:
-            add_rounds(rounds, programs, wanted=options.pairs, threads=options.threads, real=options.real)
-        except MeasurementError as error:
-            cores = [(one.cores, one.left) for one in rounds]
-            raise SystemExit(f"\n{error}: {cores}") from None
+        for turn in range(options.pairs):
+            rounds.append(one_round(programs, turn % len(programs), options.threads))
+            print(".", end="", file=sys.stderr, flush=True)
     table = summary(rounds, contenders)
     print(file=sys.stderr)
     for name, figures in table.items():
@@ -303,7 +312,6 @@ def main() -> None:
             "torch": installed("torch"),
             "transformers": installed("transformers"),
             "threads": options.threads,
-            "real": options.real,
             "table": table,
             "losses": {name: contender.losses for name, contender in contenders.items()},
             "rounds": [asdict(one) for one in rounds],
