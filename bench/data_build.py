@@ -53,7 +53,7 @@ def recipe(folder: Path, **settings: Any) -> BuildRecipe:
         "output": str(folder / "out"),
         "dir": str(folder),
         "sources": {"s": {"files": ["texts.jsonl"]}},
-        "tokenizer": {"vocabulary": 2000},
+        "tokenizer": {"vocabulary": 700},
         "validation": 0,
         "executor": {"tasks": 1, "workers": 1},
     }
@@ -168,7 +168,7 @@ HARMLESS: dict[str, Callable[[random.Random], str]] = {
     "ISBN": lambda draw: (
         f"978-{draw.randrange(10)}-{draw.randrange(100, 1000)}-{draw.randrange(10000, 100000)}-{draw.randrange(10)}"
     ),
-    "sixteen digits": lambda draw: str(int(_luhn(draw)) // 10 * 10 + (int(_luhn(draw)) % 10 + 1) % 10),
+    "sixteen digits": lambda draw: (card := _luhn(draw))[:-1] + str((int(card[-1]) + 1) % 10),
     "decorator": lambda draw: f"@{draw.choice(WORDS)}.{draw.choice(WORDS)}",
 }
 

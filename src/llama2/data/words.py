@@ -10,7 +10,7 @@ Legend: B bytes, W words.
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,10 +91,10 @@ def mix(values: Hashes) -> Hashes:
 
 
 def _size(length: int) -> int:
-    return 1 << max(length, 1 << 12).bit_length()
+    return 1 << (max(length, 1 << 13) - 1).bit_length()
 
 
-@lru_cache(maxsize=1)
+@cache
 def _powers(size: int) -> tuple[Hashes, Hashes]:
     return _geometric(_BASE, size), _geometric(_INVERSE, size)
 
