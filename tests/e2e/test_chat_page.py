@@ -625,27 +625,6 @@ def test_a_phone_shows_one_thing_at_a_time(brief: Chat) -> None:
     expect(page.get_by_role("button", name="Conversations")).to_be_focused()
 
 
-def test_the_page_at_twice_and_four_times_its_size(brief: Chat) -> None:
-    """A window of 1280 × 1024 has half as many pixels for the page at 200 %, and a quarter at 400 %."""
-    page = brief.page
-    scripted(page, "A" * 300 + "\n\n```\n" + "b" * 300 + "\n```")
-    brief.say("x" * 300)
-    for width, height in ((640, 512), (320, 256)):
-        page.set_viewport_size({"width": width, "height": height})
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        for control in (page.get_by_label("Message", exact=True), page.get_by_role("button", name="Send")):
-            expect(control).to_be_in_viewport(ratio=1)
-        page.locator(".prose pre").scroll_into_view_if_needed()
-        expect(page.locator(".prose pre")).to_be_in_viewport()
-        brief.press("Settings")
-        dialog = page.get_by_role("dialog")
-        assert dialog.evaluate("element => element.scrollWidth <= element.clientWidth")
-        last = dialog.get_by_role("button").last
-        last.scroll_into_view_if_needed()
-        expect(last).to_be_in_viewport(ratio=1)
-        page.keyboard.press("Escape")
-
-
 def test_text_from_right_to_left_is_set_from_its_side(brief: Chat) -> None:
     page = brief.page
     scripted(page, "مرحبا بالعالم\n\n```\nprint(1)\n```")
