@@ -42,13 +42,13 @@ def test_work_ahead_divided_by_the_rate() -> None:
     assert made.seconds(300, 1, 60.0) == 3.0  # late, but never less than its own
 
 
-def test_who_would_wait_too_long_is_told_how_much_too_long() -> None:
+def test_who_would_wait_too_long_is_told_when_six_tenths_of_the_limit_are_left() -> None:
     made = door()
     made.enter(900, 1, 0.0)
     made.enter(100, 1, 0.0)  # exactly the limit of 10 s
-    assert refusal(made, 100, 1, 0.0) == 1.0
-    assert refusal(made, 100, 1, 0.0) == 2.0  # a second one comes after the first
-    assert refusal(made, 100, 1, 0.5) == 2.5
+    assert refusal(made, 100, 1, 0.0) == 5.0  # of its 11 s then, 6 are left: predictions err
+    assert refusal(made, 100, 1, 0.0) == 6.0  # a second one comes after the first
+    assert refusal(made, 100, 1, 0.5) == 6.5
     made.enter(1, 1, 20.0)
 
 
@@ -108,12 +108,12 @@ def test_a_promise_is_kept_and_not_given_to_who_comes_later() -> None:
     made.enter(900, 1, 0.0)
     made.enter(100, 1, 0.0)
     with pytest.raises(Refusal):
-        made.enter(100, 1, 0.0, key=7)  # may come back after a second
-    assert refusal(made, 100, 1, 1.0) == 1.0  # who would wait for 10 s, which is the limit, but another was promised
-    made.enter(100, 1, 1.0, key=7)
-    made.enter(100, 1, 2.0)  # nobody is to come back any more
+        made.enter(100, 1, 0.0, key=7)  # may come back after five seconds
+    assert refusal(made, 100, 1, 1.0) == 5.0  # who would wait for 10 s, which is the limit, but another was promised
+    made.enter(100, 1, 5.0, key=7)
+    made.enter(300, 1, 6.0)  # nobody is to come back any more
     with pytest.raises(Refusal):
-        made.enter(800, 1, 2.0, key=8)
+        made.enter(800, 1, 6.0, key=8)
     due = made._promised
     assert refusal(made, 600, 1, due + 2.0) > 0  # 6 s are more than half of the limit
     made.enter(600, 1, due + 2.1)  # the promised one did not come

@@ -21,8 +21,9 @@ _MEMORY = 0.9
 #: Refused requests that are known again, and for how many seconds after they may come back.
 _PROMISES, _PATIENCE = 4096, 2.0
 
-#: Shares of the longest wait: of those who come back, as predictions err; and of others while some are to come back.
-_RETURNING, _OTHERS = 1.25, 0.5
+#: Shares of the longest wait: what is planned for those who come back, as predictions err; and what is granted to others
+#: while some are to come back.
+_PLANNED, _OTHERS = 0.6, 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -92,15 +93,15 @@ class Door:
         while self._promises and (first := next(iter(self._promises.items())))[1] < now - _PATIENCE:
             del self._promises[first[0]]
         returning = key is not None and self._promises.get(key, math.inf) <= now
-        limit = self.max_wait * (_RETURNING if returning else _OTHERS if self._promises else 1)
+        limit = self.max_wait * (_OTHERS if self._promises and not returning else 1)
         if not refuse:
             pass
         elif len(self.waiting) >= self.max_queue:
-            back = max(0.0, wait - self.max_wait, self._each(tokens, choices, now))
+            back = max(0.0, wait - _PLANNED * self.max_wait, self._each(tokens, choices, now))
             raise self._refusal(f"{len(self.waiting)} requests are waiting already", back, tokens, choices, now, key)
         elif wait > limit:
             reason = f"the first token would come after {wait:.1f} s, and the limit is {limit:g} s"
-            raise self._refusal(reason, max(0.0, wait - self.max_wait), tokens, choices, now, key)
+            raise self._refusal(reason, max(0.0, wait - _PLANNED * self.max_wait), tokens, choices, now, key)
         if key is not None:
             self._promises.pop(key, None)
         demand = Demand(tokens, choices, now, queued=self.running + choices > self.places)
