@@ -81,8 +81,9 @@ def duplicates(folder: Path, count: int, seed: int) -> dict[str, Any]:
     documents = {f"original{i:05d}": words for i, words in enumerate(originals)}
     copies: dict[float, dict[str, tuple[list[str], list[str]]]] = {share: {} for share in EDITS}
     names = iter(range(10**6))
-    for share in EDITS:
-        for words in draw.sample(originals, count // len(EDITS)):
+    part = count // len(EDITS)  # no original has two copies, one of which could betray the other
+    for i, share in enumerate(EDITS):
+        for words in originals[i * part : (i + 1) * part]:
             copies[share][f"copy{next(names):06d}"] = (words, edited(draw, words, share))
     for share in EDITS:
         documents |= {name: copy for name, (_, copy) in copies[share].items()}
@@ -105,7 +106,17 @@ def duplicates(folder: Path, count: int, seed: int) -> dict[str, Any]:
         "removed": len(removed),
         "precision": len(right) / len(removed),
         "recall_by_share_of_words_replaced": found,
+        "recall_to_expect": {
+            share: sum(1 - (1 - _similarity(*pair) ** 8) ** 14 for pair in copies[share].values()) / len(copies[share])
+            for share in EDITS
+        },
     }
+
+
+def _similarity(first: list[str], second: list[str]) -> float:
+    """Jaccard similarity of the sets of 5-grams."""
+    a, b = ({tuple(words[i : i + 5]) for i in range(len(words) - 4)} for words in (first, second))
+    return len(a & b) / len(a | b)
 
 
 def contamination(folder: Path, count: int, seed: int) -> dict[str, Any]:
