@@ -70,7 +70,7 @@ class Machine:
 PROCESS = 64 << 20
 
 #: The same of a process that trains: PyTorch and its compiler besides. Measured by bench/train_step.py.
-TRAINER = 400 << 20
+TRAINER = 500 << 20
 
 #: GPUs by name: dense BF16 operations, memory bandwidth, memory and design power, as their makers state them.
 GPUS = {

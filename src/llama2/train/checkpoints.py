@@ -56,6 +56,8 @@ class Checkpoints:
         self._like = Checkpoint(run, "huggingface", config, {}, {}, template, _build_tokenizer=lambda: tokenizer)
         self._writing: tuple[Path, Future[Any]] | None = None
         self.failure: str | None = None  # of the last state
+        # Writing goes on beside steps, whose messages must not be taken for its own.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         if _first():
             self.folder.mkdir(parents=True, exist_ok=True)
             for part in self.folder.glob("*.part"):  # of a process that was killed
@@ -95,7 +97,7 @@ class Checkpoints:
             return
         try:
             future = state_dict_saver.async_save(
-                self._state(loop), checkpoint_id=part, no_dist=not dist.is_initialized()
+                self._state(loop), checkpoint_id=part, process_group=self._group, no_dist=not dist.is_initialized()
             )
         except (OSError, CheckpointException) as error:
             self._failed(path, _words(error))
