@@ -126,15 +126,15 @@ def weights(run: Path) -> str:
 def killed(recipe: Path, kills: int, start: float, seconds: float, seed: int) -> tuple[list[Kill], Path]:
     """A run that was killed so often and then ended, of processes that take `start` seconds until the first step.
 
-    One is killed at a moment from the first half of its start on, on average when it is half through its share of the
-    `seconds` that the run takes, so that the last kill comes before the run ends.
+    Each is killed at a moment between half its start and its share of half the `seconds` that the run takes, so that
+    the last kill comes before the run ends, also on a machine that has become faster meanwhile.
     """
     draw = random.Random(seed)
     runs = recipe.parent / "runs"
     found: list[Kill] = []
     while len(found) < kills:
         begun = (runs / "killed" / records.ORIGIN).exists()
-        after = draw.uniform(start / 2, start + (seconds - start) / kills)
+        after = draw.uniform(start / 2, start + (seconds - start) / 2 / kills)
         if not kill_at(command(recipe, "killed", resume=begun), after):
             break
         parts = [path.name for path in (runs / "killed").glob(f"{records.CHECKPOINTS}/*.part")]

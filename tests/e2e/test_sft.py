@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,22 @@ def test_as_many_steps_as_epochs_take(place: Path, capsys: pytest.CaptureFixture
     assert [line["step"] for line in first.metrics()] == list(range(1, 2 * rows // 2 + 1))
     assert "validation" in first.metrics()[-1]
     assert first.recipe["steps"] == 2
+    assert (first.origin["dialogs"], first.origin["left_out"]) == (4, 0)
+    assert error.startswith("4 dialogs, in 2 rows that are ")
     code, _, error = llama2_(capsys, "sft", "mine.toml", "start=runs/mine", "steps=1", "--name", "more", *batch)
     assert code == 0, error
     with checkpoint.open(place / "runs" / "more") as more, checkpoint.open(place / "tiny.gguf") as tiny:
         assert more.tokenizer.encode("the coin") == tiny.tokenizer.encode("the coin")
-        assert more.config == tiny.config
+        assert replace(more.config, norm_eps=tiny.config.norm_eps) == tiny.config  # GGUF has it in float32
+
+
+def test_what_is_left_out_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = {"prompt": "what " * 40, "completion": "bat"}
+    (place / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in [*DIALOGS, long]))
+    code, _, error = llama2_(capsys, "sft", "mine.toml", "steps=1", "data.too_long=leave out")
+    assert code == 0, error
+    assert error.startswith("2 dialogs, without 1 that are longer than a row, in 1 rows that are ")
+    assert Run.open(place / "runs" / "mine").origin["left_out"] == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,7 +79,8 @@ class Loop:
     template.
 
     A network on the meta device gets random weights, by the recipe's seed, and is never whole where it is divided.
-    `validation` is what the loss is measured on now and then. Raises RecipeError for a batch that cannot be shared.
+    `validation` is what the loss is measured on now and then; `about` goes into the record. Raises RecipeError
+    for a batch that cannot be shared.
     """
 
     def __init__(
@@ -93,11 +94,12 @@ class Loop:
         network: Transformer,
         tokenizer: Tokenizer,
         template: str | None = None,
+        about: Mapping[str, Any] | None = None,
         sample: Sample | None = None,
         watch: Watch | None = None,
     ) -> None:
         self.recipe, self.folder, self.here = recipe, folder, here
-        self.validation, self.sample, self.watch = validation, sample, watch
+        self.validation, self.sample, self.watch, self.about = validation, sample, watch, about or {}
         batch, o = recipe.batch, recipe.optimizer
         if batch.rows % (batch.micro * here.world):
             raise RecipeError(
@@ -178,7 +180,7 @@ class Loop:
             about |= {"device": str(self.here.device), "parameters": self.config.parameters(), "peak": self.peak}
             if not self.here.first:
                 return Run(self.folder)
-            return Run.create(self.folder, asked, **about)
+            return Run.create(self.folder, asked, **about, **self.about)
         run = Run.open(self.folder)
         then = run.recipe
         for name in sorted(set(asked) - _FREE):

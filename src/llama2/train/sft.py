@@ -10,7 +10,7 @@ from pydantic import Field
 
 from llama2 import checkpoint
 from llama2.data import dialogs, loader
-from llama2.data.dialogs import DialogSettings, Packed
+from llama2.data.dialogs import DialogSettings, Packed, Prepared
 from llama2.data.loader import Loader
 from llama2.errors import RecipeError
 from llama2.model.transformer import Transformer
@@ -75,12 +75,26 @@ def sft(
             network=Transformer.load(start, device=here.device),
             tokenizer=start.tokenizer,
             template=start.template,
+            about={"dialogs": ready.train.dialogs, "left_out": ready.left_out, "learnt": ready.train.learnt},
             sample=sample,
             watch=watch,
         )
+        if watch and here.first:
+            watch.begin([_told(ready)])
         return loop.run(resume)
 
 
 def _all(packed: Packed | None, micro: int) -> list[loader.Batch]:
     """Every row, `micro` at a time."""
     return Loader(packed, rows=micro, seed=0).first(len(packed)) if packed else []
+
+
+def _told(ready: Prepared) -> str:
+    """What is learnt from, in a line."""
+    some, without = ready.train, ""
+    if ready.left_out:
+        without = f", without {ready.left_out:,} that are longer than a row"
+    return (
+        f"{some.dialogs:,} dialogs{without}, in {len(some):,} rows that are {some.filled:.0%} full; "
+        f"{some.learnt:,} tokens are learnt"
+    )
