@@ -21,8 +21,8 @@ _MEMORY = 0.9
 #: Refused requests that are known again, and for how many seconds after they may come back.
 _PROMISES, _PATIENCE = 4096, 2.0
 
-#: Shares of the longest wait: what is planned for those who come back, as predictions err; and what is granted to others
-#: while some are to come back.
+#: Shares of the longest wait: what is planned for those who come back, as predictions err, and what is granted to
+#: others while some are to come back.
 _PLANNED, _OTHERS = 0.6, 0.5
 
 
