@@ -81,6 +81,24 @@ def test_places_that_become_free() -> None:
     assert made.seconds(100, 2, 9.0) == pytest.approx(8 + 100 / made.prefill.value)
 
 
+def test_predictions_learn_how_they_err() -> None:
+    made = door(places=1)
+    first = made.enter(10, 1, 0.0)
+    made.began([first], 1.0)
+    made.ended(first, 1, 5.0)  # an answer takes 4 s
+    running = made.enter(10, 1, 5.0)
+    made.began([running], 6.0)
+    queued = made.enter(10, 1, 6.0)
+    assert queued.predicted == pytest.approx(4 + 10 / made.prefill.value)
+    before = made.seconds(100, 1, 6.0)
+    made.ended(running, 1, 6.0 + 1.5 * queued.predicted)
+    made.began([queued], 6.0 + 1.5 * queued.predicted)
+    assert made.waited.value == pytest.approx(1.5)
+    assert made.seconds(100, 1, 6.0) > before
+    made.waited.add(100, 1)
+    assert made.seconds(100, 1, 6.0) == made._work(100, 1, 6.0) * 2  # but not without end
+
+
 def test_a_full_queue() -> None:
     made = door(max_queue=3, max_wait=1e9)
     for _ in range(3):

@@ -25,6 +25,9 @@ _PROMISES, _PATIENCE = 4096, 2.0
 #: others while some are to come back.
 _PLANNED, _OTHERS = 0.6, 0.5
 
+#: How much longer than predicted waits are believed to be, at most, when that is what was seen.
+_ERROR = 2.0
+
 
 @dataclass(slots=True, eq=False)
 class Demand:
@@ -33,6 +36,7 @@ class Demand:
     tokens: int  # of its prompts
     choices: int
     arrived: float
+    predicted: float | None = None  # seconds to its first token, where it waits for a place and rates are known
     queued: bool = False  # whether it has to wait for a place
     began: float | None = None  # when its first token came
 
@@ -64,6 +68,7 @@ class Door:
     places: int  # choices that run at once
     prefill: Rate = field(default_factory=Rate)  # tokens
     ending: Rate = field(default_factory=Rate)  # choices, of one place
+    waited: Rate = field(default_factory=Rate)  # seconds, of those that were predicted
     waiting: list[Demand] = field(default_factory=list)  # for their first tokens
     answering: list[Demand] = field(default_factory=list)  # since their first tokens, in that order
     running: int = 0  # choices that were admitted and have not ended
@@ -72,7 +77,11 @@ class Door:
     _promises: dict[int, float] = field(default_factory=dict)  # when a request may come back, by its key, soonest first
 
     def seconds(self, tokens: int, choices: int, now: float) -> float:
-        """Predicted time to the first token of such a request."""
+        """Predicted time to the first token of such a request: what is to be done before, times how predictions err."""
+        return self._work(tokens, choices, now) * min(max(1.0, self.waited.value or 1.0), _ERROR)
+
+    def _work(self, tokens: int, choices: int, now: float) -> float:
+        """That time, if nothing but measured rates decided."""
         rate = self.prefill.value
         ahead: float = sum(demand.tokens for demand in self.waiting)
         if self.waiting and rate:
@@ -105,6 +114,8 @@ class Door:
         if key is not None:
             self._promises.pop(key, None)
         demand = Demand(tokens, choices, now, queued=self.running + choices > self.places)
+        if demand.queued and self.ending.value:
+            demand.predicted = self._work(tokens, choices, now)
         self.waiting.append(demand)
         self.running += choices
         return demand
@@ -116,6 +127,8 @@ class Door:
             self.prefill.add(sum(demand.tokens for demand in demands), now - since)
         self._last_first = now
         for demand in demands:
+            if demand.predicted:
+                self.waited.add(now - demand.arrived, demand.predicted)
             demand.began = now
             self.waiting.remove(demand)
             self.answering.append(demand)

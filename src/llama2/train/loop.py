@@ -321,7 +321,7 @@ def _peak(device: torch.device, precision: str) -> float:
                 return gpu.operations
     a, b = (torch.ones(2048, 2048, dtype=dtype, device=device) for _ in range(2))
     best = math.inf
-    for _ in range(5):
+    for _ in range(20):
         begun = time.perf_counter()
         c = a @ b
         c[0, 0].item()  # waits for the device
