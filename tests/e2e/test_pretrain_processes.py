@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 
+import corpora
 import llama2
-from llama2.data import shards
+from llama2.data.shards import Split
 from texts import train_sentencepiece
 
 RECIPE = """
@@ -50,14 +50,13 @@ def build(folder: Path) -> None:
     """A corpus of random words in `corpus`, beside the recipe."""
     (folder / "corpus").mkdir()
     (folder / "tokenizer.model").write_bytes(train_sentencepiece(400, ()))
-    rng, written = np.random.default_rng(0), dict[Literal["train", "validation"], list[shards.Shard]]()
-    for split, documents in (("train", 60), ("validation", 4)):
-        with shards.Writer(folder / "corpus", split, 0, 400) as writer:
-            for _ in range(documents):
-                writer.add([1, *rng.integers(3, 400, 40), 2])
-        assert writer.shard
-        written[split] = [writer.shard]
-    shards.finish(folder / "corpus", folder / "tokenizer.model", vocabulary=400, bos_id=1, eos_id=2, shards=written)
+    rng = np.random.default_rng(0)
+
+    def documents(count: int) -> list[list[list[int]]]:
+        return [[[1, *rng.integers(3, 400, 40).tolist(), 2] for _ in range(count)]]
+
+    files: dict[Split, list[list[list[int]]]] = {"train": documents(60), "validation": documents(4)}
+    corpora.write(folder / "corpus", folder / "tokenizer.model", 400, files)
     (folder / "recipe.toml").write_text(RECIPE)
 
 

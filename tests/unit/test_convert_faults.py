@@ -234,7 +234,7 @@ def test_a_target_in_a_file_system_without_places(sources: Sources) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_in_the_middle(number: signal.Signals, tmp_path: Path, out: Path) -> None:
     """Nothing is left, whichever step it was in."""
-    write_tiny_gguf(tmp_path / "large.gguf", config=tiny_config(dim=256, head_dim=64, n_layers=12, hidden_dim=1024))
+    write_tiny_gguf(tmp_path / "large.gguf", config=tiny_config(dim=256, head_dim=64, n_layers=36, hidden_dim=1024))
     command = [
         sys.executable,
         "-m",

@@ -164,7 +164,7 @@ def start(checkpoint: Checkpoint, n_blocks: int, *, compile: bool = False) -> To
     runner = TorchRunner(checkpoint, n_blocks, device=device, compile=compile, group=group)
     if group.rank() > 0:
         runner.follow()
-        dist.destroy_process_group()
+        _leave(group)
         raise SystemExit(0)
     weakref.finalize(runner, _end, group)
     return runner
@@ -172,6 +172,12 @@ def start(checkpoint: Checkpoint, n_blocks: int, *, compile: bool = False) -> To
 
 def _end(group: dist.ProcessGroup) -> None:
     _say(None, group)
+    _leave(group)
+
+
+def _leave(group: dist.ProcessGroup) -> None:
+    """Nobody closes a connection that another one still listens to."""
+    dist.barrier(group)
     dist.destroy_process_group()
 
 
