@@ -310,7 +310,7 @@ def test_many_streams_at_once_are_what_they_are_alone(tiny: Server) -> None:
 def test_answers_over_http_are_the_same_bytes_under_load(tmp_path: Path) -> None:
     """A smaller run of the benchmark, which asks two servers, so log-probabilities survive a restart as well."""
     script = Path(__file__).parents[2] / "bench" / "same_bytes_http.py"
-    words = ["-m", str(write_model(tmp_path)), "--requests", "30", "--threads", "1"]
+    words = ["-m", str(write_model(tmp_path)), "--requests", "100", "--threads", "1"]
     done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
