@@ -21,12 +21,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from provenance import installed, provenance
+from provenance import provenance
 
 from llama2.data import personal
 from llama2.data.build import build
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Shards
+from llama2.records import installed
 from llama2.text import trainer
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "r", "st", "ld", "mpet", "ving")]

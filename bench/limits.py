@@ -21,10 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from provenance import installed, provenance
+from provenance import provenance
 from rounds import Figures, MeasurementError, Round, add_rounds, run
 
 from llama2 import native
+from llama2.records import installed
 
 #: Seconds of each measurement.
 SECONDS = 0.5

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from provenance import installed, provenance
+from provenance import provenance
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -32,6 +32,7 @@ from llama2 import plan
 from llama2.config import SIZES, ModelConfig
 from llama2.model import parallel
 from llama2.model.transformer import Transformer
+from llama2.records import installed
 from llama2.train.step import Objective
 
 GPU = plan.GPUS["A100-80GB"]

@@ -26,17 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import installed, provenance
+from provenance import provenance
 
 from llama2 import recipe as recipes
 from llama2.checkpoint import Checkpoint
 from llama2.data.loader import Batch, Loader, Windows
 from llama2.data.shards import Shards
 from llama2.model.transformer import Transformer
+from llama2.records import installed
 from llama2.train.checkpoints import write_model
-from llama2.train.schedule import learning_rate
+from llama2.train.loop import rate_of, step_of
 from llama2.train.settings import PretrainRecipe
-from llama2.train.step import Step
 
 #: Nats that never count as a difference.
 LEAST = 1e-3
@@ -47,23 +47,13 @@ Train = Callable[[Sequence[Batch]], float]
 
 def ours(recipe: PretrainRecipe, network: Transformer) -> Train:
     """The recipe's step and schedule."""
-    o = recipe.optimizer
-    step = Step(
-        network,
-        betas=o.betas,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        clip=o.clip,
-        precision=recipe.precision,
-        compile=recipe.compile,
-    )
+    step = step_of(recipe, network)
     done = 0
 
     def train(batches: Sequence[Batch]) -> float:
         nonlocal done
         done += 1
-        rate = learning_rate(done, peak=o.rate, warmup=o.warmup, steps=recipe.steps, final=o.final)
-        return step.step(batches, rate).loss
+        return step.step(batches, rate_of(recipe, done)).loss
 
     return train
 

@@ -29,12 +29,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from provenance import installed, provenance
+from provenance import provenance
 from rounds import Figures, MeasurementError, Round, max_resident, real_cores
 from torch import Tensor, nn
 
 from llama2 import plan
 from llama2.config import ModelConfig
+from llama2.records import installed
 
 CONFIG = ModelConfig(
     dim=512,

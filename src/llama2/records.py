@@ -48,13 +48,13 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def commit() -> str | None:
-    """The commit of this package's sources, with `-dirty` when they differ from it; None outside a clone."""
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of the sources in a folder, this package's, with `-dirty` when they differ; None outside a clone."""
     import subprocess
 
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except OSError:
         return None
     return told.stdout.strip() or None

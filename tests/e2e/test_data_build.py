@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from llama2.cli.main import run
+from commands import typed
 from llama2.data.shards import Shards
 
 RECIPE = """
@@ -45,14 +45,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def llama2(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    with pytest.raises(SystemExit) as ended:
-        run(words)
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
 def texts(split: str, corpus: str = "corpus") -> list[str]:
     """What the tokens of a split say, in sentencepiece's own reading."""
     opened = Shards.open(Path(corpus), split)  # type: ignore[arg-type]
@@ -65,7 +57,7 @@ def texts(split: str, corpus: str = "corpus") -> list[str]:
 
 
 def test_every_document_is_in_one_split(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = llama2(capsys, "data", "build", "recipe.toml", "--json")
+    code, out, err = typed(capsys, "data", "build", "recipe.toml", "--json")
     assert (code, err) == (0, "")
     expected = [path.read_text() for path in sorted(place.glob("texts/deep/*.txt"))]
     expected += [json.loads(line)["text"] for line in (place / "texts/pages.jsonl").read_text().split("\n")]
@@ -82,19 +74,19 @@ def test_every_document_is_in_one_split(place: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_same_recipe_gives_the_same_bytes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    llama2(capsys, "data", "build", "recipe.toml")
-    assert llama2(capsys, "data", "build", "recipe.toml", "output=again", "executor.workers=2")[0] == 0
+    typed(capsys, "data", "build", "recipe.toml")
+    assert typed(capsys, "data", "build", "recipe.toml", "output=again", "executor.workers=2")[0] == 0
     assert (place / "corpus/manifest.json").read_bytes() == (place / "again/manifest.json").read_bytes()
 
 
 def test_a_corpus_is_replaced_only_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    llama2(capsys, "data", "build", "recipe.toml")
+    typed(capsys, "data", "build", "recipe.toml")
     before = (place / "corpus/manifest.json").read_bytes()
-    code, _, err = llama2(capsys, "data", "build", "recipe.toml", "validation=0.9")
+    code, _, err = typed(capsys, "data", "build", "recipe.toml", "validation=0.9")
     assert code == 1
     assert "corpus: holds a corpus already" in err
     assert (place / "corpus/manifest.json").read_bytes() == before
-    assert llama2(capsys, "data", "build", "recipe.toml", "validation=0.9", "--force")[0] == 0
+    assert typed(capsys, "data", "build", "recipe.toml", "validation=0.9", "--force")[0] == 0
     assert (place / "corpus/manifest.json").read_bytes() != before
 
 
@@ -123,7 +115,7 @@ def test_a_corpus_is_replaced_only_when_asked(place: Path, capsys: pytest.Captur
 def test_mistakes_are_one_line(
     place: Path, capsys: pytest.CaptureFixture[str], settings: list[str], message: str
 ) -> None:
-    code, out, err = llama2(capsys, "data", "build", "recipe.toml", *settings)
+    code, out, err = typed(capsys, "data", "build", "recipe.toml", *settings)
     assert code == 1
     assert out == ""
     assert message in err
@@ -146,14 +138,14 @@ finally:
 
 def test_train_a_tokenizer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(path) for path in sorted(place.glob("texts/deep/*.txt"))]
-    code, out, err = llama2(capsys, "tokenizer", "train", *files, "--vocabulary", "300", "--json")
+    code, out, err = typed(capsys, "tokenizer", "train", *files, "--vocabulary", "300", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == {"path": "tokenizer.model", "vocabulary": 300, "lines": 6, "lines_too_long": 0}
     assert SentencePieceProcessor(model_file="tokenizer.model").get_piece_size() == 300
-    code, _, err = llama2(capsys, "tokenizer", "train", *files)
+    code, _, err = typed(capsys, "tokenizer", "train", *files)
     assert code == 1
     assert "tokenizer.model: is there already" in err
-    code, _, err = llama2(capsys, "data", "build", "recipe.toml", "tokenizer={file='tokenizer.model'}")
+    code, _, err = typed(capsys, "data", "build", "recipe.toml", "tokenizer={file='tokenizer.model'}")
     assert (code, err) == (0, "")
     assert Path("corpus/tokenizer.model").read_bytes() == Path("tokenizer.model").read_bytes()
 
@@ -179,7 +171,7 @@ def test_slurm_is_given_each_stage_after_the_one_before(
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(bin_), prepend=":")
-    code, out, _ = llama2(capsys, "data", "build", "recipe.toml", "executor={kind='slurm', partition='cpu', tasks=3}")
+    code, out, _ = typed(capsys, "data", "build", "recipe.toml", "executor={kind='slurm', partition='cpu', tasks=3}")
     assert code == 0
     assert "is being built by slurm" in out
     assert (place / "jobs").read_text().splitlines() == [

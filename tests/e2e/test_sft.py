@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import llama2
+from commands import typed
 from llama2 import checkpoint
-from llama2.cli.main import run
 from llama2.records import Run
 from models import tiny_config, write_tiny_gguf
 from oracle_transformers import transformers_model
@@ -45,14 +45,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def llama2_(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    with pytest.raises(SystemExit) as ended:
-        run(words)
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
 def loss_of_answers(path: Path) -> float:
     """transformers' mean loss over the answers' tokens, each dialog by itself."""
     with checkpoint.open(path) as model:
@@ -70,7 +62,7 @@ def loss_of_answers(path: Path) -> float:
 
 def test_learns_answers_by_heart(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["steps=60", "optimizer.rate=1e-2", "save.every=30", 'samples.prompts=["one"]', "samples.tokens=8"]
-    code, out, error = llama2_(capsys, "sft", "mine.toml", *settings)
+    code, out, error = typed(capsys, "sft", "mine.toml", *settings)
     assert code == 0, error
     assert out == "runs/mine: done; talk with it: llama2 chat -m runs/mine\n"
     lines = Run.open(place / "runs" / "mine").metrics()
@@ -93,7 +85,7 @@ def test_as_many_steps_as_epochs_take(place: Path, capsys: pytest.CaptureFixture
     lines = [DIALOGS[n % 2] for n in range(5)]
     (place / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in lines))
     batch = ["batch.rows=2", "data.validation=1", "evaluate=2"]
-    code, _, error = llama2_(capsys, "sft", "mine.toml", *batch)
+    code, _, error = typed(capsys, "sft", "mine.toml", *batch)
     assert code == 0, error
     first = Run.open(place / "runs" / "mine")
     rows = -(-4 // 2)  # four dialogs are learnt, two to a row
@@ -102,7 +94,7 @@ def test_as_many_steps_as_epochs_take(place: Path, capsys: pytest.CaptureFixture
     assert first.recipe["steps"] == 2
     assert (first.origin["dialogs"], first.origin["left_out"]) == (4, 0)
     assert error.startswith("4 dialogs, in 2 rows that are ")
-    code, _, error = llama2_(capsys, "sft", "mine.toml", "start=runs/mine", "steps=1", "--name", "more", *batch)
+    code, _, error = typed(capsys, "sft", "mine.toml", "start=runs/mine", "steps=1", "--name", "more", *batch)
     assert code == 0, error
     with checkpoint.open(place / "runs" / "more") as more, checkpoint.open(place / "tiny.gguf") as tiny:
         assert more.tokenizer.encode("the coin") == tiny.tokenizer.encode("the coin")
@@ -112,7 +104,7 @@ def test_as_many_steps_as_epochs_take(place: Path, capsys: pytest.CaptureFixture
 def test_what_is_left_out_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = {"prompt": "what " * 40, "completion": "bat"}
     (place / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in [*DIALOGS, long]))
-    code, _, error = llama2_(capsys, "sft", "mine.toml", "steps=1", "data.too_long=leave out")
+    code, _, error = typed(capsys, "sft", "mine.toml", "steps=1", "data.too_long=leave out")
     assert code == 0, error
     assert error.startswith("2 dialogs, without 1 that are longer than a row, in 1 rows that are ")
     assert Run.open(place / "runs" / "mine").origin["left_out"] == 1
@@ -131,7 +123,7 @@ def test_what_is_left_out_is_told(place: Path, capsys: pytest.CaptureFixture[str
 def test_errors_before_the_first_step(
     place: Path, capsys: pytest.CaptureFixture[str], settings: list[str], message: str
 ) -> None:
-    code, _, error = llama2_(capsys, "sft", "mine.toml", *settings)
+    code, _, error = typed(capsys, "sft", "mine.toml", *settings)
     assert code == 1
     assert error.count("\n") == 1
     assert error.startswith("llama2: error: ")
@@ -146,7 +138,7 @@ def test_a_template_of_the_start_stays(place: Path, capsys: pytest.CaptureFixtur
     )
     config: Any = tiny_config(vocab_size=352)
     write_tiny_gguf(place / "tiny.gguf", config=config, tokenizer="bpe", template=template)
-    code, _, error = llama2_(capsys, "sft", "mine.toml", "steps=1", "data.length=128")
+    code, _, error = typed(capsys, "sft", "mine.toml", "steps=1", "data.length=128")
     assert code == 0, error
     with checkpoint.open(place / "runs" / "mine") as tuned, checkpoint.open(place / "tiny.gguf") as tiny:
         assert tuned.template == template

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from llama2.cli.main import run
+from commands import typed
 from llama2.cli.runs import axis, curve, smooth
 from llama2.records import Run
 
@@ -36,16 +36,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def llama2(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    with pytest.raises(SystemExit) as ended:
-        run(list(map(str, words)))
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
 def test_lists_the_oldest_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = llama2(capsys, "runs", "--runs", folder)
+    code, out, _ = typed(capsys, "runs", "--runs", folder)
     assert code == 0
     # Steps 2 and 3 were done twice; the mean of 1, 2, 3 is 2, and 1.96 × 1 / √3 = 1.1316.
     assert [" ".join(row.split()) for row in out.splitlines()] == [
@@ -56,7 +48,7 @@ def test_lists_the_oldest_first(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_json_names_where_figures_come_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = llama2(capsys, "runs", folder / "first", "--json")
+    code, out, _ = typed(capsys, "runs", folder / "first", "--json")
     assert code == 0
     [row] = json.loads(out)["runs"]
     assert row | {"loss_interval": None, "validation": None, "perplexity": None} == {
@@ -82,7 +74,7 @@ def test_json_names_where_figures_come_from(folder: Path, capsys: pytest.Capture
 
 def test_draws_them_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made(folder, "second", "2026-01-02T00:00:00+00:00", [line(1, None, note="skipped"), line(2, 5.0)])
-    code, out, _ = llama2(capsys, "runs", "first", "second", "--runs", folder, "--plot", folder / "curves.svg")
+    code, out, _ = typed(capsys, "runs", "first", "second", "--runs", folder, "--plot", folder / "curves.svg")
     assert code == 0
     assert out.splitlines()[-1] == f"{folder / 'curves.svg'}: 2 runs"
     drawing = ET.parse(folder / "curves.svg").getroot()  # noqa: S314
@@ -101,14 +93,14 @@ def test_draws_them_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_errors(folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str) -> None:
-    found, _, error = llama2(capsys, "runs", *words, "--runs", folder)
+    found, _, error = typed(capsys, "runs", *words, "--runs", folder)
     assert found == code
     assert message.format(folder) in error
     assert error.count("\n") == 1
 
 
 def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = llama2(capsys, "runs", "--runs", tmp_path / "none")
+    code, out, _ = typed(capsys, "runs", "--runs", tmp_path / "none")
     assert (code, out) == (0, f"No runs in {tmp_path / 'none'} yet; `llama2 pretrain recipes/nano.toml` begins one.\n")
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from llama2.cli.options import RecipeSettings
+
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Build a corpus to train on.")
 
 
@@ -18,9 +20,7 @@ def _data() -> None:
 @app.command(epilog="Example: llama2 data build recipes/data/nano.toml dir=texts output=corpora/mine")
 def build(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/data/nano.toml.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings in place of the recipe's.")
-    ] = None,
+    settings: RecipeSettings = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a corpus that is there already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
 ) -> None:

@@ -36,6 +36,13 @@ Context = Annotated[
     int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
 ]
 
+RecipeSettings = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings in place of the recipe's.")
+]
+RunName = Annotated[str | None, typer.Option(help="The run's name, by default the recipe's.")]
+RunsFolder = Annotated[Path, typer.Option(metavar="FOLDER", help="Where runs are kept.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")]
+
 
 @dataclass(frozen=True)
 class ModelOptions:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llama2.cli.options import RecipeSettings, Resume, RunName, RunsFolder
+
 if TYPE_CHECKING:
     from llama2.train.loop import Line
 
@@ -18,13 +20,11 @@ EXAMPLE = "Example: llama2 pretrain recipes/nano.toml --name first steps=500 opt
 
 def pretrain(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/nano.toml.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings in place of the recipe's.")
-    ] = None,
+    settings: RecipeSettings = None,
     *,
-    name: Annotated[str | None, typer.Option(help="The run's name, by default the recipe's.")] = None,
-    runs: Annotated[Path, typer.Option(metavar="FOLDER", help="Where runs are kept.")] = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
+    name: RunName = None,
+    runs: RunsFolder = Path("runs"),
+    resume: Resume = False,
 ) -> None:
     """Train a model on a corpus, which is built first if the recipe says how.
 

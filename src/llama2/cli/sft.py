@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from llama2.cli.options import RecipeSettings, Resume, RunName, RunsFolder
 from llama2.cli.pretrain import Shown
 
 EXAMPLE = "Example: llama2 sft recipes/nano-sft.toml start=runs/nano data.files='[\"dialogs.jsonl\"]'"
@@ -15,13 +16,11 @@ EXAMPLE = "Example: llama2 sft recipes/nano-sft.toml start=runs/nano data.files=
 
 def sft(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/nano-sft.toml.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings in place of the recipe's.")
-    ] = None,
+    settings: RecipeSettings = None,
     *,
-    name: Annotated[str | None, typer.Option(help="The run's name, by default the recipe's.")] = None,
-    runs: Annotated[Path, typer.Option(metavar="FOLDER", help="Where runs are kept.")] = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
+    name: RunName = None,
+    runs: RunsFolder = Path("runs"),
+    resume: Resume = False,
 ) -> None:
     """Tune a model on dialogs, with loss on what the assistant says alone.
 

@@ -78,7 +78,12 @@ class Door:
 
     def seconds(self, tokens: int, choices: int, now: float) -> float:
         """Predicted time to the first token of such a request: what is to be done before, times how predictions err."""
-        return self._work(tokens, choices, now) * min(max(1.0, self.waited.value or 1.0), _ERROR)
+        return self._work(tokens, choices, now) * self._error
+
+    @property
+    def _error(self) -> float:
+        """How many times longer than the work before it a wait is."""
+        return min(max(1.0, self.waited.value or 1.0), _ERROR)
 
     def _work(self, tokens: int, choices: int, now: float) -> float:
         """That time, if nothing but measured rates decided."""
@@ -98,7 +103,8 @@ class Door:
 
         By its `key` a request is known again that was refused before.
         """
-        wait = self.seconds(tokens, choices, now)
+        work = self._work(tokens, choices, now)
+        wait = work * self._error
         while self._promises and (first := next(iter(self._promises.items())))[1] < now - _PATIENCE:
             del self._promises[first[0]]
         returning = key is not None and self._promises.get(key, math.inf) <= now
@@ -115,7 +121,7 @@ class Door:
             self._promises.pop(key, None)
         demand = Demand(tokens, choices, now, queued=self.running + choices > self.places)
         if demand.queued and self.ending.value:
-            demand.predicted = self._work(tokens, choices, now)
+            demand.predicted = work
         self.waiting.append(demand)
         self.running += choices
         return demand

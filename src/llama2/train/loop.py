@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from llama2 import plan, records
 from llama2.config import ModelConfig
@@ -100,7 +101,7 @@ class Loop:
     ) -> None:
         self.recipe, self.folder, self.here = recipe, folder, here
         self.validation, self.sample, self.watch, self.about = validation, sample, watch, about or {}
-        batch, o = recipe.batch, recipe.optimizer
+        batch = recipe.batch
         if batch.rows % (batch.micro * here.world):
             raise RecipeError(
                 f"batch.rows={batch.rows} is no multiple of batch.micro={batch.micro} rows on each of {here.world} "
@@ -113,18 +114,7 @@ class Loop:
         self.batch_tokens = batch.rows * source.length  # that a step reads; with masked loss fewer are targets
         self.flops = flops_per_token(self.config, source.length)
         new = network.norm.weight.is_meta
-        self.step = Step(
-            network,
-            betas=o.betas,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            clip=o.clip,
-            precision=recipe.precision,
-            compile=recipe.compile,
-            checkpointing=recipe.checkpointing,
-            mesh=here.mesh,
-            device=here.device if new else None,
-        )
+        self.step = step_of(recipe, network, mesh=here.mesh, device=here.device if new else None)
         if new:
             parallel.initialise(self.step.network, torch.Generator(here.device).manual_seed(recipe.seed))
         self.checkpoints = Checkpoints(folder, self.step, self.config, tokenizer, template, keep=recipe.save.keep)
@@ -193,9 +183,9 @@ class Loop:
 
     def _advance(self) -> tuple[Progress, float, float, str | None]:
         """One step, and what came of it: its figures, learning rate, seconds, and a note if there is one."""
-        s, o, spikes = self.state, self.recipe.optimizer, self.recipe.spikes
+        s, spikes = self.state, self.recipe.spikes
         begun = time.perf_counter()
-        rate = learning_rate(s.step + 1, peak=o.rate, warmup=o.warmup, steps=self.recipe.steps, final=o.final)
+        rate = rate_of(self.recipe, s.step + 1)
         progress = self.step.step([self.loader.next() for _ in range(self.accumulate)], rate)
         seconds = time.perf_counter() - begun
         s.step += 1
@@ -297,6 +287,35 @@ class Loop:
         with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             for text in texts:
                 file.write(json.dumps({"step": step, "text": text}) + "\n")
+
+
+def step_of(
+    recipe: LoopSettings,
+    network: Transformer,
+    *,
+    mesh: DeviceMesh | None = None,
+    device: torch.device | None = None,
+) -> Step:
+    """The step that a recipe describes; `mesh` and `device` as Step has them."""
+    o = recipe.optimizer
+    return Step(
+        network,
+        betas=o.betas,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip=o.clip,
+        precision=recipe.precision,
+        compile=recipe.compile,
+        checkpointing=recipe.checkpointing,
+        mesh=mesh,
+        device=device,
+    )
+
+
+def rate_of(recipe: LoopSettings, step: int) -> float:
+    """The learning rate of step 1 … `recipe.steps`."""
+    o = recipe.optimizer
+    return learning_rate(step, peak=o.rate, warmup=o.warmup, steps=recipe.steps, final=o.final)
 
 
 def is_spike(loss: float, before: Sequence[float], rule: Spikes) -> bool:

@@ -1,0 +1,15 @@
+"""The program, as somebody types it, in this process."""
+
+from __future__ import annotations
+
+import pytest
+
+from llama2.cli.main import run
+
+
+def typed(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as ended:
+        run([str(word) for word in words])
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out, said.err
