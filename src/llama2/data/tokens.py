@@ -23,6 +23,11 @@ from llama2.errors import DataError
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
+def split_of(document: Document, recipe: BuildRecipe) -> Split:
+    """Which split a document belongs to, which its place among the sources decides."""
+    return "validation" if fraction(document.id, "validation") < recipe.validation else "train"
+
+
 class Tokenise(Stage):
     """Writes each source's documents as token ids, in a folder of its own, by split."""
 
@@ -47,8 +52,7 @@ class Tokenise(Stage):
         with ExitStack() as open_writers:
             for document in data:
                 source = document.metadata["source"]
-                held_out = fraction(document.id, "validation") < self.recipe.validation
-                split: Split = "validation" if held_out else "train"
+                split = split_of(document, self.recipe)
                 if (source, split) not in writers:
                     place = self.folder / source
                     place.mkdir(parents=True, exist_ok=True)
