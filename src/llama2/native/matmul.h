@@ -284,6 +284,10 @@ template <int M, class Product> LLAMA2_INLINE bool tile_of(int64_t& t, int64_t e
     return true;
 }
 
+// How many groups ahead of their use a product of many tokens asks for weights: of so few bytes between so much
+// arithmetic the processor makes no stream.
+constexpr int64_t kGroupsAhead = 12;
+
 // P panels (1 or 2) times the tokens of a block, columns 32·first … 32·last. Unpacked once, a group of weights meets
 // every token, whose sums wait in y: (tokens, kPanels, kLanes).
 template <Format format, int P>
@@ -291,6 +295,14 @@ void block_product(const uint8_t* panel, int64_t panel_bytes, const ActivationGr
                    int64_t last, float* y) {
     using Group = PanelGroup<format>;
     for (int64_t g = first; g < last; ++g) {
+        const int64_t later = g + kGroupsAhead;  // of these panels, or of those that follow
+        const uint8_t* ahead = later < last ? Group::record_of(panel, later)
+                                            : Group::record_of(panel + P * panel_bytes, first + later - last);
+        constexpr int64_t share = Group::record_bytes / Group::places;
+        LLAMA2_UNROLL
+        for (int p = 0; p < P; ++p)
+            for (int64_t line = 0; line < share; line += 64)
+                simd::prefetch(ahead + g % Group::places * share + p * panel_bytes + line);
         LLAMA2_UNROLL
         for (int half = 0; half < Group::halves; ++half) {
             const int index = int(g % Group::places) * Group::halves + half;

@@ -459,6 +459,10 @@ private:
         return reinterpret_cast<uint16_t*>(cache_start_ + block * block_bytes_ +
                                            (layer * config_.kv_heads + head) * head_bytes_);
     }
+    // Keys and values of a head, in a block.
+    void ask_for(const uint16_t* keys) const {
+        for (int64_t line = 0; line < head_bytes_; line += 64) simd::prefetch((const uint8_t*)keys + line);
+    }
     uint16_t* values(uint16_t* keys) const { return keys + kBlock * config_.head_size; }
 
     // Rotates a token's queries (scaled by 1/√E) in place, as attention wants them, and writes its rotated keys and its
@@ -521,6 +525,10 @@ private:
              start += kBlock) {
             const uint16_t* key = keys(table[start / kBlock], layer, head);
             const uint16_t* value = key + kBlock * E;
+            if (rows <= simd::kAttentionRows) {  // memory is the limit
+                if (start + kBlock <= last) ask_for(keys(table[start / kBlock + 1], layer, head));
+                else if (head + 1 < config_.kv_heads) ask_for(keys(table[0], layer, head + 1));
+            }
             int64_t row = 0;  // tokens at the front of this tile may see nothing of the block
             while (step.positions[tile.first + row / share] < start) row += share;
             const auto attend_rows = [&](auto key_numbers, auto value_numbers) {
