@@ -407,6 +407,33 @@ def test_one_request_that_fails_in_the_model(tmp_path: Path) -> None:
         assert server.gauge("llama2_running") == 0
 
 
+JUMPING = """
+import itertools, time
+real, days = time.time, itertools.cycle((0, 1, -1, 400))
+time.time = lambda: real() + 86400 * next(days)
+from llama2.cli.main import run
+run()
+"""
+
+
+def test_a_clock_that_jumps(tmp_path: Path) -> None:
+    """By a day, or a year and more, forth and back, between any two looks at it."""
+    options = ("--timeout", "5", "--keep-alive", "30", "--drain", "20")
+    with serving([write_model(tmp_path)], *options, program=("-c", JUMPING)) as server:
+        held = server.open(CHAT, ENDLESS_CHAT)
+        server.wait_for("llama2_running", 1, 10)
+        for _ in range(5):
+            assert server.post(CHAT, chat(max_tokens=5))[0] == 200
+        text = server.get("/metrics")[2].decode()
+        sums = {line.split("{")[0]: float(line.split()[-1]) for line in text.splitlines() if "_seconds_sum{" in line}
+        assert len(sums) == 5  # queue, prefill, first token, between tokens, request
+        assert all(0 <= value < 120 for value in sums.values()), sums
+        server.signal()  # and it still waits for the answer that it has begun
+        told = b"".join(iter(lambda: held.recv(65536), b""))
+        assert b"data: [DONE]" in told[-40:]
+        assert server.process.wait(30) == 0
+
+
 def test_a_message_of_the_prompt_is_in_no_log(server: Server) -> None:
     server.post(CHAT, chat(messages=[{"role": "user", "content": "a secret that nobody logs"}], secret_field=1))
     server.post(CHAT, chat(messages=[{"role": "user", "content": "another secret [INST]"}]))

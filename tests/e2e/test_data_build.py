@@ -101,7 +101,7 @@ def test_a_corpus_is_replaced_only_when_asked(place: Path, capsys: pytest.Captur
         (["dir=none"], "sources.notes: no file in none matches **/*.txt"),
         (["tokenizer.file=a"], "tokenizer: Value error, needs either file or vocabulary"),
         (["tokenizer={file='none.model'}"], "none.model: No such file"),
-        (["tokenizer.vocabulary=30000"], "no vocabulary of 30000 tokens can be learnt from 10 lines"),
+        (["tokenizer.vocabulary=30000"], "no vocabulary of 30000 tokens can be learnt from 8 lines"),
         (["executor.kind='slurm'"], "executor: Value error, Slurm needs a partition"),
         (["executor.kind='ray'"], "executor.kind: Ray is not installed"),
         (["sources.notes.languages=['de']"], "sources.notes: none of its documents was kept (6 read, "),
@@ -134,6 +134,21 @@ finally:
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "False"
+
+
+def test_a_library_that_is_not_installed(place: Path) -> None:
+    program = """
+import sys
+from llama2.cli.main import run
+sys.modules["datatrove"] = None
+run(["data", "build", "recipe.toml"])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr == (
+        "llama2: error: this command needs datatrove, which is not installed; "
+        "`pip install 'whole-llama[train]'` brings it\n"
+    )
 
 
 def test_train_a_tokenizer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

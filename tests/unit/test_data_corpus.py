@@ -280,6 +280,22 @@ def test_samples_of_a_benchmark_leave_the_corpus(tmp_path: Path) -> None:
     assert found["cut"]["documents"] == 1
 
 
+def test_a_tokenizer_is_learnt_from_what_is_trained_on(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(" ".join(story(number, 120)))
+    (tmp_path / "8.txt").write_text((tmp_path / "0.txt").read_text())
+    settings: dict[str, Any] = {"output": str(tmp_path / "out"), "dir": str(tmp_path), "validation": 0.5}
+    settings |= {"sources": {"s": {"files": ["*.txt"]}}, "executor": {"tasks": 1, "workers": 1}}
+    build(BuildRecipe.model_validate(settings | {"tokenizer": {"vocabulary": 400}}))
+    train = Shards.open(tmp_path / "out", "train")
+    assert 0 < train.documents < 8
+    words, ids = train.load_tokenizer(), train.read(0, train.tokens).tolist()
+    ends = [place for place, token in enumerate(ids) if token == words.eos_id]
+    texts = [words.decode(ids[start + 1 : end]) for start, end in zip([0, *(e + 1 for e in ends)], ends, strict=False)]
+    assert len(texts) == train.documents
+    assert trainer.train(texts, 400).model == (tmp_path / "out/tokenizer.model").read_bytes()
+
+
 def test_a_build_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, text in enumerate(ENGLISH):
         (tmp_path / f"{number}.txt").write_text(text)

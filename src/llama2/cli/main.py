@@ -83,10 +83,11 @@ def run(arguments: Sequence[str] | None = None) -> None:
         print("llama2: error:", one_line(error), file=sys.stderr)
         status = 2 if isinstance(error, UsageError) else 1
     except ModuleNotFoundError as error:
-        if debug or error.name not in TRAIN:
+        name = (error.name or "").partition(".")[0]
+        if debug or name not in TRAIN:
             raise
         hint = "`pip install 'whole-llama[train]'` brings it"
-        print(f"llama2: error: this command needs {error.name}, which is not installed; {hint}", file=sys.stderr)
+        print(f"llama2: error: this command needs {name}, which is not installed; {hint}", file=sys.stderr)
         status = 1
     try:
         sys.stdout.flush()

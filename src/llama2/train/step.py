@@ -103,7 +103,7 @@ class Step:
             parallel.tensor_parallel(network, divides)
         if compile:
             parallel.compile_blocks(network)
-            self.objective.softmax = torch.compile(exponentials)
+            self.objective.softmax = parallel.compiled(exponentials)
             if self.device.type == "cpu":
                 self.objective.attention = attention_by_products
         if checkpointing:
