@@ -147,6 +147,8 @@ class _Answer:
             "model": body.model,
             "system_fingerprint": service.fingerprint,
         }
+        self._before = b"data: " + dump(self.chunk_head())[:-1] + b',"choices":['
+        self._after = b"]" + (b',"usage":null' if self.include_usage else b"") + b"}\n\n"
 
     async def stream(self, stream: Stream) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
@@ -172,6 +174,10 @@ class _Answer:
         """What every chunk begins with."""
         return self.head
 
+    def chunk(self, row: bytes) -> bytes:
+        """The event of a choice's part, in JSON."""
+        return self._before + row + self._after
+
     def begin(self, index: int) -> bytes:
         """The events before a choice's first token."""
         return b""
@@ -193,9 +199,6 @@ class _Chat(_Answer):
         super().__init__(body, service)
         self.readers = readers
         self.logprobs = bool(body.logprobs)
-        opened = dump(self.chunk_head())[:-1].decode()
-        self._before = f'data: {opened},"choices":[{{"index":'
-        self._after = "}]" + (',"usage":null' if self.include_usage else "") + "}\n\n"
 
     def chunk_head(self) -> dict[str, Any]:
         return {**self.head, "object": "chat.completion.chunk"}
@@ -216,8 +219,8 @@ class _Chat(_Answer):
         return parts
 
     def _chunk(self, index: int, delta: str, logprobs: str = "null", finish: str = "null") -> bytes:
-        inner = f'{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}'
-        return (self._before + inner + self._after).encode()
+        row = f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}'
+        return self.chunk(row.encode())
 
     def rows(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
         return [
@@ -251,8 +254,7 @@ class _Completion(_Answer):
         if not (text or logprobs or news.finish):
             return []
         scores = self._logprobs(index, prompt.tokens, news.prompt_logprobs or (), logprobs) if self._asked else None
-        row = {"text": text, "index": index, "logprobs": scores, "finish_reason": news.finish}
-        return [event({**self.head, "choices": [row], **({"usage": None} if self.include_usage else {})})]
+        return [self.chunk(dump({"text": text, "index": index, "logprobs": scores, "finish_reason": news.finish}))]
 
     def rows(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
         rows = []

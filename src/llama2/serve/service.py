@@ -189,6 +189,7 @@ class Service:
         """Account for a step's events, and hand them to those who wait; in the event loop."""
         self.door.places = max(1, load.running) if load.waiting else MAX_SEQUENCES  # the cache may hold fewer
         began = []
+        tokens = 0
         for stream, events in news.items():
             answered = any(event.token is not None or event.finish == "length" for _, event in events)
             if stream.first is None and answered:
@@ -200,7 +201,8 @@ class Service:
                         self._between.observe(now - stream.last[index])
                     stream.last[index] = now
                     stream.completion_tokens += 1
-                    self._generated.inc()
+                    tokens += 1
+        self._generated.inc(tokens)
         if began:
             self.door.began(began, now)
         for stream, events in news.items():

@@ -98,6 +98,7 @@ class Tokenizer(ABC):
         self.stop_ids = frozenset(token for token in ends if token is not None)  # EOS and every end-of-turn token
         self._control_ids = frozenset(control.values())
         self._control_pattern = _any_of(control)
+        self._known_bytes: dict[int, bytes] = {}  # of tokens that were asked for
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
         """Token ids of `text`; `special`: control tokens in it are recognised, and what lies between is encoded alone.
@@ -129,7 +130,10 @@ class Tokenizer(ABC):
         """The bytes that a token stands for in the middle of a text; empty for a control token."""
         if not 0 <= token < self.vocab_size:
             raise TokenizerError(f"token id {token} is outside the vocabulary of {self.vocab_size} tokens")
-        return b"" if token in self._control_ids else self._bytes(int(token))
+        found = self._known_bytes.get(token)
+        if found is None:
+            found = self._known_bytes[token] = b"" if token in self._control_ids else self._bytes(int(token))
+        return found
 
     def stream(self) -> TokenStream:
         """A fresh incremental detokeniser."""
