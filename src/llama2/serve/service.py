@@ -1,7 +1,8 @@
 """One thread for each loaded model, which owns its engine; and the streams by which coroutines follow its events.
 
 Coroutines never touch the engine: they post what is to be added or cancelled, and the thread hands all events of a step
-to the event loop at once.
+to the event loop at once, or of a few steps that are short: waking coroutines and sending costs as much as a step of a
+small model. First tokens and ends are told without delay.
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ log = logging.getLogger("llama2.serve")
 #: Tokens of the prompt that a model is tried with.
 _TRIAL = 64
 
+#: Seconds that a token may wait to be told together with those of the steps that follow.
+_TOGETHER = 0.025
+
 #: A step's news of one choice: its index among the stream's requests, and the event.
 News = tuple[int, Event]
+
+#: When a step ended, and its news.
+Step = tuple[float, dict["Stream", list[News]]]
 
 
 class Stream:
@@ -139,6 +146,9 @@ class Service:
         self._choices: dict[int, tuple[Stream, int]] = {}  # by the engine's id; of the thread alone
         self._ids: dict[Stream, set[int]] = {}
         self._unstarted: dict[int, Stream] = {}  # by the engine's id, in order of arrival
+        self._silent: set[Stream] = set()  # of which nothing was told
+        self._untold: list[Step] = []
+        self._told = 0.0  # when the last of them were
         self._thread = threading.Thread(target=self._work, name=f"engine of {name}", daemon=True)
         self._thread.start()
 
@@ -185,36 +195,40 @@ class Service:
         self._posted.append((what, stream))
         self._wake.set()
 
-    def _tell(self, news: dict[Stream, list[News]], load: Load, now: float) -> None:
-        """Account for a step's events, and hand them to those who wait; in the event loop."""
+    def _tell(self, steps: list[Step], load: Load) -> None:
+        """Account for the events of some steps, and hand them to those who wait; in the event loop."""
         self.door.places = max(1, load.running) if load.waiting else MAX_SEQUENCES  # the cache may hold fewer
-        began = []
         tokens = 0
-        for stream, events in news.items():
-            answered = any(event.token is not None or event.finish == "length" for _, event in events)
-            if stream.first is None and answered:
-                stream.first = now
-                began.append(stream.demand)
-            for index, event in events:
-                if event.token is not None:
-                    if stream.last[index] > stream.arrived:
-                        self._between.observe(now - stream.last[index])
-                    stream.last[index] = now
-                    stream.completion_tokens += 1
-                    tokens += 1
+        told: dict[Stream, list[News]] = {}
+        for now, news in steps:
+            began = []
+            for stream, events in news.items():
+                told.setdefault(stream, []).extend(events)
+                answered = any(event.token is not None or event.finish == "length" for _, event in events)
+                if stream.first is None and answered:
+                    stream.first = now
+                    began.append(stream.demand)
+                for index, event in events:
+                    if event.token is not None:
+                        if stream.last[index] > stream.arrived:
+                            self._between.observe(now - stream.last[index])
+                        stream.last[index] = now
+                        stream.completion_tokens += 1
+                        tokens += 1
+            if began:
+                self.door.began(began, now)
+            for stream, events in news.items():
+                ended = [event.finish for _, event in events if event.finish is not None]
+                if ended:
+                    stream.finishes += ended
+                    found = sum(event.cached_tokens for i, event in events if stream.requests[i].choice == 0)
+                    stream.cached_tokens += found
+                    self.metrics.cached.labels(self.name).inc(found)
+                    for finish in ended:
+                        self.metrics.finished.labels(self.name, finish).inc()
+                    self._end(stream, len(ended), now)
         self._generated.inc(tokens)
-        if began:
-            self.door.began(began, now)
-        for stream, events in news.items():
-            ended = [event.finish for _, event in events if event.finish is not None]
-            if ended:
-                stream.finishes += ended
-                found = sum(event.cached_tokens for i, event in events if stream.requests[i].choice == 0)
-                stream.cached_tokens += found
-                self.metrics.cached.labels(self.name).inc(found)
-                for finish in ended:
-                    self.metrics.finished.labels(self.name, finish).inc()
-                self._end(stream, len(ended), now)
+        for stream, events in told.items():
             stream.tell(events)
 
     def _end(self, stream: Stream, choices: int, now: float) -> None:
@@ -267,6 +281,7 @@ class Service:
             self._ids[stream] = set(ids)
             self._choices |= {id: (stream, index) for index, id in enumerate(ids)}
             self._unstarted |= dict.fromkeys(ids, stream)
+            self._silent.add(stream)
         self._loop.call_soon_threadsafe(stream.take, failure)
 
     def _step(self, engine: EngineProtocol) -> None:
@@ -285,20 +300,30 @@ class Service:
                 stream = self._unstarted.pop(id)
                 stream.started = stream.started or begun
         news: dict[Stream, list[News]] = {}
+        urgent = False
         for event in events:
             if (choice := self._choices.get(event.request)) is None:
                 continue
             stream, index = choice
             news.setdefault(stream, []).append((index, event))
+            if stream in self._silent:
+                urgent = True
+                self._silent.remove(stream)
             if event.finish is not None:
+                urgent = True
                 del self._choices[event.request]
                 ids = self._ids[stream]
                 ids.discard(event.request)
                 self._unstarted.pop(event.request, None)
                 if not ids:
                     del self._ids[stream]
+        now = time.perf_counter()
         if news:
-            self._loop.call_soon_threadsafe(self._tell, news, load, time.perf_counter())
+            self._untold.append((now, news))
+        next_step = now + (now - begun)
+        if self._untold and (urgent or next_step > self._told + _TOGETHER):
+            self._loop.call_soon_threadsafe(self._tell, self._untold, load)
+            self._untold, self._told = [], now
 
 
 def measure(model: Model) -> float:
