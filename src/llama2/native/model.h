@@ -176,20 +176,21 @@ private:
     };
     Crew together() { return {&pool_, 0, shared_}; }
 
-    // Threads divide the rows of every product, or the tokens: then a block of these stays with one thread through a
-    // layer, in its second cache, and threads wait for each other once a layer. For that there must be a block for
-    // every thread, and weights that the last cache holds, as each block goes through all of them.
+    // Threads divide the rows of every product, or the tokens: then these stay with one thread through a layer, in its
+    // second cache, and threads wait for each other once a layer. For that there must be some for every thread, and
+    // weights that the last cache holds, as each thread goes through all of them.
     bool divides_tokens(int64_t N) const {
         const Layer& l = layers_[0];
         int64_t bytes = 0;
         for (const Weight* w : {&l.wq, &l.wk, &l.wv, &l.wo, &l.w1, &l.w2, &l.w3}) bytes += w->bytes();
-        return N >= kTokenBlock * pool_.threads() && bytes <= kCachedBytes;
+        return N >= kTokensEach * pool_.threads() && bytes <= kCachedBytes;
     }
-    static constexpr int64_t kCachedBytes = 8 << 20;
+    static constexpr int64_t kCachedBytes = 8 << 20, kTokensEach = 16;
 
     std::vector<Part> divide(const Step& step) const {
         const int64_t N = step.tokens_count, T = pool_.threads();
         if (observed_ || !divides_tokens(N)) return {{0, N, query_tiles(step, 0, N)}};
+        if (N < kTokenBlock * T) return divide_evenly(step);
         // As many blocks for each thread, of nearly one size.
         const int64_t each = (N + T * kTokenBlock - 1) / (T * kTokenBlock), count = each * T;
         const int64_t tiles = (N + simd::kTokens - 1) / simd::kTokens;
@@ -200,6 +201,25 @@ private:
             // Later tokens attend to more: they are dealt out to and fro, and done first.
             const int64_t round = i / T, thread = round % 2 ? T - 1 - i % T : i % T;
             parts[size_t(thread * each + each - 1 - round)] = {first, end - first, query_tiles(step, first, end)};
+        }
+        return parts;
+    }
+
+    // A part for each thread, by the work that its tokens are: that of attention grows with their positions, and a
+    // number in the cache takes about eight times as long as a weight.
+    std::vector<Part> divide_evenly(const Step& step) const {
+        const int64_t N = step.tokens_count, T = pool_.threads();
+        const int64_t D = config_.dim, Q = config_.heads * config_.head_size, K = config_.kv_heads * config_.head_size;
+        const double products = double(D) * double(2 * Q + 2 * K + 3 * config_.hidden), attention = 8.0 * 2 * double(Q);
+        double total = 0, done = 0;
+        for (int64_t t = 0; t < N; ++t) total += products + attention * step.positions[t];
+        std::vector<Part> parts;
+        for (int64_t first = 0, t = 0; t < N; ++t) {
+            done += products + attention * step.positions[t];
+            const bool whole = (t + 1 - first) % simd::kTokens == 0;  // as products take their tokens
+            if (t + 1 < N && !(whole && done >= total * double(parts.size() + 1) / double(T))) continue;
+            parts.push_back({first, t + 1 - first, query_tiles(step, first, t + 1)});
+            first = t + 1;
         }
         return parts;
     }
