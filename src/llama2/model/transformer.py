@@ -25,7 +25,7 @@ from llama2.errors import ContextError
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 #: That attention_by_products takes at once.
-QUERIES = 256
+QUERIES = 512
 
 _FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
