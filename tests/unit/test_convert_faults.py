@@ -231,6 +231,12 @@ def test_a_target_in_a_file_system_without_places(sources: Sources) -> None:
         convert(sources["gguf"], Path("/proc/self/model"), "hf", run=False)
 
 
+def heeding_signals() -> None:
+    """What runs in the background of a shell is begun with the first ignored, and under nohup the second."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_in_the_middle(number: signal.Signals, tmp_path: Path, out: Path) -> None:
     """Nothing is left, whichever step it was in."""
