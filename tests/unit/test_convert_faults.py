@@ -253,7 +253,9 @@ def test_stopped_in_the_middle(number: signal.Signals, tmp_path: Path, out: Path
     ]
     seen = 0
     for files in (1, 4):  # as soon as it writes, and when it compares
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_signals
+        ) as process:
             while process.poll() is None and len(list((out / "model.part").rglob("*"))) < files:
                 time.sleep(0.001)
             process.send_signal(number)
