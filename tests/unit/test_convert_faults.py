@@ -254,7 +254,11 @@ def test_stopped_in_the_middle(number: signal.Signals, tmp_path: Path, out: Path
     seen = 0
     for files in (1, 4):  # as soon as it writes, and when it compares
         with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_signals
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heeding_signals,  # noqa: PLW1509  # this program has one thread
         ) as process:
             while process.poll() is None and len(list((out / "model.part").rglob("*"))) < files:
                 time.sleep(0.001)
