@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_decode_is_compiled_as_one_graph(tmp_path: Path, monkeypatch: pytest.Mon
     """Steps of any number of sequences and tokens, without a break; another number of either compiles nothing anew."""
     graphs: list[torch.fx.GraphModule] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], **_: Any) -> torch.fx.GraphModule:
         graphs.append(graph)
         return graph
 

@@ -70,8 +70,9 @@ def test_neighbouring_query_heads_share_keys_and_values() -> None:
 
 @pytest.mark.parametrize("heads", [6, 2])
 @pytest.mark.parametrize("packed", [True, False])
-def test_attention_by_products_is_attention(heads: int, packed: bool) -> None:
+def test_attention_by_products_is_attention(heads: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more tokens than it takes at once, and no multiple of them; gradients too."""
+    monkeypatch.setattr("llama2.model.transformer.QUERIES", 64)
     q, k, v = (torch.randn(2, 150, count, 8, requires_grad=True) for count in (6, heads, heads))
     visible = within(torch.arange(150).expand(2, 150) // 40)[1] if packed else None
     results = []

@@ -84,8 +84,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
         status = 2 if isinstance(error, UsageError) else 1
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if debug or name not in TRAIN:
+        if name not in TRAIN:
             raise
+        if debug:
+            traceback.print_exc()
         hint = "`pip install 'whole-llama[train]'` brings it"
         print(f"llama2: error: this command needs {name}, which is not installed; {hint}", file=sys.stderr)
         status = 1

@@ -123,7 +123,7 @@ class TorchRunner:
             )
         except (RuntimeError, TypeError):  # what torch says of memory that is not there, and of numbers above 2⁶³
             raise cache_too_large(n_blocks) from None
-        self._compiled = torch.compile(self.model.features, dynamic=True) if compile else self.model.features
+        self._compiled = parallel.compiled(self.model.features, dynamic=True) if compile else self.model.features
         self._group = group
 
     @torch.inference_mode()

@@ -77,16 +77,16 @@ def _add_up(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Te
     return output
 
 
-# Training
-
-
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
+def compiled(function: Callable[P, R], *, dynamic: bool | None = None) -> Callable[P, R]:
     """torch.compile, which believes a CPU's own word of its instruction sets.
 
     Otherwise it compiles and runs a program for each, which takes longer than to compile a block.
     """
-    result: Callable[P, R] = torch.compile(function, options={"cpp.vec_isa_ok": True})
+    result: Callable[P, R] = torch.compile(function, dynamic=dynamic, options={"cpp.vec_isa_ok": True})
     return result
+
+
+# Training
 
 
 def compile_blocks(model: Transformer) -> None:

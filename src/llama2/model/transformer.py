@@ -85,7 +85,8 @@ def within(documents: Tensor) -> tuple[Tensor, Tensor]:
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """What `attention` gives for S = T, by plain products, some queries at a time.
 
-    Compiled for a CPU it is faster than the fused kernel where T is small, and keeps T² / 2 weights a head.
+    Compiled for a CPU it is faster than the fused kernel where T is small. It keeps T² / 2 weights a head, or up to T²
+    where T is not many times QUERIES.
     """
     count, size = q.shape[1], q.shape[3]
     if visible is None:
