@@ -37,7 +37,8 @@ class Process:
 
     def first_thread(self) -> float:
         """Those of the thread that it began with."""
-        return _seconds(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat"))
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/schedstat")  # in nanoseconds, not in ticks
+        return int(path.read_text().split()[0]) * 1e-9
 
     def memory(self) -> int:
         """Bytes that are resident."""

@@ -64,7 +64,7 @@ def requests(model: Model, count: int, rng: random.Random) -> list[Request]:
 
 def plain(events: list[Event]) -> list[Event]:
     """What was told, without whose request it was and what was saved on the way."""
-    return [replace(event, request=0, cached_tokens=0, drafted_tokens=0, accepted_tokens=0) for event in events]
+    return [event._replace(request=0, cached_tokens=0, drafted_tokens=0, accepted_tokens=0) for event in events]
 
 
 def together(engine: Engine, asked: list[Request], rng: random.Random, steps: Counter[int]) -> list[list[Event]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,4 +106,4 @@ def saying(text: str, prompt: int = 1) -> Callable[[list[int]], NDArray[np.float
 
 def plain(events: Sequence[Event]) -> list[Event]:
     """What was told, without whose request it was and what was saved on the way."""
-    return [replace(event, request=0, cached_tokens=0, drafted_tokens=0, accepted_tokens=0) for event in events]
+    return [event._replace(request=0, cached_tokens=0, drafted_tokens=0, accepted_tokens=0) for event in events]

@@ -107,7 +107,8 @@ void draw_one(Line& line) {
     o.min_p = line.next<double>(), o.seed = line.next<uint64_t>(), o.choice = line.next<uint64_t>();
     o.position = line.next<uint64_t>(), o.repetition_penalty = 1;
     auto logits = receive<float>(n);
-    answer(std::vector<int64_t>{draw(logits.data(), n, o)});
+    Scratch scratch;
+    answer(std::vector<int64_t>{draw(logits.data(), n, o, scratch)});
 }
 
 // The model that the requests build, and the memory that its weights point into.

@@ -250,12 +250,18 @@ class Engine(EngineProtocol):
             if (placed := generation.placed) < len(generation.blocks):
                 generation.table[placed : len(generation.blocks)] = generation.blocks[placed:]
                 generation.placed = len(generation.blocks)
-            batch.tokens[n : n + count] = generation.tokens[start:end]
-            batch.positions[n : n + count] = self._range[start:end]
-            batch.sequences[n : n + count] = s
+            if count == 1:  # an answer that grows, as most do: numbers are quicker than views of one
+                batch.tokens[n], batch.positions[n], batch.sequences[n] = generation.tokens[start], start, s
+            else:
+                batch.tokens[n : n + count] = generation.tokens[start:end]
+                batch.positions[n : n + count] = self._range[start:end]
+                batch.sequences[n : n + count] = s
             batch.blocks[s] = generation.table
             n += count
-            batch.outputs[m : m + part.rows] = self._range[n - part.rows : n]
+            if part.rows == 1:
+                batch.outputs[m] = n - 1
+            else:
+                batch.outputs[m : m + part.rows] = self._range[n - part.rows : n]
             m += part.rows
         return Batch(
             batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.blocks[: len(parts)], batch.outputs[:m]

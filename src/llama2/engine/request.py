@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama2.errors import ContextError, RequestError
 
@@ -117,8 +117,7 @@ class Logprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):  # which is quicker to make than a dataclass: every token has one
     """One token of one request's answer.
 
     `text` is what became certain with this token: whole characters, held back while a stop string may be forming.

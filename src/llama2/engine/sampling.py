@@ -23,13 +23,12 @@ class Sampler:
         s = request.sampling
         self._processors = request.processors
         self._prompt_length = len(request.prompt)
-        self._bias = s.logit_bias
         self._sample = native.module().sample
         self._settings = (
             *(self._prompt_length, s.temperature, s.top_k, s.top_p, s.min_p),
             *(s.repetition_penalty, s.presence_penalty, s.frequency_penalty),
-            np.array(list(self._bias.keys()), np.int32),
-            np.array(list(self._bias.values()), np.float32),
+            np.array(list(s.logit_bias.keys()), np.int32),
+            np.array(list(s.logit_bias.values()), np.float32),
             *(s.seed, request.choice),
         )
 
@@ -40,10 +39,9 @@ class Sampler:
         """
         for process in self._processors:
             process(logits, history, self._prompt_length)
-        if math.isfinite(logits.max()):
-            token: int = self._sample(logits, history, *self._settings, len(history))
-            if math.isfinite(logits[token] + self._bias.get(token, 0.0)):
-                return token
+        token: int = self._sample(logits, history, *self._settings, len(history))
+        if token >= 0:
+            return token
         raise EngineError(
             f"position {len(history)}: there is nothing to draw, because a logit is not a number or all are −inf; "
             "check the model file, logit_bias and processors"

@@ -120,7 +120,12 @@ std::pair<double, double> requantise(const std::string& source, const In<uint8_t
     return {loss.lost, loss.total};
 }
 
-int64_t sample(const In<float, 1>& logits, const In<int32_t, 1>& history, int64_t prompt_length, float temperature,
+Scratch& scratch_of_thread() {
+    thread_local Scratch scratch;
+    return scratch;
+}
+
+int64_t sample(const Out<float, 1>& logits, const In<int32_t, 1>& history, int64_t prompt_length, float temperature,
                int64_t top_k, double top_p, double min_p, float repetition_penalty, float presence_penalty,
                float frequency_penalty, const In<int32_t, 1>& bias_ids, const In<float, 1>& bias_values, uint64_t seed,
                uint64_t choice, uint64_t position) {
@@ -129,26 +134,24 @@ int64_t sample(const In<float, 1>& logits, const In<int32_t, 1>& history, int64_
     expect(bias_ids.size() == bias_values.size(), "bias ids and values differ in length");
     const SamplingOptions o{temperature,       top_k, top_p,  min_p,   repetition_penalty, presence_penalty,
                             frequency_penalty, seed,  choice, position};
-    const bool plain = repetition_penalty == 1 && presence_penalty == 0 && frequency_penalty == 0 && !bias_ids.size();
-    if (plain && temperature == 0) return argmax(logits.data(), n);
-    std::vector<float> edited(logits.data(), logits.data() + n);
     for (int64_t i = 0; i < length; ++i)
         expect(history.data()[i] >= 0 && history.data()[i] < n, "a token of the history is not in the vocabulary");
-    penalize(edited.data(), history.data(), length, prompt_length, o);
+    Edits edits(logits.data());
+    penalize(edits, history.data(), length, prompt_length, o);
     for (size_t i = 0; i < bias_ids.size(); ++i) {
         const int32_t id = bias_ids.data()[i];
         expect(id >= 0 && id < n, "logit_bias names a token that is not in the vocabulary");
-        edited[size_t(id)] += bias_values.data()[i];
+        edits.set(id, edits[id] + bias_values.data()[i]);
     }
-    nb::gil_scoped_release release;
-    return draw(edited.data(), n, o);
+    return draw(logits.data(), n, o, scratch_of_thread());  // sooner done than the lock would be back, if given away
 }
 
 float logprobs(const In<float, 1>& logits, int64_t token, const Out<int32_t, 1>& top, const Out<float, 1>& values) {
     const int64_t n = int64_t(logits.size());
     expect(token >= 0 && token < n, "token is not in the vocabulary");
     expect(top.size() == values.size() && int64_t(top.size()) <= n, "more alternatives than tokens");
-    return log_probabilities(logits.data(), n, token, int64_t(top.size()), top.data(), values.data());
+    return log_probabilities(logits.data(), n, token, int64_t(top.size()), top.data(), values.data(),
+                             scratch_of_thread());
 }
 
 template <double (*measure)(int, double)> double measured(int threads, double seconds) {

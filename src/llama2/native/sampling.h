@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <limits>
-#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "simd.h"
@@ -39,29 +39,58 @@ struct SamplingOptions {
     uint64_t seed, choice, position;
 };
 
-// The first of the largest. Found by stretches, so that only one of them is searched number by number.
-inline int64_t argmax(const float* logits, int64_t n) {
-    constexpr int64_t stretch = 1024;
-    int64_t best_start = 0;
-    float best = -std::numeric_limits<float>::infinity();
-    for (int64_t start = 0; start < n; start += stretch) {
-        const int64_t end = std::min(start + stretch, n);
-        simd::F largest = simd::set(-std::numeric_limits<float>::infinity());
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Logits by stretches, and the largest of each: only few stretches are then searched number by number.
+constexpr int64_t kStretch = 256;
+
+// The first of the largest; −1 when that is not finite, or anything is not a number.
+inline int64_t argmax(const float* logits, int64_t n, std::vector<float>& largest) {
+    largest.clear();
+    for (int64_t start = 0; start < n; start += kStretch) {
+        const int64_t end = std::min(start + kStretch, n);
+        int32_t unordered = 0;
+        for (int64_t i = start; i < end; ++i) unordered |= logits[i] != logits[i];
+        if (unordered) return -1;
+        simd::F most = simd::set(-kInfinity);
         int64_t i = start;
-        for (; i + simd::kLanes <= end; i += simd::kLanes) largest = simd::max(largest, simd::load(logits + i));
+        for (; i + simd::kLanes <= end; i += simd::kLanes) most = simd::max(most, simd::load(logits + i));
         float lanes[simd::kLanes];
-        simd::store(lanes, largest);
+        simd::store(lanes, most);
         float here = *std::max_element(lanes, lanes + simd::kLanes);
         for (; i < end; ++i) here = std::max(here, logits[i]);
-        if (here > best) best = here, best_start = start;
+        largest.push_back(here);
     }
-    int64_t i = best_start;
-    while (i + 1 < n && logits[i] != best) ++i;
+    const auto best = std::max_element(largest.begin(), largest.end());
+    if (!std::isfinite(*best)) return -1;
+    int64_t i = (best - largest.begin()) * kStretch;
+    while (logits[i] != *best) ++i;
     return i;
 }
 
-// history: prompt, then answer. Edits `logits` (V). Repetition: Keskar et al. 2019; presence, frequency: OpenAI's.
-inline void penalize(float* logits, const int32_t* history, int64_t length, int64_t prompt_length,
+// Logits while some of them are others, until this ends.
+class Edits {
+public:
+    explicit Edits(float* logits) : logits_(logits) {}
+    Edits(const Edits&) = delete;
+    Edits& operator=(const Edits&) = delete;
+    ~Edits() {
+        for (auto edit = undo_.rbegin(); edit != undo_.rend(); ++edit) logits_[edit->first] = edit->second;
+    }
+
+    float operator[](int32_t token) const { return logits_[token]; }
+    void set(int32_t token, float logit) {
+        undo_.emplace_back(token, logits_[token]);
+        logits_[token] = logit;
+    }
+
+private:
+    float* logits_;
+    std::vector<std::pair<int32_t, float>> undo_;
+};
+
+// history: prompt, then answer. Repetition: Keskar et al. 2019; presence, frequency: OpenAI's.
+inline void penalize(Edits& logits, const int32_t* history, int64_t length, int64_t prompt_length,
                      const SamplingOptions& o) {
     if (o.repetition_penalty == 1 && o.presence_penalty == 0 && o.frequency_penalty == 0) return;
     std::vector<int32_t> all(history, history + length), answer(history + prompt_length, history + length);
@@ -70,24 +99,25 @@ inline void penalize(float* logits, const int32_t* history, int64_t length, int6
     all.erase(std::unique(all.begin(), all.end()), all.end());
     if (o.repetition_penalty != 1)
         for (const int32_t t : all)
-            logits[t] = logits[t] > 0 ? logits[t] / o.repetition_penalty : logits[t] * o.repetition_penalty;
+            logits.set(t, logits[t] > 0 ? logits[t] / o.repetition_penalty : logits[t] * o.repetition_penalty);
     for (size_t i = 0; i < answer.size();) {
         size_t end = i;
         while (end < answer.size() && answer[end] == answer[i]) ++end;
-        logits[answer[i]] -= o.presence_penalty + o.frequency_penalty * float(end - i);
+        logits.set(answer[i], logits[answer[i]] - (o.presence_penalty + o.frequency_penalty * float(end - i)));
         i = end;
     }
 }
 
-// Σ exp(x − maximum) in a fixed order, and the exponentials themselves.
-inline double exponentials(const float* x, int64_t n, float maximum, float* out) {
+// Σ exp((x − maximum) / temperature) in a fixed order, and the exponentials themselves.
+inline double exponentials(const float* x, int64_t n, float maximum, float temperature, float* out) {
     using namespace simd;
+    const auto of = [&](F x) { return exp(div(sub(x, set(maximum)), set(temperature))); };
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(out + i, exp(sub(load(x + i), set(maximum))));
+    for (; i + kLanes <= n; i += kLanes) store(out + i, of(load(x + i)));
     if (i < n) {
         float rest[kLanes] = {}, result[kLanes];
         std::memcpy(rest, x + i, size_t(n - i) * 4);
-        store(result, exp(sub(load(rest), set(maximum))));
+        store(result, of(load(rest)));
         std::memcpy(out + i, result, size_t(n - i) * 4);
     }
     double sums[8] = {}, sum = 0;  // side by side, because an addition waits for the one before it
@@ -99,37 +129,66 @@ inline double exponentials(const float* x, int64_t n, float maximum, float* out)
     return sum;
 }
 
-// The next token from `logits` (V), which are edited: temperature, top-k, top-p, min-p, draw. Candidates are ordered by
-// logit, equal ones by id. top-p keeps a token while the mass before it is at most top_p (spec 10.6).
-inline int64_t draw(float* logits, int64_t n, const SamplingOptions& o) {
-    if (o.temperature == 0) return argmax(logits, n);
-    const float maximum = logits[argmax(logits, n)];
-    for (int64_t i = 0; i < n; ++i) logits[i] = (logits[i] - maximum) / o.temperature;
-    std::vector<float> weights(static_cast<size_t>(n));
-    const double whole = exponentials(logits, n, 0, weights.data());
-    const auto before = [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
-    // Only as many candidates are gathered as are needed, band by band below the largest, and sorted from the front.
+// What drawing needs beside the logits, kept from one token to the next.
+struct Scratch {
+    std::vector<float> largest, weights;
     std::vector<int32_t> order;
-    int64_t sorted = 0;
-    float end_of_band = 1;
-    const auto gather = [&] {  // bands begin at -2, -4 … -64, and the last one has the rest
-        const float band = end_of_band > 0 ? -2 : 2 * end_of_band;
-        const bool last = end_of_band <= -64;
-        for (int64_t i = 0; i < n; ++i)
-            if (!(logits[i] >= end_of_band) && (logits[i] >= band || last)) order.push_back(int32_t(i));
-        end_of_band = band;
-    };
-    const auto weight_at = [&](int64_t i) {
-        if (i == sorted) {
-            while (int64_t(order.size()) == sorted) gather();
-            const int64_t end = std::min(std::max<int64_t>(64, 4 * sorted), int64_t(order.size()));
-            if (end < int64_t(order.size()))
-                std::nth_element(order.begin() + sorted, order.begin() + end, order.end(), before);
-            std::sort(order.begin() + sorted, order.begin() + end, before);
-            sorted = end;
+};
+
+// Tokens by logit, the largest first and equal ones by id. Only as many are sorted as are asked for, and only those
+// gathered that may be among them: band by band below `maximum`, 2, 4 … 64 times `width` deep, and then the rest.
+class Ranking {
+public:
+    // `scratch.largest` as argmax left it.
+    Ranking(const float* logits, int64_t n, float maximum, float width, Scratch& scratch)
+        : logits_(logits), n_(n), maximum_(maximum), width_(width), largest_(scratch.largest), order_(scratch.order) {
+        order_.clear();
+    }
+
+    int32_t operator[](int64_t i) {  // 0 ≤ i < n, and at most one more than was asked for before
+        if (i == sorted_) {
+            while (int64_t(order_.size()) == sorted_) gather();
+            const auto begin = order_.begin() + sorted_;
+            const int64_t end = std::min(std::max<int64_t>(64, 4 * sorted_), int64_t(order_.size()));
+            const auto before = [x = logits_](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; };
+            if (end < int64_t(order_.size())) std::nth_element(begin, order_.begin() + end, order_.end(), before);
+            std::sort(begin, order_.begin() + end, before);
+            sorted_ = end;
         }
-        return double(weights[size_t(order[size_t(i)])]);
-    };
+        return order_[size_t(i)];
+    }
+
+private:
+    void gather() {
+        const float above = least_;
+        depth_ *= 2;
+        least_ = depth_ > 64 ? -kInfinity : maximum_ - depth_ * width_;
+        for (size_t s = 0; s < largest_.size(); ++s) {
+            if (largest_[s] < least_) continue;
+            const int64_t start = int64_t(s) * kStretch, end = std::min(start + kStretch, n_);
+            for (int64_t i = start; i < end; ++i)
+                if (logits_[i] >= least_ && logits_[i] < above) order_.push_back(int32_t(i));
+        }
+    }
+
+    const float* logits_;
+    int64_t n_, sorted_ = 0;
+    float maximum_, width_, depth_ = 1, least_ = kInfinity;
+    const std::vector<float>& largest_;
+    std::vector<int32_t>& order_;
+};
+
+// The next token from `logits` (V) after temperature, top-k, top-p, min-p. Candidates are ordered by logit, equal ones
+// by id. top-p keeps a token while the mass before it is at most top_p (spec 10.6). −1 when there is none, because a
+// logit is not a number or the largest is not finite.
+inline int64_t draw(const float* logits, int64_t n, const SamplingOptions& o, Scratch& scratch) {
+    const int64_t best = argmax(logits, n, scratch.largest);
+    if (o.temperature == 0 || best < 0) return best;
+    scratch.weights.resize(size_t(n));
+    const float *const weights = scratch.weights.data(), maximum = logits[best];
+    const double whole = exponentials(logits, n, maximum, o.temperature, scratch.weights.data());
+    Ranking ranking(logits, n, maximum, o.temperature, scratch);
+    const auto weight_at = [&](int64_t i) { return double(weights[ranking[i]]); };
     int64_t kept = o.top_k > 0 ? std::min(o.top_k, n) : n;
     double mass = whole;
     if (kept < n) {
@@ -150,27 +209,25 @@ inline int64_t draw(float* logits, int64_t n, const SamplingOptions& o) {
     double cumulative = 0;
     for (int64_t i = 0; i < kept; ++i) {
         const double weight = weight_at(i);
-        if (weight == 0) return order[size_t(i - 1)];  // the first weight is 1
+        if (weight == 0) return ranking[i - 1];  // the first weight is 1
         cumulative += weight;
-        if (cumulative > target) return order[size_t(i)];
+        if (cumulative > target) return ranking[i];
     }
-    return order[size_t(kept - 1)];
+    return ranking[kept - 1];
 }
 
-// Natural log-probability of `token` under `logits` (V), and of the `count` likeliest, best first, equal ones by id.
+// Natural log-probability of `token` under `logits` (V), and of the `count` likeliest, best first, equal ones by id;
+// not a number where nothing could be drawn.
 inline float log_probabilities(const float* logits, int64_t n, int64_t token, int64_t count, int32_t* top,
-                               float* values) {
-    const float maximum = logits[argmax(logits, n)];
-    std::vector<float> scratch(static_cast<size_t>(n));
-    const double log_sum = std::log(exponentials(logits, n, maximum, scratch.data()));
-    std::vector<int32_t> order(static_cast<size_t>(n));
-    if (count > 0) {
-        std::iota(order.begin(), order.end(), 0);
-        std::partial_sort(order.begin(), order.begin() + count, order.end(),
-                          [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
-    }
+                               float* values, Scratch& scratch) {
+    const int64_t best = argmax(logits, n, scratch.largest);
+    if (best < 0) return std::numeric_limits<float>::quiet_NaN();
+    const float maximum = logits[best];
+    scratch.weights.resize(size_t(n));
+    const double log_sum = std::log(exponentials(logits, n, maximum, 1, scratch.weights.data()));
     const auto value = [&](int64_t i) { return float(double(logits[i]) - maximum - log_sum); };
-    for (int64_t i = 0; i < count; ++i) top[i] = order[size_t(i)], values[i] = value(order[size_t(i)]);
+    Ranking ranking(logits, n, maximum, 1, scratch);
+    for (int64_t i = 0; i < count; ++i) top[i] = ranking[i], values[i] = value(top[i]);
     return value(token);
 }
 

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Response
@@ -19,7 +19,7 @@ from llama2.serve.answers import Choice, Tools
 from llama2.serve.errors import Refusal, unsupported
 from llama2.serve.models import Entry, Models
 from llama2.serve.service import Service, Stream
-from llama2.serve.streaming import DONE, PING, PING_SECONDS, Growing, Watched, dump, event
+from llama2.serve.streaming import DONE, PING, PING_SECONDS, Growing, Watched, dump, event, quote
 from llama2.serve.tokens import Texts, finite
 from llama2.serve.wire import ChatRequest, CompletionRequest, Message, Sampled, StrictRoute, Wire
 
@@ -79,21 +79,24 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
     if body.max_tokens == 0 and not body.echo:
         raise Refusal(400, "max_tokens: 0 needs echo: true", param="max_tokens", code="invalid_value")
     service = await served(http).service(body.model)
-    prompts = await asyncio.to_thread(_prompts, body.prompt, service)
     rule = body.response_format.constraint if body.response_format else None
-    requests = []
-    for prompt in prompts:
-        request = Request(
-            tuple(prompt.tokens),
-            16 if body.max_tokens is None else body.max_tokens,
-            sampling(body),
-            stops(body),
-            logprobs=body.logprobs,
-            prompt_logprobs=bool(body.echo) and (body.logprobs is not None or body.max_tokens == 0),
-            continues=True,
-            lookup=drafts(body, http),
-        )
-        requests += await asyncio.to_thread(answers.several, service, request, body.n or 1, [rule])
+    request = Request(
+        (),
+        16 if body.max_tokens is None else body.max_tokens,
+        sampling(body),
+        stops(body),
+        logprobs=body.logprobs,
+        prompt_logprobs=bool(body.echo) and (body.logprobs is not None or body.max_tokens == 0),
+        continues=True,
+        lookup=drafts(body, http),
+    )
+
+    def make() -> tuple[list[Prompt], list[Request]]:
+        prompts = _prompts(body.prompt, service)
+        asked = [replace(request, prompt=tuple(prompt.tokens)) for prompt in prompts]
+        return prompts, [choice for one in asked for choice in answers.several(service, one, body.n or 1, [rule])]
+
+    prompts, requests = await asyncio.to_thread(make)
     stream = await answers.start(http, service, requests)
     return await _respond(_Completion(body, service, prompts), body, stream, http)
 
@@ -208,10 +211,10 @@ class _Chat(_Answer):
 
     def chunks(self, index: int, news: Event) -> list[bytes]:
         reader = self.readers[index]
-        deltas = [dump(piece.delta()).decode() for piece in reader.push(news)]
+        deltas = [quote(piece.delta()) for piece in reader.push(news)]
         scores = "null"
         if self.logprobs and news.logprob is not None:
-            scores = dump(chat_logprobs([news.logprob], self.texts)).decode()
+            scores = quote(chat_logprobs([news.logprob], self.texts))
             deltas = deltas or ['{"content":""}']
         parts = [self._chunk(index, delta, "null" if i else scores) for i, delta in enumerate(deltas)]
         if news.finish is not None:
@@ -253,8 +256,11 @@ class _Completion(_Answer):
         text = prompt.text + text
         if not (text or logprobs or news.finish):
             return []
-        scores = self._logprobs(index, prompt.tokens, news.prompt_logprobs or (), logprobs) if self._asked else None
-        return [self.chunk(dump({"text": text, "index": index, "logprobs": scores, "finish_reason": news.finish}))]
+        scores = "null"
+        if self._asked:
+            scores = quote(self._logprobs(index, prompt.tokens, news.prompt_logprobs or (), logprobs))
+        row = f'{{"text":{quote(text)},"index":{index},"logprobs":{scores},"finish_reason":{quote(news.finish)}}}'
+        return [self.chunk(row.encode())]
 
     def rows(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
         rows = []

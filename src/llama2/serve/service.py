@@ -2,7 +2,7 @@
 
 Coroutines never touch the engine: they post what is to be added or cancelled, and the thread hands all events of a step
 to the event loop at once, or of a few steps that are short: waking coroutines and sending costs as much as a step of a
-small model. First tokens and ends are told without delay.
+small model. What begins or ends is told without delay.
 """
 
 from __future__ import annotations
@@ -33,14 +33,11 @@ log = logging.getLogger("llama2.serve")
 #: Tokens of the prompt that a model is tried with.
 _TRIAL = 64
 
-#: Seconds that a token may wait to be told together with those of the steps that follow.
-_TOGETHER = 0.025
+#: About so many seconds' tokens are told together, where steps are shorter.
+_TOGETHER = 0.05
 
-#: A step's news of one choice: its index among the stream's requests, and the event.
+#: News of one choice: its index among the stream's requests, and the event.
 News = tuple[int, Event]
-
-#: When a step ended, and its news.
-Step = tuple[float, dict["Stream", list[News]]]
 
 
 class Stream:
@@ -115,7 +112,7 @@ class Stream:
         self._wake()
 
     def tell(self, news: list[News]) -> None:
-        """Events of a step."""
+        """Events of a step, or of several."""
         self._pending += news
         self._wake()
 
@@ -147,8 +144,8 @@ class Service:
         self._ids: dict[Stream, set[int]] = {}
         self._unstarted: dict[int, Stream] = {}  # by the engine's id, in order of arrival
         self._silent: set[Stream] = set()  # of which nothing was told
-        self._untold: list[Step] = []
-        self._told = 0.0  # when the last of them were
+        self._untold: dict[Stream, list[tuple[float, int, Event]]] = {}  # events, with when and of which choice
+        self._told = 0.0  # when all of them last were
         self._thread = threading.Thread(target=self._work, name=f"engine of {name}", daemon=True)
         self._thread.start()
 
@@ -195,41 +192,42 @@ class Service:
         self._posted.append((what, stream))
         self._wake.set()
 
-    def _tell(self, steps: list[Step], load: Load) -> None:
-        """Account for the events of some steps, and hand them to those who wait; in the event loop."""
+    def _tell(self, told: dict[Stream, list[tuple[float, int, Event]]], now: float, load: Load) -> None:
+        """Account for events, each with when and of which choice it came, and hand them to those who wait.
+
+        In the event loop. What begins or ends did so `now`, for the last step is told with no delay.
+        """
         self.door.places = max(1, load.running) if load.waiting else MAX_SEQUENCES  # the cache may hold fewer
         tokens = 0
-        told: dict[Stream, list[News]] = {}
-        for now, news in steps:
-            began = []
-            for stream, events in news.items():
-                told.setdefault(stream, []).extend(events)
-                answered = any(event.token is not None or event.finish == "length" for _, event in events)
-                if stream.first is None and answered:
+        began: list[Demand] = []
+        ended: list[tuple[Stream, int]] = []
+        for stream, events in told.items():
+            finishes = len(stream.finishes)
+            for when, index, event in events:
+                if event.token is not None:
+                    if stream.last[index] > stream.arrived:
+                        self._between.observe(when - stream.last[index])
+                    stream.last[index] = when
+                    stream.completion_tokens += 1
+                    tokens += 1
+                if event.finish is not None:
+                    stream.finishes.append(event.finish)
+                    self.metrics.finished.labels(self.name, event.finish).inc()
+                    if stream.requests[index].choice == 0:
+                        stream.cached_tokens += event.cached_tokens
+                        self.metrics.cached.labels(self.name).inc(event.cached_tokens)
+                if stream.first is None and (event.token is not None or event.finish == "length"):
                     stream.first = now
                     began.append(stream.demand)
-                for index, event in events:
-                    if event.token is not None:
-                        if stream.last[index] > stream.arrived:
-                            self._between.observe(now - stream.last[index])
-                        stream.last[index] = now
-                        stream.completion_tokens += 1
-                        tokens += 1
-            if began:
-                self.door.began(began, now)
-            for stream, events in news.items():
-                ended = [event.finish for _, event in events if event.finish is not None]
-                if ended:
-                    stream.finishes += ended
-                    found = sum(event.cached_tokens for i, event in events if stream.requests[i].choice == 0)
-                    stream.cached_tokens += found
-                    self.metrics.cached.labels(self.name).inc(found)
-                    for finish in ended:
-                        self.metrics.finished.labels(self.name, finish).inc()
-                    self._end(stream, len(ended), now)
+            if len(stream.finishes) > finishes:
+                ended.append((stream, len(stream.finishes) - finishes))
         self._generated.inc(tokens)
+        if began:
+            self.door.began(began, now)
+        for stream, choices in ended:
+            self._end(stream, choices, now)
         for stream, events in told.items():
-            stream.tell(events)
+            stream.tell([(index, event) for _, index, event in events])
 
     def _end(self, stream: Stream, choices: int, now: float) -> None:
         """So many choices of a stream have ended."""
@@ -294,36 +292,34 @@ class Service:
             events = [Event(id, None, "", "error", error=reason) for id in self._choices]
             for id in self._choices:
                 engine.cancel(id)
-        load = engine.load
         if self._unstarted:  # they start in order of arrival, once those that were preempted run again
-            for id in list(self._unstarted)[: max(0, len(self._unstarted) - load.waiting)]:
+            for id in list(self._unstarted)[: max(0, len(self._unstarted) - engine.load.waiting)]:
                 stream = self._unstarted.pop(id)
                 stream.started = stream.started or begun
-        news: dict[Stream, list[News]] = {}
-        urgent = False
+        now = time.perf_counter()
+        urgent: set[Stream] = set()
         for event in events:
             if (choice := self._choices.get(event.request)) is None:
                 continue
             stream, index = choice
-            news.setdefault(stream, []).append((index, event))
+            self._untold.setdefault(stream, []).append((now, index, event))
             if stream in self._silent:
-                urgent = True
+                urgent.add(stream)
                 self._silent.remove(stream)
             if event.finish is not None:
-                urgent = True
+                urgent.add(stream)
                 del self._choices[event.request]
                 ids = self._ids[stream]
                 ids.discard(event.request)
                 self._unstarted.pop(event.request, None)
                 if not ids:
                     del self._ids[stream]
-        now = time.perf_counter()
-        if news:
-            self._untold.append((now, news))
-        next_step = now + (now - begun)
-        if self._untold and (urgent or next_step > self._told + _TOGETHER):
-            self._loop.call_soon_threadsafe(self._tell, self._untold, load)
-            self._untold, self._told = [], now
+        if now - self._told + (now - begun) / 2 > _TOGETHER:  # the next step would end further from it
+            told, self._untold, self._told = self._untold, {}, now
+        else:
+            told = {stream: self._untold.pop(stream) for stream in urgent}
+        if told:
+            self._loop.call_soon_threadsafe(self._tell, told, now, engine.load)
 
 
 def measure(model: Model) -> float:

@@ -26,9 +26,14 @@ def event(value: Any) -> bytes:
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def dump(value: Any) -> bytes:
+def quote(value: Any) -> str:
     """Compact JSON."""
-    return _ENCODER.encode(value).encode()
+    return _ENCODER.encode(value)
+
+
+def dump(value: Any) -> bytes:
+    """Compact JSON as it is sent."""
+    return quote(value).encode()
 
 
 class Growing(Response):

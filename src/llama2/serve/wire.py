@@ -46,8 +46,7 @@ class Wire(BaseModel):
     def unknown(self) -> Iterator[str]:
         """Names of fields that this server does not know, those of inner objects too."""
         yield from (name for name in self.model_extra or () if name not in self.UNSUPPORTED)
-        for name in type(self).model_fields:
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, Wire):
                     yield from (f"{name}.{inner}" for inner in item.unknown())
