@@ -1,0 +1,105 @@
+"""What the engine's thread tells the event loop, and when, by a clock that only steps move."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llama2
+from llama2.api import Model
+from llama2.engine.request import Event, Request, Sampling
+from llama2.serve import service as module
+from llama2.serve.metrics import Metrics
+from llama2.serve.service import Service
+from llama2.serve.settings import Settings
+from serving import write_model
+
+#: Of the engine, in seconds.
+STEP = 0.01
+
+Call = tuple[float, dict[Any, list[tuple[float, int, Event]]]]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return llama2.load(write_model(tmp_path, context_length=256), threads=1, sequences=4)
+
+
+@pytest.fixture
+def served(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Service, list[Call]]]:
+    """Makes a service, and the calls by which it will have told of streams, each with its time."""
+    clock = [1.0]
+    step = model.engine.step
+
+    def timed() -> list[Event]:
+        clock[0] += STEP
+        return step()
+
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(model.engine, "step", timed)
+
+    def make() -> tuple[Service, list[Call]]:
+        calls: list[Call] = []
+        service = Service("tiny", model, Settings(), Metrics(), 1e6)
+        tell = service._tell
+
+        def recorded(told: Any, now: float, load: Any) -> None:
+            calls.append((now, told))
+            tell(told, now, load)
+
+        monkeypatch.setattr(service, "_tell", recorded)
+        return service, calls
+
+    return make
+
+
+def asking(tokens: int) -> Request:
+    return Request((5, 6, 7), tokens, Sampling(0, logit_bias={2: -100.0, 0: -100.0}))
+
+
+async def everything(service: Service, tokens: int) -> list[Event]:
+    stream = await service.submit([asking(tokens)])
+    return [event async for batch in stream.batches() for _, event in batch]
+
+
+def test_short_steps_are_told_together_but_for_the_first_and_the_last(served: Any, model: Model) -> None:
+    expected = [event.token for event in model.engine.run(asking(23))]
+
+    async def run() -> list[Event]:
+        service, calls = served()
+        try:
+            events = await everything(service, 23)
+        finally:
+            service.stop()
+        # Five steps make the 50 ms of _TOGETHER: the next one would end further from them.
+        assert [sum(map(len, told.values())) for _, told in calls] == [1, 5, 5, 5, 5, 2]
+        return events
+
+    assert [event.token for event in asyncio.run(run())] == expected
+
+
+def test_who_begins_or_ends_does_not_make_others_be_told(served: Any) -> None:
+    async def run() -> list[Call]:
+        service, calls = served()
+        try:
+            answers = await asyncio.gather(*(everything(service, tokens) for tokens in (60, 4, 13, 31, 22)))
+        finally:
+            service.stop()
+        assert [len(answer) for answer in answers] == [60, 4, 13, 31, 22]
+        return calls
+
+    begun, last, alone = set(), 0.0, 0
+    for now, told in asyncio.run(run()):
+        urgent = {stream for stream, events in told.items() if stream not in begun or events[-1][2].finish is not None}
+        assert all(when == now for events in told.values() if events[-1][2].finish for when, *_ in events[-1:])
+        if urgent < told.keys():
+            assert now - last > 0.05 - STEP
+            last = now
+        else:
+            alone += 1
+        begun |= told.keys()
+    assert alone >= 5
