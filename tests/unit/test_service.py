@@ -86,16 +86,19 @@ def test_who_begins_or_ends_does_not_make_others_be_told(served: Any) -> None:
     async def run() -> list[Call]:
         service, calls = served()
         try:
-            answers = await asyncio.gather(*(everything(service, tokens) for tokens in (60, 4, 13, 31, 22)))
+            long = asyncio.create_task(everything(service, 240))
+            for tokens in (4, 13, 31, 22):  # one after another, beside the long one
+                assert len(await everything(service, tokens)) == tokens
+            assert len(await long) == 240
         finally:
             service.stop()
-        assert [len(answer) for answer in answers] == [60, 4, 13, 31, 22]
         return calls
 
     begun, last, alone = set(), 0.0, 0
     for now, told in asyncio.run(run()):
+        assert all(events[0][0] == now for stream, events in told.items() if stream not in begun)
+        assert all(events[-1][0] == now for events in told.values() if events[-1][2].finish is not None)
         urgent = {stream for stream, events in told.items() if stream not in begun or events[-1][2].finish is not None}
-        assert all(when == now for events in told.values() if events[-1][2].finish for when, *_ in events[-1:])
         if urgent < told.keys():
             assert now - last > 0.05 - STEP
             last = now
