@@ -1,4 +1,4 @@
-"""What the engine's scheduling costs and saves: streams beside a long prompt, shared prompts, Python's part of a step.
+"""What the engine's scheduling costs and saves: streams beside a long prompt, shared prompts.
 
 Tables go to stderr, one JSON object with every value to stdout.
 
@@ -17,40 +17,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-from numpy.typing import NDArray
 from provenance import provenance
 
 import llama2
 from llama2.api import Model
 from llama2.engine.engine import Engine
 from llama2.engine.request import Request, Sampling
-from llama2.engine.runner import Batch, Runner
 
 LONG = 1500  # tokens of the long prompt
 SHARED = 1000  # tokens of the prompt that several requests share
 LIMITS = (16, 32, 64, 128, 256, 512)
 
 
-class Timed:
-    """A runner, and how long its forward passes took."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner, self.config, self.n_blocks, self.seconds = runner, runner.config, runner.n_blocks, 0.0
-
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
-        """As the runner does."""
-        start = time.perf_counter()
-        logits = self.runner.forward(batch)
-        self.seconds += time.perf_counter() - start
-        return logits
-
-
-def request(model: Model, first: int, tokens: int, answer: int, temperature: float = 0) -> Request:
+def request(model: Model, first: int, tokens: int, answer: int) -> Request:
     """A prompt that no other begins like, whose answer nothing but its length ends."""
     vocabulary, ends = model.config.vocab_size, dict.fromkeys(model.tokenizer.stop_ids, -math.inf)
     prompt = tuple((first * 7919 + i) % (vocabulary - 100) + 50 for i in range(tokens))
-    return Request(prompt, answer, Sampling(temperature, logit_bias=ends), cache_prompt=False)
+    return Request(prompt, answer, Sampling(0, logit_bias=ends), cache_prompt=False)
 
 
 def beside_a_long_prompt(model: Model, streams: int, limit: int) -> dict[str, float]:
@@ -82,23 +65,6 @@ def shared(model: Model, requests: Sequence[Request]) -> float:
     return time.perf_counter() - start
 
 
-def overhead(model: Model, streams: int, temperature: float) -> tuple[float, float]:
-    """Median seconds of a decoding step, and of what is not the forward pass."""
-    runner = Timed(cast(Engine, model.engine).runner)
-    engine = Engine(runner, model.tokenizer, context=model.engine.context)
-    ids = [engine.add(request(model, n, 64, 200, temperature)) for n in range(streams)]
-    whole, outside = [], []
-    for _ in range(120):
-        start, inside = time.perf_counter(), runner.seconds
-        told = len(engine.step())
-        if told == streams:
-            whole.append(time.perf_counter() - start)
-            outside.append(whole[-1] - (runner.seconds - inside))
-    for id in ids:
-        engine.cancel(id)
-    return statistics.median(whole), statistics.median(outside)
-
-
 def medians(rows: list[dict[str, float]], *keys: str) -> list[dict[str, float]]:
     """The median of each value over the rows that have the same keys."""
     groups: dict[tuple[float, ...], list[dict[str, float]]] = {}
@@ -123,7 +89,6 @@ def main() -> None:
     with llama2.load(options.model, threads=options.threads, context=2048, sequences=16) as model:
         beside: list[dict[str, float]] = []
         sharing: list[dict[str, float]] = []
-        python: list[dict[str, float]] = []
         alone = request(model, 100, LONG, 1)
         shared(model, [alone])
         for _ in range(options.repeat):
@@ -137,11 +102,6 @@ def main() -> None:
                     for n in range(8)
                 ]
                 sharing.append({"own": own, "one": shared(model, prompts[:1]), "eight": shared(model, prompts)})
-            for streams in (1, 8, 32):
-                for temperature in (0, 0.7):
-                    step, outside = overhead(model, streams, temperature)
-                    row = {"streams": streams, "temperature": temperature, "step": step, "outside": outside}
-                    python.append(row)
 
     show(f"A prompt of {LONG} tokens beside growing answers: ms between tokens, tokens/s of the prompt")
     for row in medians(beside, "streams", "limit"):
@@ -152,14 +112,8 @@ def main() -> None:
     show(f"Eight requests that share {SHARED} tokens, beside one: seconds")
     for row in medians(sharing, "own"):
         show(f"{row['own']:4.0f} own  {row['one']:.3f}  {row['eight']:.3f}  {row['eight'] / row['one']:.2f}")
-    show("A decoding step, and what of it is not the forward pass: ms")
-    for row in medians(python, "streams", "temperature"):
-        show(
-            f"{row['streams']:4.0f} streams  temperature {row['temperature']:3.1f}  {row['step'] * 1e3:6.2f}  "
-            f"{row['outside'] * 1e3:6.3f}  {row['outside'] / row['step']:.1%}"
-        )
     about = {"model": Path(options.model).name, "threads": options.threads}
-    json.dump({**provenance(), **about, "beside": beside, "sharing": sharing, "python": python}, sys.stdout, indent=2)
+    json.dump({**provenance(), **about, "beside": beside, "sharing": sharing}, sys.stdout, indent=2)
     print()
 
 

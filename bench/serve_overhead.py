@@ -57,9 +57,8 @@ def serve(shared: str, options: list[str]) -> None:
     run(["serve", *options])
 
 
-def share(server: Process, counts: Any, name: str, seeds: range, streams: int, answer: int) -> dict[str, float]:
+def share(server: Process, counts: Any, bodies: list[dict[str, Any]], streams: int) -> dict[str, float]:
     """A round's figures; times are of one step."""
-    bodies = [request(name, seed, 64, answer, 2) for seed in seeds]
     before, loop, begun = counts.copy(), server.first_thread(), time.perf_counter()
     figures = asyncio.run(measure(server, bodies, streams))
     spent, loop, seconds = counts - before, server.first_thread() - loop, time.perf_counter() - begun
@@ -84,6 +83,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=6, help="of each stream in a round")
     parser.add_argument("--answer", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0)
     args = parser.parse_args()
     results: dict[int, list[dict[str, float]]] = {streams: [] for streams in args.streams}
     with tempfile.TemporaryDirectory() as folder:
@@ -94,8 +94,12 @@ def main() -> None:
             for round in range(-1, args.rounds):  # the first one warms up
                 for streams in args.streams:
                     count = streams * args.requests
-                    seeds = range(seed, seed := seed + count)
-                    figures = share(server, counts, Path(args.model).stem, seeds, streams, args.answer)
+                    bodies = []
+                    for _ in range(count):
+                        seed += 1
+                        body = request(Path(args.model).stem, seed, 64, args.answer, 2)
+                        bodies.append(body | {"temperature": args.temperature})
+                    figures = share(server, counts, bodies, streams)
                     if round >= 0:
                         results[streams].append(figures)
     medians = {
