@@ -36,7 +36,7 @@ def serve(shared: str, options: list[str]) -> None:
     from llama2.engine.sampling import Sampler
     from llama2.serve.service import Service
 
-    counts = np.memmap(shared, np.float64, "r+")
+    counts, told = [0.0] * 4, np.memmap(shared, np.float64, "r+")
 
     def timed(owner: type, name: str, place: int) -> None:
         plain = getattr(owner, name)
@@ -47,7 +47,9 @@ def serve(shared: str, options: list[str]) -> None:
                 return plain(*args)
             finally:
                 counts[place] += time.perf_counter() - begun
-                counts[STEPS] += place == STEP
+                if place == STEP:
+                    counts[STEPS] += 1
+                    told[:] = counts
 
         setattr(owner, name, call)
 

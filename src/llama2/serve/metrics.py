@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from llama2.serve.models import Models
@@ -14,6 +19,31 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
+
+
+class Repeated(Collector):
+    """A histogram by model that takes equal values together, as the tokens of a step have them; times in seconds."""
+
+    def __init__(self, name: str, documentation: str, registry: CollectorRegistry, buckets: Sequence[float]) -> None:
+        self._about = name, documentation
+        self._limits = buckets
+        self._counts: dict[str, list[int]] = {}  # in each bucket
+        self._sums: dict[str, float] = {}
+        registry.register(self)
+
+    def observe(self, model: str, seconds: float, count: int) -> None:
+        """So many times the same."""
+        counts = self._counts.setdefault(model, [0] * (len(self._limits) + 1))
+        counts[bisect_left(self._limits, seconds)] += count
+        self._sums[model] = self._sums.get(model, 0.0) + seconds * count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """What the library asks of a collector."""
+        family = HistogramMetricFamily(*self._about, labels=["model"])
+        names = [*map(str, self._limits), "+Inf"]
+        for model, counts in self._counts.items():
+            family.add_metric([model], list(zip(names, accumulate(counts), strict=True)), self._sums[model])
+        yield family
 
 
 class Metrics:
@@ -31,9 +61,7 @@ class Metrics:
         self.first = Histogram(
             "llama2_time_to_first_token_seconds", "From arrival to the first token.", model, registry=r, buckets=_WAITS
         )
-        self.between = Histogram(
-            "llama2_inter_token_seconds", "Between two tokens of an answer.", model, registry=r, buckets=_TOKENS
-        )
+        self.between = Repeated("llama2_inter_token_seconds", "Between two tokens of an answer.", r, _TOKENS)
         self.whole = Histogram(
             "llama2_request_seconds", "From arrival to the last token of a request.", model, registry=r, buckets=_WAITS
         )

@@ -28,20 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llama2.serve")
 
-router = APIRouter(route_class=StrictRoute)
-
-
-@router.get("/v1/models")
-async def models(http: HttpRequest) -> Response:
-    """The models that are served."""
-    entries = served(http).entries.values()
-    return reply({"object": "list", "data": [_card(entry) for entry in entries]})
-
-
-@router.get("/v1/models/{model:path}")
-async def model(model: str, http: HttpRequest) -> Response:
-    """One of the models that are served."""
-    return reply(_card(served(http).entry(model)))
+router = APIRouter(route_class=StrictRoute)  # which tries the routes in turn, so those come first that are asked most
 
 
 @router.post("/v1/chat/completions")
@@ -99,6 +86,19 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
     prompts, requests = await asyncio.to_thread(make)
     stream = await answers.start(http, service, requests)
     return await _respond(_Completion(body, service, prompts), body, stream, http)
+
+
+@router.get("/v1/models")
+async def models(http: HttpRequest) -> Response:
+    """The models that are served."""
+    entries = served(http).entries.values()
+    return reply({"object": "list", "data": [_card(entry) for entry in entries]})
+
+
+@router.get("/v1/models/{model:path}")
+async def model(model: str, http: HttpRequest) -> Response:
+    """One of the models that are served."""
+    return reply(_card(served(http).entry(model)))
 
 
 async def _respond(answer: _Answer, body: Sampled, stream: Stream, http: HttpRequest) -> Response:
@@ -259,7 +259,8 @@ class _Completion(_Answer):
         scores = "null"
         if self._asked:
             scores = quote(self._logprobs(index, prompt.tokens, news.prompt_logprobs or (), logprobs))
-        row = f'{{"text":{quote(text)},"index":{index},"logprobs":{scores},"finish_reason":{quote(news.finish)}}}'
+        finish = "null" if news.finish is None else quote(news.finish)
+        row = f'{{"text":{quote(text)},"index":{index},"logprobs":{scores},"finish_reason":{finish}}}'
         return [self.chunk(row.encode())]
 
     def rows(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:

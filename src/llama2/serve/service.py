@@ -134,7 +134,6 @@ class Service:
         self.door = Door(settings.max_queue, settings.max_wait, MAX_SEQUENCES)
         self.door.prefill.add(prefill, 1.0)
         self.streams: set[Stream] = set()  # that have not ended
-        self._between = metrics.between.labels(name)
         self._generated = metrics.generated.labels(name)
         self._loop = asyncio.get_running_loop()
         self._posted: deque[tuple[str, Stream]] = deque()
@@ -198,6 +197,7 @@ class Service:
         In the event loop. What begins or ends did so `now`, for the last step is told with no delay.
         """
         self.door.places = max(1, load.running) if load.waiting else MAX_SEQUENCES  # the cache may hold fewer
+        gaps: dict[float, int] = {}  # seconds between tokens, and how many had them: a step's have the same
         tokens = 0
         began: list[Demand] = []
         ended: list[tuple[Stream, int]] = []
@@ -206,7 +206,8 @@ class Service:
             for when, index, event in events:
                 if event.token is not None:
                     if stream.last[index] > stream.arrived:
-                        self._between.observe(when - stream.last[index])
+                        gap = when - stream.last[index]
+                        gaps[gap] = gaps.get(gap, 0) + 1
                     stream.last[index] = when
                     stream.completion_tokens += 1
                     tokens += 1
@@ -222,6 +223,8 @@ class Service:
             if len(stream.finishes) > finishes:
                 ended.append((stream, len(stream.finishes) - finishes))
         self._generated.inc(tokens)
+        for gap, count in gaps.items():
+            self.metrics.between.observe(self.name, gap, count)
         if began:
             self.door.began(began, now)
         for stream, choices in ended:
