@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,12 +15,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+#: A part of an answer with text in it, and where it says how many tokens it had, in so many bytes before its end.
+_SAYS = re.compile(rb'"(?:content|text)": ?"[^"]')
+_USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
+_END = 4096
 
 
 @dataclass
@@ -118,7 +124,6 @@ class Told:
     ended: float = 0.0
     tokens: int = 0  # of the answer
     retry: float | None = None  # seconds, of a refusal
-    texts: list[str] = field(default_factory=list)
 
 
 async def ask(port: int, path: str, body: dict[str, Any]) -> Told:
@@ -135,19 +140,18 @@ async def ask(port: int, path: str, body: dict[str, Any]) -> Told:
         if told.status != 200:
             wait = headers.get("retry-after-ms")
             told.retry = int(wait) / 1000 if wait else float(headers.get("retry-after", "nan"))
-        async for line in reader:
-            if b'"usage":{' in line:
-                told.tokens = json.loads(line[line.index(b"{") :])["usage"]["completion_tokens"]
-            elif told.first is None and _says(line):
+        answer = b""  # until there is text in it, and then the end of it, where the usage is
+        while data := await reader.read(1 << 16):
+            answer += data
+            if told.first is None and _SAYS.search(answer):
                 told.first = time.perf_counter()
+            if told.first is not None:
+                answer = answer[-_END:]
+        told.tokens = int((_USAGE.findall(answer) or [0])[-1])
     finally:
         writer.close()
     told.ended = time.perf_counter()
     return told
-
-
-def _says(line: bytes) -> bool:
-    return any(key in line and key + b'""' not in line for key in (b'"content":', b'"text":'))
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:

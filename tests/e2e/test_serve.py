@@ -21,7 +21,7 @@ import openai
 import pytest
 
 from llama2.cli.main import run
-from serving import Server, chat, events, serving, write_model
+from serving import ENDLESS, Server, chat, events, serving, write_model
 
 QUESTION = "Name the capital of Japan."
 CHAT = "/v1/chat/completions"
@@ -224,6 +224,13 @@ def test_a_seed_repeats_an_answer_and_stop_strings_cut_it(tiny: Server) -> None:
     *chunks, _ = events(tiny.post(CHAT, chat(**drawn, seed=5, stop=middle, stream=True))[2])
     streamed = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     assert streamed == cut["message"]["content"]
+
+
+def test_equal_prompts_of_a_request_have_seeds_of_their_own_unless_one_is_given(tiny: Server) -> None:
+    body = {"model": "tiny", "prompt": ["to be"] * 3, "max_tokens": 12, "temperature": 2, "logit_bias": ENDLESS}
+    for seed, answers in ({}, 3), ({"seed": 5}, 1):
+        status, _, told = tiny.post("/v1/completions", body | seed)
+        assert (status, len({choice["text"] for choice in told["choices"]})) == (200, answers)
 
 
 def test_models_are_loaded_when_they_are_asked_for(tiny: Server) -> None:

@@ -134,10 +134,12 @@ int64_t sample(const Out<float, 1>& logits, const In<int32_t, 1>& history, int64
     expect(bias_ids.size() == bias_values.size(), "bias ids and values differ in length");
     const SamplingOptions o{temperature,       top_k, top_p,  min_p,   repetition_penalty, presence_penalty,
                             frequency_penalty, seed,  choice, position};
-    for (int64_t i = 0; i < length; ++i)
-        expect(history.data()[i] >= 0 && history.data()[i] < n, "a token of the history is not in the vocabulary");
     Edits edits(logits.data());
-    penalize(edits, history.data(), length, prompt_length, o);
+    if (repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0) {
+        for (int64_t i = 0; i < length; ++i)
+            expect(history.data()[i] >= 0 && history.data()[i] < n, "a token of the history is not in the vocabulary");
+        penalize(edits, history.data(), length, prompt_length, o);
+    }
     for (size_t i = 0; i < bias_ids.size(); ++i) {
         const int32_t id = bias_ids.data()[i];
         expect(id >= 0 && id < n, "logit_bias names a token that is not in the vocabulary");

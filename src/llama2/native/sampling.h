@@ -92,7 +92,6 @@ private:
 // history: prompt, then answer. Repetition: Keskar et al. 2019; presence, frequency: OpenAI's.
 inline void penalize(Edits& logits, const int32_t* history, int64_t length, int64_t prompt_length,
                      const SamplingOptions& o) {
-    if (o.repetition_penalty == 1 && o.presence_penalty == 0 && o.frequency_penalty == 0) return;
     std::vector<int32_t> all(history, history + length), answer(history + prompt_length, history + length);
     std::sort(all.begin(), all.end());
     std::sort(answer.begin(), answer.end());

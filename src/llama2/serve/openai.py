@@ -70,8 +70,7 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
     request = Request(
         (),
         16 if body.max_tokens is None else body.max_tokens,
-        sampling(body),
-        stops(body),
+        stop=stops(body),
         logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo) and (body.logprobs is not None or body.max_tokens == 0),
         continues=True,
@@ -80,8 +79,11 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
 
     def make() -> tuple[list[Prompt], list[Request]]:
         prompts = _prompts(body.prompt, service)
-        asked = [replace(request, prompt=tuple(prompt.tokens)) for prompt in prompts]
-        return prompts, [choice for one in asked for choice in answers.several(service, one, body.n or 1, [rule])]
+        requests = []
+        for prompt in prompts:  # each with a seed of its own, unless one is given
+            asked = replace(request, prompt=tuple(prompt.tokens), sampling=sampling(body))
+            requests += answers.several(service, asked, body.n or 1, [rule])
+        return prompts, requests
 
     prompts, requests = await asyncio.to_thread(make)
     stream = await answers.start(http, service, requests)

@@ -186,7 +186,7 @@ class CompletionRequest(Sampled):
 class StrictRoute(APIRoute):
     """A route whose endpoint takes `http`, after a JSON body read by `parse` if there is one.
 
-    The body goes to its model at once: what FastAPI solves of dependencies besides would double a request's costs.
+    The body goes to its model at once: solving dependencies, of which there are no others, is a tenth of a request.
     """
 
     def get_route_handler(self) -> Callable[[HttpRequest], Any]:
