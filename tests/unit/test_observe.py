@@ -13,9 +13,10 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from starlette.types import Receive, Scope, Send
 
-from llama2.serve.metrics import Metrics
+from llama2.serve.metrics import Metrics, Repeated
 from llama2.serve.observe import Lines, Observed
 
 
@@ -72,3 +73,16 @@ def test_a_request_is_a_span_with_its_phases(caplog: pytest.LogCaptureFixture) -
     }
     assert line["first_token_seconds"] == 4.0
     assert " status=200 " in Lines(as_json=False).format(record)
+
+
+def test_repeated_values_are_told_as_the_librarys_histogram_tells_them() -> None:
+    limits = (0.001, 0.5, 1, 2.5)
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    repeated = Repeated("gap", "Between.", ours, limits)
+    histogram = Histogram("gap", "Between.", ["model"], registry=theirs, buckets=limits)
+    for model, seconds, count in (("a", 0.25, 3), ("b", 7, 2), ("a", 1, 1), ("a", 0.001, 2), ("a", 2.75, 1)):
+        repeated.observe(model, seconds, count)
+        for _ in range(count):
+            histogram.labels(model).observe(seconds)
+    expected = [line for line in generate_latest(theirs).decode().splitlines() if "_created" not in line]
+    assert generate_latest(ours).decode().splitlines() == expected

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 if TYPE_CHECKING:
     from llama2.serve.models import Models
@@ -40,7 +41,7 @@ class Repeated(Collector):
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """What the library asks of a collector."""
         family = HistogramMetricFamily(*self._about, labels=["model"])
-        names = [*map(str, self._limits), "+Inf"]
+        names = [*map(floatToGoString, self._limits), "+Inf"]
         for model, counts in self._counts.items():
             family.add_metric([model], list(zip(names, accumulate(counts), strict=True)), self._sums[model])
         yield family
