@@ -47,11 +47,21 @@ def test_while_answers_grow_prompts_have_a_limit() -> None:
     scheduler: Scheduler[Sequence] = Scheduler(100, max_batch_tokens=64, max_prefill_tokens=10)
     scheduler.add(distinct(0, 70))
     scheduler.add(distinct(1, 30))
-    assert step(scheduler) == [(0, 34), (1, 30)]
+    assert step(scheduler) == [(0, 30), (1, 30)]  # as many as it takes to end one of them
     assert step(scheduler) == [(0, 10), (1, 1)]
     assert step(scheduler) == [(0, 10), (1, 1)]
     scheduler.remove(scheduler.running[1])
-    assert step(scheduler) == [(0, 16)]
+    assert step(scheduler) == [(0, 20)]
+
+
+def test_prompts_that_come_together_begin_to_answer_one_after_another() -> None:
+    scheduler: Scheduler[Sequence] = Scheduler(100, max_prefill_tokens=10)
+    for id in range(3):
+        scheduler.add(distinct(id, 40))
+    assert step(scheduler) == [(0, 40)]
+    assert step(scheduler) == [(0, 1), (1, 10)]
+    scheduler.remove(scheduler.running[0])
+    assert step(scheduler) == [(1, 30)]
 
 
 def test_half_of_the_room_is_the_oldest_prompts_and_the_rest_goes_to_those_that_end_soonest() -> None:
@@ -135,7 +145,7 @@ def test_what_was_used_least_recently_is_evicted_first_and_ends_before_beginning
 
 
 def test_a_sequence_is_admitted_when_its_prompt_fits_beside_a_block_for_each_that_runs() -> None:
-    scheduler: Scheduler[Sequence] = Scheduler(6)
+    scheduler: Scheduler[Sequence] = Scheduler(6, max_prefill_tokens=512)
     first, second, third = distinct(0, 2 * BLOCK, 4 * BLOCK), distinct(1, 3 * BLOCK), distinct(2, 1)
     for s in (first, second, third):
         scheduler.add(s)
@@ -148,7 +158,7 @@ def test_a_sequence_is_admitted_when_its_prompt_fits_beside_a_block_for_each_tha
 
 
 def test_the_sequence_that_came_last_is_preempted_and_comes_back_first() -> None:
-    scheduler: Scheduler[Sequence] = Scheduler(7)
+    scheduler: Scheduler[Sequence] = Scheduler(7, max_prefill_tokens=512)
     first, second, third = distinct(0, 31, 120), distinct(1, 40, 120), distinct(2, 40, 120)
     for s in (first, second):
         scheduler.add(s)

@@ -51,7 +51,8 @@ class Scheduler(Generic[S]):
     """Plans steps over the sequences it was given, each at most `max_batch_tokens` long.
 
     While answers grow, at most `max_prefill_tokens` of them are prompts', so that no prompt makes answers wait for
-    longer than that takes.
+    longer than that takes. While none does, a step is as long as it takes to end one prompt, if that is more: its
+    answer begins then, and those who come together do not stay together.
     """
 
     def __init__(
@@ -109,9 +110,12 @@ class Scheduler(Generic[S]):
             if not (self._may_reuse(s) and s.keys[done] in coming):
                 prompts.append(s)
             coming.update(s.keys[done:])
-        room = self.max_batch_tokens - len(answers)
+        most = self.max_prefill_tokens
+        if prompts and not answers:
+            # All but the oldest have to share with that.
+            most = max(most, min((s.length - s.cached) * (1 if s is prompts[0] else 2) for s in prompts))
         counts = dict.fromkeys(answers, 1)
-        counts |= _divide(min(room, self.max_prefill_tokens) if answers else room, prompts)
+        counts |= _divide(min(most, self.max_batch_tokens - len(answers)), prompts)
         plan = []
         for s in self.running:  # which becomes shorter when its last are preempted
             if count := self._grow(s, counts.get(s, 0)):

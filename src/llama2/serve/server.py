@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import sys
 import time
@@ -86,6 +87,7 @@ class _Server(uvicorn.Server):
         except Exception as error:
             self.failure, self.should_exit = error, True
             return
+        gc.freeze()  # or looking through all that was imported and loaded stops every answer for 50 ms, now and then
         self._models.ready = True
         names = ", ".join(self._models.entries)
         print(f"llama2: serving {names} at {self.address}", file=sys.stderr, flush=True)
