@@ -62,6 +62,10 @@ def test_prompts_that_come_together_begin_to_answer_one_after_another() -> None:
     assert step(scheduler) == [(0, 1), (1, 10)]
     scheduler.remove(scheduler.running[0])
     assert step(scheduler) == [(1, 30)]
+    scheduler = Scheduler(100, max_prefill_tokens=10)
+    for id in range(3):  # of which nothing but the next token is asked
+        scheduler.add(distinct(id, 40, 41))
+    assert step(scheduler) == [(0, 40), (1, 40), (2, 40)]
 
 
 def test_half_of_the_room_is_the_oldest_prompts_and_the_rest_goes_to_those_that_end_soonest() -> None:

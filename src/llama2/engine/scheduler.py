@@ -51,7 +51,7 @@ class Scheduler(Generic[S]):
     """Plans steps over the sequences it was given, each at most `max_batch_tokens` long.
 
     While answers grow, at most `max_prefill_tokens` of them are prompts', so that no prompt makes answers wait for
-    longer than that takes. While none does, a step is as long as it takes to end one prompt, if that is more: its
+    longer than that takes. While none does yet, a step is as long as it takes to end one prompt, if that is more: its
     answer begins then, and those who come together do not stay together.
     """
 
@@ -110,10 +110,11 @@ class Scheduler(Generic[S]):
             if not (self._may_reuse(s) and s.keys[done] in coming):
                 prompts.append(s)
             coming.update(s.keys[done:])
-        most = self.max_prefill_tokens
-        if prompts and not answers:
-            # All but the oldest have to share with that.
-            most = max(most, min((s.length - s.cached) * (1 if s is prompts[0] else 2) for s in prompts))
+        most = self.max_prefill_tokens if answers else self.max_batch_tokens
+        if not answers and (growing := [s for s in prompts if s.limit > s.length + 1]):
+            # All but the oldest prompt have to share with that.
+            ends = min((s.length - s.cached) * (1 if s is prompts[0] else 2) for s in growing)
+            most = min(most, max(self.max_prefill_tokens, ends))
         counts = dict.fromkeys(answers, 1)
         counts |= _divide(min(most, self.max_batch_tokens - len(answers)), prompts)
         plan = []
