@@ -64,7 +64,7 @@ def test_prompts_that_come_together_begin_to_answer_one_after_another() -> None:
     assert step(scheduler) == [(1, 30)]
     scheduler = Scheduler(100, max_prefill_tokens=10)
     for id in range(3):  # of which nothing but the next token is asked
-        scheduler.add(distinct(id, 40, 41))
+        scheduler.add(distinct(id, 40, 1))
     assert step(scheduler) == [(0, 40), (1, 40), (2, 40)]
 
 
