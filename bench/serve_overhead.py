@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from http_load import Process, running
 from provenance import provenance
-from serve_load import measure, request
+from serve_load import measure, request, round_to
 
 #: What the server counts, in a file that it shares with who measures it.
 FORWARD, DRAW, STEP, STEPS = range(4)
@@ -110,11 +110,6 @@ def main() -> None:
     }
     json.dump({"provenance": provenance(), "median": medians, "runs": results}, sys.stdout, indent=1)
     print()
-
-
-def round_to(value: float) -> float:
-    """Four digits after the point are more than a measurement has."""
-    return round(float(value), 4)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from llama2.api import Model
 from llama2.engine.request import Event, Request, Sampling
 from llama2.serve import service as module
 from llama2.serve.metrics import Metrics
-from llama2.serve.service import Service
+from llama2.serve.service import Service, Stream, Timed
 from llama2.serve.settings import Settings
 from serving import write_model
 
 #: Of the engine, in seconds.
 STEP = 0.01
 
-Call = tuple[float, dict[Any, list[tuple[float, int, Event]]]]
+Call = tuple[float, dict[Stream, list[Timed]]]
 
 
 @pytest.fixture

@@ -289,7 +289,7 @@ class Engine(EngineProtocol):
             return
         if g.length == len(g.request.prompt):
             g.cached_tokens = g.reused
-        drafts = g.tokens[g.length : g.length + part.drafts].tolist() if part.drafts else ()
+        drafts = g.tokens[g.length : g.length + part.drafts].tolist()
         for row, draft in zip(logits[-1 - part.drafts :], (*drafts, None), strict=True):
             event = self._draw(g, row, draft)
             self._events.append(event)

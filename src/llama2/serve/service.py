@@ -39,6 +39,9 @@ _TOGETHER = 0.05
 #: News of one choice: its index among the stream's requests, and the event.
 News = tuple[int, Event]
 
+#: The same, after the time of its step.
+Timed = tuple[float, int, Event]
+
 
 class Stream:
     """The events of one HTTP request's choices, batched as they come. For the event loop's thread alone.
@@ -143,7 +146,7 @@ class Service:
         self._ids: dict[Stream, set[int]] = {}
         self._unstarted: dict[int, Stream] = {}  # by the engine's id, in order of arrival
         self._silent: set[Stream] = set()  # of which nothing was told
-        self._untold: dict[Stream, list[tuple[float, int, Event]]] = {}  # events, with when and of which choice
+        self._untold: dict[Stream, list[Timed]] = {}
         self._told = 0.0  # when all of them last were
         self._thread = threading.Thread(target=self._work, name=f"engine of {name}", daemon=True)
         self._thread.start()
@@ -191,8 +194,8 @@ class Service:
         self._posted.append((what, stream))
         self._wake.set()
 
-    def _tell(self, told: dict[Stream, list[tuple[float, int, Event]]], now: float, load: Load) -> None:
-        """Account for events, each with when and of which choice it came, and hand them to those who wait.
+    def _tell(self, told: dict[Stream, list[Timed]], now: float, load: Load) -> None:
+        """Account for events, and hand them to those who wait.
 
         In the event loop. What begins or ends did so `now`, for the last step is told with no delay.
         """
