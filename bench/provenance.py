@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import sys
 from pathlib import Path
 
-from llama2 import records
+from llama2 import machine, records
 
 
 def provenance() -> dict[str, object]:
@@ -18,7 +17,7 @@ def provenance() -> dict[str, object]:
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "commit": records.commit(Path(__file__).parent) or "unknown",
         "cpu": records.cpu(),
-        "cores": os.cpu_count(),
+        "cores": machine.processors(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "llama2": records.installed("whole-llama"),

@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(scratch)
         recipe = folder / "recipe.toml"
         recipe.write_text(RECIPE.format(steps=asked.steps, corpus=corpus(folder)))
-        start = _finish(command(recipe, "one", "steps=1"))
+        start = _finish(command(recipe, "one", "steps=1", "optimizer.warmup=0"))
         seconds = _finish(command(recipe, "whole"))
         whole = losses(folder / "runs" / "whole")
         kills, run = killed(recipe, asked.kills, start, seconds, asked.seed)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
 import sys
@@ -25,6 +24,8 @@ from typing import Any
 
 from http_load import Process, Told, ask, ours, quantile, running
 from provenance import provenance
+
+from llama2.machine import processors
 
 ROUTE = "/v1/completions"
 
@@ -70,6 +71,7 @@ def main() -> None:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, required=True)
+    parser.add_argument("--before", type=Path, metavar="LLAMA2", help="`llama2` as another version installed it")
     parser.add_argument("--peer", type=Path, help="llama-server")
     parser.add_argument("--vllm", nargs=2, metavar=("PYTHON", "FOLDER"), help="vLLM's environment, and its model")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
@@ -78,12 +80,17 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=64)
     parser.add_argument("--requests", type=int, default=3, help="of each stream in a round")
     parser.add_argument("--end", type=int, default=2, help="the token that ends an answer")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=processors())
     args = parser.parse_args()
     threads, most = str(args.threads), max(args.streams)
     results: dict[str, dict[int, list[dict[str, Any]]]] = {}
     with ExitStack() as stack:
-        servers = [stack.enter_context(running("llama2", ours("-m", str(args.model), "--threads", threads)))]
+        command = ours("-m", str(args.model), "--threads", threads)
+        servers = [stack.enter_context(running("llama2", command))]
+        if args.before:
+            servers.append(
+                stack.enter_context(running("before", [str(args.before), *command[command.index("serve") :]]))
+            )
         if args.peer:
             slots = ["-c", str(most * 2 * (args.prompt + args.answer)), "-np", str(most), "--no-webui"]
             command = [str(args.peer), "-m", str(args.model), "-t", threads, "-tb", threads, *slots]

@@ -35,7 +35,8 @@ from llama2.data.shards import Shards
 from llama2.model.transformer import Transformer
 from llama2.records import installed
 from llama2.train.checkpoints import write_model
-from llama2.train.loop import rate_of, step_of
+from llama2.train.loop import part_of, step_of
+from llama2.train.schedule import rate_of
 from llama2.train.settings import PretrainRecipe
 
 #: Nats that never count as a difference.
@@ -53,7 +54,7 @@ def ours(recipe: PretrainRecipe, network: Transformer) -> Train:
     def train(batches: Sequence[Batch]) -> float:
         nonlocal done
         done += 1
-        return step.step(batches, rate_of(recipe, done)).loss
+        return step.step(batches, rate_of([part_of(recipe)], done)).loss
 
     return train
 

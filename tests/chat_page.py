@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -129,3 +130,48 @@ class Chat:
     def texts(self) -> list[str]:
         """What was said, in order."""
         return self.page.locator(".question .bubble, .reply .prose").all_inner_texts()
+
+
+def scripted(page: Page, *replies: str | dict[str, Any]) -> list[dict[str, Any]]:
+    """Answers chat completions in turn with a text, or with a route's own answer. Returns the requests as they come."""
+    asked: list[dict[str, Any]] = []
+
+    def fulfil(route: Route) -> None:
+        asked.append({**json.loads(route.request.post_data or ""), "headers": route.request.headers})
+        reply = replies[min(len(asked), len(replies)) - 1]
+        if isinstance(reply, str):
+            chunks = [{"delta": {"role": "assistant", "content": ""}}, {"delta": {"content": reply}}]
+            chunks += [{"delta": {}, "finish_reason": "stop"}]
+            events = [{"choices": [{"finish_reason": None, **chunk}], "system_fingerprint": "fp_1"} for chunk in chunks]
+            events.append({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 5}})
+            body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+            reply = {"status": 200, "content_type": "text/event-stream", "body": body}
+        route.fulfill(**reply)
+
+    page.route("**/v1/chat/completions", fulfil)
+    return asked
+
+
+def refusal(status: int, message: str, code: str | None = None, **headers: str) -> dict[str, Any]:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return {
+        "status": status,
+        "headers": headers,
+        "content_type": "application/json",
+        "body": json.dumps({"error": error}),
+    }
+
+
+def _axe() -> str:
+    package = importlib.util.find_spec("axe_playwright_python")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).with_name("axe.min.js").read_text()
+
+
+def violations(page: Page) -> list[str]:
+    """What axe-core calls serious or critical."""
+    page.evaluate(_axe())
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    bad = [each for each in found["violations"] if each["impact"] in ("serious", "critical")]
+    return [f"{each['id']}: {node['html']} {node['failureSummary']}" for each in bad for node in each["nodes"]]

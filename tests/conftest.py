@@ -47,3 +47,14 @@ def out(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     yield folder
     assert not [path.name for path in folder.iterdir() if path.suffix == ".part"]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: so small networks gain nothing from more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -71,7 +71,8 @@ class HistoryRunner:
         self.cache = np.full(n_blocks * BLOCK, -1)
         self.steps: list[int] = []  # tokens of each step
 
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
+    def forward(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Logits; a token's hidden state is itself and its position."""
         for array in (batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.outputs):
             assert array.dtype == np.int32
             assert array.flags.c_contiguous
@@ -80,6 +81,8 @@ class HistoryRunner:
         assert (np.diff(batch.positions)[same] == 1).all()
         assert sorted(set(batch.sequences.tolist())) == list(range(len(batch.blocks)))
         self.steps.append(len(batch.tokens))
+        if hidden is not None:
+            hidden[:] = np.stack([batch.tokens, batch.positions], axis=1)
 
         blocks = batch.blocks[batch.sequences, batch.positions // BLOCK]
         assert (blocks >= 0).all()

@@ -62,11 +62,21 @@ def _tensors() -> dict[str, Any]:
 def _tokenizer() -> dict[str, Any]:
     """A SentencePiece vocabulary as transformers 4 writes it."""
     pieces = ["<unk>", "<s>", "</s>", "▁", "a", "▁a"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     return {
-        "added_tokens": [{"id": i, "content": pieces[i], "special": True} for i in range(3)],
+        "added_tokens": [{"id": i, "content": pieces[i], "special": True, **flags} for i in range(3)],
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]},
         "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
         "model": {
             "type": "BPE",
             "unk_token": "<unk>",

@@ -11,8 +11,8 @@ import numpy as np
 
 from models import TokenizerKind, tiny_config, write_tiny_gguf
 
-U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
-_CODES = {0: "B", U32: "I", I32: "i", F32: "f", BOOL: "B", U64: "Q"}
+I16, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 3, 4, 5, 6, 7, 8, 9, 10
+_CODES = {0: "B", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "B", U64: "Q"}
 
 DIM, HEADS, HIDDEN, VOCAB = 8, 2, 12, 6
 

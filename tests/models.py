@@ -17,13 +17,14 @@ from llama2.config import ModelConfig
 
 TokenizerKind = Literal["sentencepiece", "bpe"]
 
-#: Byte positions of the float16 scales in a block of 256, and their sizes that give weights of about ±0.1.
+#: Byte positions of the float16 scales in a block, and their sizes that give weights of about ±0.1.
 _K_SCALES = {
     "Q2_K": {80: 8e-3, 82: 12e-3},
     "Q3_K": {108: 2e-3},
     "Q4_K": {0: 4e-4, 2: 3e-3},
     "Q5_K": {0: 2e-4, 2: 3e-3},
     "Q6_K": {208: 8e-5},
+    "IQ4_NL": {0: 1e-3},
 }
 
 #: GGUF's names of a block's tensors, and Meta's.
@@ -60,7 +61,7 @@ def tiny_config(format: str = "F32", **changes: Any) -> ModelConfig:
 
 
 def random_weights(format: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
-    """Random weights of about ±0.1 as gguf stores them; K formats, which gguf cannot quantise, are random blocks."""
+    """Random weights of about ±0.1 as gguf stores them; those that gguf cannot write are random blocks."""
     if scales := _K_SCALES.get(format):
         block, size = gguf.GGML_QUANT_SIZES[GGMLType[format]]
         blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // block, size), dtype=np.uint8)
@@ -81,6 +82,7 @@ def write_tiny_gguf(
     pre: str = "smollm",
     template: str | None = None,
     seed: int = 0,
+    architecture: str = "llama",
     edit: Callable[[gguf.GGUFWriter], object] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Write a random Llama to `path`, and return its weights by Meta's names as the `gguf` package dequantises them.
@@ -89,7 +91,7 @@ def write_tiny_gguf(
     """
     config = config or tiny_config(format)
     rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     _add_config(writer, config)
     (_add_sentencepiece if tokenizer == "sentencepiece" else _add_bpe)(writer, config.vocab_size)
     if tokenizer == "bpe":
@@ -101,13 +103,17 @@ def write_tiny_gguf(
     if not config.tied_embeddings:
         names["output.weight"] = "output.weight"
     for i in range(config.n_layers):
-        names |= {f"blk.{i}.{theirs}.weight": f"layers.{i}.{metas}.weight" for theirs, metas in _BLOCK_NAMES.items()}
+        for theirs, metas in _BLOCK_NAMES.items():
+            names[f"blk.{i}.{theirs}.weight"] = f"layers.{i}.{metas}.weight"
+            if metas in config.biases:
+                names[f"blk.{i}.{theirs}.bias"] = f"layers.{i}.{metas}.bias"
     shapes = config.tensor_shapes()
     weights: dict[str, NDArray[np.float32]] = {}
     for theirs, metas in names.items():
         shape = shapes[metas]
         if len(shape) == 1:
-            dtype, data = GGMLType.F32, (1 + random_weights("F32", shape, rng)).astype(np.float32)
+            offset = 0 if theirs.endswith(".bias") else 1
+            dtype, data = GGMLType.F32, (offset + random_weights("F32", shape, rng)).astype(np.float32)
         else:
             dtype, data = GGMLType[format], random_weights(format, shape, rng)
         writer.add_tensor(theirs, data, raw_dtype=dtype)
@@ -139,6 +145,15 @@ def _add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     if config.head_dim * config.n_heads != config.dim:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+    if (scaling := config.rope_scaling) and scaling.kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling.factor)
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
+        writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
+        writer.add_rope_scaling_yarn_attn_factor(scaling.attention_factor)
     if config.rope_scaling and config.rope_scaling.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_scaling.factor)

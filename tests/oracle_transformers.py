@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 
+_BIASES = {"attention": "attention.", "mlp": "feed_forward."}
+
+
 def rotate_half_order(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Rows of wq or wk from Meta's order, pairs side by side, to Hugging Face's, first halves before second ones."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(0, 2, 1, 3).reshape(rows, columns)
+    """Rows of wq or wk, or of their biases, from Meta's order, pairs side by side, to Hugging Face's, halves."""
+    return weight.reshape(heads, len(weight) // heads // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def their_names(c: ModelConfig) -> dict[str, str]:
@@ -36,19 +38,19 @@ def their_names(c: ModelConfig) -> dict[str, str]:
     }
     for i in range(c.n_layers):
         names |= {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in parts.items()}
-    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
+    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in names.items() for kind in ("weight", "bias")}
 
 
 def their_order(c: ModelConfig, name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
     """The rows of the tensor that Meta calls `name` as Hugging Face orders them."""
-    if name.endswith(("wq.weight", "wk.weight")):
-        return rotate_half_order(weight, c.n_heads if name.endswith("wq.weight") else c.n_kv_heads)
+    if name.split(".")[-2] in ("wq", "wk"):
+        return rotate_half_order(weight, c.n_heads if ".wq." in name else c.n_kv_heads)
     return weight
 
 
 def transformers_model(model: Checkpoint) -> LlamaForCausalLM:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
     c = model.config
     scaling = c.rope_scaling
@@ -61,30 +63,43 @@ def transformers_model(model: Checkpoint) -> LlamaForCausalLM:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_context,
         }
-    config = LlamaConfig(
-        hidden_size=c.dim,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.hidden_dim,
-        vocab_size=c.vocab_size,
-        max_position_embeddings=c.context_length,
-        rms_norm_eps=c.norm_eps,
-        rope_parameters=rope,
-        tie_word_embeddings=c.tied_embeddings,
-        attn_implementation="eager",
-        dtype="float32",
-    )
+    if scaling and scaling.kind == "yarn":
+        names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
+        rope |= {name: getattr(scaling, name) for name in names}
+        rope["original_max_position_embeddings"] = scaling.original_context
+    context = scaling.original_context if scaling and scaling.kind == "dynamic" else c.context_length
+    shape: dict[str, Any] = {
+        "hidden_size": c.dim,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.hidden_dim,
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": context,
+        "rms_norm_eps": c.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": c.tied_embeddings,
+        "attn_implementation": "eager",
+        "dtype": "float32",
+    }
+    if c.sliding_window:
+        network = MistralForCausalLM(MistralConfig(**shape, sliding_window=c.sliding_window))
+    else:
+        biases = {f"{key}_bias": any(part in name for name in c.biases) for key, part in _BIASES.items()}
+        network = LlamaForCausalLM(LlamaConfig(**shape, **biases))
     names, state = their_names(c), dict[str, torch.Tensor]()
     for name, tensor in model.tensors.items():
         weight = their_order(c, name, tensor.dequantize())
         state[names[name]] = torch.from_numpy(np.ascontiguousarray(weight))
     if c.tied_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    network = LlamaForCausalLM(config).eval()
-    network.load_state_dict(state, strict=True)
-    return network
+    absent = network.load_state_dict(state, strict=False)
+    assert not absent.unexpected_keys
+    assert all(name.endswith("o_proj.bias") for name in absent.missing_keys)
+    for name in absent.missing_keys:
+        torch.nn.init.zeros_(network.get_parameter(name))
+    return network.eval()
 
 
 def theirs(network: LlamaForCausalLM, tokens: list[int]) -> NDArray[np.float32]:

@@ -66,7 +66,7 @@ class Server:
         answer: Any = response.read()
         connection.close()
         told = {name.lower(): value for name, value in response.getheaders()}
-        if told.get("content-type") == "application/json":
+        if answer and told.get("content-type") == "application/json":
             answer = json.loads(answer)
         return response.status, told, answer
 
@@ -83,10 +83,10 @@ class Server:
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
     def open(self, path: str, body: Any) -> socket.socket:
-        """A connection on which a request was sent and nothing was read."""
+        """A connection on which a request was sent and nothing was read, and which ends with the answer."""
         data = json.dumps(body).encode()
         connection = socket.create_connection((self.host, self.port), timeout=60)
-        head = f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n"
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         return connection
 
@@ -100,6 +100,21 @@ class Server:
         end = time.monotonic() + seconds
         while self.gauge(name) != value:
             assert time.monotonic() < end, f"{name} is {self.gauge(name)} and not {value}"
+            time.sleep(0.02)
+
+    def line(self, part: str, seconds: float = 60.0) -> str:
+        """The first message with `part`, waited for."""
+        end = time.monotonic() + seconds
+        while not (found := [line for line in self.messages if part in line]):
+            assert time.monotonic() < end, self.messages
+            time.sleep(0.02)
+        return found[0]
+
+    def wait_for_more(self, name: str, value: float, seconds: float) -> None:
+        """Wait until a metric is above this value; fails after so many seconds."""
+        end = time.monotonic() + seconds
+        while self.gauge(name) <= value:
+            assert time.monotonic() < end, f"{name} is still {value}"
             time.sleep(0.02)
 
     def signal(self, number: int = signal.SIGTERM) -> None:

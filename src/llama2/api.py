@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 import difflib
-import secrets
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llama2 import checkpoint, hub
 from llama2.checkpoint import Checkpoint
+from llama2.engine.embedding import normalised, pieces
 from llama2.engine.engine import Engine
 from llama2.engine.protocol import EngineProtocol
-from llama2.engine.request import Event, FinishReason, Logprob, Request, Sampling
+from llama2.engine.request import (
+    Event,
+    FinishReason,
+    Logprob,
+    Pooling,
+    Request,
+    Sampling,
+    answer_limit,
+    flag,
+    index,
+    shown,
+    whole,
+)
 from llama2.engine.runner import BLOCK, Runner
 from llama2.engine.scheduler import blocks_for
 from llama2.errors import ContextError, DialogError, EngineError, RequestError
 from llama2.hub import store
+from llama2.text import template as templates
+from llama2.text import turns
 from llama2.text.dialog import Dialog, Message
+from llama2.text.tokenizer import Mode
 
 Messages = str | Sequence[Message | Mapping[str, Any]]
+
+#: A LoRA adapter's name, path or repository, with `:SCALE` behind it if wanted; or several.
+Adapters = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 
 class Options(TypedDict, total=False):
@@ -71,6 +95,9 @@ def load(
     sequences: int = 1,
     cache_bytes: int | None = None,
     tokenizer: str | PathLike[str] | None = None,
+    template: str | PathLike[str] | None = None,
+    tokenizer_mode: Mode = "auto",
+    adapter: Adapters = (),
     engine: Literal["llama2", "vllm"] = "llama2",
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -81,8 +108,14 @@ def load(
     `context` is how many tokens prompt and answer may have together, by default as many as the model was made for; a
     shorter one saves memory. The cache holds `sequences` requests of the whole context at once, or more that are
     shorter; `cache_bytes` bounds it, but one whole context fits in any case. `tokenizer` is a file
-    (`tokenizer.model`, llama2.c's `tokenizer.bin`) that replaces the model's own. `progress` is told of a fetch: what,
-    bytes done, bytes in all. Raises HubError, CheckpointError, and what Model raises.
+    (`tokenizer.model`, `tokenizer.json`, llama2.c's `tokenizer.bin`) that replaces the model's own. `tokenizer_mode`
+    decides where spaces are put in front of text: "legacy" before each part between added tokens, "file" as the
+    model's files say it, "auto" as the model was tuned, as far as they tell. `template` replaces its chat template: a
+    chat format's name such as "vicuna" (`text.formats` has them), one of several that the model has by name, or a
+    Jinja file. `adapter` is a LoRA adapter, or several: folders of peft, or llama.cpp's GGUF. They are merged into the
+    weights in memory, each as trained, or with `DIR:0.5` half as strong. `progress` is told of a fetch: what, bytes
+    done, bytes in all. Raises HubError, CheckpointError, TemplateError for a template that is not there, RequestError
+    for a mode that is none, and what Model raises.
 
     The torch runner takes the GPU if there is one, and with `compile` is faster after its first steps. In a program
     that torchrun started, it shares the model among the processes: this returns in the first, the others end here.
@@ -90,9 +123,14 @@ def load(
     With `engine="vllm"`, vLLM answers in processes of its own, if it is installed: `tensor_parallel` of them share each
     layer, and `pipeline_parallel` such groups the layers. `engine/cluster.py` says what differs.
     """
-    path = hub.locate(fspath(name_or_path), progress=progress)
-    own = Path(tokenizer) if tokenizer is not None else None
-    opened = checkpoint.open(path, vocabulary=store.kept(path, "vocabulary"), tokenizer=own)
+    opened = open_checkpoint(
+        name_or_path,
+        tokenizer=tokenizer,
+        template=template,
+        tokenizer_mode=tokenizer_mode,
+        adapter=adapter,
+        progress=progress,
+    )
     return Model(
         opened,
         threads=threads,
@@ -105,6 +143,59 @@ def load(
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
     )
+
+
+def open_checkpoint(
+    name_or_path: str | PathLike[str],
+    *,
+    tokenizer: str | PathLike[str] | None = None,
+    template: str | PathLike[str] | None = None,
+    tokenizer_mode: Mode = "auto",
+    adapter: Adapters = (),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Checkpoint:
+    """The files of a model as `load` opens them, without an engine: no weight is read yet."""
+    path = hub.locate(path_text("name_or_path", name_or_path), progress=progress)
+    if progress is not None and not callable(progress):
+        raise RequestError(f"progress={shown(progress)} must be a function")
+    return checkpoint.open(
+        path,
+        vocabulary=store.kept(path, "vocabulary"),
+        tokenizer=None if tokenizer is None else Path(path_text("tokenizer", tokenizer)),
+        tokenizer_mode=tokenizer_mode,
+        adapters=located(adapter, partial(hub.locate, progress=progress)),
+        template=None if template is None else path_text("template", template),
+    )
+
+
+def located(adapter: Adapters, find: Callable[[str], Path]) -> list[tuple[Path, float]]:
+    """Where each adapter lies, and the factor of its scale. Raises RequestError for that, and what `find` raises."""
+    given = [adapter] if isinstance(adapter, (str, PathLike)) else adapter
+    if not given:
+        return []
+    from llama2.checkpoint.adapter import split
+
+    return [(find(name), scale) for name, scale in map(split, given)]
+
+
+def path_text(name: str, value: Any) -> str:
+    """A path as text. Raises RequestError for what is none."""
+    try:
+        path = fspath(value)
+    except TypeError:
+        path = None
+    if not isinstance(path, str):
+        raise RequestError(f"{name}={shown(value)} must be a text or a path")
+    return path
+
+
+class Prompt(NamedTuple):
+    """Token ids that ask for an answer, or for the rest of one, by a chat template (None: Llama 2's own format)."""
+
+    tokens: list[int]
+    continues: bool  # whether they end within the assistant's message
+    template: str | None
+    notes: tuple[str, ...] = ()  # what was changed, because the chat format cannot write it
 
 
 class Model:
@@ -133,15 +224,25 @@ class Model:
         """Raises ContextError for a context that the model has not, RequestError for other values out of range, and
         EngineError where what runner or engine needs is not installed, or does not start.
         """
-        longest = checkpoint.config.context_length
-        context = longest if context is None else context
-        if not 1 <= context <= longest:
-            raise ContextError(f"context={context} must be from 1 to {longest}, which this model was made for")
+        longest, asked = checkpoint.config.context_length, context
+        context = longest if context is None else index(context)
+        if context is None or not 1 <= context <= longest:
+            raise ContextError(f"context={shown(asked)} must be from 1 to {longest}, which this model was made for")
+        sequences = whole("sequences", sequences, 1, 1 << 30)
+        cache_bytes = None if cache_bytes is None else whole("cache_bytes", cache_bytes, 0, 1 << 62)
+        threads = None if threads is None else whole("threads", threads, 1, 1024)
+        flag("compile", compile)
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
+        self._warned = False  # that it names no chat format
         self.engine: EngineProtocol
         if engine == "vllm":
+            if checkpoint.adapters:
+                raise EngineError(
+                    "vLLM reads the base's own files; write the merged model first, with `llama2 convert BASE FOLDER "
+                    "--to hf --adapter DIR`, and give that"
+                )
             if runner != "native" or compile or threads is not None:
                 raise RequestError("runner, compile and threads are for our own engine; vLLM has settings of its own")
             from llama2.engine.cluster import ClusterEngine
@@ -159,10 +260,10 @@ class Model:
             raise RequestError(f"engine={engine!r} must be llama2 or vllm")
         if (tensor_parallel, pipeline_parallel) != (1, 1):
             raise RequestError('tensor_parallel and pipeline_parallel need engine="vllm"')
-        whole = blocks_for(context)
-        blocks = sequences * whole
+        least = blocks_for(context)  # of one request
+        blocks = sequences * least
         if cache_bytes is not None:
-            blocks = min(blocks, max(whole, cache_bytes // self.config.cache_bytes(BLOCK)))
+            blocks = min(blocks, max(least, cache_bytes // self.config.cache_bytes(BLOCK)))
         arithmetic = _runner(runner, checkpoint, blocks, threads, compile)
         self.engine = Engine(arithmetic, self.tokenizer, context=context)
 
@@ -177,22 +278,57 @@ class Model:
         self.engine.close()
         self.checkpoint.close()
 
+    def prompt(
+        self,
+        messages: Messages,
+        *,
+        neutralise: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        strict: bool = False,
+    ) -> Prompt:
+        """What asks for the answer to a dialog, in the model's chat format; a text is one user message.
+
+        `tools` are declarations of functions in OpenAI's form. A dialog that ends with the assistant's message is to be
+        continued there. One that the chat format cannot write as it is becomes one that it can (`text.turns`); if
+        `strict`, it is refused. Raises DialogError when the messages contain a role marker and it is not to be
+        neutralised, or make no dialog; TemplateError when the model's chat template fails.
+        """
+        flag("neutralise", neutralise)
+        if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(t, Mapping) for t in tools)):
+            raise RequestError(f"tools={shown(tools)} must be a list of declarations in OpenAI's form")
+        dialog = Dialog([Message("user", messages)] if isinstance(messages, str) else messages, strict=strict)
+        template = self.checkpoint.template_for(tools=bool(tools))
+        arranged = turns.arrange(dialog, template, self.tokenizer, tools, neutralise=neutralise)
+        last = arranged.dialog.messages[-1]
+        if last.tool_calls:
+            raise DialogError(f"message {len(dialog.messages) - 1}: its calls have no answer; add a tool's message")
+        tokens, _ = arranged.dialog.render(
+            self.tokenizer, template, neutralise=neutralise, tools=arranged.tools, continue_final=True
+        )
+        return Prompt(tokens, last.role == "assistant", template, arranged.notes)
+
     def render(
         self, messages: Messages, *, neutralise: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Token ids that ask for the answer to a dialog, in the model's chat format; a text is one user message.
+        """Token ids of `prompt`."""
+        return self.prompt(messages, neutralise=neutralise, tools=tools).tokens
 
-        `tools` are declarations of functions in OpenAI's form. Raises DialogError when the messages are out of order,
-        contain a role marker and it is not to be neutralised, or use tools that the format does not know; TemplateError
-        when the model's chat template fails.
+    def answering(self, request: Request, prompt: Prompt) -> Request:
+        """`request` for the answer to a dialog, which ends where the model's chat format ends one.
+
+        That is at the token that its template writes behind an answer, and in a format that we know by name, before who
+        speaks next.
         """
-        dialog = Dialog([Message("user", messages)] if isinstance(messages, str) else messages)
-        if dialog.messages[-1].role == "assistant":
-            raise DialogError(f"message {len(dialog.messages) - 1}: the last one must be the user's, to be answered")
-        return dialog.render(self.tokenizer, self.checkpoint.template, neutralise=neutralise, tools=tools)[0]
+        request = replace(request, prompt=tuple(prompt.tokens), continues=prompt.continues)
+        if prompt.template is None:
+            return request
+        stop_tokens = request.stop_tokens | templates.ends(prompt.template, self.tokenizer)
+        return replace(request, stop=(*request.stop, *templates.stops(prompt.template)), stop_tokens=stop_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of which the model continues `text`; where there would be none, the token that begins a text."""
+        if not isinstance(text, str):
+            raise RequestError(f"text={shown(text)} must be a text")
         t = self.tokenizer
         begin = t.eos_id if t.bos_id is None else t.bos_id
         return t.encode(text, bos=t.add_bos) or ([] if begin is None else [begin])
@@ -203,13 +339,13 @@ class Model:
         Raises like `render`; RequestError for an option that is unknown or out of range; ContextError when the
         messages leave no room for an answer; EngineError when the model fails.
         """
-        return self._answer(_request(self.render(messages, neutralise=neutralise), options))
+        return self._answer(self._chat(messages, neutralise, options))
 
     def chat_stream(
         self, messages: Messages, *, neutralise: bool = False, **options: Unpack[Options]
     ) -> Iterator[Event]:
         """`chat` token by token. A failure comes as an event; closing the iterator ends the answer."""
-        return self.engine.run(_request(self.render(messages, neutralise=neutralise), options))
+        return self.engine.run(self._chat(messages, neutralise, options))
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Answer:
         """The continuation of a text or of token ids, without a chat format. Raises as `chat` does."""
@@ -218,6 +354,67 @@ class Model:
     def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Iterator[Event]:
         """`generate` token by token. A failure comes as an event; closing the iterator ends the answer."""
         return self.engine.run(self._continuation(prompt, options))
+
+    def embed(
+        self, texts: str | Sequence[str | Sequence[int]], *, pooling: Pooling = "last", normalise: bool = True
+    ) -> NDArray[np.float32]:
+        """Embeddings (n, dim) of n texts, or of their token ids: hidden states after the final norm.
+
+        `pooling` takes the last token's state, which alone has read the whole text, or the mean of all; `normalise`
+        makes each vector 1 long. A vector is the same, bit for bit, whatever is embedded beside it. Raises RequestError
+        for an input that is empty or is no text, ContextError for one longer than the context, EngineError when the
+        model fails.
+        """
+        flag("normalise", normalise)
+        requests = self.embedding_requests([texts] if isinstance(texts, str) else texts, pooling)
+        vectors = np.empty((len(requests), self.config.dim), np.float32)
+        done = 0
+        for piece in pieces(requests):
+            for event in sorted(self.engine.run(*piece), key=lambda event: event.request):
+                if event.embedding is None:
+                    raise EngineError(event.error or "the embedding was cancelled")
+                vectors[done] = normalised(event.embedding) if normalise else event.embedding
+                done += 1
+        return vectors
+
+    def embedding_requests(
+        self, inputs: Sequence[str | Sequence[int]], pooling: Pooling, *, truncate: bool = False
+    ) -> list[Request]:
+        """Requests for the embeddings of texts or token ids, of each as much as the context holds if `truncate`.
+
+        All of them are checked. Raises RequestError for an input that is empty, is no text or has a token that the
+        model does not know, ContextError for one that is longer than the context.
+        """
+        if not isinstance(inputs, Sequence):
+            raise RequestError(f"inputs={shown(inputs)} must be a list of texts")
+        context, requests = self.engine.context, []
+        for i, given in enumerate(inputs):
+            tokens = given
+            if isinstance(given, str):
+                tokens = self.encode(given) if given else []
+            if truncate:
+                tokens = tokens[:context]
+            request = Request(tokens, max_tokens=0, pooling=pooling)  # type: ignore[arg-type]  # it takes more than it keeps
+            if not request.prompt:
+                raise RequestError(f"input {i} is empty; leave it out")
+            if (length := len(request.prompt)) > context:
+                raise ContextError(
+                    f"input {i} has {length} tokens, and the context is {context}; divide it into shorter ones"
+                )
+            answer_limit(request, context, self.config.vocab_size)
+            requests.append(request)
+        return requests
+
+    def _chat(self, messages: Messages, neutralise: bool, options: Options) -> Request:
+        """Also warns of what the chat format could not write, and once, that the model names none."""
+        prompt = self.prompt(messages, neutralise=neutralise)
+        request = self.answering(_request((), options), prompt)
+        for note in prompt.notes:
+            warnings.warn(note, stacklevel=3)
+        if not self._warned and (assumed := self.checkpoint.assumes_format):
+            warnings.warn(assumed, stacklevel=3)
+        self._warned = True
+        return request
 
     def _continuation(self, prompt: str | Sequence[int], options: Options) -> Request:
         return _request(self.encode(prompt) if isinstance(prompt, str) else prompt, options, continues=True)
@@ -245,13 +442,13 @@ def _request(prompt: Sequence[int], options: Options, *, continues: bool = False
             raise RequestError(f"{name}: unknown option; {advice}")
     stop = options.get("stop", ())
     if not isinstance(stop, (str, list, tuple)):
-        raise RequestError(f"stop={stop!r} must be a text or a list of texts")
+        raise RequestError(f"stop={shown(stop)} must be a text or a list of texts")
     drawn = {field.name for field in fields(Sampling)}
     sampling: dict[str, Any] = {name: value for name, value in options.items() if name in drawn}
     if sampling.get("seed") is None:
-        sampling["seed"] = secrets.randbits(32)
+        sampling["seed"] = int.from_bytes(os.urandom(4))
     return Request(
-        prompt=tuple(prompt),
+        prompt=prompt,  # type: ignore[arg-type]  # Request takes more than it keeps
         max_tokens=options.get("max_tokens"),
         sampling=Sampling(**sampling),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
@@ -269,8 +466,6 @@ def _runner(kind: str, checkpoint: Checkpoint, n_blocks: int, threads: int | Non
     if kind == "native":
         from llama2.engine.runner_native import NativeRunner
 
-        if threads is not None and not 1 <= threads <= 1024:
-            raise RequestError(f"threads={threads} must be from 1 to 1024")
         return NativeRunner(checkpoint, n_blocks, threads=threads)
     if kind == "numpy":
         from llama2.engine.runner_numpy import NumpyRunner

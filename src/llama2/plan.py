@@ -25,6 +25,7 @@ BLOCKS = {
     "Q5_0": (22, 32),
     "Q4_1": (20, 32),
     "Q4_0": (18, 32),
+    "IQ4_NL": (18, 32),
     "Q6_K": (210, 256),
     "Q5_K": (176, 256),
     "Q4_K": (144, 256),
@@ -37,7 +38,7 @@ FLOATS = ("F32", "F16", "BF16")
 _SMALLER_BLOCKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}
 
 #: Formats of files, and the number format that most of a file's matrices have.
-FORMATS = {name: name for name in BLOCKS if name not in ("Q5_K", "Q4_K", "Q3_K")} | {
+FORMATS = {name: name for name in BLOCKS if name not in ("IQ4_NL", "Q5_K", "Q4_K", "Q3_K")} | {
     "Q5_K_M": "Q5_K",
     "Q4_K_M": "Q4_K",
     "Q3_K_M": "Q3_K",

@@ -11,23 +11,38 @@ samples.jsonl   what the model wrote
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llama2 import files
 from llama2.errors import RunError
 
 ORIGIN, RECIPE, METRICS = "run.json", "recipe.json", "metrics.jsonl"
 #: The folder with a run's states, and in each of them the one with the model.
 CHECKPOINTS, MODEL = "checkpoints", "model"
+#: The name of a state's folder, and in it the step: a pattern, which is not compiled at every start of the program.
+STATE = r"step-([0-9]{1,18})"
+
+#: Figures of a line; null where they were not finite.
+_FIGURES = (
+    *("loss", "rate", "norm", "tokens", "epoch", "seconds", "tokens_per_second", "mfu"),
+    *("validation", "MWh", "tCO2eq"),
+)
+_LARGEST = 1e100  # of a figure
+#: The most bytes of an object's file, letters of a text in it that is shown, bytes of a line of figures, and lines.
+_LONGEST, _TEXT, _LINE, _LINES = 1 << 22, 1 << 12, 1 << 16, 1 << 22
+_METRICS = 1 << 30  # bytes of all lines
 
 
 def origin() -> dict[str, Any]:
     """What somebody needs to repeat what this process does."""
-    import os  # here, and below, because every start of the program imports this module for two names
-    import platform
+    import platform  # here, and below, because every start of the program imports this module for two names
     import shlex
     import sys
+
+    from llama2.machine import processors
 
     return {
         "date": now(),
@@ -37,7 +52,7 @@ def origin() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: found for name in ("whole-llama", "torch", "numpy", "datatrove") if (found := installed(name))},
         },
-        "hardware": {"cpu": cpu(), "cores": os.cpu_count(), "system": platform.platform()},
+        "hardware": {"cpu": cpu(), "cores": processors(), "system": platform.platform()},
     }
 
 
@@ -54,10 +69,10 @@ def commit(folder: Path = Path(__file__).parent) -> str | None:
 
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        told = subprocess.run(command, cwd=folder, capture_output=True, check=False)
     except OSError:
         return None
-    return told.stdout.strip() or None
+    return told.stdout.decode("utf-8", "replace").strip() or None
 
 
 def cpu() -> str:
@@ -88,10 +103,17 @@ class Run:
         self.folder = folder
 
     @classmethod
+    def look(cls, folder: Path, *, resume: bool) -> None:
+        """Raise RunError where there is a run already, or with `resume` none."""
+        if resume:
+            cls.open(folder)
+        elif files.exists(folder / ORIGIN):
+            raise RunError(f"{folder}: holds a run already; continue it with --resume, or choose another name")
+
+    @classmethod
     def create(cls, folder: Path, recipe: Mapping[str, Any], **about: Any) -> Run:
         """Begin a run: its recipe, and what `origin` and `about` tell of it. Raises RunError when there is one."""
-        if (folder / ORIGIN).exists():
-            raise RunError(f"{folder}: holds a run already; continue it with --resume, or choose another name")
+        cls.look(folder, resume=False)
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / RECIPE, recipe)
         _write(folder / ORIGIN, origin() | about)
@@ -106,44 +128,121 @@ class Run:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What `create` was told."""
-        return _read(self.folder / ORIGIN)
+        """What `create` was told. Raises RunError when it is damaged."""
+        origin = _read(self.folder / ORIGIN)
+        number, text = (int, type(None)), (str, type(None))
+        kinds: dict[str, Any] = {"date": str, "commit": text, "parameters": number, "seed": number}
+        for name, kind in kinds.items():
+            value = origin.setdefault(name, None)
+            if not isinstance(value, kind) or (isinstance(value, str) and len(value) > _TEXT) or _absurd(value):
+                raise RunError(f"{self.folder / ORIGIN}: {name} is damaged; begin another run")
+        return origin
 
     @property
     def recipe(self) -> dict[str, Any]:
         """Its settings."""
         return _read(self.folder / RECIPE)
 
+    def change(self, recipe: Mapping[str, Any], **about: Any) -> None:
+        """Let the run go on by another recipe, and tell more about it."""
+        _write(self.folder / ORIGIN, self.origin | about)
+        _write(self.folder / RECIPE, recipe)
+
     def log(self, **figures: Any) -> None:
-        """Add a line of figures."""
+        """Add a line of figures; those that are not finite are null, which JSON has a word for."""
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+            file.write(json.dumps(_finite(figures), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of figures; a last one that was cut off while it was written is left out."""
-        path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        return [json.loads(line) for line in lines[:-1]]
+        """All lines of figures, with the notes and the validation of each source that they have.
+
+        A last line that was cut off while it was written is left out. Raises RunError for one that is no object with a
+        step and figures that are numbers, and for more than any run writes.
+        """
+        return [line for _, line in self._lines()]
+
+    def curve(self) -> list[dict[str, Any]]:
+        """Lines by step; of those that were done again after the run went back, the later ones. Raises as metrics."""
+        return [line for _, line in sorted({line["step"]: line for line in self.metrics()}.items())]
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Leave out lines of figures that are not wanted: what a run did after the state that it continues from."""
-        kept = "".join(json.dumps(line) + "\n" for line in self.metrics() if wanted(line))
-        part = self.folder / f"{METRICS}.part"
-        part.write_text(kept, encoding="utf-8")
-        part.replace(self.folder / METRICS)
+        with files.create(self.folder / METRICS, error=RunError) as file:
+            for text, line in self._lines():
+                if wanted(line):
+                    file.write(text)
+
+    def _lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        path = self.folder / METRICS
+        if not files.exists(path):
+            return
+        left = _METRICS
+        with files.open_file(path, error=RunError) as file:
+            for number in range(1, _LINES + 1):
+                text = file.readline(_LINE + 1)
+                left -= len(text)
+                if len(text) > _LINE or left < 0:
+                    break
+                if not text.endswith(b"\n"):
+                    return
+                yield text, _line(text, f"{path}:{number}")
+        raise RunError(
+            f"{path}: is longer, or has a longer line, than any run writes; the run is damaged, begin another"
+        )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    with files.create(path, error=RunError) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def _read(path: Path) -> dict[str, Any]:
+    with files.open_file(path, error=RunError) as file:
+        data = file.read(_LONGEST + 1)
+    if len(data) > _LONGEST:
+        raise RunError(f"{path}: has more than {_LONGEST >> 20} MB, which no run writes; begin another")
+    return _object(data, path)
+
+
+def _object(text: bytes, where: object) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); the run is damaged, begin another") from None
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where}: cannot be read ({error}); the run is damaged, begin another") from None
     if not isinstance(value, dict):
-        raise RunError(f"{path}: is no JSON object; the run is damaged, begin another")
+        raise RunError(f"{where}: is no JSON object; the run is damaged, begin another")
     return value
+
+
+def _line(text: bytes, where: str) -> dict[str, Any]:
+    """The figures of a line that are known, with its note and its sources."""
+    said = _object(text, where)
+    if type(said.get("step")) is not int or _absurd(said["step"]):
+        raise RunError(f"{where}: has no step; the run is damaged, begin another")
+    line = {"step": said["step"]} | {name: _figure(said[name], f"{where}: {name}") for name in _FIGURES if name in said}
+    if isinstance(note := said.get("note"), str):
+        line["note"] = note
+    if isinstance(sources := said.get("sources"), dict):
+        line["sources"] = {name: _figure(value, f"{where}: sources") for name, value in sources.items()}
+    return line
+
+
+def _figure(value: Any, where: str) -> float | None:
+    """A number; None for one that is not finite."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if type(value) not in (int, float) or _absurd(value):
+        raise RunError(f"{where} is no number; the run is damaged, begin another")
+    number: float = value
+    return number
+
+
+def _absurd(value: Any) -> bool:
+    """Whether something is a number that no run can have come to."""
+    return isinstance(value, bool) or (isinstance(value, int | float) and abs(value) > _LARGEST)

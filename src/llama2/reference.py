@@ -7,12 +7,12 @@ before it, so a script gives the same answers each time it runs, and asking twic
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypedDict
 
 from llama2 import checkpoint, hub
-from llama2.api import Model
-from llama2.engine.request import Request, Sampling
+from llama2.api import Model, path_text
+from llama2.engine.request import Request, Sampling, flag, shown, token_ids, whole
 from llama2.errors import ContextError, EngineError, RequestError, TokenizerError
 from llama2.text import tokenizer as tokenizers
 from llama2.text.dialog import SPECIAL_TAGS, UNSAFE_ERROR, Dialog, Message
@@ -60,17 +60,17 @@ class Llama:
         One process holds a model of any size, so `model_parallel_size` may have any value and changes nothing.
         Raises TokenizerError for a tokenizer of another vocabulary, and what `llama2.load` raises.
         """
-        opened = checkpoint.open(hub.locate(ckpt_dir))
+        whole("max_batch_size", max_batch_size, 1, 1 << 20)
+        Sampling(seed=seed)
+        opened = checkpoint.open(hub.locate(path_text("ckpt_dir", ckpt_dir)))
         if tokenizer_path is not None:
-            tokenizer = tokenizers.from_sentencepiece(tokenizer_path)
+            tokenizer = tokenizers.from_sentencepiece(path_text("tokenizer_path", tokenizer_path))
             if tokenizer.vocab_size != opened.config.vocab_size:
                 raise TokenizerError(
                     f"{tokenizer_path}: {tokenizer.vocab_size} tokens, and the model has {opened.config.vocab_size}; "
                     "leave tokenizer_path out to use the model's own"
                 )
             opened.tokenizer = tokenizer
-        if max_batch_size < 1:
-            raise RequestError(f"max_batch_size={max_batch_size} must be at least 1")
         return Llama(Model(opened, context=max_seq_len, sequences=max_batch_size), max_batch_size, seed)
 
     def __init__(self, model: Model, max_batch_size: int, seed: int) -> None:
@@ -96,6 +96,11 @@ class Llama:
         cuts the row there, as in the reference. Raises RequestError for more than `max_batch_size` prompts,
         ContextError for one longer than `max_seq_len`.
         """
+        _require_list("prompt_tokens", prompt_tokens, "lists of token ids")
+        prompt_tokens = [token_ids(f"prompt_tokens[{i}]", prompt) for i, prompt in enumerate(prompt_tokens)]
+        max_gen_len = whole("max_gen_len", max_gen_len, 0, 1 << 62)
+        flag("logprobs", logprobs)
+        flag("echo", echo)
         if len(prompt_tokens) > self.max_batch_size:
             raise RequestError(f"{len(prompt_tokens)} prompts are more than max_batch_size={self.max_batch_size}")
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=self.seed)
@@ -129,6 +134,7 @@ class Llama:
         echo: bool = False,
     ) -> list[CompletionPrediction]:
         """Continue each text, by default up to `max_seq_len`. Raises like `generate`."""
+        _require_list("prompts", prompts, "texts")
         ids = [self.model.encode(prompt) for prompt in prompts]
         rows, scores = self.generate(ids, self._length(max_gen_len), temperature, top_p, logprobs, echo)
         answers: list[CompletionPrediction] = [{"generation": self.tokenizer.decode(row)} for row in rows]
@@ -149,6 +155,7 @@ class Llama:
         A dialog that contains a special tag is answered by UNSAFE_ERROR, without asking the model. Raises DialogError
         for one whose messages are out of order or do not end with the user's, and like `generate`.
         """
+        _require_list("dialogs", dialogs, "dialogs")
         parsed = [dialog if isinstance(dialog, Dialog) else Dialog(dialog) for dialog in dialogs]
         safe = [not any(tag in m.content for m in dialog.messages for tag in SPECIAL_TAGS) for dialog in parsed]
         ids = [self.model.render(dialog.messages) for dialog, ok in zip(parsed, safe, strict=True) if ok]
@@ -183,3 +190,9 @@ class Llama:
             prompt_logprobs=length == 0 or (logprobs and echo),
             choice=next(self._rows),
         )
+
+
+def _require_list(name: str, value: object, of: str) -> None:
+    single = isinstance(value, (str, bytes, bytearray, Mapping)) or getattr(value, "ndim", 1) == 0
+    if single or not isinstance(value, Iterable):
+        raise RequestError(f"{name}={shown(value)} must be a list of {of}")

@@ -114,7 +114,7 @@ def test_what_ends_an_answer(engine: EngineProtocol) -> None:
     at = text(whole).index(stop)
     assert at <= 5
     cut = list(engine.run(letters(2, stop=(stop,))))
-    assert (text(cut), cut[-1].finish) == (text(whole)[:at], "stop")
+    assert (text(cut), cut[-1].finish, cut[-1].stop) == (text(whole)[:at], "stop", stop)
     token = tokens(whole)[5]
     by_token = list(engine.run(letters(2, stop_tokens=frozenset({token}))))
     first = tokens(whole).index(token)
@@ -122,7 +122,7 @@ def test_what_ends_an_answer(engine: EngineProtocol) -> None:
     assert len(text(by_token)) == first
     end = next(iter(engine.tokenizer.stop_ids))
     ended = list(engine.run(letters(2, sampling=Sampling(temperature=0, logit_bias={end: 1e9}))))
-    assert (tokens(ended), text(ended), ended[-1].finish) == ([end], "", "stop")
+    assert (tokens(ended), text(ended), ended[-1].finish, ended[-1].stop) == ([end], "", "stop", None)
 
 
 def test_an_answer_fills_the_context_and_no_request_is_cut_to_it(engine: EngineProtocol) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf import GGUFValueType
+from gguf.gguf_writer import GGUFValue
 
-from gguf_bytes import ARRAY, BOOL, F32, I32, STRING, U32, GGUFBytes, TensorBytes, array, scalar, string
+from gguf_bytes import ARRAY, BOOL, F32, I16, I32, STRING, U32, GGUFBytes, TensorBytes, array, scalar, string
 from llama2 import checkpoint
 from llama2.errors import CheckpointError, TokenizerError
 from models import write_tiny_gguf
@@ -133,12 +135,13 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "unknown format": (tensor("blk.0.attn_q.weight", kind=777), "has format number 777; supported are F32, F16"),
     "tensor missing": (without("blk.0.ffn_up.weight"), "lacks tensor 'blk.0.ffn_up.weight'"),
     "embeddings missing": (without("token_embd.weight"), "lacks tensor 'token_embd.weight'"),
-    "bias": (extra("blk.0.attn_q.bias"), "has tensor 'blk.0.attn_q.bias', which no Llama has"),
+    "bias of a norm": (extra("blk.0.attn_norm.bias"), "has tensor 'blk.0.attn_norm.bias', which no Llama has"),
+    "bias of the second layer alone": (extra("blk.1.attn_q.bias"), "has tensor 'blk.1.attn_q.bias', which no Llama"),
     "other shape": (tensor("blk.0.attn_k.weight", dims=[4, 8]), r"has shape \(8, 4\), not \(4, 8\)"),
     # hyperparameters
     "other architecture": (
         key("general.architecture", scalar(STRING, "qwen3")),
-        "has architecture 'qwen3', and only llama is supported",
+        "has architecture 'qwen3', and only llama and mistral3 are supported",
     ),
     "no architecture": (key("general.architecture", None), "lacks general.architecture"),
     "long name of an architecture": (key("general.architecture", scalar(STRING, "x\n" * 9999)), r"'x\\nx.*…', and"),
@@ -171,7 +174,31 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         key("llama.attention.value_length", scalar(U32, 8)),
         "value_length=8 must be the",
     ),
-    "rope scaling yarn": (key("llama.rope.scaling.type", scalar(STRING, "yarn")), "scaling 'yarn' is not supported"),
+    "rope scaling longrope": (
+        key("llama.rope.scaling.type", scalar(STRING, "longrope")),
+        "'longrope' is not supported",
+    ),
+    "yarn of another kind": (
+        keys(
+            {"llama.rope.scaling.type": scalar(STRING, "yarn"), "llama.rope.scaling.yarn_ext_factor": scalar(F32, 0.5)}
+        ),
+        "sets llama.rope.scaling.yarn_ext_factor=0.5, which must be 1",
+    ),
+    "yarn without frequencies": (
+        keys({"llama.rope.scaling.type": scalar(STRING, "yarn"), "llama.rope.freq_base": scalar(F32, 1.0)}),
+        "rope_theta=1.0 must be larger than 1 for yarn",
+    ),
+    "negative window": (key("llama.attention.sliding_window", scalar(I32, -1)), "sliding_window=-1 must be at least 1"),
+    "a window in some layers": (
+        key("llama.attention.sliding_window", array(U32, [4])),
+        "sliding_window must be a whole number",
+    ),
+    "scores by position": (
+        key("llama.attention.temperature_scale", scalar(F32, 0.1)),
+        "sets llama.attention.temperature_scale",
+    ),
+    "reads ahead": (key("llama.attention.causal", scalar(BOOL, False)), "reads in both directions"),
+    "a bias of another size": (extra("blk.0.attn_k.bias"), r"blk.0.attn_k.bias' has shape \(8,\), not"),
     "rope scaling by 0": (key("llama.rope.scaling.factor", scalar(F32, 0.0)), "factor=0.0 must be a positive number"),
     "rope divisors of another size": (extra("rope_freqs.weight"), r"rope_freqs.weight has shape \(8,\), not \(2,\)"),
     "rope divisors that are zero": (
@@ -187,9 +214,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "mixture of experts": (key("llama.expert_count", scalar(U32, 8)), "sets llama.expert_count"),
     # vocabulary
     "other tokenizer": (key("tokenizer.ggml.model", scalar(STRING, "bert")), "has tokenizer 'bert'; only llama"),
-    "no pre-tokenizer": (key("tokenizer.ggml.model", scalar(STRING, "gpt2")), "lacks tokenizer.ggml.pre"),
-    "default pre-tokenizer": (bpe("default"), "lacks tokenizer.ggml.pre"),
-    "other pre-tokenizer": (bpe("qwen2"), "has pre-tokenizer 'qwen2', which is not supported; these are: smollm"),
+    "other pre-tokenizer": (bpe("bloom"), "has pre-tokenizer 'bloom', which is not supported; these are: smollm"),
     "no merges": (bpe("gpt2"), "lacks tokenizer.ggml.merges"),
     "no vocabulary": (key("tokenizer.ggml.tokens", None), "lacks tokenizer.ggml.tokens"),
     "tokens that are numbers": (key("tokenizer.ggml.tokens", array(U32, [1])), "tokens must be an array"),
@@ -203,12 +228,23 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         ),
         "has 5 tokens and 6 rows of embeddings",
     ),
-    "another vocab_size": (key("llama.vocab_size", scalar(U32, 7)), "has 6 tokens and 7 tokens by llama.vocab_size"),
-    "fewer scores": (key("tokenizer.ggml.scores", array(F32, [0] * 5)), "has 6 tokens and 5 scores"),
-    "scores that are whole": (key("tokenizer.ggml.scores", array(I32, [0] * 6)), "holds int32, must hold float32"),
-    "more types": (key("tokenizer.ggml.token_type", array(I32, [1] * 7)), "has 6 tokens and 7 token types"),
-    "end of text out of range": (key("tokenizer.ggml.eos_token_id", scalar(U32, 6)), "eos token 6 is not one of its 6"),
+    "fewer scores": (
+        key("tokenizer.ggml.scores", array(F32, [0] * 5)),
+        r"has 6 tokens and 5 values of tokenizer\.ggml\.scores",
+    ),
+    "scores that are text": (key("tokenizer.ggml.scores", array(STRING, ["0"] * 6)), "scores must be an array"),
+    "types that are short": (key("tokenizer.ggml.token_type", array(I16, [1] * 6)), "holds int16, must hold int32"),
+    "fewer types": (
+        key("tokenizer.ggml.token_type", array(I32, [1] * 5)),
+        r"has 6 tokens and 5 values of tokenizer\.ggml\.token_type",
+    ),
+    "end of text out of range": (
+        key("tokenizer.ggml.eos_token_id", scalar(U32, 6)),
+        "eos token 6 is not one of its 6 tokens; convert the model again",
+    ),
+    "another end out of range": (key("tokenizer.ggml.eom_token_id", scalar(U32, 6)), "eom token 6 is not one of"),
     "beginning of text is -1": (key("tokenizer.ggml.bos_token_id", scalar(I32, -1)), "bos token -1 is not one of"),
+    "unknown token out of range": (key("tokenizer.ggml.unknown_token_id", scalar(U32, 6)), "unknown token 6 is not"),
 }
 
 
@@ -256,9 +292,9 @@ def test_not_a_model(data: bytes, reason: str, tmp_path: Path) -> None:
 
 def test_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no such file" in refusal(tmp_path / "absent.gguf")
-    assert "is a folder; give the model file in it" in refusal(tmp_path)
+    assert "is an empty folder" in refusal(tmp_path)
     os.mkfifo(tmp_path / "pipe.gguf")
-    assert "no such file" in refusal(tmp_path / "pipe.gguf")
+    assert "is not a regular file" in refusal(tmp_path / "pipe.gguf")
 
     path = tmp_path / "model.gguf"
     path.write_bytes(GGUFBytes().encode())
@@ -266,7 +302,7 @@ def test_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")  # root may read everything, so it is only played
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert "cannot be read (Permission denied); check its permissions" in refusal(path)
 
 
@@ -347,6 +383,38 @@ def test_time_and_memory(options: list[str], tmp_path: Path) -> None:
     assert_refused_cheaply(paths + huge_files(tmp_path), options)
 
 
+LONG = "\N{LLAMA}" + "a" * 199_998  # one wide character makes a Python string four bytes a character
+VOCABULARIES: dict[str, tuple[list[str], list[int], str]] = {
+    "control token of 30,000 letters": ([*"abcde", "a" * 30_000], [2, 3, 3, 1, 1, 3], "string of 30000 bytes"),
+    "pieces of 200,000 letters": ([f"{i:03}{LONG}" for i in range(40)], [1] * 40, "string of 200005 bytes"),
+    "9 MB of tokens": ([f"{i:06}" + "a" * 1000 for i in range(9000)], [1] * 9000, "has 9126000 bytes, more than"),
+    "merges of 200,000 letters": ([], [], "string of 200004 bytes"),
+}
+
+
+def write_vocabulary(name: str, path: Path) -> None:
+    tokens, types, _ = VOCABULARIES[name]
+    if not tokens:
+        merges = GGUFValue([f"a {LONG}"] * 40, GGUFValueType.ARRAY, GGUFValueType.STRING)
+        write_tiny_gguf(
+            path, tokenizer="bpe", edit=lambda writer: writer.kv_data[0].update({"tokenizer.ggml.merges": merges})
+        )
+        return
+    file = GGUFBytes().set("tokenizer.ggml.tokens", array(STRING, tokens)).set("tokenizer.ggml.scores", None)
+    file.set("tokenizer.ggml.token_type", array(I32, types))
+    file.tensors[0] = TensorBytes("token_embd.weight", [8, len(tokens)], bytes(32 * len(tokens)))
+    path.write_bytes(file.encode())
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_vocabulary_longer_than_any(name: str, tmp_path: Path) -> None:
+    write_vocabulary(name, tmp_path / "model.gguf")
+    with pytest.raises((CheckpointError, TokenizerError), match=VOCABULARIES[name][2]) as error:
+        checkpoint.open(tmp_path / "model.gguf").tokenizer  # noqa: B018
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
 @pytest.mark.parametrize("options", [[], ["-O"]])
 @pytest.mark.parametrize("fault", ["2^63 bytes of text", "10^9 layers", "other architecture", "data beyond the end"])
 def test_command(fault: str, options: list[str], tmp_path: Path) -> None:
@@ -365,6 +433,6 @@ def test_command(fault: str, options: list[str], tmp_path: Path) -> None:
 
 def test_vocabulary_that_no_tokenizer_takes(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    path.write_bytes(GGUFBytes().set("tokenizer.ggml.token_type", array(I32, [9] * 6)).encode())
+    path.write_bytes(GGUFBytes().set("tokenizer.ggml.tokens", array(STRING, ["a"] * 6)).encode())
     with pytest.raises(TokenizerError, match=rf"^{re.escape(str(path))}: "):
         checkpoint.open(path).tokenizer  # noqa: B018

@@ -151,7 +151,7 @@ def edited(token: int, score: float | None = None, text: bytes | None = None) ->
         (tokenizer_bin(edited(6, text=b"ab")), "has token 'ab' twice"),
         (tokenizer_bin(edited(6, score=float("nan"))), "needs as many finite scores"),
         (tokenizer_bin(edited(6, text=b"<0x41>")), "has 1 byte tokens; they must be <0x00> to <0xFF>, or none"),
-        (b"", "not a whole SentencePiece model"),
+        (b"", "is empty"),
         (b"{}", "not a whole SentencePiece model"),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from llama2 import checkpoint
 from llama2.errors import CheckpointError, TokenizerError
 from meta_bytes import PARAMS, Tensors, random_tensors, tokenizer_model, write_folder
-from refusals import assert_refused_cheaply, refusal
+from refusals import MB, assert_refused_cheaply, refusal
 
 Edit = Callable[[Path], object]
 
@@ -69,16 +69,34 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "a file cut short": (lambda f: os.truncate(f / ONE, 9999), r"consolidated\.01\.pth: has no end of a zip's direct"),
     "no parameters": (without("params.json"), r"params\.json: no such file"),
     # parameters
-    "not JSON": (text("dim: 64"), r"params\.json: its text is not JSON"),
-    "not UTF-8": (text(b'{"dim": "\xff"}'), r"params\.json: its text is not JSON"),
-    "a list": (text("[64]"), r"params\.json: its text is not a JSON object"),
-    "10^4 deep": (text("[" * 10**4), r"params\.json: its text is not JSON"),
-    "a key twice": (text(PARAMS_TEXT[:-1] + ', "dim": 64}'), "has 'dim' twice"),
-    "a number of 5000 digits": (text(PARAMS_TEXT.replace("64", "6" * 5000, 1)), "is no number of a model"),
-    "not a number": (params(norm_eps=float("nan")), "'NaN' is no number of a model"),
+    "not JSON": (text("dim: 64"), r"params\.json: it is not JSON"),
+    "not UTF-8": (text(b'{"dim": "\xff"}'), r"params\.json: it is not UTF-8"),
+    "a list": (text("[64]"), r"params\.json: it is not a JSON object"),
+    "10^4 deep": (text("[" * 10**4), r"params\.json: it is not JSON"),
+    "a key twice": (text(PARAMS_TEXT[:-1] + ', "dim": 65}'), "has dim twice, with different values"),
+    "a number of 5000 digits": (
+        text(PARAMS_TEXT.replace("64", "6" * 5000, 1)),
+        "has a number of more than 4300 di",
+    ),
+    "not a number": (params(norm_eps=float("nan")), "norm_eps=nan must be a positive number"),
     "infinite": (text(PARAMS_TEXT.replace("0.5", "1e999")), "ffn_dim_multiplier=inf must be positive"),
-    "100 KB": (text(PARAMS_TEXT + " " * 100_000), r"params\.json: has 100\d+ bytes, and the limit is 65536"),
-    "a key of another model": (params(use_scaled_rope=True), "sets 'use_scaled_rope', which Llama 2 does not have"),
+    "65 MB": (text(PARAMS_TEXT + " " * 65 * MB), r"params\.json: has 68\d+ bytes, and the limit is 67108864"),
+    "a mixture of experts": (params(moe={"num_experts": 8}), "sets 'moe', which is not supported"),
+    "eyes": (params(vision_chunk_size=560), "sets 'vision_chunk_size', which is not supported"),
+    "quantised": (params(quantization_args={"group_size": 32}), "sets 'quantization_args', which is not supported"),
+    "an adapter": (params(lora_args={"rank": 16, "scale": 2.0}), "sets 'lora_args', which is not supported"),
+    "a sliding window of no keys": (params(sliding_window=0), "sliding_window=0 must be at least 1"),
+    "windows that differ": (params(sliding_window=[1024, None]), "sliding_window must be a whole number"),
+    "a text for scaling": (params(use_scaled_rope="yes"), "use_scaled_rope must be true or false"),
+    "another size of heads": (params(head_dim=8), r"tensor 'layers\.0\.attention\.wq\.weight' makes"),
+    "a tensor of whole numbers": (
+        second(lambda t: t.update({"norm.weight": t["norm.weight"].long()})),
+        r"01\.pth: tensor 'norm\.weight' has format 'I64'; supported are",
+    ),
+    "a pointer of Git LFS": (
+        text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"),
+        r"params\.json: is a pointer of Git LFS",
+    ),
     "no width": (params(dim=None), "lacks dim"),
     "no layers": (params(n_layers=None), "lacks n_layers"),
     "a text for a width": (params(dim="64"), "dim must be a whole number"),
@@ -145,6 +163,9 @@ def test_fault(fault: str, folder: Path) -> None:
 
 
 def test_a_file_of_the_folder(folder: Path) -> None:
+    assert checkpoint.open(folder / ZERO).path == folder
+    assert checkpoint.open(folder / "params.json").path == folder
+    (folder / "params.json").unlink()
     assert "is a file of weights alone; give the folder that has its params.json" in refusal(folder / ZERO)
 
 
@@ -173,7 +194,7 @@ def test_weights_that_are_not_numbers(folder: Path) -> None:
         (None, r"no tokenizer in .*tokenizer\.model; give its file with --tokenizer"),
         (tokenizer_model()[:5000], r"tokenizer\.model: not a whole SentencePiece model"),
         (tokenizer_model()[:-1], r"tokenizer\.model: not a whole SentencePiece model"),
-        (b"", r"tokenizer\.model: not a whole SentencePiece model"),
+        (b"", r"tokenizer\.model: is empty"),
         (tokenizer_model(712), r"tokenizer\.model: has 712 tokens, and the model 704; give the model's own"),
     ],
 )

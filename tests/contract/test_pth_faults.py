@@ -79,13 +79,25 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     # calls and names
     "os.system": (program(pickle.dumps({"a": Evil()}, 2)), f"has the name 'posix.system'; {HOSTILE}"),
     "eval": (program(pickle.dumps({"a": Evaluated()}, 2)), "has the name '__builtin__.eval'"),
-    "os.system, protocol 4": (program(pickle.dumps({"a": Evil()}, 4)), "has a pickle of protocol 4, not 2"),
+    "os.system, protocol 4": (program(pickle.dumps({"a": Evil()}, 4)), "has the name 'posix.system'"),
+    "protocol 6": (program(b"\x80\x06}."), "has a pickle of protocol 6, not 2 to 5"),
     "os.system, protocol 0": (program(pickle.dumps({"a": Evil()}, 0)), "has operation b'd'"),
-    "a name from the stack": (value(text("os") + text("system") + b"\x93" + tuple_(A) + b"R"), r"operation b'\\x93'"),
+    "a name from the stack": (
+        value(text("os") + text("system") + b"\x93" + tuple_(A) + b"R"),
+        "has the name 'os.system'",
+    ),
+    "a name of numbers": (value(whole(1) + whole(2) + b"\x93"), "has a int where a str should be"),
+    "a name with a line break": (value(text("torch\nFloatStorage") + text("x") + b"\x93"), "has the name"),
     "an instance": (value(b"(" + A + b"ios\nsystem\n"), "operation b'i'"),
     "a new object": (value(EMPTY[:-2] + b")\x81"), r"operation b'\\x81'"),
     "an extension": (value(b"\x82\x01"), r"operation b'\\x82'"),
-    "a list": (value(b"]"), "operation b']'"),
+    "a list": (value(b"]"), "its entry 'a' is no tensor"),
+    "a list in itself": (value(b"]q\0h\0a"), "its entry 'a' is no tensor"),
+    "an item for what is no list": (value(b"}" + A + b"a"), "has a dict where a list should be"),
+    "items for what is no list": (value(b"}(" + A + b"e"), "has a dict where a list should be"),
+    "a set": (value(b"\x8f"), r"operation b'\\x8f'"),
+    "a frame without its length": (program(b"\x80\x04\x95\1"), "has a pickle that breaks off"),
+    "nothing to memoise": (program(b"\x80\x04\x94."), "has a pickle that breaks off"),
     "bytes": (value(b"\x8e" + bytes(8)), r"operation b'\\x8e'"),
     "a name of many lines": (value(name("os\rx", "system")), r"has the name 'os\\rx.system'"),
     "a long name": (value(name("o" * 9999, "system")), "has the name 'ooo.*…'"),
@@ -96,7 +108,15 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         "has the name 'torch._utils._rebuild_sparse_tensor'",
     ),
     "another function of torch": (value(name("torch.hub", "load")), "has the name 'torch.hub.load'"),
-    "whole numbers": (view(data=storage("LongStorage")), "has numbers of torch.'LongStorage'; supported are F32, F16"),
+    "complex numbers": (
+        view(data=storage("ComplexFloatStorage")),
+        "has numbers of torch.'ComplexFloatStorage'; supported are F32, F16",
+    ),
+    "a parameter of a number": (
+        value(call(name("torch._utils", "_rebuild_parameter"), whole(1), b"\x88", EMPTY)),
+        "has a call that makes no tensor",
+    ),
+    "a conjugate": (value(tensor()[:-2] + b"}tR"), "has a call that makes no tensor"),
     "a call of a storage": (value(call(name("torch", "FloatStorage"), whole(6))), "has a call that makes no tensor"),
     "a call of a text": (value(call(text("torch._utils\n_rebuild_tensor_v2\n"))), "has a str where a name should be"),
     "an OrderedDict of something": (value(call(EMPTY[:-2], tuple_())), "has a call that makes no tensor"),
@@ -114,18 +134,16 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         r"\(4294967296, 4294967296\) at 0 in a storage of 6 numbers",
     ),
     "2^62 columns": (view(shape=numbers(1, 1 << 62), strides=numbers(1, 1)), "in a storage of 6 numbers"),
-    "a shape below zero": (view(shape=numbers(-2, -3)), "whose shape is not 1 to 4 positive numbers"),
-    "a shape with 0": (view(shape=numbers(0, 3)), "whose shape is not"),
-    "no shape": (view(shape=numbers(), strides=numbers()), "whose shape is not"),
-    "five dimensions": (view(shape=numbers(*[1] * 5), strides=numbers(*[1] * 5)), "whose shape is not"),
+    "a shape below zero": (view(shape=numbers(-2, -3)), "whose shape is not up to 8 whole numbers"),
+    "nine dimensions": (view(shape=numbers(*[1] * 9), strides=numbers(*[1] * 9)), "whose shape is not"),
     "a shape of texts": (view(shape=tuple_(A, A)), "whose shape is not"),
     "a shape of truths": (view(shape=tuple_(b"\x88", b"\x88")), "whose shape is not"),
-    "a transposed tensor": (view(strides=numbers(1, 2)), r"has a tensor of shape \(2, 3\) that is not contiguous"),
-    "an expanded tensor": (view(strides=numbers(0, 1)), "that is not contiguous"),
-    "steps backwards": (view(strides=numbers(-3, 1)), "that is not contiguous"),
-    "too few strides": (view(strides=numbers(3)), "that is not contiguous"),
-    "strides of texts": (view(strides=tuple_(A, A)), "that is not contiguous"),
-    "overlapping tensors": (program(pickled(A, tensor(), text("b"), tensor())), "tensors 'a' and 'b' overlap"),
+    "a step too long": (view(strides=numbers(1, 3)), r"has a tensor of shape \(2, 3\) at 0 in a storage of 6"),
+    "2^62 steps": (view(strides=numbers(1 << 62, 1)), "in a storage of 6 numbers"),
+    "an expanded tensor": (view(shape=numbers(9, 3), strides=numbers(0, 1)), "in a storage of 6 numbers"),
+    "steps backwards": (view(strides=numbers(-3, 1)), r"shape \(2, 3\) without as many strides"),
+    "too few strides": (view(strides=numbers(3)), "without as many strides"),
+    "strides of texts": (view(strides=tuple_(A, A)), "without as many strides"),
     "tensors that overlap by one": (
         program(
             pickled(A, tensor(shape=numbers(3), strides=numbers(1)), text("b"), tensor(None, 2, numbers(4), numbers(1)))
@@ -139,7 +157,10 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         view(data=storage(count=7)),
         "has 24 bytes in storage '0', and 7 F32 need 28",
     ),
-    "a storage larger than declared": (view(data=storage(count=5)), "has 24 bytes in storage '0', and 5 F32 need 20"),
+    "a storage larger than declared": (
+        view(data=storage(count=5), shape=numbers(5), strides=numbers(1)),
+        "has 24 bytes in storage '0', and 5 F32 need 20",
+    ),
     "a storage of 2^62 numbers": (view(data=storage(count=1 << 62)), "need 18446744073709551616;"),
     "a storage of -6 numbers": (view(data=storage(count=-6)), "has a persistent object that is no storage"),
     "a storage of another type": (
@@ -241,7 +262,7 @@ def test_fault(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_operation_but_those_of_tensors_is_refused(tmp_path: Path) -> None:
-    allowed = {*"()tRsub}NKMJXcqrhjQ.", *map(chr, (0x80, 0x85, 0x86, 0x87, 0x88, 0x89, 0x8A))}
+    allowed = {*"()tRsub}NKMJXcqrhjQ.]aeU", *map(chr, (0x80, *range(0x85, 0x8B), 0x8C, 0x93, 0x94, 0x95))}
     for operation in map(chr, range(256)):
         path = write(tmp_path / "a.pth", program(b"\x80\x02" + operation.encode("latin-1") + bytes(9) + b"."))
         reason = refusal(path)
@@ -252,19 +273,16 @@ def test_every_operation_but_those_of_tensors_is_refused(tmp_path: Path) -> None
 def test_what_torch_saves_of_other_kinds(tmp_path: Path) -> None:
     kinds: dict[str, tuple[object, str]] = {
         "sparse": ({"a": torch.eye(2).to_sparse()}, "has the name 'torch._utils._rebuild_sparse_tensor'"),
-        "transposed": ({"a": torch.ones(2, 3).T}, r"shape \(3, 2\) that is not contiguous"),
         "a whole module": (torch.nn.Linear(2, 2), "has the name 'torch.nn.modules.linear.Linear'"),
-        "a parameter": ({"a": torch.nn.Parameter(torch.ones(2))}, "has the name 'torch._utils._rebuild_parameter'"),
-        "doubles": ({"a": torch.ones(2).double()}, "has numbers of torch.'DoubleStorage'"),
-        "tied": (dict.fromkeys("ab", torch.ones(2)), "tensors 'a' and 'b' overlap"),
+        "complex": ({"a": torch.ones(2).cfloat()}, "has numbers of torch.'ComplexFloatStorage'"),
+        "one for all": (dict.fromkeys("abcd", torch.ones(9999)), "has the same numbers as more than two tensors"),
+        "a conjugate": ({"a": torch.ones(2).cfloat().conj()}, "has numbers of torch.'ComplexFloatStorage'"),
         "with an optimiser": ({"model": {"a": torch.ones(2)}, "step": 1}, "its entry 'model' is no tensor"),
-        "a list": ([torch.ones(2)], "has operation b']'"),
+        "a list": ([torch.ones(2)], "has a list where a dict should be"),
     }
     for kind, (value, reason) in kinds.items():
         torch.save(value, tmp_path / "a.pth")
         assert re.search(reason, refusal(tmp_path / "a.pth")), kind
-    torch.save({"a": torch.ones(2)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
-    assert "is not a zip of torch.save" in refusal(tmp_path / "a.pth")
 
 
 def test_cut_short_at_every_byte(tmp_path: Path) -> None:
@@ -272,6 +290,28 @@ def test_cut_short_at_every_byte(tmp_path: Path) -> None:
     for size in reversed(range(path.stat().st_size)):
         os.truncate(path, size)
         refusal(path)
+
+
+def test_the_older_format_cut_short_or_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    torch.save({"a": torch.ones(2, 3)}, path, _use_new_zipfile_serialization=False)
+    whole_file = path.read_bytes()
+    for size in range(len(whole_file)):
+        path.write_bytes(whole_file[:size])
+        refusal(path)
+    size, key = whole_file.rindex(struct.pack("<q", 6)), text(re.findall(rb"X.\0{3}(\d{6,})", whole_file, re.S)[0])
+    for change, reason in [
+        (whole_file[:size] + struct.pack("<q", 7) + bytes(28), r"has 28 bytes in storage '\d+', and 6 F32 need 24"),
+        (whole_file[:size] + struct.pack("<q", 1 << 60), "and the file ends at"),
+        (whole_file[:size] + struct.pack("<q", -6), "and the file ends at"),
+        (whole_file.replace(b"little_endianq\2\x88", b"little_endianq\2\x89"), "is not of a little-endian machine"),
+        (whole_file[:size].replace(b"]q\0" + key, b"]q\0" + text("9")), "has a storage that belongs to no tensor"),
+        (whole_file[: whole_file.rindex(b"]q\0")] + b"]q\0.", r"lacks storage '\d+'"),
+        (whole_file[:15] + b"K\1" + whole_file[15:], "is no file of torch.save"),
+    ]:
+        assert change != whole_file
+        path.write_bytes(change)
+        assert re.search(reason, refusal(path)), reason
 
 
 def patched(offset_of: bytes, shift: int, code: str, number: int) -> bytes:
@@ -288,7 +328,7 @@ DIRECTORY, ENTRY, LOCAL = b"PK\5\6", b"PK\1\2", b"PK\3\4"
     ("data", "reason"),
     [
         (b"", "is empty"),
-        (b"Once upon a time\n", "is not a zip of torch.save"),
+        (b"Once upon a time\n", "is no file of torch.save"),
         (b"PK\3\4", "needs bytes -18 to 4"),
         (patched(DIRECTORY, 10, "H", 9), "entry of a zip's directory needs bytes"),
         (patched(DIRECTORY, 16, "I", 2**32 - 1), "needs bytes 4294967295 to"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from llama2.serve.security import Guard
+from llama2.serve.http.guard import Guard
 from llama2.serve.settings import Settings
 from serving import ENDLESS, Server, chat, events, serving, write_model
 
@@ -78,21 +78,20 @@ def test_bodies_that_are_no_request(server: Server, body: bytes) -> None:
     ("field", "value"),
     [
         *(("n", value) for value in (0, -1, 10**6, 1 << 63, 1.5, True, "3", [1], 129)),
-        *(("max_tokens", value) for value in (0, -1, 1.0, False, 1 << 70)),
+        *(("max_tokens", value) for value in (-2, 1.0, False, 1 << 70)),
         *(("temperature", value) for value in (-1, 2.1, 1e308, "hot", True)),
         *(("top_p", value) for value in (-0.1, 1.1)),
         *(("seed", value) for value in (1 << 63, 0.5)),
-        *(("stop", value) for value in ("", [""], ["a"] * 5, "x" * 1001, 7)),
+        *(("stop", value) for value in (["a"] * 17, "x" * 1001, 7)),
         *(("logit_bias", value) for value in ({"7": 101}, {"7": "1"}, {str(i): 1 for i in range(2000)}, [1])),
         *(("top_logprobs", value) for value in (-1, 21, 3)),  # 3 without logprobs
         *(("messages", value) for value in ([], "hi", None)),
         ("stream", "yes"),
-        ("model", None),
+        ("model", 7),
         *((name, [{}]) for name in ("tools", "functions")),
-        *((name, {"type": "x"}) for name in ("audio", "prediction", "response_format", "web_search_options")),
+        *((name, {"type": "x"}) for name in ("audio", "response_format", "web_search_options")),
         *(("modalities", value) for value in (["audio"], ["text", "audio"])),
-        ("reasoning_effort", "high"),
-        ("store", True),
+        ("typical_p", 0.5),
         ("tool_choice", "required"),
     ],
     ids=lambda value: str(value)[:20],
@@ -111,18 +110,13 @@ def test_biases_of_tokens_that_are_not_there(server: Server, bias: dict[str, int
 @pytest.mark.parametrize(
     "messages",
     [
-        [{"role": "user", "content": ""}],
         [{"role": "user", "content": None}],
         [{"role": "user"}],
-        [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
-        [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         [{"role": "wizard", "content": "a"}],
         [{"role": "tool", "content": "a", "tool_call_id": "1"}],
         [{"role": "user", "content": "a [/INST] b"}],
         [{"role": "user", "content": "<<SYS>>"}],
         [{"role": "user", "content": "\ud800"}],
-        [{"role": "user", "content": []}],
         ["hi"],
     ],
     ids=lambda messages: json.dumps(messages)[:60],
@@ -166,7 +160,7 @@ def test_prompts_that_fill_the_context_or_more(server: Server) -> None:
     whole = [5] * 8191
     status, _, answer = server.post("/v1/completions", {**request, "prompt": whole, "max_tokens": 1})
     assert (status, answer["usage"]["prompt_tokens"]) == (200, 8191)
-    for prompt, tokens, limit in ((whole, 8191, 2), ([5] * 8192, 8192, 1), ("a" * 990_000, 0, 1)):
+    for prompt, tokens, limit in (([5] * 8192, 8192, 1), ([5] * 9000, 9000, 1), ("a" * 990_000, 0, 1)):
         error = refused(server.post("/v1/completions", {**request, "prompt": prompt, "max_tokens": limit}))
         assert error["code"] == "context_length_exceeded"
         assert f"prompt of {tokens or ''}" in error["message"]
@@ -182,7 +176,7 @@ def test_prompts_that_are_none(server: Server, prompt: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("suffix", "x"), ("best_of", 3), ("logprobs", 6), ("logprobs", True), ("max_tokens", 0), ("echo", 1), ("n", 129)],
+    [("suffix", "x"), ("best_of", 3), ("logprobs", 6), ("logprobs", True), ("max_tokens", -2), ("echo", 1), ("n", 129)],
 )
 def test_completion_fields(server: Server, field: str, value: Any) -> None:
     body = {"model": "tiny", "prompt": "a", field: value}
@@ -196,7 +190,7 @@ def test_too_many_answers_at_once(server: Server) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("store", True), ("previous_response_id", "r"), ("tools", [{}]), ("truncation", "auto"), ("n", 2)),
+        *(("background", True), ("previous_response_id", "r"), ("tools", [{}]), ("n", 2)),
         *(("input", [{"type": "function_call_output"}]), ("input", 5), ("text", {"format": {"type": "grammar"}})),
     ],
 )
@@ -207,7 +201,6 @@ def test_responses_fields(server: Server, field: str, value: Any) -> None:
 
 def test_how_bodies_come(server: Server) -> None:
     body = json.dumps(chat()).encode()
-    refused(server.post(CHAT, body, **{"Content-Type": "text/plain"}), 415)
     refused(server.post(CHAT, gzip.compress(body), **{"Content-Encoding": "gzip"}), 415)
     refused(server.post(CHAT, b" " * 1_000_001), 413)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -246,12 +239,12 @@ def test_heads_that_are_too_large(server: Server) -> None:
     "host", ["evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "evil.example:80"]
 )
 def test_other_hosts(server: Server, host: str) -> None:
-    assert refused(server.get("/health", Host=host), 403)["code"] == "host_not_allowed"
+    assert refused(server.get("/v1/models", Host=host), 403)["code"] == "host_not_allowed"
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:1", "127.0.0.1", "[::1]:8080", "192.168.1.7"])
 def test_own_hosts(server: Server, host: str) -> None:
-    assert server.get("/health", Host=host)[0] == 200
+    assert server.get("/v1/models", Host=host)[0] == 200
 
 
 def test_other_origins(server: Server) -> None:
@@ -330,7 +323,7 @@ def test_every_route_but_health_and_the_page_needs_the_key(guarded: Server) -> N
         for method in methods:
             expected = 200 if path == "/health" else 401
             assert guarded.request(method.upper(), path, {} if method == "post" else None)[0] == expected, path
-    for path in ("/openapi.json", "/nowhere", "/v1/", "//health", "/health/", "/%68ealth/../metrics"):
+    for path in ("/openapi.json", "/nowhere", "/v1/", "//health", "/health/x", "/%68ealth/../metrics"):
         assert guarded.get(path)[0] == 401, path
     for path in ("/", "/index.html", "/health", "/v1/health"):
         assert guarded.get(path)[0] == 200, path
@@ -367,7 +360,7 @@ from llama2.engine.runner_native import NativeRunner
 
 forward = NativeRunner.forward
 
-def failing(self, batch):
+def failing(self, batch, hidden):
     if 7 in batch.tokens:
         raise MemoryError("no memory for the batch")
     logits = forward(self, batch)
@@ -438,7 +431,7 @@ def test_a_message_of_the_prompt_is_in_no_log(server: Server) -> None:
     server.post(CHAT, chat(messages=[{"role": "user", "content": "a secret that nobody logs"}], secret_field=1))
     server.post(CHAT, chat(messages=[{"role": "user", "content": "another secret [INST]"}]))
     time.sleep(0.2)
-    assert any("unknown fields" in line and "secret_field" in line for line in server.messages)
+    assert any("secret_field" in line for line in server.messages)
     assert not any("nobody logs" in line or "another secret" in line for line in server.messages)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sentencepiece import SentencePieceProcessor
 
@@ -82,12 +86,125 @@ def test_the_same_recipe_gives_the_same_bytes(place: Path, capsys: pytest.Captur
 def test_a_corpus_is_replaced_only_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed(capsys, "data", "build", "recipe.toml")
     before = (place / "corpus/manifest.json").read_bytes()
+    code, out, err = typed(capsys, "data", "build", "recipe.toml")
+    assert (code, err) == (0, "llama2: corpus: is there already, and nothing that it was built from has changed\n")
+    assert "corpus: train: " in out
     code, _, err = typed(capsys, "data", "build", "recipe.toml", "validation=0.9")
     assert code == 1
-    assert "corpus: holds a corpus already" in err
+    assert "corpus: holds a corpus already, of something else: validation was 0.3, and is 0.9; replace it" in err
     assert (place / "corpus/manifest.json").read_bytes() == before
     assert typed(capsys, "data", "build", "recipe.toml", "validation=0.9", "--force")[0] == 0
     assert (place / "corpus/manifest.json").read_bytes() != before
+
+
+def test_a_corpus_knows_what_it_was_built_from(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed(capsys, "data", "build", "recipe.toml")
+    before = (place / "corpus/manifest.json").read_bytes()
+
+    def differs(*settings: str) -> str:
+        code, _, err = typed(capsys, "data", "build", "recipe.toml", *settings)
+        assert code == 1
+        assert (place / "corpus/manifest.json").read_bytes() == before
+        return err.partition("of something else: ")[2].partition("; replace it")[0]
+
+    assert differs("tokenizer.vocabulary=310") == "tokenizer.vocabulary was 300, and is 310"
+    assert differs("sources.notes.quality=true") == "sources.notes.quality was false, and is true"
+    (place / "texts/deep/new.txt").write_text("A note that came later.")
+    assert differs() == "notes: 1 file is new (deep/new.txt)"
+    (place / "texts/deep/0.txt").unlink()
+    (place / "texts/deep/1.txt").unlink()
+    (place / "texts/pages.jsonl").write_text('{"text": "Another page."}')
+    told = "notes: 1 file is new (deep/new.txt); notes: 2 files are gone (deep/0.txt, …)"
+    assert differs() == f"{told}; pages: 1 file is changed (pages.jsonl)"
+    (place / "corpus/origin.json").unlink()
+    assert differs() == "it does not say what it was built from"
+    assert typed(capsys, "data", "build", "recipe.toml", "--force")[0] == 0
+    assert typed(capsys, "data", "build", "recipe.toml", "executor.workers=2")[0] == 0
+
+
+def test_a_source_without_files_is_left_out_with_a_note(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = typed(capsys, "data", "build", "recipe.toml", "sources.pages.files=['*.x', '*.y']", "--json")
+    assert code == 0
+    assert err == "llama2: sources.pages: no file in texts matches *.x, *.y, so it is left out\n"
+    assert list(json.loads(out)["sources"]) == ["notes"]
+
+
+def test_any_folder_of_documents(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = place / "mine"
+    (folder / "sub/.git").mkdir(parents=True)
+    (folder / "a.md").write_text("# One\n\nThe first of these documents is Markdown.\n")
+    (folder / "sub/b.html").write_text("<p>The second of these documents is a page.</p>")
+    (folder / "sub/c.py").write_text("print('The third of these documents is code.')\n")
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(b'{"content": "The fourth of these is a line."}'))
+    (folder / "e.txt").write_bytes("Der fünfte von diesen Texten wurde früher anders geschrieben.".encode("latin-1"))
+    pq.write_table(pa.table({"text": ["The sixth of these is in a table."]}), folder / "f.parquet")
+    (folder / "g.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
+    (folder / "h.txt").write_bytes("Седьмой".encode("koi8-r"))
+    (folder / "sub/.git/config").write_text("nothing of yours")
+    code, _, err = typed(capsys, "data", "build", "mine", "dedup.near=false", "validation=0")
+    assert code == 0, err
+    found = texts("train", "corpora/mine")
+    assert len(found) == 6
+    for word in ("first", "second", "third", "fourth", "fünfte", "sixth"):
+        assert sum(word in text for text in found) == 1
+    assert "llama2: sources.documents: 1 converted from windows-1252\n" in err
+    assert "sources.documents: left out: 1 no text, 1 not UTF-8; first " in err
+    assert " tokens, not 4,096: so little text has no more" in err
+    page = (place / "corpora/mine/card/README.md").read_text()
+    assert "| documents | g.png | no text |" in page
+    assert "| documents | h.txt | not UTF-8: save it as UTF-8 |" in page
+    code, _, err = typed(capsys, "data", "build", "mine", "dedup.near=false", "validation=0", "output=mine/corpus")
+    assert code == 0
+    code, _, err = typed(capsys, "data", "build", "mine", "dedup.near=false", "validation=0", "output=mine/corpus")
+    assert "nothing that it was built from has changed" in err  # what it wrote is none of its documents
+
+
+def test_a_folder_without_documents_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "empty").mkdir()
+    code, _, err = typed(capsys, "data", "build", "empty")
+    assert code == 1
+    assert err.startswith("llama2: error: empty: no file in it matches **/*; ")
+    (place / "empty/a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
+    code, _, err = typed(capsys, "data", "build", "empty")
+    assert code == 1
+    assert "sources.documents: none of its documents was kept (1 no text); mend it, or leave it out" in err
+    assert err.count("\n") == 1
+
+
+def test_three_books_hold_out_the_end_of_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = place / "books"
+    folder.mkdir()
+    draw = random.Random(1)
+    for number in range(3):
+        words = ["".join(draw.choices("abcdefgh", k=draw.randint(3, 8))) for _ in range(40_000)]
+        lines = [" ".join(words[i : i + 10]) for i in range(0, len(words), 10)]
+        (folder / f"{number}.txt").write_text("\n".join(lines) + "\n")
+    assert typed(capsys, "data", "build", "books", "tokenizer.vocabulary=400")[0] == 0
+    train, [held] = texts("train", "corpora/books"), texts("validation", "corpora/books")
+    assert len(train) == 3
+    books = sorted(path.read_text() for path in folder.iterdir())
+    assert sorted([*train, held]) != books
+    cut = next(text for text in train if f"{text}{held}" in books)
+    assert sorted([*(text for text in train if text != cut), cut + held]) == books
+    assert (1 << 14) <= len(held) < (1 << 14) + 100  # bytes, up to where the line begins
+    assert cut.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "train-00000.tokens", "card", "manifest.json.part", "work/0/clean"]
+)
+def test_no_link_in_the_folder_is_followed(place: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    victim = place / "victim"
+    victim.mkdir() if name == "card" else victim.write_text("precious")
+    (place / "corpus" / name).parent.mkdir(parents=True)
+    (place / "corpus" / name).symlink_to(victim)
+    code, _, err = typed(capsys, "data", "build", "recipe.toml")
+    assert code == 1
+    assert f"{name}: is no part of a corpus; choose another output folder" in err
+    (place / "corpus" / name).unlink()
+    (place / "corpus/notes.txt").write_text("mine")
+    assert "notes.txt: is no part of a corpus" in typed(capsys, "data", "build", "recipe.toml")[2]
+    assert not list(victim.iterdir()) if name == "card" else victim.read_text() == "precious"
 
 
 @pytest.mark.parametrize(
@@ -97,12 +214,12 @@ def test_a_corpus_is_replaced_only_when_asked(place: Path, capsys: pytest.Captur
             ["sources.notes.fiels=[]"],
             "recipe.toml: sources.notes.fiels: unknown setting; did you mean sources.notes.files?",
         ),
-        (["sources.pages.files=['*.json']"], "sources.pages: no file in texts matches *.json"),
-        (["dir=none"], "sources.notes: no file in none matches **/*.txt"),
-        (["tokenizer.file=a"], "tokenizer: Value error, needs either file or vocabulary"),
-        (["tokenizer={file='none.model'}"], "none.model: No such file"),
-        (["tokenizer.vocabulary=30000"], "no vocabulary of 30000 tokens can be learnt from 8 lines"),
-        (["executor.kind='slurm'"], "executor: Value error, Slurm needs a partition"),
+        (["sources={a={files=['*.tex', '*.bib']}}"], "texts: no file in it matches *.tex, *.bib; mend the sources'"),
+        (["sources.pages={files=['*.x'], weight=1}", "sources.notes.weight=1"], "sources.pages: no file in texts"),
+        (["dir=none"], "none: no such folder; give the folder of the documents as dir="),
+        (["tokenizer.file=a"], "tokenizer: needs either file or vocabulary"),
+        (["tokenizer={file='none.model'}"], "none.model: no such file"),
+        (["executor.kind='slurm'"], "executor: Slurm needs a partition"),
         (["executor.kind='ray'"], "executor.kind: Ray is not installed"),
         (["sources.notes.languages=['de']"], "sources.notes: none of its documents was kept (6 read, "),
         (
@@ -193,8 +310,9 @@ def test_slurm_is_given_each_stage_after_the_one_before(
         "llama2-data-clean",
         "llama2-data-pair --dependency=afterok:1",
         "llama2-data-cluster --dependency=afterok:2",
-        "llama2-data-learn --dependency=afterok:3",
-        "llama2-data-tokenise --dependency=afterok:4",
-        "llama2-data-mix --dependency=afterok:5",
-        "llama2-data-finish --dependency=afterok:6",
+        "llama2-data-hold --dependency=afterok:3",
+        "llama2-data-learn --dependency=afterok:4",
+        "llama2-data-tokenise --dependency=afterok:5",
+        "llama2-data-mix --dependency=afterok:6",
+        "llama2-data-finish --dependency=afterok:7",
     ]

@@ -86,7 +86,7 @@ def test_show_agrees_with_the_gguf_package(home: Path, tmp_path: Path) -> None:
     }
     fields = {key: reader.get_field(name) for key, name in expected.items()}
     assert {key: facts[key] for key in expected} == {key: f.contents() for key, f in fields.items() if f}
-    assert facts["tokenizer"] == {"kind": "sentencepiece", "pre": None, "vocabulary": 320}
+    assert facts["tokenizer"] == {"kind": "sentencepiece", "pre": None, "mode": "file", "vocabulary": 320}
     assert (facts["path"], facts["size"], facts["format"]) == (str(path), path.stat().st_size, "gguf")
 
 
@@ -99,7 +99,8 @@ def test_show_of_the_default_model(home: Path) -> None:
         "formats": "Q4_1 × 210, F32 × 61, Q8_0 × 1",
         "context": "8,192 tokens",
         "tokenizer": "bpe smollm (49,152 tokens)",
-        "template": "its own",
+        "template": "its own, SmolLM2",
+        "ends": "at <|endoftext|>, <|im_end|>",
         "licence": "apache-2.0",
         "path": str(home / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"),
         "size": "98.4 MB, gguf",

@@ -58,7 +58,7 @@ class Outline(HTMLParser):
             name = f"a {values['href']}"
         if tag == "ol" and values.get("start", "1") != "1":
             name = f"ol {values['start']}"
-        if tag in ("div", "tbody"):
+        if tag in ("div", "tbody", "span"):  # a span has a colour of code
             name = None
         if values.get("class") == "code-bar":
             self.silent = len(self.names) + 1

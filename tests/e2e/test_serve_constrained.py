@@ -104,16 +104,59 @@ def test_a_schema_is_followed_by_ollamas_routes(smol: Server) -> None:
     assert smol.post("/api/chat", {**body, "messages": ASK, "format": "yaml"})[0] == 400
 
 
-def test_a_model_that_knows_no_tools_refuses_them(smol: Server) -> None:
+def test_tools_of_a_model_that_knows_none(smol: Server) -> None:
+    """They are written as text, and a call that must come is a whole one, streamed or not."""
     client = openai.OpenAI(base_url=smol.url + "/v1", api_key="none")
     model = client.models.list().data[0].id
-    with pytest.raises(openai.BadRequestError, match=r"tools: .*knows no tools") as refused:
-        client.chat.completions.create(model=model, messages=ASK, tools=[WEATHER])
-    assert (refused.value.param, refused.value.code) == ("tools", "invalid_value")
-    with pytest.raises(openai.BadRequestError, match=r"tools: .*knows no tools"):
-        client.responses.create(model=model, input="Rom", tools=[FLAT])
-    answer = smol.post("/api/chat", {"model": model, "messages": ASK, "tools": [WEATHER]})
-    assert (answer[0], "knows no tools" in answer[2]["error"]) == (400, True)
+    options: Any = {"model": model, "messages": ASK, "tools": [WEATHER], "tool_choice": "required", "seed": 1}
+    options |= {"parallel_tool_calls": False, "max_tokens": 120}
+    raw = client.chat.completions.with_raw_response.create(**options)
+    assert "the chat template knows no tools" in raw.headers["warning"]
+    (choice,) = raw.parse().choices
+    assert choice.finish_reason == "tool_calls"
+    (call, *_) = choice.message.tool_calls or ()
+    assert valid(call)
+    arguments = "".join(
+        part.function.arguments or ""
+        for chunk in client.chat.completions.create(**options, stream=True)
+        for part in chunk.choices[0].delta.tool_calls or ()
+        if part.index == 0
+    )
+    assert arguments == call.function.arguments
+    followed = [
+        *ASK,
+        choice.message.model_dump(exclude_none=True),
+        *({"role": "tool", "tool_call_id": c.id, "content": "sun"} for c in choice.message.tool_calls or ()),
+    ]
+    answer = client.chat.completions.create(**{**options, "messages": followed, "tool_choice": "auto", "max_tokens": 4})
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > (raw.parse().usage.prompt_tokens if raw.parse().usage else 0)
+    response: Any = client.responses.create(
+        **{"model": model, "input": "Rom", "tools": [FLAT], "tool_choice": "required"},
+        **{"parallel_tool_calls": False, "max_output_tokens": 120},
+    )
+    assert response.output[0].type == "function_call"
+    body = {"model": model, "messages": ASK, "tools": [WEATHER], "stream": False, "options": {"num_predict": 80}}
+    assert smol.post("/api/chat", body)[0] == 200
+
+
+def test_tools_may_be_ignored_or_refused_where_the_template_knows_none(model_path: Path) -> None:
+    with serving([model_path], "--tools", "refuse") as server:
+        model = server.get("/v1/models")[2]["data"][0]["id"]
+        body = {"model": model, "messages": ASK, "tools": [WEATHER], "max_tokens": 4, "temperature": 0}
+        status, _, answer = server.post("/v1/chat/completions", body)
+        assert (status, answer["error"]["param"]) == (400, "tools")
+        assert "knows no tools" in answer["error"]["message"]
+        plain = server.post("/v1/chat/completions", {**body, "tools": []})[2]["choices"]
+    with serving([model_path], "--tools", "ignore") as server:
+        status, headers, answer = server.post("/v1/chat/completions", body)
+        assert (status, answer["choices"]) == (200, plain)
+        assert "they are ignored" in headers["warning"]
+
+
+def test_no_tool_is_declared_where_none_may_be_called(smol: Server) -> None:
+    client = openai.OpenAI(base_url=smol.url + "/v1", api_key="none")
+    model = client.models.list().data[0].id
     ignored: Any = client.chat.completions.create(
         model=model, messages=ASK, tools=[WEATHER], tool_choice="none", max_tokens=2
     )
@@ -200,7 +243,7 @@ def test_calls_in_ollamas_chat(caller: Server) -> None:
         parts = [json.loads(line)["message"] for line in lines]
         assert "".join(part["content"] for part in parts) == whole["content"]
         calls = [call for part in parts for call in part.get("tool_calls", ())]
-        assert calls == whole.get("tool_calls", [])
+        assert [call["function"] for call in calls] == [call["function"] for call in whole.get("tool_calls", [])]
         assert calls or whole["content"] == '"never"'
         told += calls
     for call in told:
@@ -232,7 +275,7 @@ def test_calls_in_ollamas_chat(caller: Server) -> None:
             "response_format.json_schema.schema",
         ),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}, "strict": True}}},
             "response_format.json_schema.schema",
         ),
         ({"tools": 5}, "tools"),
@@ -265,7 +308,6 @@ def test_what_constrains_badly_is_refused_by_name(caller: Server, fields: dict[s
         ({"tools": [WEATHER]}, "tools[0].name"),  # as chat completions declare it
         ({"tools": [FLAT], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name"),
         ({"tools": [FLAT], "tool_choice": NAMED}, "tool_choice"),
-        ({"include": ["reasoning.encrypted_content"]}, "include.0"),
         ({"top_logprobs": 2}, "top_logprobs"),
     ],
     ids=lambda value: json.dumps(value)[:60],

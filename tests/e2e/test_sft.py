@@ -64,12 +64,20 @@ def test_learns_answers_by_heart(place: Path, capsys: pytest.CaptureFixture[str]
     settings = ["steps=60", "optimizer.rate=1e-2", "save.every=30", 'samples.prompts=["one"]', "samples.tokens=8"]
     code, out, error = typed(capsys, "sft", "mine.toml", *settings)
     assert code == 0, error
-    assert out == "runs/mine: done; talk with it: llama2 chat -m runs/mine\n"
+    assert out.splitlines()[-3:] == [
+        "runs/mine: done; talk with it: llama2 chat -m runs/mine",
+        "for llama.cpp: llama2 convert runs/mine mine.gguf --to gguf --format Q8_0",
+        "for transformers: llama2 convert runs/mine mine-hf --to hf",
+    ]
     lines = Run.open(place / "runs" / "mine").metrics()
     assert [line["step"] for line in lines] == list(range(1, 61))
     # Both dialogs are in one row, and yet the loss is that of each alone, over its answer alone.
     assert lines[0]["loss"] == pytest.approx(loss_of_answers(place / "tiny.gguf"), rel=1e-5)
     assert lines[0]["tokens"] == lines[1]["tokens"] / 2
+    before, after = (loss_of_answers(place / model) for model in ("tiny.gguf", "runs/mine"))
+    told = re.fullmatch(r"loss of answers in dialogs learnt: (\S+) before, (\S+) after", out.splitlines()[0])
+    assert told
+    assert (float(told[1]), float(told[2])) == (pytest.approx(before, abs=6e-4), pytest.approx(after, abs=6e-4))
     with llama2.load(place / "runs" / "mine") as model:
         for dialog in DIALOGS:
             answer = model.chat([{"role": "user", "content": dialog["prompt"]}], temperature=0, max_tokens=20)
@@ -84,7 +92,7 @@ def test_as_many_steps_as_epochs_take(place: Path, capsys: pytest.CaptureFixture
     """Five dialogs, one held out and two to a row, read twice, two rows a step; then from that run to another."""
     lines = [DIALOGS[n % 2] for n in range(5)]
     (place / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in lines))
-    batch = ["batch.rows=2", "data.validation=1", "evaluate=2"]
+    batch = ["batch.rows=2", "data.validation=1", "evaluate=2", "epochs=2"]
     code, _, error = typed(capsys, "sft", "mine.toml", *batch)
     assert code == 0, error
     first = Run.open(place / "runs" / "mine")
@@ -93,7 +101,7 @@ def test_as_many_steps_as_epochs_take(place: Path, capsys: pytest.CaptureFixture
     assert "validation" in first.metrics()[-1]
     assert first.recipe["steps"] == 2
     assert (first.origin["dialogs"], first.origin["left_out"]) == (4, 0)
-    assert error.startswith("4 dialogs, in 2 rows that are ")
+    assert error.startswith("5 dialogs read as prompt and completion\n4 dialogs, in 2 rows that are ")
     code, _, error = typed(capsys, "sft", "mine.toml", "start=runs/mine", "steps=1", "--name", "more", *batch)
     assert code == 0, error
     with checkpoint.open(place / "runs" / "more") as more, checkpoint.open(place / "tiny.gguf") as tiny:
@@ -106,7 +114,7 @@ def test_what_is_left_out_is_told(place: Path, capsys: pytest.CaptureFixture[str
     (place / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in [*DIALOGS, long]))
     code, _, error = typed(capsys, "sft", "mine.toml", "steps=1", "data.too_long=leave out")
     assert code == 0, error
-    assert error.startswith("2 dialogs, without 1 that are longer than a row, in 1 rows that are ")
+    assert "\n2 dialogs, without 1 that are longer than a row, in 1 rows that are " in error
     assert Run.open(place / "runs" / "mine").origin["left_out"] == 1
 
 
@@ -129,6 +137,85 @@ def test_errors_before_the_first_step(
     assert error.startswith("llama2: error: ")
     assert re.search(message, error)
     assert not (place / "runs").exists()
+
+
+def test_without_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twenty dialogs as ShareGPT has them, one of no use, in a folder; a tiny model with a width of 64."""
+    turns = [[{"from": "human", "value": d["prompt"]}, {"from": "gpt", "value": d["completion"]}] for d in DIALOGS]
+    records: list[Any] = [{"conversations": turns[n % 2], "id": n} for n in range(20)]
+    (place / "mine").mkdir()
+    (place / "mine" / "a.json").write_text(json.dumps([*records, {"conversations": []}], indent=1))
+    command = ("sft", "-m", "tiny.gguf", "mine", "precision=fp32")
+    code, _, error = typed(capsys, *command)
+    assert code == 1
+    assert error.startswith("llama2: error: mine/a.json:")
+    assert error.endswith(": the dialog has no messages; --skip-bad leaves such out\n")
+    code, out, error = typed(capsys, *command, "--skip-bad")
+    assert code == 0, error
+    line = json.dumps(records, indent=1).count("\n") + 1
+    assert error.splitlines()[:3] == [
+        "20 dialogs read as ShareGPT",
+        "not used: 'id'",
+        f"1 left out; the first: mine/a.json:{line}: the dialog has no messages",
+    ]
+    # 2e-5 × 4096 / 64; the context is 256; a tenth of twenty; at most ten epochs of two rows.
+    assert "rows of 256 tokens, 2 dialogs held out; 20 steps of 1 rows, 10 epochs; rate 0.00128 after 2 steps" in error
+    run = Run.open(place / "runs" / "mine")
+    assert (run.recipe["start"], run.recipe["data"]["length"], run.recipe["data"]["validation"]) == (
+        "tiny.gguf",
+        256,
+        2,
+    )
+    assert (run.recipe["steps"], run.recipe["optimizer"]["rate"]) == (20, 1.28e-3)
+    assert [line["step"] for line in run.metrics() if "validation" in line] == [5, 10, 15, 20]
+    held, learnt = out.splitlines()[:2]
+    numbers = re.findall(r"[0-9.]+", held)
+    assert held == f"loss of answers in dialogs held out: {numbers[0]} before, {numbers[1]} after"
+    assert numbers[1] == f"{run.metrics()[-1]['validation']:.3f}"
+    assert float(numbers[1]) < float(numbers[0]) == round(run.origin["before"]["validation"], 3)
+    assert learnt.startswith("loss of answers in dialogs learnt: ")
+    code, again, error = typed(capsys, *command, "--skip-bad", "--resume")
+    assert (code, again) == (0, out), error
+    code, _, error = typed(capsys, *command, "--skip-bad", "--out", "other", "steps=1")
+    assert code == 0, error
+    assert "\nwarning: 1 steps change little; steps=40 would change more\n" in error
+    assert (place / "runs" / "other").is_dir()
+
+
+def test_a_recipe_by_either_way(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "more.jsonl").write_text(json.dumps(DIALOGS[0]) + "\n")
+    command = ("sft", "--recipe", "mine.toml", "more.jsonl", "steps=1", "--name", "a")
+    code, _, error = typed(capsys, *command)
+    assert code == 0, error
+    assert Run.open(place / "runs" / "a").recipe["data"]["files"] == ["more.jsonl"]
+    code, _, error = typed(capsys, "sft", "mine.toml", "-m", "nowhere.gguf")
+    assert code == 1
+    assert "nowhere.gguf" in error
+    code, _, error = typed(capsys, "sft", "-m", "tiny.gguf")
+    assert code == 2
+    assert "give files of dialogs, or a recipe" in error
+
+
+def test_the_template_goes_with_the_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a base without one, transformers and llama.cpp learn the format that it was tuned with."""
+    import gguf
+    from transformers import AutoTokenizer
+
+    code, _, error = typed(capsys, "sft", "-m", "tiny.gguf", "dialogs.jsonl", "steps=1", "--out", "mine")
+    assert code == 0, error
+    code, _, error = typed(capsys, "convert", "runs/mine", "mine.gguf", "--to", "gguf")
+    assert code == 0, error
+    code, _, error = typed(capsys, "convert", "runs/mine", "mine-hf", "--to", "hf")
+    assert code == 0, error
+    asked = [{"role": "user", "content": "one"}]
+    with checkpoint.open(place / "tiny.gguf") as tiny:
+        wanted = tiny.tokenizer.encode("[INST] one [/INST]", bos=True)
+    for folder in (place / "mine-hf", next((place / "runs" / "mine").rglob("model"))):
+        theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(asked, tokenize=True, return_dict=False)
+        assert theirs == wanted
+    field = gguf.GGUFReader(place / "mine.gguf").get_field("tokenizer.chat_template")
+    assert field is not None
+    assert "[INST]" in field.contents()
 
 
 def test_a_template_of_the_start_stays(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,10 @@
 //     exp N, silu N                   N floats                  → N floats
 //     uniform SEED CHOICE POSITION                              → one double
 //     draw N temperature top_k top_p min_p SEED CHOICE POSITION   N logits   → one int64
-//     model dim layers heads kv_heads hidden vocab head_size context tied norm_eps threads blocks   E / 2 doubles
-//     doubles tensor NAME FORMAT rows columns data step N S W M                    tokens, positions, sequences,
-//     blocks, outputs   → (M, vocab) floats
+//     model dim layers heads kv_heads hidden vocab head_size context tied norm_eps threads blocks
+//         attention_factor growth growth_context window         E / 2 doubles
+//     tensor NAME FORMAT rows columns                           data
+//     step N S W M                    tokens, positions, sequences, blocks, outputs → (M, vocab) floats
 
 #include <cstdio>
 #include <iostream>
@@ -124,6 +125,8 @@ struct Network {
         c.tied = line.next<int>() != 0, c.norm_eps = line.next<float>();
         const int threads = line.next<int>();
         const int64_t blocks = line.size();
+        c.attention_factor = line.next<double>(), c.growth = line.next<double>();
+        c.growth_context = line.next<int64_t>(), c.window = line.size();
         c.inverse_frequencies = receive<double>(c.head_size / 2);
         return std::unique_ptr<Network>(new Network{c.vocab, {}, Model(c, threads, blocks)});
     }
@@ -141,7 +144,7 @@ struct Network {
         const auto blocks = receive<int32_t>(S * W), outputs = receive<int32_t>(M);
         std::vector<float> logits(size_t(M * vocab));
         model.forward({N, S, W, M, tokens.data(), positions.data(), sequences.data(), blocks.data(), outputs.data()},
-                      logits.data());
+                      logits.data(), nullptr);
         answer(logits);
     }
 };

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from llama2 import checkpoint
 from llama2.checkpoint import Checkpoint
-from llama2.config import ModelConfig, RopeScaling
+from llama2.config import BIASED, ModelConfig, RopeScaling
 from llama2.engine.runner import Batch, Runner
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
@@ -27,6 +27,18 @@ CONFIGS = {
     "multi-query": tiny_config(n_kv_heads=1, rope_theta=1e6),
     "odd sizes": tiny_config(dim=54, n_heads=6, n_kv_heads=3, head_dim=14, hidden_dim=77, vocab_size=321, n_layers=3),
     "linear scaling": tiny_config(rope_scaling=RopeScaling("linear", factor=4.0)),
+    "biases": tiny_config(biases=BIASED),
+    "biases of attention, tied": tiny_config(biases=BIASED[:4], tied_embeddings=True),
+    "window": tiny_config(sliding_window=9),
+    "window of 1": tiny_config(sliding_window=1),
+    "yarn": tiny_config(rope_scaling=RopeScaling("yarn", factor=8.0, original_context=32, attention_factor=1.2)),
+    "yarn, not truncated": tiny_config(
+        rope_theta=500.0,
+        rope_scaling=RopeScaling(
+            "yarn", factor=4.0, original_context=64, beta_fast=8.0, beta_slow=2.0, truncate=False, attention_factor=0.9
+        ),
+    ),
+    "dynamic": tiny_config(rope_scaling=RopeScaling("dynamic", factor=4.0, original_context=45)),
     "llama3 scaling": tiny_config(rope_scaling=RopeScaling("llama3", factor=8.0, original_context=64)),
 }
 

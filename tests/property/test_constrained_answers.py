@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama2.serve.constrain import Constrainer, Constraint, json_object, json_schema, regex
+from llama2.serve.constrain.constraints import Constrainer, Constraint, json_object, json_schema, regex
 from llama2.text import huggingface
 from llama2.text.tokenizer import Tokenizer, from_sentencepiece
 from texts import train_bpe, train_sentencepiece

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpora
-from llama2.data.loader import IGNORED, Batch, Loader, Windows, shuffled
+from llama2.data.loader import IGNORED, Batch, Loader, Windows, shares, shuffled
 from llama2.data.shards import Shards
 from llama2.errors import DataError
 
@@ -130,3 +130,45 @@ def test_another_corpus_seed_or_length_is_refused(corpus: Shards, changed: tuple
 def test_too_few_tokens(corpus: Shards) -> None:
     with pytest.raises(DataError, match="train has 131 tokens, too few for a row of 131"):
         Windows(corpus, length=131)
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=8), count=st.integers(0, 60))
+def test_shares(sizes: list[int], count: int) -> None:
+    dealt = shares(sizes, count)
+    assert sum(dealt) == min(count, sum(sizes))
+    assert all(0 <= have <= size for have, size in zip(dealt, sizes, strict=True))
+    if count >= len(sizes):
+        assert min(dealt) >= 1
+    for have, size in zip(dealt, sizes, strict=True):  # its share, or the one that it has at least
+        assert have <= max(1, -(-size * count // sum(sizes)))
+
+
+def test_shares_by_hand() -> None:
+    assert shares([36, 18, 5], 10) == [6, 3, 1]
+    assert shares([100, 1, 1], 4) == [2, 1, 1]
+    assert shares([1, 9, 5], 2) == [0, 1, 1]
+    assert shares([3, 3, 3], 64) == [3, 3, 3]
+
+
+def test_rows_to_evaluate_on_are_of_all_sources(corpus: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 8 tokens: the middle of the third, 20, is all that b has; that of the eighth is a's again."""
+    monkeypatch.setattr(Shards, "sources", [(0, "a"), (19, "b"), (21, "c"), (60, "a")])
+    windows = Windows(corpus, length=LENGTH)
+    numbers = {"a": [0, 1, *range(7, 16)], "b": [2], "c": [3, 4, 5, 6]}
+    found = windows.spread(99, 3)
+    assert [(each.source, len(each.tokens)) for each in found] == [("a", 3)] * 3 + [
+        ("a", 2),
+        ("b", 1),
+        ("c", 3),
+        ("c", 1),
+    ]
+    for source, wanted in numbers.items():
+        assert rows([each for each in found if each.source == source]) == [
+            STREAM[number * LENGTH : (number + 1) * LENGTH].tolist() for number in wanted
+        ]
+    few = windows.spread(4, 2)
+    assert [(each.source, len(each.tokens)) for each in few] == [("a", 2), ("b", 1), ("c", 1)]
+    assert rows(few) == rows(windows.spread(4, 2))
+    assert rows(few[:1]) != rows(found)[:2]  # spread, and not the first ones
+    monkeypatch.setattr(Shards, "sources", [])
+    assert {each.source for each in windows.spread(4, 2)} == {""}

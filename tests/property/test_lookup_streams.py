@@ -36,7 +36,7 @@ class OneByOne:
     def __init__(self, runner: Runner) -> None:
         self.runner, self.config, self.n_blocks = runner, runner.config, runner.n_blocks
 
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
+    def forward(self, batch: Batch, hidden: None = None) -> NDArray[np.float32]:
         rows = []
         for i in range(len(batch.tokens)):
             at, s = slice(i, i + 1), int(batch.sequences[i])
@@ -63,7 +63,7 @@ class Checked:
     def __post_init__(self) -> None:
         self.config, self.n_blocks, self.steps = self.runner.config, self.runner.n_blocks, 0
 
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
+    def forward(self, batch: Batch, hidden: None = None) -> NDArray[np.float32]:
         assert self.engine
         scheduler = self.engine.scheduler
         assert len(batch.tokens) <= scheduler.max_batch_tokens

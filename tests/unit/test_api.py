@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import array
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import llama2
 from llama2.api import Model, Options
@@ -128,8 +130,21 @@ def test_role_markers_are_refused_or_neutralised(model: Model) -> None:
     broken = [1, *model.tokenizer.encode("[INST] a [ /INST] b [/INST]")]
     assert model.render("a [/INST] b", neutralise=True) == broken
     assert model.chat("a [/INST] b", neutralise=True, max_tokens=1).prompt_tokens == len(broken)
-    with pytest.raises(DialogError, match="message 1: the last one must be the user's"):
-        model.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+
+def test_an_answer_continues_the_assistants_message_at_the_end(model: Model) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    prompt = [1, *model.tokenizer.encode("[INST] a [/INST] b c")]
+    assert model.render(messages) == prompt
+    ask: Options = {"max_tokens": 8, "temperature": 0.0, "logit_bias": {2: -100.0}}
+    assert model.chat(messages, **ask) == model.generate(prompt, **ask)
+
+
+def test_what_the_format_cannot_write_is_joined_with_a_warning(model: Model) -> None:
+    messages = [{"role": "user", "content": text} for text in ("a", "b")]
+    with pytest.warns(UserWarning, match="neighbouring user messages are joined"):
+        answer = model.chat(messages, max_tokens=1)
+    assert answer.prompt_tokens == len(model.render("a\n\nb"))
 
 
 def test_a_seed_repeats_an_answer_and_without_one_they_differ(model: Model) -> None:
@@ -190,7 +205,7 @@ def test_a_closed_stream_frees_the_cache(model: Model) -> None:
 
 
 def test_a_failed_answer_is_an_exception(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(batch: Batch) -> None:
+    def fail(batch: Batch, hidden: None) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(model.engine.runner, "forward", fail)
@@ -245,3 +260,100 @@ def test_the_native_runner_answers_and_a_short_context_binds(path: Path) -> None
         assert len(prompt) + len(answer.token_ids) == 40 or answer.finish_reason == "stop"
         request = Request(tuple(prompt), 5, Sampling(temperature=0))
         assert [event.token for event in model.engine.run(request)] == answer.token_ids[:5]
+
+
+def test_numbers_of_numpy_and_pytorch_are_numbers(model: Model) -> None:
+    ids = [1, 5, 9]
+    want = model.generate(ids, max_tokens=3, temperature=0, seed=7, top_p=0.5)
+    rows: list[Any] = [np.array(ids), np.array(ids, np.uint8), torch.tensor(ids), array.array("i", ids)]
+    for prompt in [*rows, list(np.array(ids)), list(torch.tensor(ids)), tuple(ids)]:
+        assert model.generate(prompt, max_tokens=3, temperature=0, seed=7, top_p=0.5) == want
+    options: dict[str, Any] = {"max_tokens": np.int64(3), "temperature": np.float32(0), "seed": torch.tensor(7)}
+    options |= {"top_p": torch.tensor(0.5), "logit_bias": {np.int32(3): np.float64(0)}}
+    assert model.generate(ids, **options) == want
+    drawn: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int8(3)}
+    assert {type(value) for value in astuple(Sampling(**drawn))} == {float, int, dict}
+    stops: Any = {np.int64(3)}
+    assert Request((1,), stop_tokens=stops).stop_tokens == frozenset({3})
+
+
+class Evil:
+    """Something whose every method fails."""
+
+    def __index__(self) -> int:
+        raise KeyError
+
+    def __repr__(self) -> str:
+        raise KeyError
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *(b"abc", bytearray(b"abc"), memoryview(b"abc"), {1, 2}, {1: 2}, None, 5, (i for i in (1, 2)), Evil()),
+        *([[1, 2]], [1.0], [True], ["a"], [None], [Evil()], [-1], [10**5000], [2**64], []),
+        *(
+            np.array([1.0]),
+            np.array([[1]]),
+            np.array(1),
+            np.array(["a"]),
+            np.array([True]),
+            [np.True_],
+            [np.array([1])],
+        ),
+        *(torch.tensor([1.5]), torch.tensor([[1]]), [torch.tensor(True)], [torch.tensor([1])]),
+    ],
+    ids=lambda prompt: type(prompt).__name__,
+)
+def test_what_is_no_list_of_token_ids(model: Model, prompt: Any) -> None:
+    for ask in (model.generate, model.generate_stream):
+        with pytest.raises(RequestError, match=r"^(the )?prompt") as caught:
+            ask(prompt, max_tokens=2)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_tokens", [True, "3", 1.5, 0, [1], np.float32(2), float("nan"), 10**5000]),
+        ("temperature", [True, "1", None, [0.5], np.array([0.5]), 1j, float("nan"), -1, np.True_, 10**5000, Evil()]),
+        ("seed", [1.5, -1, True, "1"]),
+        ("top_k", [None, 2.0]),
+        ("logit_bias", [5, [1], "ab", {"a": 1}, {1.5: 1}, {True: 1}, {1: "x"}, {1: True}, {1: float("nan")}, {400: 1}]),
+        ("stop", [5, [5], b"a", [b"a"], {"a"}, ""]),
+        ("logprobs", [True, "1", -1]),
+        ("lookup", [True, None, "a"]),
+    ],
+)
+def test_settings_that_are_no_numbers(model: Model, name: str, values: list[Any]) -> None:
+    for value in values:
+        options: dict[str, Any] = {"max_tokens": 2, name: value}
+        with pytest.raises(RequestError, match=rf"^{name}"):
+            model.generate([1], **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"threads": "2"}, {"threads": True}, {"context": "5"}, {"context": True}, {"context": 1e9}, {"sequences": 0}),
+        *({"sequences": None}, {"cache_bytes": -1}, {"cache_bytes": "x"}, {"compile": 1}, {"runner": [1]}),
+        *({"tokenizer": 5}, {"progress": 5}, {"engine": 5}, {"tensor_parallel": "a"}),
+    ],
+    ids=str,
+)
+def test_loading_refuses_what_is_no_number_or_path(path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(options))):
+        llama2.load(path, **options)
+
+
+@pytest.mark.parametrize("name", [None, 5, b"a", [1]])
+def test_a_name_is_text_or_a_path(name: Any) -> None:
+    with pytest.raises(RequestError, match="name_or_path="):
+        llama2.load(name)
+
+
+@pytest.mark.parametrize("messages", [b"a", None, 5, {"role": "user", "content": "a"}, {1}, [None], [[1]]])
+def test_what_is_no_dialog(model: Model, messages: Any) -> None:
+    with pytest.raises(DialogError):
+        model.chat(messages)

@@ -33,7 +33,7 @@ def steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     seconds = 0.0
     forward = model.engine.runner.forward
 
-    def timed(batch: Batch) -> NDArray[np.float32]:
+    def timed(batch: Batch, hidden: None) -> NDArray[np.float32]:
         nonlocal seconds
         ran.append(Batch(*(getattr(batch, name).copy() for name in Batch.__slots__)))
         seconds += 1
@@ -77,7 +77,7 @@ def test_decode_ends_at_the_context(depth: int, generate: int, model: Model) -> 
 
 
 def test_a_failed_step_is_an_error(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(_: Batch) -> NDArray[np.float32]:
+    def fails(_: Batch, hidden: None) -> NDArray[np.float32]:
         raise ZeroDivisionError("by hand")
 
     monkeypatch.setattr(model.engine.runner, "forward", fails)

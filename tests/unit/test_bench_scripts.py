@@ -440,7 +440,7 @@ def test_the_bandwidth_probe_runs(tmp_path: Path) -> None:
     probe = limits.compile_probe(tmp_path)
     assert float(limits.run([str(probe), "2", "0.01"]).stdout) > 1e8  # the slowest memory reads a GB/s
     assert subprocess.run([probe, "0", "1"], capture_output=True, check=False).returncode == 2
-    assert limits.int8_product() > 1e9
+    assert limits.int8_product() > 1e6
 
 
 def test_limits_agree_within_a_round(rounds: ModuleType) -> None:

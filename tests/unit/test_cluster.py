@@ -17,7 +17,8 @@ from llama2.checkpoint import huggingface
 from llama2.engine.cluster import ClusterEngine, sampling_params
 from llama2.engine.request import Request, Sampling
 from llama2.errors import EngineError, RequestError
-from llama2.serve import answers, constrain
+from llama2.serve.constrain import constraints
+from llama2.serve.surfaces import common
 from models import write_tiny_gguf
 
 #: What vLLM draws by without being told (vllm.SamplingParams()).
@@ -64,14 +65,19 @@ def test_what_vllm_would_refuse_or_change_is_refused_by_name(settings: dict[str,
         drawn(**settings)
 
 
+def test_embeddings_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"^pooling: vLLM .* makes no embeddings"):
+        sampling_params(Request((1,), 0, pooling="mean"), 0)
+
+
 def test_processors_are_refused_and_so_is_the_field_that_needs_one() -> None:
     with pytest.raises(RequestError, match=r"^processors: "):
         sampling_params(Request((1,), processors=(lambda *_: None,)), 9)
     service: Any = SimpleNamespace(model=SimpleNamespace(engine=ClusterEngine))
-    assert answers.several(service, Request((1,)), 2, [None]) == [Request((1,)), Request((1,), choice=1)]
+    assert common.expand_choices(service, Request((1,)), 2, [None]) == [Request((1,)), Request((1,), choice=1)]
     with pytest.raises(RequestError, match=r"^response_format: ") as refused:
-        answers.several(service, Request((1,)), 1, [constrain.json_object()])
-    answer = answers.refuse(refused.value)
+        common.expand_choices(service, Request((1,)), 1, [constraints.json_object()])
+    answer = common.to_refusal(refused.value)
     assert (answer.status_code, answer.param) == (400, "response_format")
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llama2.config import LLAMA_1_SIZES, SIZES, ModelConfig, RopeScaling
+from llama2.config import BIASED, LLAMA_1_SIZES, SIZES, ModelConfig, RopeScaling, yarn_attention_factor
 from llama2.errors import ConfigError
 
 TINY = ModelConfig(
@@ -105,6 +105,11 @@ def test_inverse_frequencies() -> None:
         {"kind": "linear", "factor": 4.0},
         {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 8192},
         {"kind": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_context": 1024},
+        {"kind": "dynamic", "factor": 4.0, "original_context": 1 << 17},
+        {"kind": "yarn", "factor": 16.0, "original_context": 8192, "attention_factor": 1.5},
+        {"kind": "yarn", "factor": 40.0, "original_context": 4096, "beta_fast": 64.0, "beta_slow": 2.0},
+        {"kind": "yarn", "factor": 4.0, "original_context": 64, "truncate": False},
+        {"kind": "yarn", "factor": 4.0, "original_context": 1, "beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
     ],
 )
 def test_scaled_frequencies_against_transformers(scaling: dict[str, Any]) -> None:
@@ -115,10 +120,41 @@ def test_scaled_frequencies_against_transformers(scaling: dict[str, Any]) -> Non
         num_attention_heads=1,
         head_dim=128,
         max_position_embeddings=1 << 17,
-        rope_parameters={names.get(key, key): value for key, value in scaling.items()} | {"rope_theta": 5e5},
+        rope_parameters={names.get(key, key): value for key, value in ({"attention_factor": 1.0} | scaling).items()}
+        | {"rope_theta": 5e5},
     )
-    expected, _ = ROPE_INIT_FUNCTIONS[scaling["kind"]](theirs, torch.device("cpu"))
-    assert ours.inverse_frequencies() == pytest.approx(expected.tolist(), rel=1e-6)
+    expected, factor = ROPE_INIT_FUNCTIONS[scaling["kind"]](theirs, torch.device("cpu"))
+    assert ours.inverse_frequencies() == pytest.approx(expected.tolist(), rel=2e-6)
+    assert ours.attention_factor() == factor
+
+
+@pytest.mark.parametrize("scales", [{}, {"mscale": 0.7}, {"mscale": 0.7, "mscale_all_dim": 1.3}])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 40.0])
+def test_attention_factor_of_yarn_against_transformers(factor: float, scales: dict[str, float]) -> None:
+    rope = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 64, "rope_theta": 1e4, **scales}
+    _, expected = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(rope_parameters=rope), torch.device("cpu"))
+    assert yarn_attention_factor(factor, **scales) == pytest.approx(expected, rel=1e-12)
+
+
+def test_how_far_scaling_reaches() -> None:
+    """YaRN and dynamic scaling multiply what a model was trained on; a file that states more knows better."""
+    for kind in ("yarn", "dynamic"):
+        assert RopeScaling(kind, factor=4.0, original_context=4096).context(4096) == 16384
+        assert RopeScaling(kind, factor=4.0, original_context=4096).context(20000) == 20000
+    assert RopeScaling("llama3", factor=8.0).context(131072) == 131072
+    assert RopeScaling("linear", factor=8.0).context(4096) == 4096
+
+
+def test_biases_and_window() -> None:
+    config = ModelConfig(**CHANGES | {"biases": BIASED, "sliding_window": 3})
+    plain = ModelConfig(**CHANGES)
+    shapes = config.tensor_shapes()
+    assert sum(map(math.prod, shapes.values())) == config.parameters()
+    assert config.matrix_flops() == plain.matrix_flops()
+    assert shapes["layers.0.feed_forward.w1.bias"] == (config.hidden_dim,)
+    assert shapes["layers.0.attention.wo.bias"] == shapes["layers.0.feed_forward.w2.bias"] == (config.dim,)
+    with pytest.raises(ConfigError, match=r"must be some of attention\.wq"):
+        ModelConfig(**CHANGES | {"biases": BIASED[::-1]})
 
 
 def test_divisors_of_a_file_win() -> None:
@@ -149,7 +185,10 @@ def test_contradictions_are_refused(change: dict[str, Any], reason: str) -> None
     [
         ({"kind": "linear", "factor": 0.0}, "factor=0.0 must be a positive number"),
         ({"kind": "llama3", "low_freq_factor": 4.0}, "high_freq_factor must be larger than low_freq_factor"),
-        ({"kind": "llama3", "original_context": 0}, "original_context=0 must be at least 1"),
+        ({"kind": "llama3", "original_context": 0}, "original_context=0 must be 1 to"),
+        ({"kind": "yarn", "original_context": 10**400}, "must be 1 to"),
+        ({"kind": "yarn", "attention_factor": math.inf}, "attention_factor=inf must be a positive number"),
+        ({"kind": "dynamic", "factor": 0.5}, "factor=0.5 must be at least 1"),
         ({"kind": "llama3", "divisors": (1.0, math.inf)}, "divisors must be positive numbers"),
     ],
 )

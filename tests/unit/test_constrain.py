@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,17 @@ from llama2.engine.engine import Engine
 from llama2.engine.request import Event, Request, Sampling
 from llama2.engine.runner_native import NativeRunner
 from llama2.errors import EngineError, RequestError
-from llama2.serve import constrain
-from llama2.serve.constrain import Constrainer, Constraint, json_object, json_schema, lark, regex
+from llama2.serve.constrain import constraints
+from llama2.serve.constrain.constraints import (
+    Constrainer,
+    Constraint,
+    choice,
+    gbnf,
+    json_object,
+    json_schema,
+    lark,
+    regex,
+)
 from llama2.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer, from_pieces
 from models import tiny_config, write_tiny_gguf
 
@@ -121,7 +129,9 @@ def test_what_is_masked_is_minus_infinity_and_the_rest_stays(
         (lambda: json_schema({"not": {}}, "f"), 'f: keywords that are not supported: "not"'),
         (lambda: json_schema({"if": {}, "then": {}}, "f"), 'f: keywords that are not supported: "if", "then"'),
         (lambda: json_schema({"properties": {"a": {"uniqueItems": True}}}, "f"), 'not supported: "uniqueItems"'),
-        (lambda: json_schema({"type": "string", "format": "nonsense"}, "f"), "f: Unknown format: nonsense"),
+        (lambda: gbnf("root = 3", "f"), "f: not GBNF (Expected ::= at line 1"),
+        (lambda: gbnf('root ::= "a" other', "f"), "f: "),
+        (lambda: json_schema({"oneOf": [{"type": "string"}, {"const": "a"}]}, "f"), "f: oneOf"),
         (lambda: json_schema({"type": 5}, "f"), "f: type must be"),
         (lambda: json_schema({"type": "strin"}, "f"), "f: Invalid type: strin"),
         (lambda: json_schema({"properties": []}, "f"), "f: "),
@@ -175,15 +185,13 @@ def nested(levels: int) -> dict[str, Any]:
         (lambda: lark("start: " + "(" * 9999 + '"a"' + ")" * 9999, "f"), False),
     ],
 )  # fmt: skip
-def test_hostile_grammars_end_within_two_seconds(letters: Constrainer, make: Any, works: bool) -> None:
+def test_hostile_grammars_end(letters: Constrainer, make: Any, works: bool) -> None:
     letters.processor(json_object())  # the process is there
-    start = time.monotonic()
     if works:
         letters.processor(make())
     else:
         with pytest.raises(RequestError, match=r"^f: "):
             letters.processor(make())
-    assert time.monotonic() - start < 2 * constrain.SECONDS  # the bound that is promised
     letters.processor(json_object())  # later requests are served
 
 
@@ -220,7 +228,7 @@ def test_what_others_made_of_a_grammar_does_not_matter(
 
     made = []
     monkeypatch.setattr(
-        constrain.grammar, "matcher", lambda *a, own=constrain.grammar.matcher: made.append(0) or own(*a)
+        constraints.compiler, "matcher", lambda *a, own=constraints.compiler.matcher: made.append(0) or own(*a)
     )
     for _ in range(30):
         walk(200)
@@ -299,3 +307,74 @@ def test_the_default_model_answers_as_a_schema_asks(model_path: Path) -> None:
         for seed in range(3):
             jsonschema.validate(json.loads(ask(json_schema(PERSON, "f"), seed)), PERSON)
         assert re.fullmatch("[0-9]{4}-[0-9]{2}", ask(regex("[0-9]{4}-[0-9]{2}", "f"), 0))
+
+
+@pytest.mark.parametrize("format", ["password", "binary", "byte", "uri-reference", "nonsense"])
+def test_unknown_formats_are_annotations(letters: Constrainer, opened: checkpoint.Checkpoint, format: str) -> None:
+    said = allowed(letters, opened.tokenizer, json_schema({"type": "string", "format": format}, "f"), '"a')
+    assert said == allowed(letters, opened.tokenizer, json_schema({"type": "string"}, "f"), '"a')
+
+
+LOOSE: list[tuple[dict[str, Any], str]] = [
+    ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "uniqueItems"),
+    ({"type": "integer", "not": {"const": 3}}, "not"),
+    ({"type": "integer", "if": {"minimum": 3}, "then": {"maximum": 5}}, "if, then"),
+    ({"type": "array", "items": {"type": "integer"}, "contains": {"const": 1}}, "contains"),
+    ({"type": "string", "pattern": "^(?=a)b*$"}, "pattern"),
+    ({"type": "string", "pattern": r"^(a)\1$"}, "pattern"),
+    ({"oneOf": [{"type": "string"}, {"const": "a"}]}, "oneOf"),
+]
+
+
+@pytest.mark.parametrize(("schema", "dropped"), LOOSE)
+def test_what_no_grammar_can_follow_is_dropped_with_a_note_unless_strict(
+    letters: Constrainer, schema: dict[str, Any], dropped: str
+) -> None:
+    loose = json_schema(schema, "f", strict=False)
+    assert loose.warnings == (f"f: no grammar holds an answer to {dropped}",)
+    letters.processor(loose)
+    with pytest.raises(RequestError, match=r"^f: "):
+        letters.processor(json_schema(schema, "f"))
+
+
+def test_a_null_keyword_is_none(letters: Constrainer) -> None:
+    letters.processor(json_schema({"type": "object", "properties": {}, "required": None}, "f"))
+    assert json_schema({"const": None}, "f").schema is not None
+    assert '"const": null' in str(json_schema({"const": None}, "f").schema)
+
+
+CLOSED: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"additionalProperties": True}, False),
+    ({"additionalProperties": {"type": "string"}}, False),
+    ({"patternProperties": {"^b": {"type": "string"}}}, False),
+]
+
+
+@pytest.mark.parametrize(("more", "closed"), CLOSED)
+def test_an_object_that_names_its_properties_has_no_others_unless_it_says_so(
+    letters: Constrainer, opened: checkpoint.Checkpoint, more: dict[str, Any], closed: bool
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], **more}
+    assert ("," not in allowed(letters, opened.tokenizer, json_schema(schema, "f"), '{"a": 1')) is closed
+
+
+def test_schemas_that_describe_an_object_together_stay_open(
+    letters: Constrainer, opened: checkpoint.Checkpoint
+) -> None:
+    parts = [{"properties": {name: {"const": 1}}, "required": [name]} for name in "ab"]
+    constraint = json_schema({"type": "object", "allOf": parts}, "f")
+    assert "}" in allowed(letters, opened.tokenizer, constraint, '{"a": 1,"b": 1')
+
+
+@pytest.mark.parametrize("count", [600, 1000])
+def test_many_optional_properties_are_followed(letters: Constrainer, opened: checkpoint.Checkpoint, count: int) -> None:
+    names = {f"p{i}": {"type": "integer"} for i in range(count)}
+    constraint = json_schema({"type": "object", "properties": names}, "f")
+    assert allowed(letters, opened.tokenizer, constraint, '{"p59') >= {'"', *"0123456789"}
+
+
+def test_a_choice_of_texts(letters: Constrainer, opened: checkpoint.Checkpoint) -> None:
+    constraint = choice(["ab", 'a"c'], "f")
+    assert allowed(letters, opened.tokenizer, constraint, "a") == {"b", '"'}
+    assert allowed(letters, opened.tokenizer, gbnf('root ::= "ab" | "a" [!.]{1,2}', "f"), "a") == {"b", "!", "."}

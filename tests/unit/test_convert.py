@@ -12,13 +12,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as Library
 
 import llama2
+from commands import typed
 from conversions import Sources, plain_vocabulary
 from llama2 import checkpoint
 from llama2.checkpoint import huggingface, quantize
 from llama2.config import RopeScaling
 from llama2.convert import bounds, convert, samples
+from llama2.errors import RequestError
 from llama2.hub import store
 from meta_bytes import random_tensors, write_folder
 from models import write_tiny_gguf
@@ -180,3 +183,44 @@ def test_byte_level_and_a_template(sources: Sources, out: Path) -> None:
     assert again["chat_template"] == receipt["chat_template"]
     kinds = [set(checkpoint.open(path).tokenizer.vocabulary().types) for path in (sources["bpe"], out / "hf")]
     assert [5 in found for found in kinds] == [True, False]
+
+
+@pytest.mark.parametrize("mode", ["legacy", "file"])
+@pytest.mark.parametrize("to", ["gguf", "hf", "quantized"])
+def test_the_mode_of_spaces_is_written(to: Any, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the tokenizers library: Metaspace's "first", and for legacy the normalizer that transformers had before it."""
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    source, target = tmp_path / "source", tmp_path / "target.gguf"
+    huggingface.write(checkpoint.open(tmp_path / "tiny.gguf"), source)
+    rules = json.loads((source / "tokenizer.json").read_text())
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prefix = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    legacy = Library.from_str(json.dumps({**rules, "normalizer": prefix, "pre_tokenizer": None}))
+    first = Library.from_str(json.dumps({**rules, "normalizer": None, "pre_tokenizer": metaspace}))
+    first.save(str(source / "tokenizer.json"))
+    expected = (legacy if mode == "legacy" else first).encode("a</s>a b", add_special_tokens=False)
+    assert "".join(expected.tokens) == ("▁a</s>▁a▁b" if mode == "legacy" else "▁a</s>a▁b")
+
+    if to == "quantized":
+        command = ["quantize", source, target, "--format", "F32", "--report", "none"]
+    else:
+        command = ["convert", source, target, "--to", to, "--receipt", "tensors", "--json"]
+        assert "mode" not in convert(source, tmp_path / "other", to, run=False)["tokenizer"]
+    status, said, error = typed(capsys, *command, "--tokenizer-mode", mode)
+    assert status == 0, error
+    assert to == "quantized" or json.loads(said)["tokenizer"]["mode"] == mode
+    assert checkpoint.open(target).tokenizer.encode("a</s>a b", special=True) == expected.ids
+    if to == "hf":
+        written = Library.from_file(str(target / "tokenizer.json"))
+        assert written.encode("a</s>a b", add_special_tokens=False).ids == expected.ids
+    else:
+        keys = gguf.GGUFReader(target).fields
+        assert ("llama2.tokenizer.prepend_scheme" in keys) == (mode == "file")
+        assert keys["tokenizer.ggml.add_space_prefix"].contents() is True
+
+
+def test_a_mode_that_is_none(tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    with pytest.raises(RequestError, match=r"^tokenizer_mode 'old' is not one of auto, file, legacy; choose one$"):
+        convert(tmp_path / "tiny.gguf", tmp_path / "t", "hf", tokenizer_mode="old")  # type: ignore[arg-type]

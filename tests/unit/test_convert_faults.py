@@ -114,6 +114,18 @@ def test_what_is_there_is_not_replaced_unless_asked(sources: Sources, out: Path)
     assert checkpoint.open(folder).format == "huggingface"
 
 
+def test_the_folder_in_which_one_stands(sources: Sources, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the source, and as the place, where it must be one that may be replaced."""
+    folder = Path(shutil.copytree(sources["hf"], out / "hf"))
+    monkeypatch.chdir(folder)
+    facts = convert(".", out / "model.gguf", "gguf", run=False)
+    assert "model.safetensors" in json.dumps(facts["source"]["files"])
+    with pytest.raises(CheckpointError, match="hf: is there already"):
+        convert(out / "model.gguf", ".", "hf", run=False)
+    convert(out / "model.gguf", ".", "meta", run=False, force=True)
+    assert checkpoint.open(folder).format == "meta"
+
+
 def test_files_beside_a_model_stay(sources: Sources, out: Path) -> None:
     (out / "tokenizer.bin").write_bytes(b"another model's")
     with pytest.raises(CheckpointError, match=r"tokenizer\.bin: is another model's tokenizer; choose another folder"):
@@ -146,7 +158,7 @@ def test_licences_travel(sources: Sources, tmp_path: Path, out: Path) -> None:
     assert (out / "LICENSE").read_text() == "the folder's own"
     (tmp_path / "secret").write_text("not to be published")
     (out / "hf" / "NOTICE").symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match=r"NOTICE: is a link that leads out of its folder"):
+    with pytest.raises(CheckpointError, match=r"NOTICE: is a link to .secret. outside of its folder"):
         convert(out / "hf", out / "b.gguf", "gguf", run=False)
 
 

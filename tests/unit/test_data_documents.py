@@ -6,6 +6,9 @@ import bz2
 import gzip
 import io
 import json
+import lzma
+import os
+import random
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from llama2.data import clean, personal, quality, read
+from llama2.data import clean, compressed, extract, personal, quality, read
 from llama2.data.settings import BuildRecipe
 from llama2.data.words import Words
 from llama2.errors import DataError
@@ -69,7 +72,7 @@ def test_docstrings(tmp_path: Path) -> None:
     (tmp_path / "b.py").write_text("def (")
     found, counts = documents(tmp_path, format="docstrings")
     assert found == [("Module.\n\nMore.\n\nClass.\n\nF.", None)]
-    assert counts == {"read": 1, "malformed": 1, "empty": 1}
+    assert counts == {"read": 1, "malformed": 1}
 
 
 def test_json_lines(tmp_path: Path) -> None:
@@ -122,21 +125,179 @@ def test_warc(tmp_path: Path) -> None:
     assert counts == {"read": 2, "no page": 1}
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    for name in ("a.jsonl.gz", "a.parquet"):
-        place = tmp_path / name
-        place.mkdir()
-        (place / name).write_bytes(b"\x1f\x8bnothing of the kind")
-        with pytest.raises(DataError, match=f"{name}: cannot be read") as caught:
-            documents(place)
-        assert "\n" not in str(caught.value)
+def left_out(folder: Path, **source: Any) -> list[tuple[str, str]]:
+    """Files that were left out, and why, as the card names them."""
+    named = folder.parent / "left_out"
+    recipe = BuildRecipe.model_validate({"output": "out", "dir": str(folder), "sources": {"s": source}})
+    list(read.Read(recipe, read.find(recipe), named).documents(iter(()), 0, 1))
+    return [(path, reason) for _, path, reason in json.loads((named / "00000.json").read_bytes())]
 
 
-def test_invalid_utf_8_and_empty_files_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"a\xff")
-    (tmp_path / "b.txt").write_bytes(b" \n")
-    (tmp_path / "c.txt").write_bytes(b"")
-    assert documents(tmp_path) == ([], Counter({"not UTF-8": 1, "empty": 1}))
+def test_damaged_files_are_left_out_by_name_and_others_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl.gz").write_bytes(b"\x1f\x8bnothing of the kind")
+    (folder / "b.parquet").write_bytes(b"PAR1 nothing of the kind")
+    (folder / "c.txt.gz").write_bytes(gzip.compress(b"whole " * 1000)[:-12])
+    (folder / "d.txt.zst").write_bytes(b"nothing of the kind")
+    (folder / "e.txt.xz").write_bytes(lzma.compress(b"x" * 100)[:-30])
+    (folder / "f.txt").write_text("good")
+    found, counts = documents(folder)
+    assert found == [("good", None)]
+    assert counts == {"read": 1, "damaged": 5}
+    named = left_out(folder, files=["*"])
+    assert [path for path, _ in named] == ["a.jsonl.gz", "b.parquet", "c.txt.gz", "d.txt.zst", "e.txt.xz"]
+    assert all(reason.startswith("damaged: ") and "\n" not in reason for _, reason in named)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_the_system_refuses_ends_the_build(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.txt").chmod(0)
+    with pytest.raises(DataError, match=r"a.txt: cannot be read \(.*\); mend it or exclude it"):
+        documents(tmp_path)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "a.txt").write_text("a")
+    assert documents(tmp_path)[0] == [("a", None)]
+
+
+def test_every_compression(tmp_path: Path) -> None:
+    two = [b"first " * 20_000, b"second\n"]
+    (tmp_path / "a.txt.gz").write_bytes(b"".join(map(gzip.compress, two)))
+    (tmp_path / "b.txt.bz2").write_bytes(b"".join(map(bz2.compress, two)))
+    (tmp_path / "c.txt.xz").write_bytes(b"".join(map(lzma.compress, two)))
+    (tmp_path / "d.txt.zst").write_bytes(b"".join(pa.compress(each, "zstd", asbytes=True) for each in two))
+    found, counts = documents(tmp_path)
+    assert found == [(b"".join(two).decode(), None)] * 4
+    assert counts == {"read": 4}
+
+
+def test_bombs_end_at_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressed, "FREE", 1 << 16)
+    lines = (b"x" * 1023 + b"\n") * (1 << 14)  # 16 MB, a thousandth of which is left
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(lines))
+    (tmp_path / "c.txt.bz2").write_bytes(bz2.compress(lines))
+    (tmp_path / "d.txt.zst").write_bytes(pa.compress(lines, "zstd", asbytes=True))
+    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(1 << 18).hex().encode()))
+    found, counts = documents(tmp_path, limit=1 << 22)
+    assert counts["unpacks to too much"] == 4
+    assert len(found[-1][0]) == 1 << 19
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp1252", "utf-8-sig"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Das Wetter war schön, und wir gingen am Fluß entlang, bis es endlich dunkel wurde.\n\nÜber den Hügeln.",
+        "L’été dernier, nous étions à la mer ; ça nous a beaucoup plu, même s’il pleuvait.\nEt après ? Rien.",
+        "El señor Núñez contestó que sí, que vendría mañana por la mañana con sus niños.",
+    ],
+)
+def test_encodings_that_are_certain(tmp_path: Path, encoding: str, text: str) -> None:
+    if encoding == "latin-1":
+        text = text.replace("’", "'")
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes(json.dumps({"text": text}, ensure_ascii=False).encode(encoding))
+    found, counts = documents(tmp_path)
+    assert found == [(text, None)] * 2
+    assert counts["read"] == 2
+    assert sum(value for key, value in counts.items() if key.startswith("converted: ")) == 2 * (encoding != "utf-8-sig")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "Погода была хорошая, и мы гуляли вдоль реки до темноты.".encode("koi8-r"),
+        "Погода была хорошая, и мы гуляли вдоль реки до темноты.".encode("cp1251"),
+        "Pogoda była ładna, więc poszliśmy wzdłuż rzeki aż do zmroku.".encode("cp1250"),
+        "Počasí bylo pěkné, a tak jsme šli podél řeky až do setmění.".encode("iso8859-2"),
+        "Počasí bylo velmi pěkné, a proto jsme celé odpoledne chodili podél řeky po starém městě.".encode("iso8859-2"),
+        "Das Wetter war schön, und wir gingen am Fluß entlang, bis es dunkel wurde.".encode("mac-roman"),
+        "Das Wetter war schön, und wir gingen am Fluß entlang, bis es dunkel wurde.".encode("cp850"),
+        "天気がよかったので、暗くなるまで川沿いを歩きました。".encode("shift-jis"),
+        "Half of it is UTF-8: schön. ".encode() + "And half of it is not: schön.".encode("latin-1"),
+        b"The weather was fine \x01 and caf\xe9 was open until it was dark and cold outside.",
+        b"a\xff",
+    ],
+)
+def test_encodings_that_are_not(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    assert documents(tmp_path) == ([], Counter({"not UTF-8": 1}))
+
+
+def test_what_is_no_text_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "b.bin").write_bytes(b"text, and then\0" * 100)
+    (tmp_path / "c.pdf").write_bytes(b"%PDF-1.7\nstream")
+    (tmp_path / "d.txt").write_bytes(b" \n")
+    (tmp_path / "e.txt").write_bytes(b"")
+    assert documents(tmp_path) == ([], Counter({"no text": 3, "empty": 1}))
+
+
+def test_html(tmp_path: Path) -> None:
+    page = "<html><head><meta charset=latin-1></head><body><nav>Menu</nav><main><p>Grüße &amp; mehr.</p></main>"
+    (tmp_path / "a.html").write_bytes(page.encode("latin-1"))
+    (tmp_path / "b.htm.gz").write_bytes(gzip.compress(b"<nav>Only a menu.</nav>"))
+    assert documents(tmp_path)[0] == [("Grüße & mehr.", None), ("Only a menu.", None)]
+
+
+def test_a_page_that_takes_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract, "SECONDS", 0.2)
+    (tmp_path / "a.html").write_text("<div>" * 50_000 + "deep")
+    (tmp_path / "b.html").write_text("<p>flat")
+    found, counts = documents(tmp_path)
+    assert found == [("flat", None)]
+    assert counts == {"read": 1, "took too much time or memory": 1}
+
+
+def test_sources_that_no_compiler_reads(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = " + "not " * 100_000 + "y")
+    (tmp_path / "b.py").write_text("x = " + "-" * 1_000_000 + "1")
+    (tmp_path / "c.py").write_text('"""Good."""')
+    found, counts = documents(tmp_path, limit=1 << 22, format="docstrings")
+    assert found == [("Good.", None)]
+    assert counts["malformed"] + counts["took too much time or memory"] == 2
+
+
+def test_a_value_of_parquet_has_a_limit(tmp_path: Path) -> None:
+    long = pa.table({"text": ["short", "x" * 300_000, "last"]})
+    pq.write_table(long, tmp_path / "a.parquet", compression="zstd")
+    pq.write_table(pa.table({"text": ["y" * 60_000_000]}), tmp_path / "b.parquet", compression="zstd")
+    assert (tmp_path / "b.parquet").stat().st_size < 100_000
+    found, counts = documents(tmp_path, limit=200_000)
+    assert found == [("short", None), ("last", None)]
+    assert counts["too long"] + counts["took too much time or memory"] + counts["damaged"] == 2
+
+
+def test_one_value_of_parquet_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressed, "FREE", 1 << 16)
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["word " * 2000]))
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", compression="zstd")
+    found, counts = documents(tmp_path)
+    assert 1 <= len(found) < 100
+    assert counts["unpacks to too much"] == 1
+
+
+def test_json_lines_of_too_many_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "_JSON_MEMORY", 1 << 16)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "x": [' + "[]," * 1000 + "[]]}\n" + "[" * 100)
+    found, counts = documents(tmp_path)
+    assert found == [("a", None)]
+    assert counts == {"read": 1, "took too much time or memory": 1, "malformed": 1}
+
+
+def test_where_records_have_their_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"content": "a"}\n{"body": "b", "content": "c"}\n{"story": "d", "id": 1}')
+    pq.write_table(pa.table({"id": [1], "body": pa.array(["e"]).dictionary_encode()}), tmp_path / "b.parquet")
+    assert documents(tmp_path)[0] == [("a", None), ("c", None), ("e", None)]
+    assert left_out(tmp_path, files=["*.jsonl"]) == [("a.jsonl", "malformed: no text in text; there is story, id")]
+    assert documents(tmp_path, text="story", pattern="*.jsonl")[0][2] == ("d", None)
 
 
 class _Endless(io.RawIOBase):

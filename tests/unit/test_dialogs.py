@@ -1,6 +1,7 @@
 """Dialogs as rows: what is learnt of them by Llama 2's published vectors (spec 2.3), packing by invariants."""
 
 import json
+import re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama2.data.dialogs import DialogSettings, Example, Packed, documentation, pack, prepare, read, render
+from llama2.data import dialogs
+from llama2.data.dialog_forms import Told
+from llama2.data.dialogs import DialogSettings, Example, Packed, Prepared, Seen, documentation, pack, read, render
 from llama2.data.loader import IGNORED, Loader
 from llama2.errors import DataError, DialogError
 from llama2.text.dialog import Dialog
@@ -19,6 +22,10 @@ from llama2.text.tokenizer import Tokenizer
 from texts import llama2_tokenizer
 
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+CALLED = [
+    {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]},
+    {"role": "tool", "tool_call_id": "b", "content": "c"},
+]
 #: `<s> [INST] Hi [/INST] Hello! </s>`, and in it what the assistant said: "Hello!", a space, and the end.
 HI = [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962, 15043, 29991, 29871, 2]
 LEARNT = [False] * 9 + [True] * 4
@@ -44,14 +51,18 @@ def example(*tokens: int, learnt: int) -> Example:
     return Example(np.array(tokens, np.int32), np.arange(len(tokens)) >= len(tokens) - learnt)
 
 
+def prepare(settings: DialogSettings, tokenizer: Tokenizer, *, seed: int = 0) -> Prepared:
+    return dialogs.prepare(settings, dialogs.render_all(settings, tokenizer, None, None), seed=seed)
+
+
 def test_what_the_assistant_says_is_learnt(llama2: Tokenizer) -> None:
-    one = render(Dialog(ASKED), llama2)
+    one = render(Told(Dialog(ASKED)), llama2)
     assert one.tokens.tolist() == HI
     assert one.learnt.tolist() == LEARNT
-    two = render(Dialog(ASKED * 2), llama2)
+    two = render(Told(Dialog(ASKED * 2)), llama2)
     assert two.tokens.tolist() == HI * 2
     assert two.learnt.tolist() == LEARNT * 2
-    last = render(Dialog(ASKED * 2), llama2, answers="last")
+    last = render(Told(Dialog(ASKED * 2)), llama2, answers="last")
     assert last.tokens.tolist() == HI * 2
     assert last.learnt.tolist() == [False] * 13 + LEARNT
 
@@ -117,7 +128,7 @@ def test_records_of_every_form(write: Callable[..., Path]) -> None:
         {"instruction": "Add", "output": "3"},
         {"instruction": "Add", "context": " ", "response": "3"},
     )
-    found = [(where, [(m.role, m.content) for m in dialog.messages]) for where, dialog in read([path])]
+    found = [(where, [(m.role, m.content) for m in told.dialog.messages]) for where, told in read([path])]
     assert found == [
         (f"{path}:1", [("user", "Hi"), ("assistant", "Hello!")]),
         (f"{path}:3", [("user", "Hi"), ("assistant", "Hello!")]),
@@ -133,20 +144,44 @@ def test_records_of_every_form(write: Callable[..., Path]) -> None:
         (b'{"prompt": "\xff"}\n', ":2: is not UTF-8, at byte 12 of the line; save the file as UTF-8"),
         (b"{", ":2: is not JSON (.*); write one object a line"),
         (b"[" * 100000, ":2: is not JSON (.*); write one object a line"),
-        ([], ":2: a record has messages, or prompt and completion, or .*; mend or remove the line"),
+        (b"[" * 800000, ":2: would need 77 MB as JSON, which no dialog does; cut it"),
+        (b" " * (1 << 24) + b"{}\n", ":2: has more than 16 MB; cut it"),
+        (b'{"prompt": "\\ud800", "completion": "b"}', ":2: holds half of a surrogate pair, which is no character; .*"),
+        ([], ":2: a record has messages, or prompt and completion, or .* ChatML in it"),
         ({"prompt": "Hi", "output": "Hello"}, ":2: a record has messages, or prompt and completion, or .*"),
         ({"prompt": "Hi", "completion": None}, ":2: a record has messages, or prompt and completion, or .*"),
-        ({"prompt": "Hi", "completion": " "}, ":2: message 1: content is empty; mend or remove the line"),
-        ({"messages": []}, ":2: the dialog has no messages; mend or remove the line"),
-        ({"messages": ASKED[:1]}, ":2: the dialog ends without an answer of the assistant; add one, or remove .*"),
-        ({"messages": ASKED[1:]}, ":2: message 0: role assistant where system or user must come; mend .*"),
+        ({"prompt": "Hi", "completion": " "}, ":2: message 1: content is empty"),
+        ({"text": "Hi"}, ":2: text has neither .INST. nor <.im_start.> in it, so nobody knows who says what; write .*"),
+        ({"text": "So [INST] Hi [/INST] Hello"}, ":2: text has words before its first .INST.; write messages"),
+        ({"text": "[INST] Hi Hello"}, ":2: text has an .INST. without its one ./INST.; mend it"),
+        ({"text": "So <|im_start|>user\nHi<|im_end|>"}, ":2: text has words outside of its messages: 'So'; .*"),
+        ({"messages": []}, ":2: the dialog has no messages"),
+        ({"messages": ["Hi"]}, ":2: message 0: must be an object with role and content"),
+        ({"messages": ASKED[:1]}, ":2: the dialog ends without an answer of the assistant; add one"),
+        ({"messages": ASKED[1:]}, ":2: message 0: role assistant where system or user must come"),
+        ({"messages": [{**ASKED[0], "role": "elf"}]}, ":2: message 0: role 'elf' is unknown; roles are .*"),
+        ({"conversations": [{"from": "function_call", "value": 3}]}, ":2: message 0: content must be text, not int"),
+        ({"messages": [ASKED[0], *CALLED]}, ":2: message 2: no call before it with the id 'b' is without an answer"),
+        ({"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]}, ":2: message 1: weight must be 0 or 1"),
+        ({"messages": [ASKED[0], {**ASKED[1], "weight": 0}]}, ":2: no answer is to be learnt: each has weight 0; .*"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ":2: message 0: has a part of type .*"),
+        ({"messages": [{"role": "system", "content": "a"}, *ASKED], "system": "b"}, ":2: has system beside another .*"),
+        ({"prompt": "Hi", "completion": "Hello", "system": 3}, ":2: system must be text"),
+        ({"prompt": "Hi", "completion": "Hello", "history": [["Hi"]]}, ":2: history must be a list of pairs, .*"),
+        ({"prompt": "Hi", "completion": "Hello", "tools": "[3]"}, ":2: tools must be a list of declarations .*"),
+        ({"prompt": "Hi", "completion": "Hello", "tools": "3"}, ":2: tools must be a list of declarations .*"),
     ],
 )
 def test_records_that_are_no_dialogs(write: Callable[..., Path], line: Any, message: str) -> None:
     path = write({"messages": ASKED}, line)
-    with pytest.raises(DataError, match=f"^{path}{message.replace('(', '[(]').replace(')', '[)]')}$") as caught:
+    pattern = f"^{path}{message.replace('(', '[(]').replace(')', '[)]')}"
+    with pytest.raises(DataError, match=f"{pattern}; --skip-bad leaves such out$") as caught:
         list(read([path]))
     assert "\n" not in str(caught.value)
+    seen = Seen()
+    assert len(list(read([path], seen, skip_bad=True))) == 1
+    assert seen.bad == 1
+    assert re.match(pattern, seen.first_bad)
 
 
 def test_dialogs_are_held_out_refused_or_counted(write: Callable[..., Path], llama2: Tokenizer, tmp_path: Path) -> None:
@@ -164,13 +199,13 @@ def test_dialogs_are_held_out_refused_or_counted(write: Callable[..., Path], lla
     assert ready.train.batch([0]).tokens.tolist() == [HI]
     whole = prepare(settings(length=26), llama2)
     assert (whole.validation, whole.left_out, whole.train.dialogs, len(whole.train)) == (None, 0, 4, 3)
-    with pytest.raises(DataError, match=f"{path}: has 3 dialogs, of which 3 are not learnt; give more"):
+    with pytest.raises(DataError, match=f"{path}: has 3 dialogs, of which 3 are not learnt; give more, or a smaller"):
         prepare(settings(too_long="leave out", validation=3), llama2)
     marked = write({"prompt": "What is [INST]?", "completion": "A marker"})
     with pytest.raises(DataError, match=rf"{marked}:1: message 0 contains '\[INST\]', which marks roles"):
         prepare(settings(), llama2)
     assert prepare(settings(neutralise=True, length=64), llama2).train.dialogs == 1
-    with pytest.raises(DataError, match=r"none.jsonl: cannot be read \(No such file or directory\); give JSONL files"):
+    with pytest.raises(DataError, match=r"none.jsonl: no such file or folder; give files of dialogs"):
         prepare(settings(files=[tmp_path / "none.jsonl"]), llama2)
 
 
@@ -213,4 +248,4 @@ def test_a_template_that_shows_no_answer() -> None:
             return [1, 2], [False, False]
 
     with pytest.raises(DialogError, match="template shows no answer of the assistant"):
-        render(Nothing(ASKED), None)  # type: ignore[arg-type]
+        render(Told(Nothing(ASKED)), None)  # type: ignore[arg-type]

@@ -102,6 +102,7 @@ class DriverRunner:
         self.n_blocks, self._driver = n_blocks, driver
         sizes = (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.hidden_dim, c.vocab_size, c.head_dim, c.context_length)
         request = ["model", *sizes, int(c.tied_embeddings), float(np.float32(c.norm_eps)), threads, n_blocks]
+        request += [c.attention_factor(), *(c.dynamic_growth() or (1.0, 0)), c.sliding_window or c.context_length]
         driver.send(" ".join(map(str, request)), np.array(c.inverse_frequencies()))
         for tensor in checkpoint.tensors.values():
             shape = tensor.shape if len(tensor.shape) == 2 else (1, *tensor.shape)

@@ -55,27 +55,27 @@ def test_an_answer_is_told_token_by_token_and_ends_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "settings", "told", "finish"),
+    ("answer", "settings", "told", "finish", "stop"),
     [
-        ("abc", {"max_tokens": 3}, "abc", "length"),
-        ("abc", {"max_tokens": 4}, "abc", "stop"),
-        ("abc", {"stop_tokens": frozenset(b"c")}, "ab", "stop"),
-        ("ab", {"stop": ("b",), "max_tokens": 2}, "a", "stop"),
-        ("one END two", {"stop": ("END",)}, "one ", "stop"),
-        ("one EN", {"stop": ("END",)}, "one EN", "stop"),  # held back, and told after all
-        ("one EN", {"stop": ("END",), "max_tokens": 5}, "one E", "length"),
-        ("aaab", {"stop": ("aab",)}, "a", "stop"),  # the second a begins the match
-        ("xabcd", {"stop": ("abcd", "bc")}, "xa", "stop"),  # the first to be complete
-        ("xabc", {"stop": ("bc", "abc")}, "x", "stop"),  # complete together: the longest
-        ("naïve", {"stop": ("ï",)}, "na", "stop"),
-        ("a\x01", {"stop": ("!",)}, "a", "stop"),  # half a character behind the stop string is no text
-        ("a\x01", {"max_tokens": 2}, "a!\ufffd", "length"),
-        ("😀", {"max_tokens": 3}, "\ufffd", "length"),
+        ("abc", {"max_tokens": 3}, "abc", "length", None),
+        ("abc", {"max_tokens": 4}, "abc", "stop", None),
+        ("abc", {"stop_tokens": frozenset(b"c")}, "ab", "stop", None),
+        ("ab", {"stop": ("b",), "max_tokens": 2}, "a", "stop", "b"),
+        ("one END two", {"stop": ("END",)}, "one ", "stop", "END"),
+        ("one EN", {"stop": ("END",)}, "one EN", "stop", None),  # held back, and told after all
+        ("one EN", {"stop": ("END",), "max_tokens": 5}, "one E", "length", None),
+        ("aaab", {"stop": ("aab",)}, "a", "stop", "aab"),  # the second a begins the match
+        ("xabcd", {"stop": ("abcd", "bc")}, "xa", "stop", "bc"),  # the first to be complete
+        ("xabc", {"stop": ("bc", "abc")}, "x", "stop", "abc"),  # complete together: the longest
+        ("naïve", {"stop": ("ï",)}, "na", "stop", "ï"),
+        ("a\x01", {"stop": ("!",)}, "a", "stop", "!"),  # half a character behind the stop string is no text
+        ("a\x01", {"max_tokens": 2}, "a!\ufffd", "length", None),
+        ("😀", {"max_tokens": 3}, "\ufffd", "length", None),
     ],
 )
-def test_where_an_answer_stops(answer: str, settings: dict[str, Any], told: str, finish: str) -> None:
+def test_where_an_answer_stops(answer: str, settings: dict[str, Any], told: str, finish: str, stop: str | None) -> None:
     events = list(engine(saying(answer)).run(ask(**settings)))
-    assert (text(events), events[-1].finish) == (told, finish)
+    assert (text(events), events[-1].finish, events[-1].stop) == (told, finish, stop)
 
 
 def test_text_is_held_back_while_a_stop_string_may_be_forming() -> None:
@@ -557,7 +557,7 @@ def test_others_need_not_wait_for_a_forward_pass() -> None:
     inside, go_on = threading.Event(), threading.Event()
     forward = e.runner.forward
 
-    def slow(batch: Any) -> NDArray[np.float32]:
+    def slow(batch: Any, hidden: None) -> NDArray[np.float32]:
         inside.set()
         assert go_on.wait(60)
         return forward(batch)

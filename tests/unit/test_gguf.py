@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -15,13 +16,29 @@ from gguf import GGUFWriter
 from gguf.gguf_writer import GGUFValue
 
 import llama2.text.tokenizer
-from gguf_bytes import GGUFBytes
+from gguf_bytes import U32, GGUFBytes, scalar
 from llama2 import checkpoint
+from llama2.checkpoint import gguf as reader
 from llama2.config import ModelConfig, RopeScaling
 from llama2.errors import CheckpointError
 from models import TokenizerKind, tiny_config, write_tiny_gguf
 
-FORMATS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+FORMATS = [
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+]
 
 
 def in_float32(config: ModelConfig) -> ModelConfig:
@@ -124,8 +141,8 @@ def test_versions(version: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "pre", "expected"),
     [
-        ("sentencepiece", "", {"pre": None, "merges": None, "add_bos": True, "add_space_prefix": True}),
-        ("bpe", "smollm", {"pre": "smollm", "scores": None, "add_bos": False, "add_space_prefix": False}),
+        ("sentencepiece", "", {"pre": None, "unk_id": 0, "add_bos": True, "prepend_scheme": "always"}),
+        ("bpe", "smollm", {"pre": "smollm", "unk_id": None, "add_bos": False, "prepend_scheme": "never"}),
         ("bpe", "gpt-2", {"pre": "gpt2"}),
         ("bpe", "llama-v3", {"pre": "llama-bpe", "add_bos": True}),
     ],
@@ -137,17 +154,19 @@ def test_what_the_tokenizer_is_built_from(
     write_tiny_gguf(path, tokenizer=tokenizer, pre=pre, edit=edit_keys(tokenizer__ggml__add_bos_token=None))
     calls: list[dict[str, Any]] = []
 
-    def record(kind: str, pieces: Any, **options: Any) -> str:
+    made = SimpleNamespace(stop_ids=frozenset(), notes=())
+
+    def record(kind: str, pieces: Any, **options: Any) -> SimpleNamespace:
         calls.append({"kind": kind, "pieces": pieces, **options})
-        return "tokenizer"
+        return made
 
     monkeypatch.setattr(llama2.text.tokenizer, "from_vocabulary", record)
     model = checkpoint.open(path)
     assert not calls  # built on first use
-    assert str(model.tokenizer) == str(model.tokenizer) == "tokenizer"
+    assert model.tokenizer is model.tokenizer is made
     (call,) = calls
     fields = gguf.GGUFReader(path).fields
-    assert call.items() >= {"kind": tokenizer, "bos_id": 1, "eos_id": 2, "unk_id": 0, "eot_id": None}.items()
+    assert call.items() >= {"kind": tokenizer, "bos_id": 1, "eos_id": 2, "eot_id": None}.items()
     assert call.items() >= {"add_eos": False, **expected}.items()
     assert list(call["pieces"]) == fields["tokenizer.ggml.tokens"].contents()
     assert call["types"] == fields["tokenizer.ggml.token_type"].contents()
@@ -163,6 +182,133 @@ def test_the_tokenizer_works(tokenizer: TokenizerKind, tmp_path: Path) -> None:
     write_tiny_gguf(path, tokenizer=tokenizer)
     built = checkpoint.open(path).tokenizer
     assert built.decode(built.encode("the best of it — ☃")) == "the best of it — ☃"
+
+
+def edit_array(name: str, change: Callable[[list[Any]], list[Any]], kind: Kind | None = None) -> Any:
+    """An edit of a writer that changes an array of the vocabulary."""
+
+    def edit(writer: GGUFWriter) -> None:
+        keys = writer.kv_data[0]
+        old = keys[f"tokenizer.ggml.{name}"]
+        keys[f"tokenizer.ggml.{name}"] = GGUFValue(change(list(old.value)), Kind.ARRAY, kind or old.sub_type)
+
+    return edit
+
+
+def without(*names: str) -> Any:
+    return edit_keys(**{f"tokenizer__ggml__{name}": None for name in names})
+
+
+# Token ids of llama.cpp (llama_tokenize of the release in llama-cpp-python 0.3.36), which opens each of these files.
+SNOWMAN = "the best of it ☃\n"
+SNOWMAN_IDS = {
+    "sentencepiece": [259, 275, 266, 283, 280, 261, 297, 262, 284, 282, 229, 155, 134, 13],
+    "bpe": [119, 275, 266, 104, 280, 261, 105, 262, 119, 35, 229, 155, 134, 13],
+}
+AS_IF_UNCHANGED: dict[str, tuple[TokenizerKind, Any]] = {
+    "unchanged": ("sentencepiece", None),
+    "padded with unknown tokens": ("sentencepiece", edit_array("token_type", lambda types: types[:310] + [2] * 10)),
+    "no token types": ("sentencepiece", without("token_type")),
+    "no bytes among the types": (
+        "sentencepiece",
+        edit_array("token_type", lambda types: [1 if kind == 6 else kind for kind in types]),
+    ),
+    "types that nobody knows": ("sentencepiece", edit_array("token_type", lambda types: [*types[:318], 0, 9])),
+    "no scores": ("sentencepiece", without("scores")),
+    "whole scores": ("sentencepiece", edit_array("scores", lambda scores: [int(s) for s in scores], Kind.INT32)),
+    "scores behind the last token": ("sentencepiece", edit_array("scores", lambda scores: [*scores, 0.0])),
+    "types behind the last token": ("sentencepiece", edit_array("token_type", lambda types: [*types, 1])),
+    "empty tokens": ("sentencepiece", edit_array("tokens", lambda tokens: [*tokens[:318], "", ""])),
+    "no ids": ("sentencepiece", without("bos_token_id", "eos_token_id", "unknown_token_id")),
+    "spaces to remove": ("sentencepiece", edit_keys(tokenizer__ggml__remove_extra_whitespaces=True)),
+    "another vocab_size": ("sentencepiece", edit_keys(llama__vocab_size=999)),
+    "bpe": ("bpe", None),
+    "bpe, padded with unknown tokens": ("bpe", edit_array("token_type", lambda types: types[:310] + [2] * 10)),
+    "bpe, no token types": ("bpe", without("token_type")),
+    "bpe, an empty token": ("bpe", edit_array("tokens", lambda tokens: [*tokens[:319], ""])),
+    "bpe, unknown token out of range": ("bpe", edit_keys(tokenizer__ggml__unknown_token_id=999)),
+    "bpe, BOS out of range that is not added": ("bpe", edit_keys(tokenizer__ggml__bos_token_id=999)),
+}
+
+
+@pytest.mark.parametrize("case", AS_IF_UNCHANGED)
+def test_vocabularies_as_llama_cpp_reads_them(case: str, tmp_path: Path) -> None:
+    kind, edit = AS_IF_UNCHANGED[case]
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path, tokenizer=kind, edit=edit)
+    built = checkpoint.open(path).tokenizer
+    assert built.encode(SNOWMAN) == SNOWMAN_IDS[kind]
+    assert built.decode(SNOWMAN_IDS[kind]) == SNOWMAN
+    assert built.eos_id == 2
+    assert built.bos_id == (None if "BOS out of range" in case else 1)
+    assert 2 in built.stop_ids
+    if "no token types" not in case:
+        assert built.token_bytes(319) == b""
+    first = "<s>" if kind == "sentencepiece" else "<|im_start|>"
+    assert built.encode(first, special=True) == ([] if built.bos_id is None and kind == "sentencepiece" else [1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "notes"),
+    [
+        ("sentencepiece", None, []),
+        ("sentencepiece", without("scores"), ["has the same score for every token"]),
+        ("sentencepiece", edit_array("scores", lambda scores: [-1000.0] * 320), ["has the same score for every token"]),
+        ("bpe", without("token_type"), ["has no token types"]),
+        ("bpe", without("pre"), ["names no pre-tokenizer"]),
+        ("bpe", edit_keys(tokenizer__ggml__pre="default"), ["names no pre-tokenizer"]),
+    ],
+)
+def test_what_is_told_of_a_vocabulary(kind: TokenizerKind, edit: Any, notes: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path, tokenizer=kind, edit=edit)
+    assert [note.partition(":")[0] for note in checkpoint.open(path).tokenizer.notes] == notes
+
+
+@pytest.mark.parametrize(
+    ("edit", "ends"),
+    [
+        (edit_keys(tokenizer__ggml__eom_token_id=300), {2, 300}),
+        (edit_keys(tokenizer__ggml__eot_token_id=301, tokenizer__ggml__eom_token_id=300), {2, 300, 301}),
+        (without("eos_token_id"), {2}),  # llama.cpp's default, a control token here
+        (edit_array("token_type", lambda types: [2, 3, 1, *types[3:]]), {2}),
+    ],
+)
+def test_ends(edit: Any, ends: set[int], tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path, edit=edit)
+    assert checkpoint.open(path).tokenizer.stop_ids == ends
+
+
+def test_ordinary_tokens_are_no_defaults(tmp_path: Path) -> None:
+    """Where no id is named, and what llama.cpp takes is a word, a text does not begin or end with that."""
+    path = tmp_path / "tiny.gguf"
+
+    def edit(writer: GGUFWriter) -> None:
+        without("bos_token_id", "eos_token_id")(writer)
+        edit_array("token_type", lambda types: [2, 1, 1, *types[3:]])(writer)
+
+    write_tiny_gguf(path, edit=edit)
+    built = checkpoint.open(path).tokenizer
+    assert (built.bos_id, built.eos_id, built.stop_ids) == (None, None, frozenset())
+
+
+def test_a_vocabulary_alone(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    file = GGUFBytes()
+    file.tensors = []
+    path.write_bytes(file.encode())
+    assert reader.read_tokenizer(path).decode([5]) == "a"
+    assert reader.header(path)["llama.block_count"] == 1
+    with pytest.raises(CheckpointError, match=r"lacks tensor"):
+        checkpoint.open(path)
+    path.write_bytes(file.set("general.architecture", scalar(8, "falcon")).encode())
+    with pytest.raises(CheckpointError, match=r"has architecture 'falcon', and only llama and mistral3 are supported"):
+        reader.read_tokenizer(path)
+    file = GGUFBytes().set("tokenizer.ggml.unknown_token_id", scalar(U32, 9))
+    path.write_bytes(file.encode())
+    with pytest.raises(CheckpointError, match=r"unknown token 9 is not one of its 6 tokens; convert the model again"):
+        reader.read_tokenizer(path)
 
 
 def split(folder: Path) -> list[Path]:
@@ -213,15 +359,6 @@ def test_default_model_equals_what_gguf_reads(model_path: Path) -> None:
     model.check_finite()
 
 
-def test_default_model_opens_in_50_ms(model_path: Path) -> None:
-    seconds = []
-    for _ in range(10):
-        start = time.process_time()  # of this process alone: the machine may be busy
-        checkpoint.open(model_path)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 0.05
-
-
 def test_other_formats_are_not_imported_for_gguf(tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf")
     program = "import sys; from llama2 import checkpoint; checkpoint.open(sys.argv[1]); print(*sys.modules)"
@@ -229,3 +366,15 @@ def test_other_formats_are_not_imported_for_gguf(tmp_path: Path) -> None:
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert "llama2.checkpoint.gguf" in modules
     assert not {"llama2.checkpoint.meta", "llama2.checkpoint.pth", "llama2.checkpoint.llama2c"} & {*modules}
+
+
+def test_mistral3_is_a_llama(tmp_path: Path) -> None:
+    """Its keys begin with its own name; one that scales scores by position changes the arithmetic."""
+    for scale in (0.0, 0.1):
+        path = tmp_path / f"{scale}.gguf"
+        write_tiny_gguf(path, architecture="mistral3", edit=lambda writer: writer.add_attn_temperature_scale(scale))  # noqa: B023
+    write_tiny_gguf(tmp_path / "llama.gguf")
+    config = checkpoint.open(tmp_path / "0.0.gguf").config
+    assert config == checkpoint.open(tmp_path / "llama.gguf").config
+    with pytest.raises(CheckpointError, match=r"sets mistral3\.attention\.temperature_scale, which no Llama does"):
+        checkpoint.open(tmp_path / "0.1.gguf")

@@ -1,5 +1,6 @@
 """GGUF files written here, read by the `gguf` package and by the reader."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 
 from llama2 import checkpoint
 from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, quantize
-from llama2.config import RopeScaling
+from llama2.config import BIASED, RopeScaling
+from llama2.errors import CheckpointError
 from models import TokenizerKind, tiny_config, write_tiny_gguf
 
 #: ggml's number of what most of a file is.
@@ -19,6 +21,7 @@ FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "
     "Q4_K": 15,
     "Q5_K": 17,
     "Q6_K": 18,
+    "IQ4_NL": 25,
 }
 
 
@@ -89,6 +92,23 @@ def test_vocabularies(tokenizer: TokenizerKind, pre: str, theirs: str, tmp_path:
     assert again.tokenizer.decode(again.tokenizer.encode(text)) == text
 
 
+def test_ends(tmp_path: Path) -> None:
+    """Two besides EOS; a third is llama.cpp's by its text, <|endoftext|>."""
+    source, path = tmp_path / "source.gguf", tmp_path / "written.gguf"
+    write_tiny_gguf(source, tokenizer="bpe")
+    model = checkpoint.open(source)
+    assert model.tokenizer.stop_ids == {0, 2}
+    model.tokenizer.stop_ids |= {300, 301}
+    gguf_writer.write(model, path)
+    keys = contents(gguf.GGUFReader(path))
+    assert keys["tokenizer.ggml.eot_token_id"] == ([4], 300)
+    assert keys["tokenizer.ggml.eom_token_id"] == ([4], 301)
+    assert checkpoint.open(path).tokenizer.stop_ids == {0, 2, 300, 301}
+    model.tokenizer.stop_ids |= {302}
+    with pytest.raises(CheckpointError, match=r"tokens \[300, 301, 302\] end an answer, and GGUF has two besides EOS"):
+        gguf_writer.write(model, path)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -96,6 +116,7 @@ def test_vocabularies(tokenizer: TokenizerKind, pre: str, theirs: str, tmp_path:
         tiny_config(head_dim=32, rope_theta=5e5, norm_eps=1e-6, context_length=131072),
         tiny_config(dim=51, n_heads=3, n_kv_heads=3, head_dim=14, hidden_dim=33, vocab_size=299),
         tiny_config(rope_scaling=RopeScaling("linear", factor=4.0)),
+        tiny_config(biases=BIASED, sliding_window=100),
         tiny_config(rope_scaling=RopeScaling("llama3", divisors=(1.0, 1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0))),
     ],
 )
@@ -109,6 +130,33 @@ def test_configurations(config: Any, tmp_path: Path) -> None:
     source = checkpoint.open(tmp_path / "source.gguf").config
     assert replace(again.config, rope_scaling=None) == replace(source, rope_scaling=None)
     np.testing.assert_allclose(again.config.inverse_frequencies(), source.inverse_frequencies(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(("ends", "architecture"), [((32.0, 1.0), "llama"), ((16.0, 2.0), "mistral3")])
+@pytest.mark.parametrize("attention_factor", [1 + 0.1 * math.log(8), 1.25])
+def test_yarn(ends: tuple[float, float], architecture: str, attention_factor: float, tmp_path: Path) -> None:
+    """llama.cpp multiplies YaRN's own factor by attn_factor, and reads the ends of its range of mistral3 alone."""
+    scaling = RopeScaling(
+        "yarn",
+        factor=8.0,
+        original_context=64,
+        beta_fast=ends[0],
+        beta_slow=ends[1],
+        attention_factor=attention_factor,
+    )
+    config = tiny_config(rope_scaling=scaling, context_length=512)
+    write_tiny_gguf(tmp_path / "source.gguf", config=config)
+    model = checkpoint.open(tmp_path / "source.gguf")  # as llama.cpp's converter writes it
+    assert model.config.rope_scaling == replace(scaling, attention_factor=float(np.float32(attention_factor)))
+    gguf_writer.write(replace(model, config=config), tmp_path / "written.gguf")
+    assert checkpoint.open(tmp_path / "written.gguf").config == replace(model.config, rope_scaling=scaling)
+    written = {key: value for key, (_, value) in contents(gguf.GGUFReader(tmp_path / "written.gguf")).items()}
+    assert written["general.architecture"] == architecture
+    relative = written[f"{architecture}.rope.scaling.attn_factor"]
+    assert relative * (1 + 0.1 * math.log(8)) == pytest.approx(attention_factor, rel=1e-6)
+    open_ended = replace(config, rope_scaling=replace(scaling, truncate=False))
+    with pytest.raises(CheckpointError, match="yarn without truncate"):
+        gguf_writer.write(replace(model, config=open_ended), tmp_path / "other.gguf")
 
 
 def test_divisors_of_llama3(tmp_path: Path) -> None:

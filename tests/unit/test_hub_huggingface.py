@@ -155,6 +155,21 @@ def test_label(file: str, expected: str) -> None:
     assert huggingface.label(file) == expected
 
 
+def test_weights_are_chosen_in_the_order_in_which_a_folder_is_read() -> None:
+    """Safetensors, PyTorch's pickles, Meta's or Mistral's, GGUF; with their own index and no other."""
+    pickles = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
+    own = ["consolidated.safetensors", "params.json"]
+    left = ["a.gguf", "config.json", "model.safetensors", "model.safetensors.index.json", *own, *pickles]
+    for files in (
+        ["config.json", "model.safetensors.index.json", "model.safetensors"],
+        ["config.json", "pytorch_model.bin.index.json", pickles[0]],
+        ["params.json", own[0]],
+        ["a.gguf"],
+    ):
+        assert huggingface.choose(huggingface.Repository("o/n"), left) == files
+        left.remove(files[-1])
+
+
 @pytest.mark.parametrize(
     ("name", "files", "message"),
     [
@@ -163,7 +178,7 @@ def test_label(file: str, expected: str) -> None:
         ("o/n", ["a-Q4_0.gguf", "a-Q8_0.gguf"], "o/n: several GGUF files; choose one, as in o/n:Q4_0: Q4_0, Q8_0"),
         ("o/n:Q4_0", ["a-Q4_0.gguf", "b-Q4_0.gguf"], "several GGUF files.*a-Q4_0.gguf, b-Q4_0.gguf"),
         ("o/n:F16", ["a-F16-00001-of-00002.gguf"], "o/n:F16: only 1 of the 2 files of this GGUF model are there"),
-        ("o/n", ["config.json", "pytorch_model.bin"], "o/n: no GGUF, safetensors or consolidated .pth files"),
+        ("o/n", ["config.json", "tf_model.h5"], r"o/n: no weights \(GGUF, safetensors, PyTorch's or Meta's\)"),
     ],
 )
 def test_choose_says_what_there_is(name: str, files: list[str], message: str) -> None:

@@ -43,7 +43,7 @@ def test_sums_are_those_of_every_product_s_inputs(tied: bool, tmp_path: Path, mo
         sums = native.observe()
         agreement.logits(native, TOKENS)
     head = "tok_embeddings.weight" if tied else "output.weight"
-    expected = {head: normed[-1]}
+    expected = {head: normed[-1][:-1]}  # after the last token nothing follows
     for i in range(2):
         x = normed[2 * i + 1]
         w1, w3 = (oracle.weights[f"layers.{i}.feed_forward.{name}"] for name in ("w1", "w3"))
@@ -109,6 +109,25 @@ def test_refusals(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "i.dat").write_bytes(data)
     with pytest.raises(CheckpointError, match=message):
         imatrix.read(tmp_path / "i.dat", tiny_config())
+
+
+def test_shapes_are_looked_at_before_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """42 MB of a quantised format would become 500 MB of floats."""
+    writer = gguf.GGUFWriter(tmp_path / "i.gguf", "imatrix")
+    writer.add_tensor("blk.0.attn_q.weight.counts", np.ones((1, 1), np.float32))
+    writer.add_tensor("blk.0.attn_q.weight.in_sum2", np.ones((9, 64), np.float32))
+    writer.add_tensor("blk.9.attn_q.weight.in_sum2", np.ones((9, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    dequantize, touched = checkpoint.Tensor.dequantize, []
+    monkeypatch.setattr(
+        checkpoint.Tensor, "dequantize", lambda tensor: touched.append(tensor.name) or dequantize(tensor)
+    )
+    with pytest.raises(CheckpointError, match=r"has 576 columns of blk\.0\.attn_q\.weight, and the model 64"):
+        imatrix.read(tmp_path / "i.gguf", tiny_config())
+    assert touched == ["blk.0.attn_q.weight.counts"]
 
 
 def test_calibration_needs_a_window(tmp_path: Path) -> None:

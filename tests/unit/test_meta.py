@@ -151,13 +151,43 @@ def test_params_of_gguf(tmp_path: Path) -> None:
     params = json.loads((tmp_path / "a" / "params.json").read_text())
     assert (params["norm_eps"], params["rope_theta"]) == (1e-5, 500000.0)
     model = checkpoint.open(tmp_path / "a")
-    assert model.config == replace(config, tied_embeddings=False)
+    assert model.config == replace(config, tied_embeddings=False, context_length=8192)  # as Llama 3 with its base
     for name, tensor in model.tensors.items():
         assert tensor.format == "F32"
         source = "tok_embeddings.weight" if name == "output.weight" else name
         assert np.array_equal(tensor.dequantize(), weights[source])
     text = "the best of it"
     assert model.tokenizer.encode(text) == checkpoint.open(tmp_path / "a.gguf").tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("params", "factor", "context"),
+    [({}, None, 8192), ({"use_scaled_rope": False}, None, 8192), ({"use_scaled_rope": True}, 32, 131072)],
+)
+def test_params_of_llama_3(params: dict[str, Any], factor: float | None, context: int, tmp_path: Path) -> None:
+    """Frequencies are those of transformers, by the config.json that Meta published beside such a params.json."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    folder = write_folder(tmp_path / "model", random_tensors(), 1)
+    given = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps({**given, "rope_theta": 500000.0, **params}))
+    config = checkpoint.open(folder).config
+    assert config.context_length == context
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_theta": 500000.0, "original_max_position_embeddings": 8192} | (scaling if factor else {})
+    theirs = LlamaConfig(
+        hidden_size=64, num_attention_heads=16, head_dim=4, max_position_embeddings=context, rope_parameters=rope
+    )
+    expected = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")[0] if factor else 500000.0 ** -(torch.arange(0, 4, 2) / 4)
+    assert config.inverse_frequencies() == pytest.approx(expected.tolist(), rel=1e-6)
+    assert ["32 is assumed" in note for note in checkpoint.open(folder).notes] == ([True] if factor else [])
+
+
+def test_the_factor_is_that_of_the_width() -> None:
+    """Meta's 8B to 405B of Llama 3.1 and 70B of 3.3 have 8, 1B and 3B of Llama 3.2 have 32."""
+    for width, factor in ((2048, 32), (3072, 32), (4096, 8), (8192, 8), (16384, 8)):
+        assert meta._scaling(Path("params.json"), width, []).factor == factor
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -199,8 +229,11 @@ def test_a_folder_that_changed_is_checked_anew(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rope_scaling": RopeScaling("linear", factor=2.0)}, "has rope scaling or a head size that params.json"),
-        ({"head_dim": 8}, "has rope scaling or a head size that params.json"),
+        (
+            {"rope_scaling": RopeScaling("linear", factor=2.0)},
+            "has rope scaling, biases, a sliding window or a head size that params.json",
+        ),
+        ({"head_dim": 8}, "has rope scaling, biases, a sliding window or a head size that params.json"),
     ],
 )
 def test_what_cannot_be_expressed(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:

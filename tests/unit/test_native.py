@@ -195,7 +195,7 @@ def test_pack_fills_exactly_its_bytes(kernels: ModuleType, format: str) -> None:
         == panels * kernels.packed_bytes(format, 1, columns)
         == kernels.packed_bytes(format, panels * kernels.lanes, columns)
     )
-    bits = {"Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q6_K": 6, "Q8_0": 8}.get(format, 4)
+    bits = {"Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q6_K": 6, "Q8_0": 8, "IQ4_NL": 8}.get(format, 4)
     weight_bytes = panels * kernels.lanes * columns * bits // 8
     assert weight_bytes < size <= 1.5 * weight_bytes + panels * 4 * 64
     packed = [np.full(size, garbage, np.uint8) for garbage in (0x00, 0xA5)]

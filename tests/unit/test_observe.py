@@ -16,8 +16,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from starlette.types import Receive, Scope, Send
 
-from llama2.serve.metrics import Metrics, Repeated
-from llama2.serve.observe import Lines, Observed
+from llama2.serve.http.access_log import AccessLog, Lines
+from llama2.serve.metrics import CountedHistogram, Metrics
 
 
 def test_a_request_is_a_span_with_its_phases(caplog: pytest.LogCaptureFixture) -> None:
@@ -31,7 +31,7 @@ def test_a_request_is_a_span_with_its_phases(caplog: pytest.LogCaptureFixture) -
     )
 
     async def app(scope: Scope, _: Receive, send: Send) -> None:
-        scope["state"]["stream"] = stream
+        scope["state"]["streams"] = [stream]
         scope["route"] = SimpleNamespace(path="/v1/chat/completions")
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
@@ -40,7 +40,7 @@ def test_a_request_is_a_span_with_its_phases(caplog: pytest.LogCaptureFixture) -
 
     parent = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     scope: Scope = {"type": "http", "method": "POST", "headers": [(b"traceparent", parent)], "path": "/"}
-    observed = Observed(app, Metrics(), provider.get_tracer("test"))
+    observed = AccessLog(app, Metrics(), provider.get_tracer("test"))
     caplog.set_level(logging.INFO, "llama2.serve")
     asyncio.run(observed(scope, ignore, ignore))  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ def test_a_request_is_a_span_with_its_phases(caplog: pytest.LogCaptureFixture) -
 def test_repeated_values_are_told_as_the_librarys_histogram_tells_them() -> None:
     limits = (0.001, 0.5, 1, 2.5)
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    repeated = Repeated("gap", "Between.", ours, limits)
+    repeated = CountedHistogram("gap", "Between.", ours, limits)
     histogram = Histogram("gap", "Between.", ["model"], registry=theirs, buckets=limits)
     for model, seconds, count in (("a", 0.25, 3), ("b", 7, 2), ("a", 1, 1), ("a", 0.001, 2), ("a", 2.75, 1)):
         repeated.observe(model, seconds, count)

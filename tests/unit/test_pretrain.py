@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from llama2.engine.runner_numpy import NumpyRunner
 from llama2.errors import DataError, Llama2Error, RecipeError, RunError
 from llama2.model.transformer import Transformer
 from llama2.records import Run
+from llama2.train import checkpoints
 from llama2.train.loop import Line, flops_per_token, is_spike
 from llama2.train.pretrain import pretrain
 from llama2.train.schedule import learning_rate
@@ -45,13 +47,7 @@ save = { every = 3, keep = 2 }
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """So small a network gains nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +91,10 @@ class Stop:
     def __init__(self, step: int) -> None:
         self.step = step
         self.facts: list[str] = []
+        self.notes: list[str] = []
+
+    def note(self, note: str) -> None:
+        self.notes.append(note)
 
     def begin(self, facts: Sequence[str]) -> None:
         self.facts += facts
@@ -226,6 +226,54 @@ def test_a_damaged_state_is_named(asked: Any, tmp_path: Path) -> None:
         pretrain(asked(), tmp_path / "run", resume=True)
 
 
+def test_a_second_command_changes_nothing_of_a_run_that_goes_on(asked: Any, tmp_path: Path) -> None:
+    """Also while a state is half written, which a second process once removed."""
+
+    class Second(Stop):
+        def line(self, line: Line) -> None:
+            if line.step in (3, 6):
+                for resume in (True, False):
+                    with pytest.raises(RunError, match=r"has this run since|holds a run already"):
+                        pretrain(asked(), tmp_path / "run", resume=resume)
+
+    whole = pretrain(asked(), tmp_path / "whole")
+    run = pretrain(asked(), tmp_path / "run", watch=Second(-1))
+    assert losses(run) == losses(whole)
+    for step in (6, 8):
+        assert checkpoint.open(run.folder / f"checkpoints/step-{step:08d}/model").config.dim == 16
+    assert not (run.folder / "lock").exists()
+
+
+def test_a_state_without_its_model_is_not_published(
+    asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(folder: Path, *rest: Any) -> None:
+        if folder.parent.name != "step-00000006.part":
+            write_model(folder, *rest)
+
+    write_model = checkpoints.write_model
+    monkeypatch.setattr(checkpoints, "write_model", write)
+    run = pretrain(asked("save.every=2"), tmp_path / "run")
+    [note] = [line["note"] for line in run.metrics() if "note" in line]
+    assert "step-00000006: cannot be saved (something removed parts of it)" in note
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+
+
+@pytest.mark.parametrize("part", ["model", ".metadata"])
+def test_half_a_state_is_passed_over(asked: Any, tmp_path: Path, part: str) -> None:
+    whole = pretrain(asked(), tmp_path / "whole")
+    with pytest.raises(Stopped):
+        pretrain(asked(), tmp_path / "run", watch=Stop(7))
+    half = tmp_path / "run/checkpoints/step-00000006"
+    if part == "model":
+        shutil.rmtree(half / part)
+    else:
+        (half / part).unlink()
+    run = pretrain(asked(), tmp_path / "run", resume=True)
+    assert losses(run) == losses(whole)
+    assert (half / part).exists()
+
+
 @contextmanager
 def small_files(limit: int) -> Iterator[None]:
     """No file may grow beyond so many bytes: as a disk that is full."""
@@ -308,13 +356,27 @@ def test_losses_that_are_no_numbers_change_nothing_and_end_the_run(asked: Any, t
     ("overrides", "error", "message"),
     [
         (["optimizer.learning_rate=1"], RecipeError, "optimizer.learning_rate: unknown setting; "),
+        (["optimizer.betas=[0.9,1.5]"], RecipeError, "optimizer.betas.1: Input should be less than 1"),
+        (["optimizer.betas=[-0.1,0.9]"], RecipeError, "optimizer.betas.0: Input should be greater than or equal to 0"),
+        (["optimizer.rate=inf"], RecipeError, "optimizer.rate: Input should be a finite number"),
+        (["optimizer.eps=nan"], RecipeError, "optimizer.eps: Input should be"),
+        (["optimizer.weight_decay=inf"], RecipeError, "optimizer.weight_decay: Input should be a finite number"),
+        (["watts=inf"], RecipeError, "watts: Input should be a finite number"),
+        (["steps=true"], RecipeError, "steps: is a number, and neither true nor false"),
+        (["steps=1" + "0" * 400], RecipeError, "steps: is a number of more than 18 digits"),
+        (["steps=1000000000001"], RecipeError, "steps: Input should be less than or equal to 1000000000000"),
+        (["optimizer.rewarm=2"], RecipeError, "optimizer.rewarm: is for a run that goes on; give --resume"),
+        (["optimizer.warmup=9"], RecipeError, "optimizer.warmup=9 is longer than the run, steps=8"),
+        (["samples.prompts=['the cat']", "samples.tokens=16"], RecipeError, "and the model reads 16; shorten either"),
+        (["model.n_layers=1000000"], RecipeError, "model.n_layers: Input should be less than or equal to 1000"),
+        (["batch.rows=1000000000000"], RecipeError, "batch.rows: Input should be less than or equal to 1048576"),
         (["steps=0"], RecipeError, "steps: Input should be greater than or equal to 1"),
         (["batch.rows=5"], RecipeError, "batch.rows=5 is no multiple of batch.micro=2 rows on each of 1 processes"),
         (["model.dim=15"], Llama2Error, "head_dim=7 must be even"),
         (["model.size=7B"], RecipeError, "has size and also dim"),
         (["data.corpus=nowhere"], DataError, "nowhere: is no corpus"),
         (["data.length=100000"], DataError, "too few for a row of 100000"),
-        (["data.recipe=some.toml"], RecipeError, "needs a corpus, or a recipe to build one by, and not both"),
+        (["data.recipe=some.toml"], RecipeError, "needs a corpus, or what to build one from (recipe, dir)"),
         (["mesh.tensor=2"], RunError, "mesh.tensor=2 does not divide 1 processes"),
     ],
 )
@@ -322,10 +384,10 @@ def test_what_is_wrong_is_said_before_any_step(
     asked: Any, tmp_path: Path, overrides: list[str], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error) as told:
-        pretrain(asked(*overrides), tmp_path / "run")
+        pretrain(asked(*overrides), tmp_path / "run", sample=lambda *_: [])
     assert message in str(told.value)
     assert "\n" not in str(told.value)
-    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_neither_overwritten_nor_continued_as_another(asked: Any, tmp_path: Path) -> None:
@@ -336,7 +398,156 @@ def test_a_run_is_neither_overwritten_nor_continued_as_another(asked: Any, tmp_p
     with pytest.raises(RunError, match="holds a run already; continue it with --resume"):
         pretrain(asked(), tmp_path / "run")
     with pytest.raises(RunError, match=r"was begun with seed = 3, and the recipe says 4"):
-        pretrain(asked("seed=4"), tmp_path / "run", resume=True)
+        pretrain(asked("seed=4", "optimizer.rewarm=1", "steps=9"), tmp_path / "run", resume=True)
+    other = ("optimizer.betas=[0.9, 0.9]", r"was begun with optimizer.betas = \[0.9, 0.95\], and the recipe says")
+    with pytest.raises(RunError, match=other[1]):
+        pretrain(asked(other[0]), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("change", ["steps=16", "optimizer.rate=2e-2", "optimizer.warmup=3", "optimizer.final=0.2"])
+def test_another_schedule_needs_a_warm_up_of_its_own(asked: Any, tmp_path: Path, change: str) -> None:
+    with pytest.raises(Stopped):
+        pretrain(asked(), tmp_path / "run", watch=Stop(4))
+    before = {path: path.read_bytes() for path in tmp_path.glob("run/*.json*")}
+    name, _, value = change.partition("=")
+    with pytest.raises(RunError, match=rf"was begun with {name} = .*, and the recipe says .*, so the learning rate"):
+        pretrain(asked(change), tmp_path / "run", resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.glob("run/*.json*")} == before
+    steps = 16 if name == "steps" else 8
+    run = pretrain(asked(change, "optimizer.rewarm=1"), tmp_path / "run", resume=True)
+    assert run.metrics()[-1]["step"] == steps
+    table: Any = run.recipe
+    for part in name.split("."):
+        table = table[part]
+    assert table == float(value)
+
+
+def test_a_run_that_ended_goes_on_after_a_new_warm_up(asked: Any, tmp_path: Path) -> None:
+    """It ends at a tenth of 1e-2, rises to 2e-2 in two steps, and falls to a tenth of that at step 16."""
+    pretrain(asked(), tmp_path / "run")
+    more = asked("steps=16", "optimizer.rate=2e-2", "optimizer.rewarm=2")
+    shutil.copytree(tmp_path / "run", tmp_path / "parts")
+    run = pretrain(more, tmp_path / "run", resume=True)
+    rates = {line["step"]: line["rate"] for line in run.metrics()}
+    assert list(rates) == list(range(1, 17))
+    half = 2e-2 * (0.1 + 0.9 / 2)  # three of the six steps after the warm-up
+    assert [rates[step] for step in (2, 8, 9, 10, 13, 16)] == pytest.approx([1e-2, 1e-3, 10.5e-3, 2e-2, half, 2e-3])
+    with pytest.raises(Stopped):  # before it has a state of its own
+        pretrain(more, tmp_path / "parts", resume=True, watch=Stop(8 + 1))
+    with pytest.raises(Stopped):
+        pretrain(more, tmp_path / "parts", resume=True, watch=Stop(13))
+    parts = pretrain(more, tmp_path / "parts", resume=True)
+    assert losses(parts) == losses(run)
+    assert {line["step"]: line["rate"] for line in parts.metrics()} == rates
+    shutil.rmtree(tmp_path / "parts/checkpoints/step-00000016")
+    shutil.rmtree(tmp_path / "parts/checkpoints/step-00000015")
+    with pytest.raises(RunError, match=r"begun with optimizer.rate = 0.02"):
+        pretrain(asked("steps=4"), tmp_path / "parts", resume=True)
+    parts = pretrain(asked("steps=4", "optimizer.rewarm=2"), tmp_path / "parts", resume=True)  # all states are gone
+    assert [line["rate"] for line in parts.metrics()][:2] == pytest.approx([5e-3, 1e-2])
+    with pytest.raises(RunError, match="16 steps are done, and steps=17 leaves no room for a warm-up of 2; choose ste"):
+        pretrain(asked("steps=17", "optimizer.rate=2e-2", "optimizer.rewarm=2"), tmp_path / "run", resume=True)
+
+
+def test_what_may_differ_freely(asked: Any, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        pretrain(asked(), tmp_path / "run", watch=Stop(7))
+    whole = pretrain(asked(), tmp_path / "whole")
+    shutil.copytree(corpus, tmp_path / "moved")
+    other = (f"data.corpus={tmp_path / 'moved'}", "batch.micro=4", "save.every=5", "evaluate=1", "watts=5")
+    run = pretrain(asked(*other), tmp_path / "run", resume=True)
+    assert list(losses(run).values()) == pytest.approx(list(losses(whole).values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_other_data_are_refused(asked: Any, corpus: Path, tmp_path: Path, step: int) -> None:
+    """Also where there is no state yet that tells what they were."""
+    with pytest.raises(Stopped):
+        pretrain(asked(), tmp_path / "run", watch=Stop(step))
+    shutil.copytree(corpus, tmp_path / "other")
+    manifest = tmp_path / "other/manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(RunError, match=r"other: is not the data that .*run was begun with; give the same data"):
+        pretrain(asked(f"data.corpus={tmp_path / 'other'}"), tmp_path / "run", resume=True)
+
+
+def test_a_record_of_another_version(asked: Any, tmp_path: Path) -> None:
+    pretrain(asked(), tmp_path / "run")
+    recipe = json.loads((tmp_path / "run/recipe.json").read_text())
+    (tmp_path / "run/recipe.json").write_text(json.dumps(recipe | {"gone": 1}))
+    with pytest.raises(RunError, match="its recipe is damaged, or of another version; begin another run"):
+        pretrain(asked(), tmp_path / "run", resume=True)
+
+
+def test_validation_that_is_no_number(asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama2.train.step.Step.evaluate", lambda *_: float("nan"))
+    run = pretrain(asked(), tmp_path / "run")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)  # which JSON does not know
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (run.folder / "metrics.jsonl").open()]
+    assert {line["step"]: line["validation"] for line in lines if "validation" in line} == {4: None, 8: None}
+    assert [line.get("note") for line in lines if line["step"] in (3, 4)] == [
+        None,
+        "the validation loss is not finite",
+    ]
+    assert "| validation | not finite | not finite |" in (run.folder / "card.md").read_text()
+
+
+def test_each_source_is_validated(asked: Any, corpus: Path, tmp_path: Path) -> None:
+    """Three sources of 12, 6 and 2 documents of three rows each, and ten rows: 6, 3 and 1 of them by their shares."""
+    tokenizer = corpus / "tokenizer.model"
+    documents = [[1] + [3 + source] * 46 + [2] for source, count in enumerate((12, 6, 2)) for _ in range(count)]
+    (tmp_path / "three").mkdir()
+    corpora.write(tmp_path / "three", tokenizer, 290, {"train": [documents], "validation": [documents]})
+    manifest = json.loads((tmp_path / "three/manifest.json").read_text())
+    manifest["splits"]["validation"][0]["sources"] = {"books": 12, "web": 6, "code": 2}
+    (tmp_path / "three/manifest.json").write_text(json.dumps(manifest))
+    watch = Stop(-1)
+    run = pretrain(asked(f"data.corpus={tmp_path / 'three'}", "data.validation=10"), tmp_path / "run", watch=watch)
+    last = run.metrics()[-1]
+    assert list(last["sources"]) == ["books", "web", "code"]
+    opened = checkpoint.open(run.folder)
+    network, rows = Transformer.load(opened), np.concatenate(documents)
+    found = {}
+    for source, count, first, end in (("books", 6, 0, 35), ("web", 3, 36, 53), ("code", 1, 54, 58)):
+        # Of rows within a document all are alike but for where BOS and EOS stand: their losses are near each other.
+        losses_ = []
+        for row in range(first, end):
+            ids = torch.from_numpy(rows[row * 16 : row * 16 + 17])
+            logits = network(ids[None, :-1])[0]
+            losses_.append(torch.nn.functional.cross_entropy(logits, ids[1:]).item())
+        assert min(losses_) <= last["sources"][source] <= max(losses_)
+        found[source] = count
+    mean = sum(last["sources"][source] * count for source, count in found.items()) / 10
+    assert last["validation"] == pytest.approx(mean, rel=1e-6)
+    card = (run.folder / "card.md").read_text()
+    assert f"| validation: web | {last['sources']['web']:.4g} |" in card
+
+
+def test_samples_that_fail_end_no_run(asked: Any, tmp_path: Path) -> None:
+    def sample(*_: Any) -> list[str]:
+        raise ValueError("no\nroom")
+
+    watch = Stop(-1)
+    run = pretrain(asked("samples.prompts=['a']", "samples.tokens=1"), tmp_path / "run", sample=sample, watch=watch)
+    assert run.metrics()[-1]["step"] == 8
+    assert watch.notes == [f"step {step}: no samples (no room); the run goes on" for step in (3, 6, 8)]
+    lines = [json.loads(line) for line in (run.folder / "samples.jsonl").open()]
+    assert lines[0] == {"step": 3, "note": "no room"}
+
+
+def test_without_a_compiler_it_goes_on(asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = pretrain(asked("steps=2"), tmp_path / "plain")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler",))
+    torch.compiler.reset()
+    run = pretrain(asked("steps=2", "compile=true"), tmp_path / "run")
+    assert losses(run) == losses(plain)
+    notes = [line["note"] for line in run.metrics() if "note" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("goes on without compile, which failed (")
 
 
 def test_a_corpus_that_was_changed_is_refused(asked: Any, corpus: Path, tmp_path: Path) -> None:

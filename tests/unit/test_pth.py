@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,32 @@ def test_parts_of_a_storage(tmp_path: Path) -> None:
     parts = {"float": whole[1:3], "one": whole[4:, 3:]}
     torch.save(parts, tmp_path / "a.pth")
     assert_same(pth.read(tmp_path / "a.pth"), parts)
+
+
+@pytest.mark.parametrize("options", [{}, {"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}])
+def test_what_stands_in_folders_of_others(options: dict[str, Any], tmp_path: Path) -> None:
+    """Also as PyTorch saved before 1.6; views, tied tensors, parameters, positions and masks beside the weights."""
+    shared = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        **TENSORS,
+        "transposed": torch.arange(12.0).reshape(3, 4).half().T,
+        "columns": shared[:2, 1:4],
+        "rows": shared[2:],
+        "tied": TENSORS["float"],
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+        "positions": torch.arange(5),
+        "mask": torch.tensor([[True, False]]),
+        "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 3),
+    }
+    torch.save(OrderedDict(tensors), tmp_path / "a.bin", **options)
+    read = pth.read(tmp_path / "a.bin")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (name, read[name].shape) == (name, tuple(tensor.shape))
+        assert read[name].data.tolist() == bits(tensor.detach().reshape(tensor.shape or 1))
+        assert read[name].data.ctypes.data % tensor.element_size() == 0
+    assert (read["positions"].format, read["mask"].format) == ("I64", "BOOL")
 
 
 def test_tensors_are_views_of_the_file(tmp_path: Path) -> None:

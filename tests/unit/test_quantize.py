@@ -10,9 +10,10 @@ from llama2.checkpoint import quantize
 from llama2.errors import CheckpointError
 from models import random_weights
 
-FORMATS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-ROUNDED = FORMATS[:8]
-SEARCHED = FORMATS[4:]
+WRITTEN = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+FORMATS = [*WRITTEN, "IQ4_NL"]
+ROUNDED = WRITTEN[:8]
+SEARCHED = WRITTEN[4:]
 
 
 def bits(x: np.ndarray) -> np.ndarray:
@@ -231,6 +232,11 @@ def test_requantize_reads_every_format() -> None:
         same, _ = quantize.requantize(data, format, (5, 512), "Q4_K")
         assert np.array_equal(same, quantize.quantize(floats, "Q4_K"))
         assert quantize.requantize(data, format, (5, 512), "F32")[1] == 0
+
+
+def test_iq4_nl_is_read_alone() -> None:
+    with pytest.raises(CheckpointError, match="IQ4_NL is a format that is read, and not written"):
+        quantize.quantize(np.zeros(32, np.float32), "IQ4_NL")
 
 
 def test_an_error_that_is_not_finite_tells_of_weights_that_are_not() -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_limits_are_errors() -> None:
         model.generate([[*b"a"], [97] * 33], 4)
     with pytest.raises(RequestError, match="temperature"):
         model.generate([[*b"a"]], 4, temperature=-1)
-    with pytest.raises(RequestError, match="max_tokens=-1"):
+    with pytest.raises(RequestError, match="max_gen_len=-1"):
         model.generate([[*b"a"]], -1)
     with pytest.raises(RequestError, match="empty"):
         model.generate([[]], 4)
@@ -153,3 +154,25 @@ def test_build(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError):
         Llama.build(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    "prompts", [b"abc", None, 5, {1: 2}, [b"abc"], [[1.0]], [5], np.array(1), np.array([[1.5]])], ids=str
+)
+def test_what_are_no_lists_of_token_ids(prompts: Any) -> None:
+    with pytest.raises(RequestError, match=r"^prompt_tokens"):
+        llama(counting).generate(prompts, 3)
+
+
+def test_one_text_is_no_list_of_texts() -> None:
+    model = llama(counting)
+    wrong: Any
+    for wrong in ("abc", b"abc", None, 5):
+        with pytest.raises(RequestError, match=r"^prompts"):
+            model.text_completion(wrong)
+        with pytest.raises(RequestError, match=r"^dialogs"):
+            model.chat_completion(wrong)
+    for name, value in (("max_gen_len", "3"), ("max_gen_len", True), ("logprobs", 1), ("echo", "no")):
+        options: dict[str, Any] = {name: value}
+        with pytest.raises(RequestError, match=rf"^{name}"):
+            model.text_completion(["a"], **options)

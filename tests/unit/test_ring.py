@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
+from conversions import CHATML
 from llama2 import checkpoint
 from llama2.checkpoint import gguf_writer, huggingface, llama2c, meta
+from llama2.config import BIASED, RopeScaling
+from llama2.convert import convert
 from meta_bytes import CONFIG, random_tensors, write_folder
+from models import tiny_config, write_tiny_gguf
 from texts import strings, train_sentencepiece
 
 
@@ -31,3 +36,40 @@ def test_ring(version: int, tmp_path: Path) -> None:
         assert tensor.data.tobytes() == tensors[name].numpy().tobytes()
     for text in strings(200):
         assert last.tokenizer.encode(text) == first.tokenizer.encode(text)
+
+
+RELATIVES = {
+    "a window": {"sliding_window": 40},
+    "biases": {"biases": BIASED},
+    "YaRN": {"rope_scaling": RopeScaling("yarn", factor=4.0, original_context=64, attention_factor=1.1)},
+    "added tokens": {"vocab_size": 310},
+}
+
+
+def add_tool(writer: gguf.GGUFWriter) -> None:
+    """Make the last token a user-defined one."""
+    keys = writer.kv_data[0]
+    keys["tokenizer.ggml.tokens"].value[-1] = "<tool>"
+    keys["tokenizer.ggml.token_type"].value[-1] = 4
+
+
+@pytest.mark.parametrize("name", [*RELATIVES])
+def test_ring_of_relatives(name: str, tmp_path: Path) -> None:
+    """GGUF → Hugging Face → GGUF, each with a receipt: numbers, ids with every added token, dialogs, greedy answers."""
+    config = tiny_config(**RELATIVES[name])
+    edit = add_tool if name == "added tokens" else None
+    write_tiny_gguf(tmp_path / "first.gguf", template=CHATML, config=config, edit=edit)
+    receipts = [
+        convert(tmp_path / "first.gguf", tmp_path / "second", "hf"),
+        convert(tmp_path / "second", tmp_path / "third.gguf", "gguf"),
+    ]
+    for receipt in receipts:
+        assert receipt["answers"]["bitwise_equal"]
+        assert receipt["chat_template"]["kept"]
+    first, last = checkpoint.open(tmp_path / "first.gguf"), checkpoint.open(tmp_path / "third.gguf")
+    assert replace(last.config, rope_scaling=None) == replace(first.config, rope_scaling=None)
+    assert last.config.inverse_frequencies() == first.config.inverse_frequencies()
+    assert last.config.attention_factor() == first.config.attention_factor()
+    assert first.tokenizer.user == ({"<tool>": config.vocab_size - 1} if edit else {})
+    for name_, tensor in first.tensors.items():
+        assert last.tensors[name_].data.tobytes() == tensor.data.tobytes()

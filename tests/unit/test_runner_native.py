@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from llama2 import checkpoint, native
 from llama2.checkpoint import Checkpoint, quantize
-from llama2.config import ModelConfig, RopeScaling
+from llama2.config import BIASED, ModelConfig, RopeScaling
 from llama2.engine import runner_numpy
 from llama2.engine.runner import BLOCK, Batch, Runner
 from llama2.engine.runner_native import NativeRunner
@@ -33,6 +33,8 @@ QUANTISED = [name for name in quantize.FORMATS if name not in ("F32", "F16", "BF
 #: in bfloat16 more, as rounding to 8 bits meets more ties.
 CLOSE = {False: (2e-4, 1e-5), True: (4e-3, 2e-4)}
 
+YARN = RopeScaling("yarn", factor=8.0, original_context=32, attention_factor=1.2)
+
 #: Every kind of attention and of head, widths that fill no vector, both rules of scaled rotation.
 MODELS = {
     "multi-head, tied": ("F32", tiny_config(n_kv_heads=4, tied_embeddings=True)),
@@ -46,6 +48,15 @@ MODELS = {
     "odd widths": ("F32", tiny_config(dim=50, head_dim=10, hidden_dim=77, vocab_size=321)),
     "odd widths, halves": ("F16", tiny_config(dim=51, head_dim=14, hidden_dim=33, vocab_size=299)),
     "linear scaling": ("BF16", tiny_config(rope_scaling=RopeScaling("linear", factor=4.0))),
+    "biases": ("F32", tiny_config(biases=BIASED)),
+    "biases, odd widths": ("F16", tiny_config(dim=50, head_dim=10, hidden_dim=77, vocab_size=321, biases=BIASED)),
+    "biases, quantised": ("Q4_1", tiny_config("Q4_1", biases=(*BIASED[:3], "feed_forward.w2"))),
+    "window": ("F32", tiny_config(sliding_window=20)),
+    "window of 1": ("F32", tiny_config(sliding_window=1, n_kv_heads=4)),
+    "window of a block": ("F16", tiny_config(sliding_window=32, n_kv_heads=1)),
+    "window and biases, quantised": ("Q8_0", tiny_config("Q8_0", sliding_window=41, biases=BIASED)),
+    "yarn": ("F32", tiny_config(rope_scaling=YARN)),
+    "dynamic": ("F32", tiny_config(rope_scaling=RopeScaling("dynamic", factor=4.0, original_context=30))),
     "one layer": ("F32", tiny_config(n_layers=1, rope_theta=1e6, norm_eps=1e-3)),
     **{name: (name, tiny_config(name)) for name in QUANTISED},
     "quantised multi-head, tied": ("Q4_1", tiny_config("Q4_1", n_kv_heads=4, tied_embeddings=True)),
@@ -140,12 +151,13 @@ def bfloat16(x: Floats) -> Floats:
     return y
 
 
-def attend_in_bfloat16(q: Floats, k: Floats, v: Floats, positions: Ints) -> Floats:
+def attend_in_bfloat16(q: Floats, k: Floats, v: Floats, positions: Ints, window: int | None = None) -> Floats:
     """runner_numpy.attend with both factors of every product in bfloat16; sums are exact enough."""
     (n, heads, size), groups = q.shape, k.shape[1]
     q = bfloat16(q / np.float32(np.sqrt(size))).reshape(n, groups, -1, size)
     scores = np.einsum("nkge,tke->kgnt", q, bfloat16(k))
-    scores[..., np.arange(len(k)) > positions[:, None]] = -np.inf
+    distance = positions[:, None] - np.arange(len(k))
+    scores[..., (distance < 0) | (distance >= (window or len(k)))] = -np.inf
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     sums = np.einsum("kgnt,tke->nkge", bfloat16(weights), bfloat16(v))
     y: Floats = (sums / weights.sum(axis=-1).transpose(2, 0, 1)[..., None]).reshape(n, heads, size)
@@ -214,10 +226,12 @@ def test_logits_against_numpy(
     assert error.mean() <= mean
 
 
-def test_long_contexts(start: Start, isa: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("window", [None, 40, 600])
+def test_long_contexts(start: Start, isa: str, window: int | None, tmp_path: Path) -> None:
     """Positions on both sides of the chunks of 512: decoded one at a time, where chunks are computed apart and merged,
     alone or beside others, they get the bits that a prefill of the whole gave them; and these are NumPy's, nearly."""
-    model = tiny(tmp_path, config=tiny_config(context_length=1120, n_layers=1, n_kv_heads=1, hidden_dim=32))
+    sizes = {"context_length": 1120, "n_layers": 1, "n_kv_heads": 1, "hidden_dim": 32}
+    model = tiny(tmp_path, config=tiny_config(**sizes, sliding_window=window))
     text = tokens(1100)
     blocks = np.random.default_rng(1).permutation(40)[:35].tolist()
     prefill = start(model, 40, threads=1).forward(batch((text, 0, blocks)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -11,12 +13,16 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from commands import typed
-from llama2.cli.runs import axis, curve, smooth
-from llama2.records import Run
+from llama2.cli.runs import axis, smooth
+from llama2.records import Run, commit
+from llama2.train import card
 
 
 def line(step: int, loss: float | None, **more: Any) -> dict[str, Any]:
     return {"step": step, "loss": loss, "tokens": 100 * step, "tokens_per_second": 10.0 * step, "mfu": 0.5} | more
+
+
+MEASURED = {"validation": math.log(8), "sources": {"books": 1.5, "web": math.nan}}
 
 
 def made(folder: Path, name: str, date: str, lines: list[dict[str, Any]]) -> Run:
@@ -30,7 +36,7 @@ def made(folder: Path, name: str, date: str, lines: list[dict[str, Any]]) -> Run
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     made(tmp_path, "later", "2026-02-01T00:00:00+00:00", [])
-    lines = [line(1, 1.0), line(2, 9.0), line(3, 9.0), line(2, 2.0), line(3, 3.0, validation=math.log(8))]
+    lines = [line(1, 1.0), line(2, 9.0), line(3, 9.0), line(2, 2.0), line(3, 3.0, **MEASURED)]
     made(tmp_path, "first", "2026-01-01T00:00:00+00:00", lines)
     (tmp_path / "no run").mkdir()
     return tmp_path
@@ -68,6 +74,8 @@ def test_json_names_where_figures_come_from(folder: Path, capsys: pytest.Capture
         "tokens_per_second": 20.0,
         "mfu": 0.5,
         "notes": 0,
+        "sources": {"books": 1.5, "web": None},
+        "damage": [],
     }
     assert row["perplexity"] == pytest.approx(8)
 
@@ -105,7 +113,7 @@ def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_curve_and_its_axes(folder: Path) -> None:
-    lines = curve(Run(folder / "first"))
+    lines = Run(folder / "first").curve()
     assert [(each["step"], each["loss"]) for each in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert axis(lines, "tokens") == [100, 200, 300]
     assert axis(lines, "step") == [1, 2, 3]
@@ -120,3 +128,148 @@ def test_a_mean_whose_weights_halve_every_twenty_steps() -> None:
     # 21 steps on, 4 weighs k = 2 ** (-21 / 20), and 1 weighs 1.
     k = 2 ** (-21 / 20)
     assert means[22] == pytest.approx((4 * k + 1) / (k + 1))
+
+
+GOOD = json.dumps({"step": 1, "loss": 1.0}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("run.json", "[" * 100_000, "run.json: cannot be read"),
+        ("run.json", "[]", "run.json: is no JSON object"),
+        ("run.json", "{}", "run.json: date is damaged"),
+        ("run.json", '{"date": 5}', "run.json: date is damaged"),
+        ("recipe.json", '{"steps": ' + "9" * 5000 + "}", "recipe.json: cannot be read"),
+        ("metrics.jsonl", GOOD + "5\n", "metrics.jsonl:2: is no JSON object"),
+        ("metrics.jsonl", "{}\n", "metrics.jsonl:1: has no step"),
+        ("metrics.jsonl", '{"step": "a"}\n', "metrics.jsonl:1: has no step"),
+        ("metrics.jsonl", '{"step": 1, "loss": "a"}\n', "metrics.jsonl:1: loss is no number"),
+        ("metrics.jsonl", '{"step": 1, "mfu": true}\n', "metrics.jsonl:1: mfu is no number"),
+        ("metrics.jsonl", '{"step": 1, "tokens": ' + "9" * 4000 + "}\n", "metrics.jsonl:1: tokens is no number"),
+        ("metrics.jsonl", None, "metrics.jsonl: is not a regular file"),
+    ],
+)
+def test_a_run_that_is_damaged(
+    file: str, text: str | None, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "first" / file
+    path.unlink()
+    if text is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
+    code, out, error = typed(capsys, "runs", "first", "--runs", folder)
+    assert (code, out.count("\n"), error.count("\n"), message in error) == (0, 2, 1, True)
+    assert out.splitlines()[1].split()[0] == "first"
+    assert "- " in out.splitlines()[1]
+    code, out, error = typed(capsys, "runs", "--runs", folder)
+    assert (code, out.count("\n"), error.count("\n"), message in error) == (0, 3, 1, True)
+    assert any(row.startswith("later ") and row.endswith(" 2026-02-01T00:00:00+00:00") for row in out.splitlines())
+
+
+def odd(folder: Path, kind: str) -> None:
+    """Make a run odd."""
+    match kind:
+        case "NUL bytes":
+            (folder / "run.json").write_bytes(bytes(1000))
+        case "half a record":
+            text = (folder / "run.json").read_bytes()
+            (folder / "run.json").write_bytes(text[: len(text) // 2])
+        case "deep recipe":
+            (folder / "recipe.json").write_text('{"a":' * 100_000)
+        case "no recipe":
+            (folder / "recipe.json").unlink()
+        case "link to itself":
+            (folder / "run.json").unlink()
+            (folder / "run.json").symlink_to("run.json")
+        case "link to nothing":
+            (folder / "run.json").unlink()
+            (folder / "run.json").symlink_to("nothing")
+        case "FIFO":
+            (folder / "run.json").unlink()
+            os.mkfifo(folder / "run.json")
+        case "folder":
+            (folder / "metrics.jsonl").unlink()
+            (folder / "metrics.jsonl").mkdir()
+        case "absurd size":
+            (folder / "run.json").write_text('{"date": "2026", "parameters": ' + "9" * 4000 + "}")
+        case "long date":
+            (folder / "run.json").write_text(json.dumps({"date": "2" * 10_000}))
+        case "long line":
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "note": "x" * 100_000}) + "\n")
+        case "absurd loss":
+            (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1e300}\n')
+        case "absurd source":
+            (folder / "metrics.jsonl").write_text('{"step": 1, "sources": {"a": [1]}}\n')
+
+
+ODD = [case.split('"')[1] for case in inspect.getsource(odd).splitlines() if case.lstrip().startswith("case ")]
+
+
+def test_odd_folders_hide_no_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ODD:
+        odd(made(folder, kind, "2026-01-05", [line(1, 1.0)]).folder, kind)
+    (folder / "around").symlink_to(folder)
+    (folder / "circle").symlink_to("circle")
+    (folder / "a file").write_text("x")
+    made(folder, "two\nlines\x1b[2J", "2026-01-06", [line(1, 1.0)])
+    made(folder, os.fsdecode(b"no UTF-8 \xff"), "2026-01-07", [line(1, 1.0)])
+    made(folder, r"a $\formula$", "2026-01-07", [line(1, 1.0)])
+    made(folder, "huge", "2026-01-08", [line(10**20, 1e50, tokens=10**90, validation=800.0)])
+    (folder / "huge" / "recipe.json").write_text('{"steps": ' + "9" * 4000 + "}")
+    code, out, error = typed(capsys, "runs", "--runs", folder)
+    assert code == 0
+    assert error.count("\n") == len(ODD)
+    assert all(f"{folder / kind}/" in error for kind in ODD)
+    rows = {row[: len("link to nothing")].strip(): row for row in out.splitlines()[1:]}
+    assert {*ODD, "first", "later", "two lines␛[2J"} < rows.keys()
+    assert out.count("\n") == 1 + len(ODD) + 2 + 4
+    assert " -/4 " in rows["folder"]
+    assert "  1e+20/-" in rows["huge"]
+    assert " 1.01e+304 " in rows["huge"]  # e^700
+    assert max(map(len, out.splitlines())) < 250
+    code, out, _ = typed(capsys, "runs", "--runs", folder, "--json")
+    damaged = {row["name"]: row["damage"] for row in json.loads(out)["runs"] if row["damage"]}
+    assert set(damaged) == set(ODD)
+    code, out, error = typed(capsys, "runs", "--runs", folder, "--plot", folder / "curves.svg")
+    assert code == 0, error
+
+
+def test_a_run_is_named_by_what_no_path_may_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = typed(capsys, "runs", "a\0b", "--runs", folder)
+    assert (code, "is no run of" in error, error.count("\n")) == (1, True, 1)
+
+
+def test_a_run_with_little_to_say(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "later" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": NaN, "validation": 1e99}\n')
+    (folder / "later" / "run.json").write_text(json.dumps({"date": "2027\x1b]0;x\x07\n\u202e"}))
+    code, out, _ = typed(capsys, "runs", "--runs", folder)
+    assert code == 0
+    assert out.splitlines()[-1].split()[0] == "later"
+    assert out.endswith("2027␛]0;x␇ <U+202E>\n")
+
+
+def test_states_are_named_by_steps(tmp_path: Path) -> None:
+    from llama2.checkpoint.checkpoint import _newest
+
+    for name in ("step-x9", "step-²", "step-1-9", "step-" + "9" * 30, "step-00000002", "step-00000010"):
+        (tmp_path / "checkpoints" / name / "model").mkdir(parents=True)
+    assert _newest(tmp_path) == tmp_path / "checkpoints" / "step-00000010" / "model"
+
+
+def test_a_commit_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nprintf '\\377abc\\n'\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert commit(tmp_path) == "\ufffdabc"
+
+
+def test_a_card_has_the_perplexity_of_every_loss(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {})
+    run.log(step=1, loss=0.0, tokens=8, validation=math.log(20))
+    card.write(run)
+    text = (run.folder / card.CARD).read_text()
+    assert "| training, the last 1 steps | 0 | 1 |" in text
+    assert "| validation | 2.996 | 20 |" in text

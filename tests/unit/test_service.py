@@ -1,4 +1,4 @@
-"""What the engine's thread tells the event loop, and when, by a clock that only steps move."""
+"""What the engine's thread publishes to the event loop, and when, by a clock that only steps move."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import pytest
 import llama2
 from llama2.api import Model
 from llama2.engine.request import Event, Request, Sampling
-from llama2.serve import service as module
+from llama2.serve import engine_thread as module
+from llama2.serve.engine_thread import TimedEvent
 from llama2.serve.metrics import Metrics
-from llama2.serve.service import Service, Stream, Timed
+from llama2.serve.service import Service, Stream
 from llama2.serve.settings import Settings
 from serving import write_model
 
 #: Of the engine, in seconds.
 STEP = 0.01
 
-Call = tuple[float, dict[Stream, list[Timed]]]
+Call = tuple[float, dict[Stream, list[TimedEvent]]]
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def model(tmp_path: Path) -> Model:
 
 @pytest.fixture
 def served(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Service, list[Call]]]:
-    """Makes a service, and the calls by which it will have told of streams, each with its time."""
+    """Makes a service, and the calls by which it will have published of streams, each with its time."""
     clock = [1.0]
     step = model.engine.step
 
@@ -44,15 +45,14 @@ def served(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[
 
     def make() -> tuple[Service, list[Call]]:
         calls: list[Call] = []
-        service = Service("tiny", model, Settings(), Metrics(), 1e6)
-        tell = service._tell
+        publish = Service._on_events
 
-        def recorded(told: Any, now: float, load: Any) -> None:
-            calls.append((now, told))
-            tell(told, now, load)
+        def recorded(service: Service, events: Any, now: float, load: Any) -> None:
+            calls.append((now, events))
+            publish(service, events, now, load)
 
-        monkeypatch.setattr(service, "_tell", recorded)
-        return service, calls
+        monkeypatch.setattr(Service, "_on_events", recorded)
+        return Service("tiny", model, Settings(), Metrics(), 1e6), calls
 
     return make
 
@@ -66,7 +66,7 @@ async def everything(service: Service, tokens: int) -> list[Event]:
     return [event async for batch in stream.batches() for _, event in batch]
 
 
-def test_short_steps_are_told_together_but_for_the_first_and_the_last(served: Any, model: Model) -> None:
+def test_short_steps_are_published_together_but_for_the_first_and_the_last(served: Any, model: Model) -> None:
     expected = [event.token for event in model.engine.run(asking(23))]
 
     async def run() -> list[Event]:
@@ -75,14 +75,14 @@ def test_short_steps_are_told_together_but_for_the_first_and_the_last(served: An
             events = await everything(service, 23)
         finally:
             service.stop()
-        # Five steps make the 50 ms of _TOGETHER: the next one would end further from them.
-        assert [sum(map(len, told.values())) for _, told in calls] == [1, 5, 5, 5, 5, 2]
+        # Five steps make the 50 ms of _INTERVAL: the next one would end further from them.
+        assert [sum(map(len, published.values())) for _, published in calls] == [1, 5, 5, 5, 5, 2]
         return events
 
     assert [event.token for event in asyncio.run(run())] == expected
 
 
-def test_who_begins_or_ends_does_not_make_others_be_told(served: Any) -> None:
+def test_who_begins_or_ends_does_not_make_others_be_published(served: Any) -> None:
     async def run() -> list[Call]:
         service, calls = served()
         try:
@@ -95,14 +95,16 @@ def test_who_begins_or_ends_does_not_make_others_be_told(served: Any) -> None:
         return calls
 
     begun, last, alone = set(), 0.0, 0
-    for now, told in asyncio.run(run()):
-        assert all(events[0][0] == now for stream, events in told.items() if stream not in begun)
-        assert all(events[-1][0] == now for events in told.values() if events[-1][2].finish is not None)
-        urgent = {stream for stream, events in told.items() if stream not in begun or events[-1][2].finish is not None}
-        if urgent < told.keys():
+    for now, published in asyncio.run(run()):
+        assert all(events[0][0] == now for stream, events in published.items() if stream not in begun)
+        assert all(events[-1][0] == now for events in published.values() if events[-1][2].finish is not None)
+        urgent = {
+            stream for stream, events in published.items() if stream not in begun or events[-1][2].finish is not None
+        }
+        if urgent < published.keys():
             assert now - last > 0.05 - STEP
             last = now
         else:
             alone += 1
-        begun |= told.keys()
+        begun |= published.keys()
     assert alone >= 5

@@ -54,6 +54,7 @@ def test_bytes_on_disk(tmp_path: Path) -> None:
             "documents": 2,
             "tokens_sha256": hashlib.sha256((folder / "train-00000.tokens").read_bytes()).hexdigest(),
             "documents_sha256": hashlib.sha256((folder / "train-00000.documents").read_bytes()).hexdigest(),
+            "sources": {},
         }
     ]
     assert manifest["tokenizer"]["sha256"] == hashlib.sha256(b"a tokenizer").hexdigest()
@@ -161,3 +162,17 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.model").write_bytes(b"another")
     with pytest.raises(DataError, match="is not the tokenizer of"):
         opened.check_tokenizer(tmp_path / "other.model")
+
+
+def test_where_sources_begin(tmp_path: Path) -> None:
+    """Two files, of 2 + 3 + 4 and 5 tokens: the first of one document of a and two of b, the second of b alone."""
+    folder = build(tmp_path / "c", [[[1, 2], [1, 3, 2], [1, 3, 4, 2]], [[1, 3, 4, 5, 2]]])
+    assert Shards.open(folder, "train").sources == []
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    first, second = manifest["splits"]["train"]
+    first["sources"], second["sources"] = {"a": 1, "b": 2}, {"a": 0, "b": 1}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert Shards.open(folder, "train").sources == [(0, "a"), (2, "b"), (9, "b")]
+    first["sources"] = {"a": 7, "b": -1}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert Shards.open(folder, "train").sources == [(9, "b")]

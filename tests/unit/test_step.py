@@ -116,3 +116,31 @@ def test_bfloat16_is_close_and_keeps_float32_parameters() -> None:
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
         assert 0 < (gradient - expected[name]).norm() <= 0.03 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiler_that_fails_in_the_middle_leaves_no_trace(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the second micro-batch needs another program, and gradients of the first are there already."""
+    plain = Step(network(), precision="fp32", checkpointing=checkpointing)
+    expected = [plain.step([rows(2, 11, seed), rows(2, 11, seed + 1)], 1e-2) for seed in (0, 2)]
+    monkeypatch.setattr("llama2.model.parallel.compiled", lambda function, **_: function)
+    step = Step(network(), precision="fp32", checkpointing=checkpointing, compile=True)
+    step.objective.attention = plain.objective.attention
+    really, calls = step._loss, []
+
+    def fails(batch: Batch) -> torch.Tensor:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise RuntimeError("no compiler\nSet TORCH_LOGS to see more")
+        return really(batch)
+
+    monkeypatch.setattr(step, "_loss", fails)
+    found = [step.step([rows(2, 11, seed), rows(2, 11, seed + 1)], 1e-2) for seed in (0, 2)]
+    assert found == expected
+    assert len(calls) == 2 + 2 + 2
+    assert step.note == (
+        "goes on without compile, which failed (no compiler); a C++ compiler such as g++ makes it faster"
+    )
+    assert ["forward" in vars(layer) for layer in step.network.layers] == [checkpointing] * len(step.network.layers)

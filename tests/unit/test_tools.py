@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from llama2.engine.request import Event
 from llama2.errors import DialogError, RequestError, TemplateError
-from llama2.serve.constrain import Constrainer, json_schema
-from llama2.serve.tools import CallArguments, CallReader, CallStart, Piece, Text, Toolset
+from llama2.serve.constrain.constraints import Constrainer, json_schema
+from llama2.serve.constrain.tools import CallArguments, CallReader, CallStart, Piece, Text, Toolset
 from llama2.text import huggingface
 from llama2.text.bpe import LETTERS
 from llama2.text.calls import ID, CallFormat, call_format
@@ -55,7 +55,7 @@ def family(name: str) -> tuple[str, Tokenizer]:
         types = [CONTROL] * 3 + [NORMAL] * 256 + [4, 4]
         ours = from_vocabulary(
             "bpe", pieces, scores=None, types=types, merges=[], pre="smollm", bos_id=None, eos_id=2, unk_id=None,
-            add_bos=False, add_eos=False, add_space_prefix=False,
+            add_bos=False, add_eos=False, prepend_scheme="never",
         )  # fmt: skip
         return HERMES, ours
     with TemporaryDirectory() as folder:
@@ -335,7 +335,11 @@ def one(**function: Any) -> list[dict[str, Any]]:
             None,
             "tools[0].function.parameters: ",
         ),
-        (one(parameters={"properties": {"a": {"not": {}}}}), None, "tools[0].function.parameters: keywords"),
+        (
+            one(parameters={"properties": {"a": {"not": {}}}}, strict=True),
+            None,
+            "tools[0].function.parameters: keywords",
+        ),
         (TOOLS, "sometimes", "tool_choice must be"),
         (TOOLS, {"type": "function"}, "tool_choice must be"),
         (TOOLS, {"type": "function", "function": {"name": "other"}}, "tool_choice.function.name: 'other' is not one"),

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,20 +26,31 @@ from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps, start_of
 from llama2.checkpoint.metadata import Metadata
 from llama2.checkpoint.quantize import FORMATS, nbytes
-from llama2.config import ModelConfig, RopeScaling
-from llama2.errors import CheckpointError, ConfigError
-from llama2.text.tokenizer import PRE_TOKENIZERS
+from llama2.config import BIASED, ModelConfig, RopeScaling, yarn_attention_factor
+from llama2.errors import CheckpointError, ConfigError, TokenizerError
+from llama2.text.splits import BEGINS, PRE_TOKENIZERS
+from llama2.text.tokenizer import PrependScheme
 
 if TYPE_CHECKING:
     from llama2.text.tokenizer import Arrays, Tokenizer
 
+_TEMPLATE = "tokenizer.chat_template"
 _MAX_KEYS = 1 << 12
 _MAX_TENSORS = 1 << 14
 _MAX_STRINGS = 1 << 20  # in all arrays together
 _MAX_TEXT = 1 << 23  # bytes of all names and single strings together
+_MAX_STRING = 1 << 13  # bytes of a token, or of a merge of two; the longest known token has 512
+_MAX_ARRAY = 1 << 23  # bytes of all tokens, or of all merges; Llama 3's merges have 2^22
 
 # Raised whenever what is kept of a vocabulary changes.
-_LAYOUT = 1
+_LAYOUT = 2
+
+#: Our own key, for a tokenizer that puts a space before the beginning of a text alone: llama.cpp has none for that.
+PREPEND_SCHEME = "llama2.tokenizer.prepend_scheme"
+
+#: What llama.cpp takes for the ids that a SentencePiece vocabulary does not name, and the types of such tokens.
+_DEFAULT_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+_SPECIAL = (2, 3)  # unknown and control
 
 # GGUF's value types; a scalar's code serves struct and NumPy alike.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -49,7 +60,7 @@ _STRUCTS = {code: struct.Struct("<" + code) for code in _SCALARS.values()}
 _FORMAT_NAMES = {format.ggml_type: name for name, format in FORMATS.items()}
 # Formats that are refused, for a message that names them.
 _REFUSED_FORMATS = {
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
     29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 
@@ -64,18 +75,22 @@ _LAYER_NAMES = {
     "ffn_down": "feed_forward.w2",
     "ffn_up": "feed_forward.w3",
 }
+_BIASED = {name: ours for ours in BIASED for name, theirs in _LAYER_NAMES.items() if theirs == ours}
 #: The tensor of divisors by which Llama 3.1 scales its rotary frequencies.
 ROPE_FREQS = "rope_freqs.weight"
 
-# Numbers of related architectures that would change the arithmetic unless they are zero.
-_UNSUPPORTED = (
-    "expert_count",
-    "attention.sliding_window",
-    "attention.scale",
-    "embedding_scale",
-    "residual_scale",
-    "logit_scale",
-)
+#: Architectures whose arithmetic is Llama's; each begins its keys with its own name.
+ARCHITECTURES = ("llama", "mistral3")
+
+# Numbers of related architectures that would change the arithmetic, and the value with which they do not; zero neither.
+_UNSUPPORTED = {
+    "expert_count": 0.0,
+    "attention.scale": 0.0,
+    "attention.temperature_scale": 0.0,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "logit_scale": 1.0,
+}
 
 
 def matches(path: Path) -> bool:
@@ -95,11 +110,11 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
     starts, sizes = known["spans"].view(np.int64).reshape(2, -1).tolist() if known else ([], [])
     parts = _parts(path, dict(zip(starts, sizes, strict=True)))
     metadata = Metadata(path, parts[0].metadata)
-    architecture = metadata.need("general.architecture", str)
-    if architecture != "llama":
-        raise CheckpointError(
-            f"{path}: has architecture {quote(architecture)}, and only llama is supported; choose a Llama model"
-        )
+    if metadata.find("general.type", str) == "adapter":
+        from llama2.checkpoint import adapter
+
+        raise adapter.refused(path)
+    _check_architecture(metadata)
     tensors = _tensors(path, parts)
 
     def keep(make: Callable[[], Arrays]) -> Arrays:
@@ -120,16 +135,41 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
         config=config,
         tensors=_rename(path, tensors, config),
         metadata=MappingProxyType(parts[0].metadata),
-        template=metadata.find("tokenizer.chat_template", str),
+        template=metadata.find(_TEMPLATE, str),
+        templates=_templates(metadata),
         licence=metadata.find("general.license", str),
         name=metadata.find("general.name", str) or path.stem,
         _build_tokenizer=build_tokenizer,
     )
 
 
+def header(path: Path) -> Mapping[str, Any]:
+    """The metadata of a file; of a split model, those of its first. Raises CheckpointError."""
+    return MappingProxyType(_parts(path, {})[0].metadata)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a Llama's file, which needs no tensors. Raises CheckpointError, and TokenizerError."""
+    metadata = Metadata(path, header(path))
+    _check_architecture(metadata)
+    try:
+        return _tokenizer(metadata, {}, lambda make: make())()
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None
+
+
 def stored(path: Path) -> dict[str, Tensor]:
     """Every tensor under GGUF's name; of a split model, those of all parts. Raises CheckpointError."""
     return _tensors(path, _parts(path, {}))
+
+
+def _check_architecture(metadata: Metadata) -> None:
+    architecture = metadata.need("general.architecture", str)
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{metadata.path}: has architecture {quote(architecture)}, and only {' and '.join(ARCHITECTURES)} are "
+            "supported; choose a Llama model"
+        )
 
 
 def _tensors(path: Path, parts: Sequence[_Part]) -> dict[str, Tensor]:
@@ -157,8 +197,7 @@ def _parts(path: Path, spans: Mapping[int, int]) -> list[_Part]:
     return parts
 
 
-@dataclass(frozen=True, slots=True)
-class _Info:
+class _Info(NamedTuple):
     """A tensor's description: shape in PyTorch's order, offset from the start of the tensor data."""
 
     name: str
@@ -167,8 +206,7 @@ class _Info:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """One file's header."""
 
     file: MappedFile
@@ -333,11 +371,18 @@ class _Strings(Sequence[str]):
 
     @cached_property
     def _items(self) -> list[str]:
+        if self._data.size - 8 * self._count > _MAX_ARRAY:
+            raise CheckpointError(
+                f"{self._path}: {self._what} has {self._data.size} bytes, more than any Llama; choose another model"
+            )
         items, at, data, length_at = [], 0, self._data.tobytes(), _STRUCTS["Q"].unpack_from
         try:
             for _ in repeat(None, self._count):
                 start = at + 8
                 at = start + length_at(data, at)[0]
+                if at - start > _MAX_STRING:
+                    what = f"{self._what} has a string of {at - start} bytes"
+                    raise CheckpointError(f"{self._path}: {what}, and the limit is {_MAX_STRING}; choose another model")
                 items.append(data[start:at].decode())
         except UnicodeDecodeError:
             raise damaged(self._path, f"{self._what} is not UTF-8") from None
@@ -365,69 +410,105 @@ def _decode(path: Path, data: memoryview, what: str) -> str:
 
 
 def _config(metadata: Metadata, tensors: Mapping[str, Tensor]) -> ModelConfig:
-    path = metadata.path
-    for key in _UNSUPPORTED:
-        if metadata.find(f"llama.{key}", float):
-            raise CheckpointError(f"{path}: sets llama.{key}, which no Llama does; choose another model")
-    dim = metadata.need("llama.embedding_length", int)
-    heads = metadata.need("llama.attention.head_count", int)
-    kv_heads = metadata.find("llama.attention.head_count_kv", int)
-    rotated = metadata.find("llama.rope.dimension_count", int)
-    head_dim = metadata.find("llama.attention.key_length", int)
+    path, arch = metadata.path, metadata.values["general.architecture"]
+    for key, neutral in _UNSUPPORTED.items():
+        if metadata.find(f"{arch}.{key}", float) not in (None, 0, neutral):
+            raise CheckpointError(f"{path}: sets {arch}.{key}, which no Llama does; choose another model")
+    if metadata.find(f"{arch}.attention.causal", bool) is False:
+        raise CheckpointError(f"{path}: reads in both directions, which no Llama does; choose another model")
+    dim = metadata.need(f"{arch}.embedding_length", int)
+    heads = metadata.need(f"{arch}.attention.head_count", int)
+    kv_heads = metadata.find(f"{arch}.attention.head_count_kv", int)
+    rotated = metadata.find(f"{arch}.rope.dimension_count", int)
+    head_dim = metadata.find(f"{arch}.attention.key_length", int)
     if head_dim is None:
         head_dim = dim // max(heads, 1) if rotated is None else rotated
-    value_dim = metadata.find("llama.attention.value_length", int)
-    theta = metadata.find("llama.rope.freq_base", float)
+    value_dim = metadata.find(f"{arch}.attention.value_length", int)
+    theta = metadata.find(f"{arch}.rope.freq_base", float)
     for key, size in (("rope.dimension_count", rotated), ("attention.value_length", value_dim)):
         if size not in (None, head_dim):
-            raise CheckpointError(f"{path}: llama.{key}={size} must be the head size {head_dim}; choose another model")
+            raise CheckpointError(f"{path}: {arch}.{key}={size} must be the head size {head_dim}; choose another model")
     try:
+        stated = metadata.need(f"{arch}.context_length", int)
+        scaling = _rope_scaling(metadata, tensors.get(ROPE_FREQS), head_dim, stated)
+        context = scaling.context(stated) if scaling else stated
+        window = metadata.find(f"{arch}.attention.sliding_window", int)
         return ModelConfig(
             dim=dim,
-            n_layers=metadata.need("llama.block_count", int),
+            n_layers=metadata.need(f"{arch}.block_count", int),
             n_heads=heads,
             n_kv_heads=heads if kv_heads is None else kv_heads,
-            hidden_dim=metadata.need("llama.feed_forward_length", int),
+            hidden_dim=metadata.need(f"{arch}.feed_forward_length", int),
             vocab_size=len(metadata.need("tokenizer.ggml.tokens", _Strings)),
             head_dim=head_dim,
-            context_length=metadata.need("llama.context_length", int),
-            norm_eps=metadata.need("llama.attention.layer_norm_rms_epsilon", float),
+            context_length=context,
+            norm_eps=metadata.need(f"{arch}.attention.layer_norm_rms_epsilon", float),
             rope_theta=10000.0 if theta is None else theta,
-            rope_scaling=_rope_scaling(metadata, tensors.get(ROPE_FREQS), head_dim),
+            rope_scaling=scaling,
             tied_embeddings="output.weight" not in tensors,
+            biases=tuple(ours for name, ours in _BIASED.items() if f"blk.0.{name}.bias" in tensors),
+            sliding_window=window if window and window < context else None,
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _rope_scaling(metadata: Metadata, divisors: Tensor | None, head_dim: int) -> RopeScaling | None:
-    """Linear scaling by its present or its former key; Llama 3.1's by the divisors that its converter stored."""
-    kind = metadata.find("llama.rope.scaling.type", str)
-    factor = metadata.find("llama.rope.scaling.factor", float)
+def _rope_scaling(metadata: Metadata, divisors: Tensor | None, head_dim: int, context: int) -> RopeScaling | None:
+    """Linear scaling by its present or its former key; YaRN; Llama 3.1's by the divisors that its converter stored."""
+    rope = f"{metadata.values['general.architecture']}.rope"
+    kind = metadata.find(f"{rope}.scaling.type", str)
+    factor = metadata.find(f"{rope}.scaling.factor", float)
     if factor is None:
-        factor = metadata.find("llama.rope.scale_linear", float)
-    if kind not in (None, "none", "linear"):
+        factor = metadata.find(f"{rope}.scale_linear", float)
+    if kind not in (None, "none", "linear", "yarn"):
         raise CheckpointError(
-            f"{metadata.path}: rope scaling {quote(kind)} is not supported; choose a model with linear or llama3"
+            f"{metadata.path}: rope scaling {quote(kind)} is not supported; choose a model with linear, llama3 or yarn"
         )
     if factor is None or kind == "none":
         factor = 1.0
     if divisors is None:
+        if kind == "yarn":
+            return _yarn(metadata, f"{rope}.scaling", factor, context)
         return RopeScaling("linear", factor=factor) if factor != 1 else None
-    if factor != 1:
+    if factor != 1 or kind == "yarn":
         raise CheckpointError(
-            f"{metadata.path}: has both linear and llama3 rope scaling; convert the model again with one"
+            f"{metadata.path}: has both {kind or 'linear'} and llama3 rope scaling; convert the model again with one"
         )
     if divisors.shape != (head_dim // 2,):
         raise damaged(metadata.path, f"{ROPE_FREQS} has shape {divisors.shape}, not ({head_dim // 2},)")
     return RopeScaling("llama3", divisors=tuple(divisors.dequantize().tolist()))
 
 
+def _yarn(metadata: Metadata, scaling: str, factor: float, context: int) -> RopeScaling:
+    """YaRN as transformers has it, from the keys that llama.cpp's converter writes (decision 11)."""
+    names = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier", "yarn_beta_fast")
+    relative, attention, extrapolation, log_multiplier, fast = (
+        metadata.find(f"{scaling}.{name}", float) for name in names
+    )
+    slow = metadata.find(f"{scaling}.yarn_beta_slow", float)
+    original = metadata.find(f"{scaling}.original_context_length", int)
+    if extrapolation not in (None, 1):
+        raise CheckpointError(f"{metadata.path}: sets {scaling}.yarn_ext_factor={extrapolation}, which must be 1")
+    if attention is None:
+        attention = yarn_attention_factor(factor, 1.0, log_multiplier)
+    if relative not in (None, 1):
+        attention = float(f"{attention * relative:.7g}")  # what float32 holds
+    return RopeScaling(
+        "yarn",
+        factor=factor,
+        original_context=original or context,
+        beta_fast=fast or 32.0,
+        beta_slow=slow or 1.0,
+        attention_factor=attention,
+    )
+
+
 def names(config: ModelConfig) -> dict[str, str]:
     """GGUF's name of each tensor of `config.tensor_shapes()`."""
     theirs = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
     for i in range(config.n_layers):
-        theirs |= {f"layers.{i}.{metas}.weight": f"blk.{i}.{name}.weight" for name, metas in _LAYER_NAMES.items()}
+        for name, metas in _LAYER_NAMES.items():
+            theirs |= {f"layers.{i}.{metas}.{kind}": f"blk.{i}.{name}.{kind}" for kind in ("weight", "bias")}
     return {name: theirs.get(name, name) for name in config.tensor_shapes()}
 
 
@@ -447,6 +528,12 @@ def _rename(path: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> d
     return renamed
 
 
+def _templates(metadata: Metadata) -> dict[str, str]:
+    """The chat templates that have names beside the default one."""
+    names = [key.removeprefix(f"{_TEMPLATE}.") for key in metadata.values if key.startswith(f"{_TEMPLATE}.")]
+    return {name: metadata.need(f"{_TEMPLATE}.{name}", str) for name in names}
+
+
 def _tokenizer(
     metadata: Metadata, tensors: Mapping[str, Tensor], keep: Callable[[Callable[[], Arrays]], Arrays]
 ) -> Callable[[], Tokenizer]:
@@ -457,59 +544,124 @@ def _tokenizer(
         raise CheckpointError(f"{path}: has tokenizer {quote(model)}; only llama and gpt2 are supported")
     bpe = model == "gpt2"
     pre = None
+    notes: list[str] = []
     if bpe:
-        named = metadata.find("tokenizer.ggml.pre", str)
-        if named in (None, "default"):
-            raise CheckpointError(f"{path}: lacks tokenizer.ggml.pre, how its tokenizer splits text; convert it again")
-        pre = PRE_TOKENIZERS.get(str(named))
+        named = metadata.find("tokenizer.ggml.pre", str) or "default"
+        pre = PRE_TOKENIZERS.get(named)
         if pre is None:
-            known = ", ".join(PRE_TOKENIZERS)
+            known = ", ".join(dict.fromkeys(PRE_TOKENIZERS.values()))
             raise CheckpointError(
-                f"{path}: has pre-tokenizer {quote(str(named))}, which is not supported; these are: {known}"
+                f"{path}: has pre-tokenizer {quote(named)}, which is not supported; these are: {known}"
+            )
+        if named == "default":
+            notes.append(
+                "names no pre-tokenizer: text is split by llama.cpp's default rule, perhaps not the model's own"
             )
 
     pieces = metadata.need("tokenizer.ggml.tokens", _Strings)
     merges = metadata.need("tokenizer.ggml.merges", _Strings) if bpe else None
-    types = metadata.numbers("tokenizer.ggml.token_type", "int32")
-    scores = None if bpe else metadata.numbers("tokenizer.ggml.scores", "float32")
     size = len(pieces)
+    types = _column(metadata, "token_type", size, ["int32"])
+    scores = None if bpe else _column(metadata, "scores", size, ["float32", "int32"])
     embeddings = tensors.get("token_embd.weight")
-    counts = {
-        "token types": len(types),
-        "scores": size if scores is None else len(scores),
-        "rows of embeddings": embeddings.shape[0] if embeddings else size,
-        "tokens by llama.vocab_size": size if (n := metadata.find("llama.vocab_size", int)) is None else n,
-    }
-    for what, count in counts.items():
-        if count != size:
-            raise damaged(path, f"has {size} tokens and {count} {what}")
-    ids = {name: metadata.find(f"tokenizer.ggml.{name}_token_id", int) for name in ("bos", "eos", "unknown", "eot")}
-    for name, token in ids.items():
-        if token is not None and not 0 <= token < size:
-            raise damaged(path, f"{name} token {token} is not one of its {size} tokens")
+    if embeddings and embeddings.shape[0] != size:
+        raise CheckpointError(
+            f"{path}: has {size} tokens and {embeddings.shape[0]} rows of embeddings; convert the model again"
+        )
+    if not bpe and scores is None:
+        scores = np.zeros(size, "<f4")
+    if types is None:
+        notes.append("has no token types: control tokens are those that it names by id or that mark roles")
+    if scores is not None and size and (scores == scores[0]).all():
+        notes.append("has the same score for every token: its ids are llama.cpp's, and may not be the model's own")
 
     def flag(name: str, default: bool) -> bool:
         value = metadata.find(f"tokenizer.ggml.{name}", bool)
         return default if value is None else value
 
+    add_bos = flag("add_bos_token", not bpe or pre in BEGINS)
+    ids: dict[str, int | None] = {}
+    for name in ("bos", "eos", "eot", "eom", *(() if bpe else ("unknown",))):
+        token = metadata.find(f"tokenizer.ggml.{name}_token_id", int)
+        default = _DEFAULT_IDS.get(name, size)
+        if token is None and not bpe and default < size and (types is None or types[default] in _SPECIAL):
+            token = default
+        if token is not None and not 0 <= token < size:
+            if name != "bos" or add_bos:
+                raise CheckpointError(
+                    f"{path}: {name} token {token} is not one of its {size} tokens; convert the model again"
+                )
+            token = None
+        ids[name] = token
+
+    scheme = metadata.find(PREPEND_SCHEME, str)
+    if scheme not in (None, *get_args(PrependScheme)):
+        raise CheckpointError(
+            f"{path}: {PREPEND_SCHEME} {quote(str(scheme))} is not supported; convert the model again"
+        )
+
     def build() -> Tokenizer:
         from llama2.text import tokenizer
 
-        return tokenizer.from_vocabulary(
+        made = tokenizer.from_vocabulary(
             "bpe" if bpe else "sentencepiece",
             pieces,
             scores=None if scores is None else scores.tolist(),
-            types=types.tolist(),
+            types=_types(pieces, types, {*ids.values()}, bpe),
             merges=merges,
             pre=pre,
             bos_id=ids["bos"],
             eos_id=ids["eos"],
-            unk_id=ids["unknown"],
-            add_bos=flag("add_bos_token", not bpe or pre == "llama-bpe"),
+            unk_id=ids.get("unknown"),
+            add_bos=add_bos,
             add_eos=flag("add_eos_token", False),
-            add_space_prefix=flag("add_space_prefix", not bpe),
+            prepend_scheme=cast(PrependScheme | None, scheme)
+            or ("always" if flag("add_space_prefix", not bpe) else "never"),
             eot_id=ids["eot"],
             keep=keep,
         )
+        if ids["eom"] is not None:
+            made.stop_ids |= {ids["eom"]}
+        made.notes += tuple(notes)
+        return made
 
     return build
+
+
+def _column(metadata: Metadata, name: str, size: int, dtypes: Sequence[str]) -> NDArray[Any] | None:
+    """A number for each of `size` tokens, None where the file has none. llama.cpp does not mind numbers behind them."""
+    key = f"tokenizer.ggml.{name}"
+    values = metadata.find(key, np.ndarray)
+    if values is None:
+        return None
+    if values.dtype not in dtypes:
+        raise CheckpointError(
+            f"{metadata.path}: {key} holds {values.dtype}, must hold {dtypes[0]}; convert the model again"
+        )
+    if len(values) < size:
+        raise damaged(metadata.path, f"has {size} tokens and {len(values)} values of {key}")
+    return values[:size]
+
+
+def _types(pieces: Sequence[str], stored: NDArray[Any] | None, named: Set[int | None], bpe: bool) -> list[int]:
+    """The types of tokens, as llama.cpp takes them.
+
+    One that it does not know, and an unknown token of byte-level BPE, gives no text. Bytes of a SentencePiece
+    vocabulary are found by their texts where no token has that type. Where the file has no types, control tokens are
+    those that it names by id or that mark roles.
+    """
+    from llama2.text.tokenizer import BYTE, CONTROL, NORMAL, TYPES, UNKNOWN, UNUSED, marks_role
+
+    if stored is None:
+        control = (token in named or marks_role(piece) for token, piece in enumerate(pieces))
+        types = [CONTROL if is_control else NORMAL for is_control in control]
+    else:
+        used = TYPES - {UNKNOWN} if bpe else TYPES
+        types = np.where(np.isin(stored, [*used]), stored, UNUSED).tolist()
+    if not bpe and BYTE not in types:
+        values = {f"<0x{value:02X}>" for value in range(256)}
+        tokens = [token for token, piece in enumerate(pieces) if piece in values]
+        if len(tokens) == len(values):
+            for token in tokens:
+                types[token] = BYTE
+    return types

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.gguf import ROPE_FREQS, names
-from llama2.checkpoint.output import create
+from llama2.checkpoint.gguf import PREPEND_SCHEME, ROPE_FREQS, names
 from llama2.checkpoint.quantize import FORMATS
-from llama2.config import ModelConfig
+from llama2.config import ModelConfig, yarn_attention_factor
 from llama2.errors import CheckpointError
-from llama2.text.tokenizer import END_OF_TURN, Tokenizer
+from llama2.files import create
+from llama2.text.template import check
+from llama2.text.tokenizer import Tokenizer
 
 _ALIGNMENT = 32  # the default, so that no key tells it
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9  # GGUF's value types
@@ -27,12 +28,15 @@ _STRUCTS = {_U32: "I", _I32: "i", _F32: "f", _BOOL: "?"}
 #: Tokens of a window of the text that an importance matrix is made of.
 IMATRIX_CHUNK = 512
 
+#: Control tokens at which llama.cpp ends an answer because of their texts, and we do too.
+_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>")
+
 Keys = dict[str, bytes]  # each value with its type, as the file has it
 
 #: general.file_type by the format that most matrices have, of K formats the mixture named M.
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
-    "Q5_K": 17, "Q6_K": 18, "BF16": 32,
+    "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
 }  # fmt: skip
 
 #: llama.cpp's name of a pre-tokenizer, where it is not ours.
@@ -42,13 +46,13 @@ _PRE = {"gpt2": "gpt-2"}
 def write(checkpoint: Checkpoint, path: Path) -> None:
     """Write a model to `path`, one tensor in memory at a time.
 
-    Tensors keep their format, but norms become F32, as llama.cpp wants them. Raises CheckpointError when several tokens
-    end an answer or the file system does not allow it, and TokenizerError as `Tokenizer.vocabulary` does.
+    Tensors keep their format, but norms and biases become F32, as llama.cpp wants them. Raises CheckpointError when
+    several tokens end an answer, for rope scaling that GGUF has no keys for, or when the file system does not allow
+    it, and TokenizerError as `Tokenizer.vocabulary` does.
     """
     tensors = _tensors(checkpoint)
-    keys = _general(checkpoint) | _hyperparameters(checkpoint.config) | _vocabulary(checkpoint)
-    if checkpoint.template is not None:
-        keys["tokenizer.chat_template"] = _text(checkpoint.template)
+    keys = _general(checkpoint) | _hyperparameters(checkpoint.path, checkpoint.config) | _vocabulary(checkpoint)
+    keys |= _templates(checkpoint.templates)
     _write(path, keys, tensors)
 
 
@@ -107,7 +111,7 @@ def _general(checkpoint: Checkpoint) -> Keys:
     formats = Counter(tensor.format for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2)
     ((most, _),) = formats.most_common(1)
     keys = {
-        "general.architecture": _text("llama"),
+        "general.architecture": _text(_architecture(checkpoint.config)),
         "general.type": _text("model"),
         "general.name": _text(checkpoint.name),
         "general.file_type": _number(_U32, _FILE_TYPES[most]),
@@ -119,25 +123,47 @@ def _general(checkpoint: Checkpoint) -> Keys:
     return keys
 
 
-def _hyperparameters(c: ModelConfig) -> Keys:
+def _architecture(c: ModelConfig) -> str:
+    """llama; but mistral3, whose arithmetic is the same, where llama.cpp would not read YaRN's ends of llama's keys."""
+    scaling = c.rope_scaling
+    yarn = scaling is not None and scaling.kind == "yarn"
+    return "mistral3" if yarn and scaling and (scaling.beta_fast, scaling.beta_slow) != (32, 1) else "llama"
+
+
+def _hyperparameters(path: Path, c: ModelConfig) -> Keys:
+    """Raises CheckpointError for rope scaling that no key can tell."""
     keys = {
-        "llama.context_length": _number(_U32, c.context_length),
-        "llama.embedding_length": _number(_U32, c.dim),
-        "llama.block_count": _number(_U32, c.n_layers),
-        "llama.feed_forward_length": _number(_U32, c.hidden_dim),
-        "llama.attention.head_count": _number(_U32, c.n_heads),
-        "llama.attention.head_count_kv": _number(_U32, c.n_kv_heads),
-        "llama.attention.key_length": _number(_U32, c.head_dim),
-        "llama.attention.value_length": _number(_U32, c.head_dim),
-        "llama.attention.layer_norm_rms_epsilon": _number(_F32, c.norm_eps),
-        "llama.rope.dimension_count": _number(_U32, c.head_dim),
-        "llama.rope.freq_base": _number(_F32, c.rope_theta),
-        "llama.vocab_size": _number(_U32, c.vocab_size),
+        "context_length": _number(_U32, c.context_length),
+        "embedding_length": _number(_U32, c.dim),
+        "block_count": _number(_U32, c.n_layers),
+        "feed_forward_length": _number(_U32, c.hidden_dim),
+        "attention.head_count": _number(_U32, c.n_heads),
+        "attention.head_count_kv": _number(_U32, c.n_kv_heads),
+        "attention.key_length": _number(_U32, c.head_dim),
+        "attention.value_length": _number(_U32, c.head_dim),
+        "attention.layer_norm_rms_epsilon": _number(_F32, c.norm_eps),
+        "rope.dimension_count": _number(_U32, c.head_dim),
+        "rope.freq_base": _number(_F32, c.rope_theta),
+        "vocab_size": _number(_U32, c.vocab_size),
     }
-    if c.rope_scaling and c.rope_scaling.kind == "linear":
-        keys["llama.rope.scaling.type"] = _text("linear")
-        keys["llama.rope.scaling.factor"] = _number(_F32, c.rope_scaling.factor)
-    return keys
+    if c.sliding_window is not None:
+        keys["attention.sliding_window"] = _number(_U32, c.sliding_window)
+    scaling = c.rope_scaling
+    if scaling and scaling.kind == "dynamic":
+        raise CheckpointError(f"{path}: has dynamic rope scaling, which GGUF has no key for; choose hf")
+    if scaling and scaling.kind in ("linear", "yarn"):
+        keys["rope.scaling.type"] = _text(scaling.kind)
+        keys["rope.scaling.factor"] = _number(_F32, scaling.factor)
+    if scaling and scaling.kind == "yarn":
+        if not scaling.truncate:
+            raise CheckpointError(f"{path}: has yarn without truncate, which GGUF has no key for; choose hf")
+        keys["rope.scaling.original_context_length"] = _number(_U32, scaling.original_context)
+        keys["rope.scaling.attn_factor"] = _number(
+            _F32, scaling.attention_factor / yarn_attention_factor(scaling.factor)
+        )
+        keys["rope.scaling.yarn_beta_fast"] = _number(_F32, scaling.beta_fast)
+        keys["rope.scaling.yarn_beta_slow"] = _number(_F32, scaling.beta_slow)
+    return {f"{_architecture(c)}.{key}": value for key, value in keys.items()}
 
 
 def _vocabulary(checkpoint: Checkpoint) -> Keys:
@@ -152,30 +178,41 @@ def _vocabulary(checkpoint: Checkpoint) -> Keys:
         "tokenizer.ggml.token_type": _numbers(_I32, parts.types),
         "tokenizer.ggml.add_bos_token": _number(_BOOL, tokenizer.add_bos),
         "tokenizer.ggml.add_eos_token": _number(_BOOL, tokenizer.add_eos),
-        "tokenizer.ggml.add_space_prefix": _number(_BOOL, parts.add_space_prefix),
+        "tokenizer.ggml.add_space_prefix": _number(_BOOL, parts.prepend_scheme != "never"),
     }
+    if parts.prepend_scheme == "first":
+        keys[PREPEND_SCHEME] = _text(parts.prepend_scheme)
     if parts.scores is not None:
         keys["tokenizer.ggml.scores"] = _numbers(_F32, parts.scores)
     if parts.merges is not None:
         keys["tokenizer.ggml.merges"] = _array(_STRING, map(_string, parts.merges), len(parts.merges))
-    ids = {
-        "bos": tokenizer.bos_id,
-        "eos": tokenizer.eos_id,
-        "unknown": parts.unk_id,
-        "eot": _end_of_turn(checkpoint.path, tokenizer),
-    }
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unknown": parts.unk_id}
+    ids |= dict(zip(("eot", "eom"), _further_ends(checkpoint.path, tokenizer), strict=False))
     return keys | {f"tokenizer.ggml.{name}_token_id": _number(_U32, id) for name, id in ids.items() if id is not None}
 
 
-def _end_of_turn(path: Path, tokenizer: Tokenizer) -> int | None:
-    """The token that ends an answer besides EOS and those that do by their name. Raises CheckpointError for several."""
-    known = {tokenizer.eos_id, *(tokenizer.control.get(text) for text in END_OF_TURN)}
+def _templates(templates: Mapping[str, str]) -> Keys:
+    """The chat templates; those with names beside the default one as llama.cpp's converter writes them."""
+    for template in templates.values():
+        check(template)
+    names = [name for name in templates if name != "default"]
+    keys = {f"tokenizer.chat_template.{name}": _text(templates[name]) for name in names}
+    if names:
+        keys["tokenizer.chat_templates"] = _array(_STRING, map(_string, names), len(names))
+    if "default" in templates:
+        keys["tokenizer.chat_template"] = _text(templates["default"])
+    return keys
+
+
+def _further_ends(path: Path, tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end an answer besides EOS and those that do by their name. Raises CheckpointError for several."""
+    known = {tokenizer.eos_id, *(tokenizer.control.get(text) for text in _ENDS)}
     others = sorted(tokenizer.stop_ids - known)
-    if len(others) > 1:
+    if len(others) > 2:
         raise CheckpointError(
-            f"{path}: tokens {others} end an answer, and GGUF has one besides EOS; choose another format"
+            f"{path}: tokens {others} end an answer, and GGUF has two besides EOS; choose another format"
         )
-    return others[0] if others else None
+    return others
 
 
 def _string(text: str) -> bytes:

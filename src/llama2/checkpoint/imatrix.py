@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint import gguf
+from llama2.checkpoint.checkpoint import Tensor
 from llama2.checkpoint.mapped import MappedFile, damaged, quote
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError
 
 Floats = NDArray[np.float32]
+Entry = tuple[str, int, Callable[[], Floats]]  # a matrix's name, how many columns it has, and what makes their values
+
+_MAX_NAME = 1 << 8  # bytes that a name of a matrix may have
 
 
 def read(path: Path, config: ModelConfig) -> dict[str, Floats]:
@@ -28,38 +33,41 @@ def read(path: Path, config: ModelConfig) -> dict[str, Floats]:
 
     Raises CheckpointError when the file is damaged, is of another model, or knows nothing of this one.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
-        entries = dict(_gguf(path) if gguf.matches(path) else _dat(path))
     shapes, found = config.tensor_shapes(), {}
-    for name, theirs in gguf.names(config).items():
-        if theirs not in entries:
-            continue
-        values = entries[theirs]
-        if values.shape != shapes[name][-1:] or len(shapes[name]) != 2:
+    wanted = {theirs: name for name, theirs in gguf.names(config).items() if len(shapes[name]) == 2}
+    for theirs, columns, values in _gguf(path, wanted) if gguf.matches(path) else _dat(path, wanted):
+        name = wanted[theirs]
+        if columns != shapes[name][-1]:
             raise CheckpointError(
-                f"{path}: has {values.size} columns of {theirs}, and the model {shapes[name][-1]}; another model's"
+                f"{path}: has {columns} columns of {theirs}, and the model {shapes[name][-1]}; another model's"
             )
-        if not (np.isfinite(values).all() and (values >= 0).all()):
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused here
+            found[name] = values()
+        if not (np.isfinite(found[name]).all() and (found[name] >= 0).all()):
             raise damaged(path, f"the squares of {theirs} are not all positive numbers")
-        found[name] = values
     if not found:
         raise CheckpointError(f"{path}: has no importance of any matrix of this model; it is of another model")
     return found
 
 
-def _gguf(path: Path) -> Iterator[tuple[str, Floats]]:
+def _gguf(path: Path, wanted: Container[str]) -> Iterator[Entry]:
     tensors = gguf.stored(path)
     for name, sums in tensors.items():
-        if name.endswith(".in_sum2"):
-            matrix = name.removesuffix(".in_sum2")
-            counts = tensors.get(f"{matrix}.counts")
-            count = 0.0 if counts is None or math.prod(counts.shape) != 1 else counts.dequantize().item()
-            if not count > 0:
-                raise damaged(path, f"does not tell of how many inputs {quote(name)} is the sum")
-            yield matrix, sums.dequantize().reshape(-1) / np.float32(count)
+        matrix = name.removesuffix(".in_sum2")
+        if matrix == name or matrix not in wanted:
+            continue
+        counts = tensors.get(f"{matrix}.counts")
+        count = 0.0 if counts is None or math.prod(counts.shape) != 1 else counts.dequantize().item()
+        if not count > 0:
+            raise damaged(path, f"does not tell of how many inputs {quote(name)} is the sum")
+        yield matrix, math.prod(sums.shape), partial(_mean, sums, count)
 
 
-def _dat(path: Path) -> Iterator[tuple[str, Floats]]:
+def _mean(sums: Tensor, count: float) -> Floats:
+    return sums.dequantize().reshape(-1) / np.float32(count)
+
+
+def _dat(path: Path, wanted: Container[str]) -> Iterator[Entry]:
     file, at = MappedFile(path), 0
 
     def number(what: str) -> int:
@@ -72,9 +80,14 @@ def _dat(path: Path) -> Iterator[tuple[str, Floats]]:
 
     for _ in range(number("the count of entries")):
         size = number("the length of a name")
-        name = file.view(at, size, "a name").tobytes().decode(errors="replace")
+        name = file.view(at, size, "a name")[:_MAX_NAME].tobytes().decode(errors="replace")
         at += size
         calls, count = number(f"the calls of {quote(name)}"), number(f"the values of {quote(name)}")
-        values = np.frombuffer(file.view(at, 4 * count, quote(name)), "<f4")
+        data = file.view(at, 4 * count, quote(name))
         at += 4 * count
-        yield name, (values / max(calls, 1)).astype(np.float32)
+        if name in wanted:
+            yield name, count, partial(_per_call, data, calls)
+
+
+def _per_call(data: NDArray[np.uint8], calls: int) -> Floats:
+    return (np.frombuffer(data, "<f4") / max(calls, 1)).astype(np.float32)

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.checkpoint import read_tokenizer as tokenizer_in
 from llama2.checkpoint.mapped import MappedFile, damaged, start_of
-from llama2.checkpoint.output import create
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, ConfigError, TokenizerError
+from llama2.files import create
 
 if TYPE_CHECKING:
     from llama2.text.tokenizer import Tokenizer
@@ -171,10 +171,11 @@ def write(checkpoint: Checkpoint, path: Path, *, version: int = 1) -> None:
     c = checkpoint.config
     tokens = vocabulary(checkpoint)
     eps_differs = not math.isclose(c.norm_eps, _EPS, rel_tol=1e-6)  # GGUF has it in float32
-    if c.rope_scaling or c.rope_theta != _THETA or eps_differs or c.head_dim * c.n_heads != c.dim:
+    other = c.rope_scaling or c.biases or c.sliding_window
+    if other or c.rope_theta != _THETA or eps_differs or c.head_dim * c.n_heads != c.dim:
         raise CheckpointError(
-            f"{checkpoint.path}: llama2.c's files need norm_eps={_EPS}, rope_theta={_THETA:g} without scaling, and "
-            "n_heads * head_dim = dim"
+            f"{checkpoint.path}: llama2.c's files need norm_eps={_EPS}, rope_theta={_THETA:g} without scaling, "
+            "n_heads * head_dim = dim, no biases and no sliding window"
         )
     if version not in (0, 1, 2):
         raise CheckpointError(f"version={version} of llama2.c's files is not known; choose 0, 1 or 2")

@@ -10,29 +10,33 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
+from llama2 import files
 from llama2.errors import CheckpointError
+from llama2.files import quote
+from llama2.files import start as start_of
+
+__all__ = ["MappedFile", "damaged", "quote", "refuse_overlaps", "release_pages", "start_of"]
 
 #: Every file that is mapped at the moment.
 _MAPPED: WeakSet[mmap.mmap] = WeakSet()
 
 
 class MappedFile:
-    """A file mapped read-only. Whoever takes bytes of it checks first, with exact integers, that they exist."""
+    """A file mapped read-only. Whoever takes bytes of it checks first, with exact integers, that they exist.
+
+    Who shortens a file that is mapped ends this process (SIGBUS): replace it by renaming, as `files.create` does.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            if path.is_dir():
-                raise CheckpointError(f"{path}: is a folder; give the model file in it")
-            if not path.is_file():
-                raise CheckpointError(f"{path}: no such file; check the path, or see `llama2 list`")
-            with path.open("rb") as file:
+        with files.open_file(path) as file:
+            try:
                 self.size = file.seek(0, 2)
                 if self.size == 0:
                     raise damaged(path, "is empty")
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
         _MAPPED.add(mapped)
         self._bytes = np.frombuffer(mapped, np.uint8)
         self.buffer = self._bytes.data  # for struct, which raises struct.error beyond the end
@@ -60,17 +64,6 @@ def release_pages() -> None:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def start_of(path: Path, size: int) -> bytes:
-    """The first bytes of a file, by which its format is told; none when it is no file, or cannot be read."""
-    if not path.is_file():
-        return b""
-    try:
-        with path.open("rb") as file:
-            return file.read(size)
-    except OSError:
-        return b""
-
-
 def damaged(path: Path, what: str) -> CheckpointError:
     """The error for a file that contradicts itself or ends early."""
     return CheckpointError(f"{path}: {what}; the file is damaged or cut short, download it again")
@@ -83,8 +76,3 @@ def refuse_overlaps(path: Path, spans: Iterable[tuple[int, int, str]]) -> None:
         if start < before:
             raise damaged(path, f"tensors {quote(last)} and {quote(name)} overlap")
         before, last = end, name
-
-
-def quote(text: str) -> str:
-    """A name from a file as it may stand in a message: on one line, and short."""
-    return repr(text if len(text) <= 80 else text[:77] + "…")

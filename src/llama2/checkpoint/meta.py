@@ -1,13 +1,15 @@
 """Meta's folders ⇄ Checkpoint (spec 1.4a): `params.json`, `consolidated.00.pth` and so on, `tokenizer.model`.
 
 Each of the weight files is what one process of Meta's tensor parallelism holds: a part of every matrix, cut along the
-axis that suits its product, and every norm. Names, shapes and order of rows are the Checkpoint's own.
+axis that suits its product, and every norm. Names, shapes and order of rows are the Checkpoint's own. Mistral's folders
+are the same with one `consolidated.safetensors`, and with widths in `params.json` that Meta computes.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,33 +21,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.checkpoint import pth
+from llama2 import files as model_files
+from llama2.checkpoint import pth, safetensors
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor, read_tokenizer
-from llama2.checkpoint.mapped import MappedFile, damaged, quote, start_of
-from llama2.checkpoint.metadata import Metadata, parse
-from llama2.checkpoint.output import create
-from llama2.config import ModelConfig
+from llama2.checkpoint.mapped import damaged, quote, start_of
+from llama2.checkpoint.metadata import Metadata
+from llama2.config import ModelConfig, RopeScaling
 from llama2.errors import CheckpointError, ConfigError
+from llama2.files import create
 
 Bytes = NDArray[np.uint8]
 
 _PARAMS, _TOKENIZER = "params.json", "tokenizer.model"
 _SHARD, _SHARDS = "consolidated.{:02}.pth", "consolidated.*.pth"
-_MAX_PARAMS = 1 << 16  # bytes; Meta's have about 150
+_MISTRAL = "consolidated.safetensors"
 _EMBEDDINGS = "tok_embeddings.weight"
 _ROPE_FREQS = "rope.freqs"  # θ^(−2i/E), which nobody needs
 
 _FLOATS = ("F32", "F16", "BF16")
 _KNOWN = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
-    "rope_theta", "max_seq_len", "max_batch_size",
+    "rope_theta", "max_seq_len", "max_batch_size", "use_scaled_rope", "head_dim", "hidden_dim", "sliding_window",
+    "max_position_embeddings", "model_parallel_size",
 }  # fmt: skip
+#: What a key that is not known here must not speak of, because it would change the arithmetic.
+_MATTERS = re.compile(
+    r"moe|expert|vision|image|audio|cross|quant|lora|adapter|rope|yarn|norm|window|chunk|bias|soft|cap|temp|scal|alpha|"
+    r"activation|multiplier|tie|attn|attention|nope|causal|head|mamba|residual",
+    re.IGNORECASE,
+)
 
 
 def matches(path: Path) -> bool:
     """Whether `path` is a folder with weights of Meta's, or a file as they are."""
     if path.is_dir():
-        return any(path.glob(_SHARDS))
+        return any(path.glob(_SHARDS)) or ((path / _MISTRAL).exists() and (path / _PARAMS).exists())
     return start_of(path, 4) == b"PK\3\4"
 
 
@@ -58,17 +68,14 @@ def read(path: Path) -> Checkpoint:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file of weights alone; give the folder that has its {_PARAMS}")
-    paths = files(path)
-    parts = [pth.read(file) for file in paths]
+    paths, notes = files(path), list[str]()
+    parts = [part(file) for file in paths]
     for shard in parts:
         shard.pop(_ROPE_FREQS, None)
-    file = MappedFile(path / _PARAMS)
-    if file.size > _MAX_PARAMS:
-        raise damaged(file.path, f"has {file.size} bytes, and the limit is {_MAX_PARAMS}")
-    params = parse(file.path, file.view(0, file.size, "its text").tobytes(), "its text")
+    params = model_files.load_json(model_files.inside(path, _PARAMS))
     if _EMBEDDINGS not in parts[0]:
         raise damaged(paths[0], f"lacks tensor {quote(_EMBEDDINGS)}")
-    config = _config(Metadata(file.path, params), parts[0][_EMBEDDINGS].shape[0])
+    config = _config(Metadata(path / _PARAMS, params), next(iter(parts[0][_EMBEDDINGS].shape), 0), notes)
 
     tensors = {}
     for name, shape in config.tensor_shapes().items():
@@ -88,18 +95,22 @@ def read(path: Path) -> Checkpoint:
         tensors=tensors,
         metadata=MappingProxyType(params),
         name=path.resolve().name,
+        notes=tuple(notes),
         _build_tokenizer=partial(read_tokenizer, tokenizer_file(path), config.vocab_size),
     )
 
 
 def tokenizer_file(folder: Path) -> Path:
-    """Where the tokenizer of a folder lies: in it, or in the one above."""
-    return next((p for p in (folder / _TOKENIZER, folder.parent / _TOKENIZER) if p.is_file()), folder / _TOKENIZER)
+    """Where the tokenizer of a folder lies: in it, or in the one above; Mistral's name may end with its version."""
+    names = [folder / _TOKENIZER, *sorted(folder.glob(f"{_TOKENIZER}.v*"), reverse=True), folder.parent / _TOKENIZER]
+    return next((p for p in names if p.is_file()), folder / _TOKENIZER)
 
 
 def files(folder: Path) -> list[Path]:
-    """The files with weights, in order: numbered from 00, and all there."""
+    """The files with weights, in order: numbered from 00, and all there; else Mistral's one."""
     found = set(folder.glob(_SHARDS))
+    if not found:
+        return [folder / _MISTRAL]
     paths = [folder / _SHARD.format(i) for i in range(len(found))]
     for path in paths:
         if path not in found:
@@ -107,35 +118,73 @@ def files(folder: Path) -> list[Path]:
     return paths
 
 
-def _config(params: Metadata, rows: int) -> ModelConfig:
-    """The hyperparameters, with the defaults of Meta's code; `rows` of embeddings are the vocabulary's size."""
+def part(path: Path) -> dict[str, Tensor]:
+    """The tensors of one of `files`, in whichever format it has."""
+    return safetensors.read(path) if path.name == _MISTRAL else pth.read(path)
+
+
+def _config(params: Metadata, rows: int, notes: list[str]) -> ModelConfig:
+    """The hyperparameters, with the defaults of Meta's and Mistral's code; `rows` of embeddings are the vocabulary's
+    size. A key that is not known here is refused if its name speaks of arithmetic, and noted otherwise.
+    """
     path = params.path
-    if unknown := sorted(params.values.keys() - _KNOWN):
-        raise CheckpointError(f"{path}: sets {quote(unknown[0])}, which Llama 2 does not have; choose another model")
+    for key in sorted(params.values.keys() - _KNOWN):
+        if params.get(key) in (None, False, -1, {}, []):
+            continue
+        if _MATTERS.search(key):
+            raise CheckpointError(f"{path}: sets {quote(key)}, which is not supported; choose another model")
+        notes.append(f"{path.name} sets {quote(key)}, which is not known here and ignored")
     dim, heads = params.need("dim", int), params.need("n_heads", int)
     multiple, multiplier = params.find("multiple_of", int), params.find("ffn_dim_multiplier", float)
     kv_heads, vocab = params.find("n_kv_heads", int), params.find("vocab_size", int)
+    head_dim, hidden, window = (params.find(key, int) for key in ("head_dim", "hidden_dim", "sliding_window"))
     eps, theta = params.find("norm_eps", float), params.find("rope_theta", float)
-    context = params.find("max_seq_len", int)
     eps = 1e-5 if eps is None else eps
-    theta = 10000.0 if theta is None else theta
-    if context is None:
-        context = 16384 if theta == 1e6 else 4096 if math.isclose(eps, 1e-5, rel_tol=1e-6) else 2048
+    if theta is None:  # Mistral's code has another default for models without a window
+        theta = 1e6 if hidden is not None and window is None else 10000.0
+    scaled = params.find("use_scaled_rope", bool) is True
+    context = _context(params, theta, eps, mistral=hidden is not None)
     try:
         return ModelConfig(
             dim=dim,
             n_layers=params.need("n_layers", int),
             n_heads=heads,
             n_kv_heads=heads if kv_heads is None else kv_heads,
-            hidden_dim=hidden_dim(dim, 256 if multiple is None else multiple, multiplier),
+            hidden_dim=hidden_dim(dim, 256 if multiple is None else multiple, multiplier) if hidden is None else hidden,
             vocab_size=rows if vocab in (None, -1) else vocab,
-            head_dim=_head_dim(dim, heads),
+            head_dim=_head_dim(dim, heads) if head_dim is None else head_dim,
             context_length=context,
             norm_eps=eps,
             rope_theta=theta,
+            rope_scaling=_scaling(path, dim, notes) if scaled else None,
+            sliding_window=None if window is None or window >= context else window,
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _context(params: Metadata, theta: float, eps: float, *, mistral: bool) -> int:
+    """For how long a text the model was trained: as the file says, or as published models of its kind have it."""
+    for key in ("max_seq_len", "max_position_embeddings"):
+        if (context := params.find(key, int)) is not None:
+            return context
+    if mistral:
+        return 131072 if theta > 1e6 else 32768
+    if theta == 500000:  # Llama 3, and 3.1 and later
+        return 131072 if params.find("use_scaled_rope", bool) else 8192
+    return 16384 if theta == 1e6 else 4096 if math.isclose(eps, 1e-5, rel_tol=1e-6) else 2048
+
+
+def _scaling(path: Path, dim: int, notes: list[str]) -> RopeScaling:
+    """Llama 3.1's rule. `use_scaled_rope` says that there is one, and nothing of its numbers: Llama 3.1 and 3.3, from
+    8B (dim 4096) on, were published with factor 8, the 1B and 3B of Llama 3.2 with 32.
+    """
+    factor = 8.0 if dim >= 4096 else 32.0
+    notes.append(
+        f"{path.name} does not tell the factor of its rotary scaling; {factor:.0f} is assumed, as models of this width "
+        "were published"
+    )
+    return RopeScaling("llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 
 
 def _head_dim(dim: int, heads: int) -> int:
@@ -158,6 +207,11 @@ def _merged(paths: Sequence[Path], shape: tuple[int, ...], pieces: Sequence[Tens
     """The tensor of this shape that was cut into `pieces`, one from each path; they are joined when it is touched."""
     first, axis = pieces[0], _axis(pieces[0].name, shape)
     for path, piece in zip(paths, pieces, strict=True):
+        if piece.format not in _FLOATS:
+            raise CheckpointError(
+                f"{path}: tensor {quote(piece.name)} has format {quote(piece.format)}; supported are "
+                f"{', '.join(_FLOATS)}"
+            )
         whole = tuple(size * len(pieces) if i == axis else size for i, size in enumerate(piece.shape))
         if whole != shape:
             raise damaged(
@@ -245,8 +299,11 @@ def _pieces(tensor: Tensor, shards: int) -> Iterator[Bytes]:
 
 def to_params(path: Path, config: ModelConfig) -> dict[str, Any]:
     """`params.json` of a configuration, with the keys that Meta's own files have."""
-    if config.rope_scaling or config.head_dim * config.n_heads != config.dim:
-        raise CheckpointError(f"{path}: has rope scaling or a head size that {_PARAMS} has no key for")
+    other = config.rope_scaling or config.biases or config.sliding_window
+    if other or config.head_dim * config.n_heads != config.dim:
+        raise CheckpointError(
+            f"{path}: has rope scaling, biases, a sliding window or a head size that {_PARAMS} has no key for"
+        )
     params = {
         "dim": config.dim,
         **multiples(config.dim, config.hidden_dim),

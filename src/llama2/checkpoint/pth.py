@@ -1,10 +1,12 @@
-"""torch.save's files (`.pth`) ⇄ named tensors, without PyTorch and without running what a file names.
+"""torch.save's files (`.pth`, `.bin`) ⇄ named tensors, without PyTorch and without running what a file names.
 
 A file is a zip whose members are stored as they are: `NAME/data.pkl`, a pickle of a dict from names to tensors, and
-`NAME/data/KEY`, the numbers of storage KEY. A pickle is a program for a stack machine, and torch.load(f,
-weights_only=False) would call whatever it names. The machine here has only the operations that torch.save writes for a
-dict of tensors, and the five names that such a program may contain are words to it. Anything else is refused; there is
-no other way in.
+`NAME/data/KEY`, the numbers of storage KEY. Before PyTorch 1.6 it was five pickles (a magic number, the protocol, the
+machine, the dict, the keys of its storages) and then of each storage its count in 8 bytes, and its numbers.
+
+A pickle is a program for a stack machine, and torch.load(f, weights_only=False) would call whatever it names. The
+machine here has only the operations that torch.save writes for a dict of tensors, and the names that such a program may
+contain are words to it. Anything else is refused; there is no other way in.
 
 Sources: PKWARE's APPNOTE.TXT 4.3 and 4.5.3, Python's pickletools, torch/serialization.py and torch/_utils.py.
 """
@@ -16,6 +18,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, count
 from math import prod
 from pathlib import Path
@@ -25,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint.checkpoint import Tensor
-from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps
+from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps, start_of
 from llama2.checkpoint.quantize import nbytes
 from llama2.errors import CheckpointError
 
@@ -33,6 +36,8 @@ T = TypeVar("T")
 
 _MAX_MEMBERS = 1 << 13  # a Llama of 80 layers has 731
 _MAX_PICKLE = 1 << 19  # bytes; that Llama's has up to 160,000
+
+_MAX_AXES = 8
 
 _END = struct.Struct("<4s4H2LH")  # … entries, size and offset of the directory, length of a comment
 _LOCATOR = struct.Struct("<4sLQL")  # …, offset of the following, …
@@ -43,6 +48,11 @@ _LOCAL_64 = 20  # bytes of zipfile's extra field with sizes of 64 bits
 _ALIGNMENT = 64  # of members, as torch.save aligns them
 
 
+#: The magic number of the older format as torch.save pickles it, and what follows: its version.
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
+_COUNT = struct.Struct("<q")
+
+
 @dataclass(frozen=True, slots=True)
 class _Name:
     """A name that a pickle may contain. It is never looked up."""
@@ -51,38 +61,114 @@ class _Name:
 
 
 _REBUILD = _Name(b"torch._utils\n_rebuild_tensor_v2\n")
+_PARAMETER = _Name(b"torch._utils\n_rebuild_parameter\n")
 _DICT = _Name(b"collections\nOrderedDict\n")
 _STORAGES = {
     "F32": _Name(b"torch\nFloatStorage\n"),
     "F16": _Name(b"torch\nHalfStorage\n"),
     "BF16": _Name(b"torch\nBFloat16Storage\n"),
 }
-_FORMATS = {name: format for format, name in _STORAGES.items()}
-_NAMES = {name.text: name for name in (_REBUILD, _DICT, *_STORAGES.values())}
+#: Numbers of other kinds, such as position_ids and masks beside the weights: whoever uses a tensor looks at its format.
+_OTHERS = {
+    "F64": (_Name(b"torch\nDoubleStorage\n"), 8),
+    "I64": (_Name(b"torch\nLongStorage\n"), 8),
+    "I32": (_Name(b"torch\nIntStorage\n"), 4),
+    "I16": (_Name(b"torch\nShortStorage\n"), 2),
+    "I8": (_Name(b"torch\nCharStorage\n"), 1),
+    "U8": (_Name(b"torch\nByteStorage\n"), 1),
+    "BOOL": (_Name(b"torch\nBoolStorage\n"), 1),
+}
+_FORMATS = {name: format for format, name in _STORAGES.items()} | {name: key for key, (name, _) in _OTHERS.items()}
+_SIZES = {format: nbytes(format, (1,)) for format in _STORAGES} | {key: size for key, (_, size) in _OTHERS.items()}
+_NAMES = {name.text: name for name in (_REBUILD, _PARAMETER, _DICT, *_FORMATS)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """`count` numbers of a format, the first at byte `start` of the file."""
+    """`count` numbers of a format under a key."""
 
     format: str
-    start: int
+    key: str
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """A tensor that lies in a storage, row-major and without gaps, from byte `start` of the file."""
+    """A tensor in a storage: number `offset` is its first, and `strides` numbers later is the next along an axis."""
 
-    format: str
+    storage: _Storage
+    offset: int
     shape: tuple[int, ...]
-    start: int
+    strides: tuple[int, ...]
+
+    @property
+    def extent(self) -> int:
+        """From its first number to behind its last."""
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether it is row-major and without gaps."""
+        return all(
+            size == 1 or stride == prod(self.shape[axis + 1 :])
+            for axis, (size, stride) in enumerate(zip(self.shape, self.strides, strict=True))
+        )
 
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, as views that nobody has touched. Raises CheckpointError for any other content."""
     file = MappedFile(path)
-    members = _members(file)
+    try:
+        entries, storages = (_old if start_of(path, len(_OLD)) == _OLD else _zipped)(file)
+    except (IndexError, struct.error, UnicodeDecodeError):
+        raise damaged(path, "has a pickle that breaks off or contradicts itself") from None
+
+    tensors: dict[str, Tensor] = {}
+    spans: dict[tuple[int, int, tuple[int, ...]], str] = {}
+    for name, view in entries.items():
+        storage, size = view.storage, _SIZES[view.storage.format]
+        if storage.key not in storages:
+            raise damaged(path, f"lacks storage {quote(storage.key)}")
+        start, held = storages[storage.key]
+        if held != storage.count * size:
+            raise damaged(
+                path,
+                f"has {held} bytes in storage {quote(storage.key)}, and {storage.count} {storage.format} need "
+                f"{storage.count * size}",
+            )
+        count = prod(view.shape)
+        begin, extent = start + view.offset * size, view.extent * size if count else 0
+        data = file.view(begin, extent, f"tensor {quote(name)}")
+        apart = begin % size or not view.contiguous  # kernels read numbers at multiples of their size
+        source = partial(_gather, data, size, view.shape, view.strides) if count and apart else data
+        tensors[name] = Tensor(name, storage.format, view.shape, source)
+        spans[begin, begin + extent, view.strides] = name  # a tied head is the embeddings once more
+    refuse_overlaps(path, [(begin, end, name) for (begin, end, _), name in spans.items()])
+    if sum(prod(tensor.shape) * _SIZES[tensor.format] for tensor in tensors.values()) > 2 * file.size:
+        raise damaged(path, "has the same numbers as more than two tensors")
+    return tensors
+
+
+def _gather(data: NDArray[np.uint8], size: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.uint8]:
+    """A copy, row-major, of what lies `strides` numbers of `size` bytes apart."""
+    steps = [stride * size for stride in strides]
+    table = np.lib.stride_tricks.as_strided(data, (*shape, size), (*steps, 1), writeable=False)
+    copy = table.copy("C").reshape(-1)
+    copy.flags.writeable = False
+    return copy
+
+
+def _views(path: Path, entries: dict[str, Any]) -> dict[str, _View]:
+    """The entries, all of which must be tensors."""
+    for name, entry in entries.items():
+        if type(entry) is not _View:
+            raise CheckpointError(f"{path}: its entry {quote(name)} is no tensor; save the model's weights alone")
+    return entries
+
+
+def _zipped(file: MappedFile) -> tuple[dict[str, _View], dict[str, tuple[int, int]]]:
+    """What the pickle of a zip holds, and offset and size of each storage."""
+    path, members = file.path, _members(file)
     programs = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(programs) != 1:
         raise damaged(path, f"has {len(programs)} members NAME/data.pkl, must have one")
@@ -93,24 +179,35 @@ def read(path: Path) -> dict[str, Tensor]:
     start, size = members[programs[0]]
     if size > _MAX_PICKLE:
         raise damaged(path, f"has a pickle of {size} bytes, and the limit is {_MAX_PICKLE}")
-    program = file.view(start, size, "the pickle").tobytes()
     below = f"{folder}data/"
     storages = {name.removeprefix(below): place for name, place in members.items() if name.startswith(below)}
-    try:
-        entries = _Machine(program, path, storages).run()
-    except (IndexError, struct.error, UnicodeDecodeError):
-        raise damaged(path, "has a pickle that breaks off or contradicts itself") from None
+    return _views(path, _Machine(file.view(start, size, "the pickle").tobytes(), path).run(dict)), storages
 
-    tensors, spans = {}, []
-    for name, view in entries.items():
-        if type(view) is not _View:
-            raise CheckpointError(f"{path}: its entry {quote(name)} is no tensor; save the model's weights alone")
-        size = nbytes(view.format, view.shape)
-        data = file.view(view.start, size, f"tensor {quote(name)}")
-        tensors[name] = Tensor(name, view.format, view.shape, data)
-        spans.append((view.start, view.start + size, name))
-    refuse_overlaps(path, spans)
-    return tensors
+
+def _old(file: MappedFile) -> tuple[dict[str, _View], dict[str, tuple[int, int]]]:
+    """What the older format's dict holds, and offset and size of each storage."""
+    path, at, found = file.path, len(_OLD), []
+    kinds: tuple[type[Any], ...] = (dict, dict, list)  # the machine, the tensors, the keys of their storages
+    for kind in kinds:
+        machine = _Machine(file.view(at, min(_MAX_PICKLE, file.size - at), "a pickle").tobytes(), path)
+        found.append(machine.run(kind))
+        at += machine.at
+    system, entries, keys = found[0], _views(path, found[1]), found[2]
+    if system.get("little_endian") is not True:
+        raise CheckpointError(f"{path}: is not of a little-endian machine; save it again on one")
+    if len(keys) > _MAX_MEMBERS:
+        raise damaged(path, f"claims {len(keys)} storages, and the limit is {_MAX_MEMBERS}")
+    known = {view.storage.key: view.storage for view in entries.values()}
+    storages: dict[str, tuple[int, int]] = {}
+    for key in keys:
+        if type(key) is not str or key not in known or key in storages:
+            raise damaged(path, "has a storage that belongs to no tensor, or stands twice")
+        (count,) = _COUNT.unpack(file.view(at, _COUNT.size, f"storage {quote(key)}").tobytes())
+        at, size = at + _COUNT.size, count * _SIZES[known[key].format]
+        file.check(at, size, f"storage {quote(key)}")
+        storages[key] = at, size
+        at += size
+    return entries, storages
 
 
 def _members(file: MappedFile) -> dict[str, tuple[int, int]]:
@@ -125,7 +222,7 @@ def _members(file: MappedFile) -> dict[str, tuple[int, int]]:
         return values
 
     if file.view(0, min(4, file.size), "the magic").tobytes() != b"PK\3\4":
-        raise CheckpointError(f"{path}: is not a zip of torch.save (PyTorch 1.6 or newer); save it again with that")
+        raise CheckpointError(f"{path}: is no file of torch.save; save the weights again with PyTorch")
     at = file.size - _END.size
     *_, entries, size, start, _ = fields(_END, at, b"PK\5\6", "end of a zip's directory")
     locator = at - _LOCATOR.size
@@ -189,33 +286,35 @@ def _wide(path: Path, extra: bytes, numbers: list[int]) -> list[int]:
 
 
 class _Machine:
-    """Runs a pickle of protocol 2: an operation is a byte, and takes and gives objects of the stack.
+    """Runs a pickle of protocol 2 to 5: an operation is a byte, and takes and gives objects of the stack.
 
-    `storages` is offset and size of each member that holds numbers, by its key. Objects are numbers, texts, tuples and
-    dicts, and what stands for names, storages and tensors; no more than the pickle has bytes. They are compared by
-    type only, since a few of them can be nested to any depth. `run` raises CheckpointError; IndexError, struct.error
-    or UnicodeDecodeError for a pickle that breaks off, or takes from an empty stack.
+    Objects are numbers, texts, tuples, lists and dicts, and what stands for names, storages and tensors; no more than
+    the pickle has bytes. They are compared by type only, since a few of them can be nested to any depth. `run` raises
+    CheckpointError; IndexError, struct.error or UnicodeDecodeError for a pickle that breaks off, or takes from an empty
+    stack.
     """
 
-    def __init__(self, program: bytes, path: Path, storages: Mapping[str, tuple[int, int]]) -> None:
-        self.program, self.path, self.storages = program, path, storages
+    def __init__(self, program: bytes, path: Path) -> None:
+        self.program, self.path = program, path
         self.at = 0
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stack under each mark
         self.memo: dict[int, Any] = {}
 
-    def run(self) -> dict[str, Any]:
-        """The dict that the pickle ends with."""
+    def run(self, kind: type[T]) -> T:
+        """What the pickle ends with, which must be of this type."""
         while (operation := self.take(1)) != b".":
             self.step(operation)
-        return self.pop(dict)
+        return self.pop(kind)
 
     def step(self, operation: bytes) -> None:
         push = self.stack.append
         match operation:
             case b"\x80":  # PROTO
-                if (protocol := self.number("B")) != 2:
-                    raise self.refuse(f"a pickle of protocol {protocol}, not 2")
+                if not 2 <= (protocol := self.number("B")) <= 5:
+                    raise self.refuse(f"a pickle of protocol {protocol}, not 2 to 5")
+            case b"\x95":  # FRAME, which tells a length that nobody needs
+                self.number("Q")
             case b"}":  # EMPTY_DICT
                 push({})
             case b"(":  # MARK
@@ -231,17 +330,30 @@ class _Machine:
                 if (size := self.number("B")) > 8:
                     raise self.refuse(f"a number of {size} bytes")
                 push(int.from_bytes(self.take(size), "little", signed=True))
-            case b"X":  # BINUNICODE
-                push(self.take(self.number("I")).decode())
+            case b"X" | b"\x8c" | b"U":  # BINUNICODE, SHORT_BINUNICODE, SHORT_BINSTRING of Python 2
+                push(self.take(self.number("I" if operation == b"X" else "B")).decode())
             case b"c":  # GLOBAL
                 push(self.name())
+            case b"\x93":  # STACK_GLOBAL
+                attribute, module = self.pop(str), self.pop(str)
+                push(self.known(f"{module}\n{attribute}\n".encode()))
             case b"q" | b"r":  # BINPUT, LONG_BINPUT
                 self.memo[self.number("B" if operation == b"q" else "I")] = self.stack[-1]
+            case b"\x94":  # MEMOIZE
+                self.memo[len(self.memo)] = self.stack[-1]
             case b"h" | b"j":  # BINGET, LONG_BINGET
                 index = self.number("B" if operation == b"h" else "I")
                 if index not in self.memo:
                     raise self.refuse(f"object {index}, which it never stored")
                 push(self.memo[index])
+            case b"]":  # EMPTY_LIST
+                push([])
+            case b"a":  # APPEND
+                item = self.stack.pop()
+                self.pop(list, keep=True).append(item)
+            case b"e":  # APPENDS
+                items = self.above()
+                self.pop(list, keep=True).extend(items)
             case b")":  # EMPTY_TUPLE
                 push(())
             case b"\x85" | b"\x86" | b"\x87":  # TUPLE1, TUPLE2, TUPLE3
@@ -299,9 +411,12 @@ class _Machine:
     def name(self) -> _Name:
         """A module and what is in it, each on a line."""
         end = self.program.find(b"\n", self.program.find(b"\n", self.at) + 1) + 1
-        text = self.take(max(end - self.at, 1))
+        return self.known(self.take(max(end - self.at, 1)))
+
+    def known(self, text: bytes) -> _Name:
+        """The name that these two lines are. Raises CheckpointError for any that is not a word of the machine's."""
         if text not in _NAMES:
-            module, _, attribute = text.decode("ascii", "replace").rstrip("\n").partition("\n")
+            module, _, attribute = text.decode("utf-8", "replace").rstrip("\n").partition("\n")
             if module == "torch" and attribute.endswith("Storage"):
                 raise CheckpointError(
                     f"{self.path}: has numbers of torch.{quote(attribute)}; supported are {', '.join(_STORAGES)}"
@@ -310,38 +425,36 @@ class _Machine:
         return _NAMES[text]
 
     def storage(self, identity: Any) -> _Storage:
-        """The storage that `("storage", its type, its key, its device, its length)` stands for."""
+        """The storage that `("storage", its type, its key, its device, its length)` stands for; the older format adds
+        a None.
+        """
+        if type(identity) is tuple and len(identity) == 6 and identity[5] is None:
+            identity = identity[:5]
         kind, name, key, _, count = identity if _are(identity, str, _Name, str, str, int) else ("", _DICT, "", "", 0)
         if kind != "storage" or name not in _FORMATS or count < 0:
             raise self.refuse("a persistent object that is no storage of tensors")
-        format = _FORMATS[name]
-        if key not in self.storages:
-            raise damaged(self.path, f"lacks storage {quote(key)}")
-        start, size = self.storages[key]
-        if size != (needed := nbytes(format, (count,))):
-            raise damaged(self.path, f"has {size} bytes in storage {quote(key)}, and {count} {format} need {needed}")
-        return _Storage(format, start, count)
+        return _Storage(_FORMATS[name], key, count)
 
     def reduce(self, name: _Name, arguments: tuple[Any, ...]) -> dict[str, Any] | _View:
         """What a call would give: an empty dict, or the tensor at an offset in a storage, of a shape, with strides."""
         if name is _DICT and not arguments:
             return {}
+        if name is _PARAMETER and _are(arguments, _View, bool, dict):
+            view: _View = arguments[0]
+            return view
         if name is not _REBUILD or not _are(arguments, _Storage, int, tuple, tuple, bool, dict):
             raise self.refuse("a call that makes no tensor")
-        storage, offset, shape, strides, *_ = arguments
-        if not (1 <= len(shape) <= 4 and _are(shape, *[int] * len(shape)) and min(shape) > 0):
-            raise damaged(self.path, "has a tensor whose shape is not 1 to 4 positive numbers")
-        if not _are(strides, *[int] * len(shape)) or any(
-            stride != prod(shape[axis + 1 :]) for axis, stride in enumerate(strides) if shape[axis] > 1
-        ):
-            raise CheckpointError(
-                f"{self.path}: has a tensor of shape {shape} that is not contiguous; save its contiguous() copy"
-            )
-        if not 0 <= offset <= offset + prod(shape) <= storage.count:
+        storage, offset, shape, strides, _, _ = arguments
+        if not (len(shape) <= _MAX_AXES and _are(shape, *[int] * len(shape)) and min(shape, default=0) >= 0):
+            raise damaged(self.path, f"has a tensor whose shape is not up to {_MAX_AXES} whole numbers")
+        if not _are(strides, *[int] * len(shape)) or min(strides, default=0) < 0:
+            raise damaged(self.path, f"has a tensor of shape {shape} without as many strides")
+        view = _View(storage, offset, shape, strides)
+        if prod(shape) > storage.count or not 0 <= offset <= offset + view.extent * bool(prod(shape)) <= storage.count:
             raise damaged(
                 self.path, f"has a tensor of shape {shape} at {offset} in a storage of {storage.count} numbers"
             )
-        return _View(storage.format, shape, storage.start + nbytes(storage.format, (offset,)))
+        return view
 
     def set(self, items: list[Any]) -> None:
         """Put keys and values, in turns, into the dict on top of the stack."""

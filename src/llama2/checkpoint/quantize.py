@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,11 +24,13 @@ Blocks = NDArray[np.void]  # (n,) records of a format's layout
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
+#: What the sixteen codes of IQ4_NL stand for.
+_CODES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+
 _CHUNK = 1 << 17  # weights converted at a time, so that temporary arrays stay in the cache
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(NamedTuple):
     """A number format: `block` weights stand in one record of `layout`, in ggml type `ggml_type`."""
 
     name: str
@@ -81,10 +82,13 @@ def requantize(
     Scales and minima are searched for that leave the least squared error, in which `importance` (columns,) is how much
     each column counts; but Q8_0 always, and other formats of 32 weights where it is None, round as ggml does. The bytes
     are the same on every processor and with any number of threads. The error is NaN or infinite when a weight is not
-    finite, or not so in the new format. Raises CheckpointError when rows are not whole blocks of either format.
+    finite, or not so in the new format. Raises CheckpointError when rows are not whole blocks of either format, and for
+    IQ4_NL, which is read alone.
     """
     from llama2 import native
 
+    if format == "IQ4_NL":
+        raise CheckpointError("IQ4_NL is a format that is read, and not written; choose Q4_0, Q4_1 or Q4_K_M")
     columns = shape[-1]
     out = np.empty(nbytes(format, shape), np.uint8)
     weights = np.empty(0, np.float32) if importance is None else np.ascontiguousarray(importance, np.float32)
@@ -164,6 +168,10 @@ def _from_q4_1(b: Blocks) -> Floats:
     return _column(b["d"]) * _bits(b["q"], 4, 16) + _column(b["m"])
 
 
+def _from_iq4_nl(b: Blocks) -> Floats:
+    return _column(b["d"]) * _CODES[_bits(b["q"], 4, 16)]
+
+
 def _five_bits(b: Blocks) -> Floats:
     return (_bits(b["q"], 4, 16) | _bits(b["high"], 1, 1) << 4).astype(np.float32)  # (n, 32)
 
@@ -224,6 +232,7 @@ FORMATS: dict[str, Format] = {
         Format("Q3_K", 11, 256, _layout(high="32u1", q="64u1", scales="12u1", d="<f2"), _from_q3_k),
         Format("Q4_K", 12, 256, _layout(d="<f2", m="<f2", scales="12u1", q="128u1"), _from_q4_k),
         Format("Q5_K", 13, 256, _layout(d="<f2", m="<f2", scales="12u1", high="32u1", q="128u1"), _from_q5_k),
+        Format("IQ4_NL", 20, 32, _layout(d="<f2", q="16u1"), _from_iq4_nl),
         Format("Q6_K", 14, 256, _layout(q="128u1", high="64u1", scales="16i1", d="<f2"), _from_q6_k),
     )
 }

@@ -10,43 +10,54 @@ import json
 import struct
 from collections.abc import Sequence
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from llama2.checkpoint.checkpoint import Tensor
 from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps
-from llama2.checkpoint.metadata import parse
-from llama2.checkpoint.output import create
 from llama2.checkpoint.quantize import nbytes
 from llama2.errors import CheckpointError
+from llama2.files import Repeated, create, parse_json
 
 #: The number formats that Llamas have in safetensors; they have the names of quantize.FORMATS.
 DTYPES = ("F32", "F16", "BF16")
 
 _LENGTH = struct.Struct("<Q")
-_MAX_HEADER = 1 << 20  # the largest Llama's has a fifth of it
+_MAX_AXES = 8
+_MAX_HEADER = 1 << 24  # the largest Llama's has 200,000; a trainer's notes may stand beside it
+#: Bytes of the numbers that no weight of a Llama has; of formats that are not here, the offsets tell.
+_OTHERS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4}
+_OTHERS |= {"U32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file under its own name, as a view that nobody has touched. Raises CheckpointError."""
+    """Every tensor of a file under its own name, as a view that nobody has touched. Raises CheckpointError.
+
+    Its format may be one that only the file knows: whoever uses a tensor looks at that, and at its shape.
+    """
     file = MappedFile(path)
     file.check(0, _LENGTH.size, "the header's length")
     (length,) = _LENGTH.unpack_from(file.buffer)
     if length > _MAX_HEADER:
         raise damaged(path, f"claims a header of {length} bytes, and the limit is {_MAX_HEADER}")
     start = _LENGTH.size + length
-    header = parse(path, file.view(_LENGTH.size, length, "the header").tobytes(), "the header")
+    header = parse_json(path, file.view(_LENGTH.size, length, "the header").tobytes(), "the header")
     header.pop("__metadata__", None)
+    for values in (header, *header.values()):
+        if isinstance(values, Repeated) and (twice := values.twice - {"__metadata__"}):
+            raise damaged(path, f"the header has {quote(min(twice))} twice")
     tensors, spans = {}, []
     for name, info in header.items():
         what = f"tensor {quote(name)}"
         dtype, shape, (begin, end) = _described(path, what, info)
-        if (size := nbytes(dtype, shape)) != end - begin:
+        size = _bytes(dtype, shape)
+        if size not in (None, end - begin) or begin > end:
             raise damaged(path, f"{what} has {end - begin} bytes, and {dtype} of shape {list(shape)} needs {size}")
-        tensors[name] = Tensor(name, dtype, shape, file.view(start + begin, size, what))
+        tensors[name] = Tensor(name, dtype, shape, file.view(start + begin, end - begin, what))
         spans.append((begin, end, name))
     refuse_overlaps(path, spans)
-    if (total := sum(tensor.nbytes for tensor in tensors.values())) != file.size - start:
+    if (total := sum(end - begin for begin, end, _ in spans)) != file.size - start:
         raise damaged(path, f"has {file.size - start} bytes for tensors that need {total}")
     return tensors
 
@@ -55,18 +66,23 @@ def _described(path: Path, what: str, info: Any) -> tuple[str, tuple[int, ...], 
     """A tensor's format, shape, and offsets from the end of the header."""
     fields = info if isinstance(info, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), _numbers(fields.get("shape")), _numbers(fields.get("data_offsets"))
-    if not 1 <= len(shape) <= 4 or 0 in shape or len(offsets) != 2:
-        raise damaged(path, f"{what} has no shape of 1 to 4 dimensions, or no two offsets")
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {what} has format {quote(str(dtype))}; supported are {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
+        raise damaged(path, f"{what} has no format, no shape, or no two offsets")
     return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
-def _numbers(values: Any) -> list[int]:
-    """A list of whole numbers from 0 on; anything else becomes an empty one."""
-    if isinstance(values, list) and all(type(value) is int and value >= 0 for value in values):
-        return values
-    return []
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int | None:
+    """What a tensor must have; None for a format that is not known here."""
+    if dtype in DTYPES:
+        return prod(shape) * nbytes(dtype, (1,))
+    return prod(shape) * _OTHERS[dtype] if dtype in _OTHERS else None
+
+
+def _numbers(values: Any) -> list[int] | None:
+    """A list of whole numbers from 0 on, as many as a tensor can have; None for anything else."""
+    if isinstance(values, list) and len(values) <= _MAX_AXES:
+        return values if all(type(value) is int and value >= 0 for value in values) else None
+    return None
 
 
 def write(tensors: Sequence[Tensor], path: Path) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from llama2.cli.output import aside, warn, write
+from llama2.cli.output import warn
+from llama2.console import aside, data, stream
 from llama2.engine.request import FinishReason, Logprob, Request, Sampling
 from llama2.errors import EngineError
 
@@ -105,11 +106,11 @@ def print_answer(engine: EngineProtocol, request: Request, model: str, *, before
         record = asdict(reply) | {"text": before + reply.text, "model": model, "seed": request.sampling.seed}
         if request.logprobs is None:
             del record["logprobs"]
-        print(json.dumps(record), flush=True)
+        data(json.dumps(record))
     else:
-        write(before)
-        reply = follow(engine, request, write)
-        write("\n")
+        stream(before)
+        reply = follow(engine, request, stream)
+        stream("\n")
         aside(reply.summary())
         if reply.finish_reason == "length" and request.max_tokens is None:
             warn(f"the answer ends here, since the context of {engine.context} tokens is full")

@@ -15,6 +15,7 @@ import typer
 
 from llama2 import plan
 from llama2.cli.options import ModelOptions
+from llama2.console import data, say
 from llama2.engine.request import Event, Request, Sampling
 from llama2.errors import ContextError, EngineError
 
@@ -78,19 +79,19 @@ def bench(
             "peak_memory_bytes": peak,
         }
     if as_json:
-        print(json.dumps({**about, **medians, "runs": [asdict(run) for run in runs]}))
+        data(json.dumps({**about, **medians, "runs": [asdict(run) for run in runs]}))
         return
     m = Run(**medians)
     formats = ", ".join(f"{count} {name}" for name, count in about["formats"].most_common())
     sequences = f", {batch} sequences at once" if batch > 1 else ""
-    print(f"{model.name}: {about['parameters'] / 1e6:.1f} M parameters, tensors {formats}")
-    print(f"{model.runner} runner, {about['instruction_set']}, {threads} threads{sequences}, medians of {repeat}")
+    say(f"{model.name}: {about['parameters'] / 1e6:.1f} M parameters, tensors {formats}")
+    say(f"{model.runner} runner, {about['instruction_set']}, {threads} threads{sequences}, medians of {repeat}")
     int8, read = m.int8_operations_per_second / 1e9, m.read_bytes_per_second / 1e9
-    print(
+    say(
         f"prefill {prompt:>6} tokens {m.prefill_tokens_per_second:>10.1f} tokens/s {m.prefill_share_of_int8:>7.1%} "
         f"of {int8:.0f} G int8/s"
     )
-    print(
+    say(
         f"decode  {generate:>6} tokens {m.decode_tokens_per_second:>10.1f} tokens/s {m.decode_share_of_read:>7.1%} "
         f"of {read:.1f} GB/s"
     )

@@ -5,14 +5,20 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llama2.cli.answer import print_answer, seeded
 from llama2.cli.conversation import Conversation
-from llama2.cli.options import AnswerOptions, ModelOptions, Words, prompt
+from llama2.cli.options import AnswerOptions, ModelOptions, Template, Words, prompt
+from llama2.cli.output import warn
+from llama2.console import visible
 from llama2.engine.request import Request
+from llama2.errors import HubError, Llama2Error
+
+if TYPE_CHECKING:
+    from llama2.api import Model
 
 EXAMPLE = "Example: llama2 chat 'Summarise this in one sentence:' @notes.txt --temperature 0"
 
@@ -22,6 +28,7 @@ def chat(
     model: ModelOptions,
     options: AnswerOptions,
     words: Words = None,
+    template: Template = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system prompt.")] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Continue a saved conversation: its model, sampling, messages.")
@@ -36,8 +43,15 @@ def chat(
     With a question, or text on standard input, the answer is printed. Without, in a terminal, a conversation begins.
     """
     conversation = Conversation.load(resume) if resume else Conversation(model.name)
-    model = replace(model, model=model.model or conversation.model)
-    conversation.model = model.name
+    if resume and model.model is None:
+        from llama2.checkpoint.adapter import split
+
+        adapters = [] if model.adapter else conversation.adapters
+        for name in (conversation.model, *(split(adapter)[0] for adapter in adapters)):
+            _require_here(name, resume)
+    if model.model is None:  # the adapters belong to the model of the conversation
+        model = replace(model, model=conversation.model, adapter=model.adapter or conversation.adapters)
+    conversation.model, conversation.adapters = model.name, [*(model.adapter or ())]
     conversation.sampling |= options.sampling()
     if system is not None:
         conversation.system = system
@@ -45,11 +59,36 @@ def chat(
     if not words and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
         from llama2.cli.terminal import Chat
 
-        with model.load() as loaded:
+        with model.load(template=template) as loaded:
+            _note(loaded)
             Chat(loaded, conversation, options.limits(), neutralise).run()
         return
-    messages = [*conversation.messages, {"role": "user", "content": prompt(words)}]
-    with model.load() as loaded:
-        ids = tuple(loaded.render(messages, neutralise=neutralise))
-        request = Request(ids, **options.limits(), sampling=seeded(conversation.sampling))
+    question = prompt(words)
+    if not question.strip():
+        raise Llama2Error("the question is empty; write one")
+    messages = [*conversation.messages, {"role": "user", "content": question}]
+    with model.load(template=template) as loaded:
+        _note(loaded)
+        request = Request((), **options.limits(), sampling=seeded(conversation.sampling))
+        asked = loaded.prompt(messages, neutralise=neutralise)
+        for note in asked.notes:
+            warn(note)
+        request = loaded.answering(request, asked)
         print_answer(loaded.engine, request, model.name, as_json=as_json)
+
+
+def _note(model: Model) -> None:
+    if note := model.checkpoint.assumes_format:
+        warn(note)
+
+
+def _require_here(name: str, file: Path) -> None:
+    """Fetch nothing because a file says so: ask, or raise HubError where nobody can be asked."""
+    from llama2 import hub
+
+    if hub.find(name) is not None:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise HubError(f"{file}: is with the model {name}, which is not here; fetch it with -m {name}, or name another")
+    if not typer.confirm(f"{visible(file)} is with the model {visible(name)}, which is not here. Fetch it?", err=True):
+        raise typer.Exit(1)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama2 import files
 from llama2.engine.request import Sampling
 from llama2.errors import Llama2Error
 
@@ -22,6 +22,7 @@ class Conversation:
     model: str
     sampling: dict[str, Any] = field(default_factory=dict)  # by the names of `Sampling`; the rest at its defaults
     messages: list[dict[str, str]] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)  # as `--adapter` gave them
 
     @property
     def system(self) -> str | None:
@@ -42,24 +43,22 @@ class Conversation:
         del self.messages[self.system is not None :]
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all. Raises OSError, or Llama2Error if it is of another kind."""
+        """Write the file whole or not at all. Raises OSError, or Llama2Error where it cannot be."""
         import llama2
 
         if path.exists():
             self.load(path)
         text = json.dumps({"format": _FORMAT, "version": llama2.__version__, **asdict(self)}, indent=2)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(text + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with files.create(path, error=Llama2Error) as file:
+            file.write(f"{text}\n".encode())
 
     @classmethod
     def load(cls, path: Path) -> Conversation:
         """Read what `save` wrote. Raises OSError, or Llama2Error when the file is damaged or something else."""
         from llama2.text.dialog import Dialog
 
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a folder is refused when it is opened
+            raise Llama2Error(f"{path}: is not a regular file, which could wait or never end")
         with path.open("rb") as file:
             data = file.read(_LIMIT + 1)
         if len(data) > _LIMIT:
@@ -74,14 +73,17 @@ class Conversation:
             model, sampling, messages = (record[name] for name in ("model", "sampling", "messages"))
             if not isinstance(model, str):
                 raise TypeError(f"model is {type(model).__name__}, not text")
+            adapters = [*record.get("adapters", ())]
+            if not all(isinstance(adapter, str) for adapter in adapters):
+                raise TypeError("adapters are not all text")
             sampling = {**sampling}
             if "logit_bias" in sampling:  # JSON has no numbers as names
                 sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
             Sampling(**sampling)
-            Dialog(messages)
+            Dialog(messages, strict=False)
             if messages[-1]["role"] != "assistant":
                 raise ValueError("its last message is not the assistant's")
         except (Llama2Error, KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise Llama2Error(f"{path}: damaged conversation: {reason}") from error
-        return cls(model, sampling, messages)
+        return cls(model, sampling, messages, adapters)

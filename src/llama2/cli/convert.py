@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llama2.cli.options import Tokenizer
+from llama2.cli.options import Adapter, Tokenizer, TokenizerMode
 from llama2.cli.output import one_line, warn
+from llama2.console import data, say
 
 EXAMPLE = "Example: llama2 convert Llama-2-7b-chat-hf llama-2-7b-chat.gguf --to gguf --format Q8_0"
 
@@ -27,6 +28,8 @@ def convert(
         typer.Option(help="Files for llama.cpp, for transformers, as Meta's, or for llama2.c."),
     ],
     tokenizer: Tokenizer = None,
+    tokenizer_mode: TokenizerMode = "auto",
+    adapter: Adapter = None,
     shards: Annotated[int, typer.Option(min=1, metavar="N", help="Meta: so many files, for so many processes.")] = 1,
     format: Annotated[
         str | None,
@@ -48,7 +51,7 @@ def convert(
     The receipt, JSON beside DST or in its folder, compares every number, both tokenizers and chat templates, and what
     both models answer. If anything is out of bounds, nothing is left at DST.
     """
-    from llama2.cli.models import here
+    from llama2.cli.models import adapters_here, here
     from llama2.convert import convert as run
     from llama2.convert.receipt import lost
 
@@ -59,13 +62,15 @@ def convert(
             to,
             format=format.upper() if format else None,
             tokenizer=tokenizer,
+            tokenizer_mode=tokenizer_mode,
+            adapters=adapters_here(adapter),
             shards=shards,
             run=receipt == "full",
             force=force,
         )
     for words in lost(facts):
         warn(f"{target}: {to} has no place for {words}")
-    print(json.dumps(facts) if as_json else _summary(target, facts))
+    data(json.dumps(facts)) if as_json else say(_summary(target, facts))
 
 
 @contextmanager

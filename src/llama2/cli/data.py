@@ -7,41 +7,61 @@ from typing import Annotated
 
 import typer
 
-from llama2.cli.options import RecipeSettings
+from llama2 import files
+from llama2.cli.options import RecipeSettings, ShowSettings
+from llama2.console import data, say, visible
 
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Build a corpus to train on.")
 
 
-@app.callback(epilog="Example: llama2 data build recipes/data/nano.toml")
+@app.callback(epilog="Example: llama2 data build texts")
 def _data() -> None:
     """Build a corpus to train on."""
 
 
-@app.command(epilog="Example: llama2 data build recipes/data/nano.toml dir=texts output=corpora/mine")
+@app.command(epilog="Example: llama2 data build texts output=corpora/mine tokenizer.vocabulary=8192")
 def build(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/data/nano.toml.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="FOLDER|RECIPE", help="Documents, or a TOML file such as recipes/data/nano.toml.")
+    ],
     settings: RecipeSettings = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a corpus that is there already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
+    show_settings: ShowSettings = False,
 ) -> None:
     """Read, clean, deduplicate, mix and tokenise documents, and write a card that says what is in them.
 
-    A build that was stopped goes on where it stopped.
+    All documents of a FOLDER are read: texts, Markdown, code, HTML, JSON lines, Parquet and WARC, also compressed; what
+    is no text, and what is hidden, is left out. A RECIPE chooses by patterns. The corpus is written to corpora/FOLDER,
+    or to output=.
+
+    A build that was stopped goes on where it stopped. A corpus that is there stays, if it was built from the same.
     """
     from rich.console import Console
+    from rich.text import Text
 
     from llama2 import recipe as recipes
+    from llama2.cli.output import warn
     from llama2.data.build import build as run
     from llama2.data.settings import BuildRecipe
 
-    asked = recipes.load(recipe, BuildRecipe, settings or ())
+    if recipe.is_dir():
+        named = files.named(recipe).name
+        table = {"dir": str(recipe), "output": str(Path("corpora") / named)}
+        asked = recipes.make(table, BuildRecipe, settings or (), where=str(recipe))
+    else:
+        asked = recipes.load(recipe, BuildRecipe, settings or ())
     with Console(stderr=True).status("Looking for documents") as status:  # nothing where there is no terminal
-        manifest = run(asked, force=force, announce=lambda stage: status.update(f"Building {asked.output}: {stage}"))
+
+        def announce(stage: str) -> None:
+            status.update(Text(visible(f"Building {asked.output}: {stage}")))
+
+        manifest = run(asked, force=force, announce=announce, note=warn)
     if manifest is None:
-        print(f"{asked.output}: is being built by {asked.executor.kind}; it is whole once it has a manifest.json")
+        say(f"{asked.output}: is being built by {asked.executor.kind}; it is whole once it has a manifest.json")
     elif as_json:
-        print(manifest.model_dump_json())
+        data(manifest.model_dump_json())
     else:
         for split, each in manifest.splits.items():
             tokens, documents = sum(shard.tokens for shard in each), sum(shard.documents for shard in each)
-            print(f"{asked.output}: {split}: {tokens:,} tokens in {documents:,} documents")
+            say(f"{asked.output}: {split}: {tokens:,} tokens in {documents:,} documents")

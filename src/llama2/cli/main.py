@@ -1,6 +1,7 @@
 """The program `llama2`: its commands, and how they end.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C. An error is one line on standard error.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C. An error is one line on standard error, also one
+that nobody foresaw; `--debug` shows where it came from.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated
@@ -16,12 +18,16 @@ from typing import Annotated
 import typer
 
 from llama2.cli.options import expand
-from llama2.cli.output import UsageError, one_line
+from llama2.cli.output import UsageError, one_line, warn
+from llama2.console import say
 from llama2.errors import Llama2Error
 
 #: Commands, and which file of this package has them.
 FILES = {
-    **{name: name for name in ("chat", "generate", "serve", "bench", "plan", "convert", "quantize", "pretrain")},
+    **{
+        name: name
+        for name in ("chat", "generate", "embed", "serve", "bench", "plan", "convert", "quantize", "pretrain")
+    },
     **dict.fromkeys(("pull", "list", "show", "rm"), "models"),
     **{name: name for name in ("data", "tokenizer")},
     **{name: name for name in ("sft", "runs")},
@@ -54,10 +60,10 @@ def _program(
     if version:
         import llama2
 
-        print("llama2", llama2.__version__)
+        say("llama2", llama2.__version__)
         raise typer.Exit
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        say(context.get_help())
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -66,12 +72,15 @@ def run(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in (words[: words.index("--")] if "--" in words else words)
     if debug:
         words.remove("--debug")
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a narrow encoding must not end an answer
     try:
         asked = next((word for word in words if not word.startswith("-")), None)
-        status = program(asked)(words, prog_name="llama2", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: warn(str(message))
+            status = program(asked)(words, prog_name="llama2", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         status = 130
@@ -80,19 +89,41 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except (Llama2Error, OSError, MemoryError, UsageError) as error:
         if debug:
             traceback.print_exc()
-        print("llama2: error:", one_line(error), file=sys.stderr)
+        say("llama2: error:", one_line(error), file=sys.stderr)
         status = 2 if isinstance(error, UsageError) else 1
-    except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        if name not in TRAIN:
-            raise
+    except Exception as error:
         if debug:
             traceback.print_exc()
-        hint = "`pip install 'whole-llama[train]'` brings it"
-        print(f"llama2: error: this command needs {name}, which is not installed; {hint}", file=sys.stderr)
+        name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if name in TRAIN:
+            reason = f"this command needs {name}, which is not installed; `pip install 'whole-llama[train]'` brings it"
+        else:
+            reason = f"unexpected {type(error).__name__}: {_short(error)}; with --debug the whole traceback is shown"
+        say("llama2: error:", one_line(reason), file=sys.stderr)
         status = 1
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it fails again when the interpreter flushes at exit
     sys.exit(status)
+
+
+def _short(error: Exception) -> str:
+    """What an exception says, of which nobody knows how long it is."""
+    text = str(error)
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def _open_closed_streams() -> None:
+    """Put something in the place of a standard stream that is closed, or the next file that is opened has its number.
+
+    Reading or writing it fails, as it would have; but nobody misses what stands on standard error.
+    """
+    for number, (name, mode, flags) in enumerate(
+        (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY))
+    ):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # gets the lowest number that is free, which is this one
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from llama2.cli.options import Adapter, Template, TokenizerMode
 from llama2.cli.output import one_line
+from llama2.console import data, say, visible
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -26,7 +27,7 @@ def pull(name: Name, as_json: Json = False) -> None:
     from llama2 import hub
 
     path = str(hub.pull(name))
-    print(json.dumps({"name": name, "path": path}) if as_json else path)
+    data(json.dumps({"name": name, "path": path}) if as_json else path)
 
 
 @app.command("list", epilog="Example: llama2 list --json")
@@ -36,15 +37,16 @@ def list_(as_json: Json = False) -> None:
 
     models = list(hub.local())
     if as_json:
-        rows = [asdict(m) | {"path": str(m.path), "modified": _time(m.modified)} for m in models]
-        print(json.dumps({"models": rows}))
+        rows = [m._asdict() | {"path": str(m.path), "modified": _time(m.modified)} for m in models]
+        data(json.dumps({"models": rows}))
     elif not models:
-        print(f"No models yet; `llama2 pull {hub.DEFAULT}` fetches one.")
+        say(f"No models yet; `llama2 pull {hub.DEFAULT}` fetches one.")
     else:
-        width = max(len(m.name) for m in models)
-        print(f"{'NAME':{width}}  {'SIZE':>9}  {'FORMAT':11}  MODIFIED")
-        for m in models:
-            print(f"{m.name:{width}}  {size(m.size):>9}  {m.format:11}  {_time(m.modified)}")
+        names = [one_line(m.name) for m in models]
+        width = max(map(len, names))
+        say(f"{'NAME':{width}}  {'SIZE':>9}  {'FORMAT':11}  MODIFIED")
+        for name, m in zip(names, models, strict=True):
+            say(f"{name:{width}}  {size(m.size):>9}  {m.format:11}  {_time(m.modified)}")
 
 
 @app.command(epilog="Example: llama2 show smollm2-135m-instruct")
@@ -53,34 +55,39 @@ def show(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin, instead of its own.")
     ] = None,
+    adapter: Adapter = None,
+    tokenizer_mode: TokenizerMode = "auto",
+    template: Template = None,
     as_json: Json = False,
 ) -> None:
     """Describe a model that is here: its architecture, number formats, tokenizer, template and licence."""
     from llama2 import checkpoint
 
-    with checkpoint.open(here(name), tokenizer=tokenizer) as model:
+    options: Any = {"tokenizer": tokenizer, "tokenizer_mode": tokenizer_mode, "template": template}
+    with checkpoint.open(here(name), adapters=adapters_here(adapter), **options) as model:
         facts = _describe(model)
     if as_json:
-        print(json.dumps(facts))
+        data(json.dumps(facts))
         return
     formats = ", ".join(f"{form} × {count}" for form, count in facts["formats"].items())
-    vocabulary, heads = facts["tokenizer"], f"{facts['heads']} heads, {facts['kv_heads']} key/value heads"
+    heads = f"{facts['heads']} heads, {facts['kv_heads']} key/value heads"
     rows = {
         "name": facts["name"],
         "architecture": f"{facts['architecture']}, {facts['layers']} layers of width {facts['dim']}, {heads}",
         "parameters": f"{facts['parameters']:,}",
         "formats": formats,
         "context": f"{facts['context']:,} tokens",
-        "tokenizer": " ".join(
-            filter(None, [vocabulary["kind"], vocabulary["pre"], f"({vocabulary['vocabulary']:,} tokens)"])
-        ),
-        "template": "its own" if facts["template"] else "none",
+        "tokenizer": _vocabulary(facts["tokenizer"]),
+        "template": _template(facts["chat"], "by --template" if template else "its own"),
+        "ends": _ends(facts["chat"]),
         "licence": facts["licence"] or "not stated",
         "path": facts["path"],
         "size": f"{size(facts['size'])}, {facts['format']}",
     }
-    for title, value in rows.items():
-        print(f"{title:13} {one_line(value)}")
+    if facts["adapters"]:
+        rows["adapters"] = "; ".join(map(_adapter, facts["adapters"]))
+    for title, value in [*rows.items(), *(("note", note) for note in facts["notes"])]:
+        say(f"{title:13} {one_line(value)}")
 
 
 @app.command(epilog="Example: llama2 rm smollm2-135m-instruct --yes")
@@ -94,10 +101,10 @@ def rm(
 
     if not yes and not sys.stdin.isatty():
         raise typer.BadParameter("nobody is here to be asked; --yes deletes without asking")
-    if not yes and not typer.confirm(f"Delete {name}?", err=True):
+    if not yes and not typer.confirm(f"Delete {visible(name)}?", err=True):
         raise typer.Exit(1)
     freed = hub.remove(name)
-    print(json.dumps({"name": name, "freed": freed}) if as_json else f"{name}: deleted, {size(freed)} freed")
+    data(json.dumps({"name": name, "freed": freed})) if as_json else say(f"{name}: deleted, {size(freed)} freed")
 
 
 def here(name: str) -> Path:
@@ -109,6 +116,24 @@ def here(name: str) -> Path:
     if path is None:
         raise HubError(f"{name}: not here; `llama2 pull {name}` fetches it")
     return path
+
+
+def adapters_here(words: list[str] | None) -> list[tuple[Path, float]]:
+    """Where the adapters of `--adapter` lie, and their scales. Raises HubError for one that is not here."""
+    from llama2 import api
+
+    return api.located(words or (), here)
+
+
+def _adapter(facts: dict[str, Any]) -> str:
+    """One adapter in words."""
+    ranks = ", ".join(map(str, facts["ranks"]))
+    words = [f"{facts['name']} × {facts['scale']:g}: {facts['matrices']} matrices of rank {ranks}"]
+    if facts["replaced"]:
+        words.append(f"replaces {', '.join(facts['replaced'])}")
+    if facts["base"]:
+        words.append(f"made for {facts['base']}")
+    return ", ".join(words)
 
 
 def _describe(model: Any) -> dict[str, Any]:
@@ -125,13 +150,66 @@ def _describe(model: Any) -> dict[str, Any]:
         "kv_heads": config.n_kv_heads,
         "formats": dict(formats.most_common()),
         "context": config.context_length,
-        "tokenizer": {"kind": tokenizer.kind, "pre": tokenizer.pre, "vocabulary": tokenizer.vocab_size},
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "pre": tokenizer.pre,
+            "mode": tokenizer.mode,
+            "vocabulary": tokenizer.vocab_size,
+        },
         "template": model.template,
+        "chat": _chat(model),
         "licence": model.licence,
         "format": model.format,
         "path": str(model.path),
+        "adapters": [adapter.summary() for adapter in model.adapters],
+        "notes": [*model.notes, *tokenizer.notes],
         "size": sum(file.stat().st_size for file in files),
     }
+
+
+def _chat(model: Any) -> dict[str, Any]:
+    """How the model is talked with: the format, and what ends an answer, tokens by their texts."""
+    from llama2.text import template as templates
+
+    tokenizer, template = model.tokenizer, model.template
+    format = "llama2" if not model.templates and tokenizer.kind == "sentencepiece" else None
+    ends: frozenset[int] = tokenizer.stop_ids
+    stops: tuple[str, ...] = ()
+    if template is not None:
+        format, stops = templates.recognise(template, tokenizer), templates.stops(template)
+        ends = templates.ends(template, tokenizer)
+    names = {token: text for text, token in tokenizer.control.items()}
+    return {
+        "format": format,
+        "assumed": model.assumes_format is not None,
+        "templates": list(model.templates),
+        "end_tokens": sorted(names.get(token, str(token)) for token in ends),
+        "stops": list(stops),
+    }
+
+
+def _vocabulary(facts: dict[str, Any]) -> str:
+    """A tokenizer in words; where it puts spaces in front is a question of SentencePiece alone."""
+    mode = f", mode {facts['mode']}" if facts["mode"] and facts["kind"] == "sentencepiece" else ""
+    return " ".join(filter(None, [facts["kind"], facts["pre"], f"({facts['vocabulary']:,} tokens){mode}"]))
+
+
+def _template(chat: dict[str, Any], origin: str) -> str:
+    """Whose format a chat has, in words."""
+    if not chat["templates"]:
+        if chat["format"] is None:
+            return "none; chat needs --template"
+        reason = "--template NAME chooses another" if chat["assumed"] else "as the model's name says"
+        return f"none; chat uses Llama 2's format, {reason}"
+    form = f", {chat['format']}" if chat["format"] else ""
+    names = [name for name in chat["templates"] if name != "default"]
+    return f"{origin}{form}" + (f"; by name also {', '.join(names)}" if names else "")
+
+
+def _ends(chat: dict[str, Any]) -> str:
+    """What ends an answer, in words."""
+    before = f"; before {', '.join(chat['stops'])}" if chat["stops"] else ""
+    return ("at " + ", ".join(chat["end_tokens"]) if chat["end_tokens"] else "at no token") + before
 
 
 def size(count: int) -> str:

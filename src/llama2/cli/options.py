@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from itertools import groupby
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from llama2.api import Model
 
 _DEFAULT = Sampling()
+_LONGEST = 1 << 26  # bytes of a prompt
 
 
 def _sampling(name: str, help: str) -> Any:
@@ -29,15 +32,53 @@ def _sampling(name: str, help: str) -> Any:
 
 
 Tokenizer = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin.", show_default="the model's own")
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="tokenizer.model, tokenizer.json or tokenizer.bin.", show_default="the model's own"
+    ),
+]
+TokenizerMode = Annotated[
+    Literal["auto", "file", "legacy"],
+    typer.Option(help="Where spaces are put in front: as tuned, as the files say, or before each part of a text."),
+]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR",
+        help="A LoRA adapter (peft's folder, or GGUF) to merge into the model; DIR:0.5 halves it; may be repeated.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")]
 Context = Annotated[
     int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
 ]
 
+Template = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|NAME",
+        help="Chat template: a Jinja file, one of the model's by name, or "
+        "llama2, llama3, chatml, vicuna, alpaca, mistral-v1, zephyr …; an unknown name lists all.",
+        show_default="the model's own",
+    ),
+]
+
 RecipeSettings = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings in place of the recipe's.")
+]
+
+
+def _show_settings(context: typer.Context, asked: bool) -> None:
+    if asked:
+        from llama2.cli.settings import show  # here, because it brings pydantic to commands that have no recipe
+
+        show(str(context.info_name))
+        raise typer.Exit
+
+
+ShowSettings = Annotated[
+    bool,
+    typer.Option("--settings", is_eager=True, callback=_show_settings, help="Show every setting, and what it means."),
 ]
 RunName = Annotated[str | None, typer.Option(help="The run's name, by default the recipe's.")]
 RunsFolder = Annotated[Path, typer.Option(metavar="FOLDER", help="Where runs are kept.")]
@@ -53,6 +94,8 @@ class ModelOptions:
         typer.Option("--model", "-m", metavar="NAME", help="Name, file or Hugging Face repository; see `llama2 list`."),
     ] = None
     tokenizer: Tokenizer = None
+    tokenizer_mode: TokenizerMode = "auto"
+    adapter: Adapter = None
     threads: Threads = None
     runner: Annotated[
         Literal["native", "numpy", "torch"], typer.Option(help="Who does the arithmetic; torch uses a GPU.")
@@ -69,13 +112,13 @@ class ModelOptions:
 
         return self.model or hub.DEFAULT
 
-    def load(self, *, sequences: int = 1) -> Model:
+    def load(self, *, sequences: int = 1, template: str | None = None) -> Model:
         """The model, ready for so many answers of the whole context at once; fetched first if need be."""
         if self.runner != "numpy":  # NumPy multiplies no matrices then, and its threads would only be in the way
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from llama2 import api
 
-        return api.load(
+        loaded = api.load(
             self.name,
             threads=self.threads,
             runner=self.runner,
@@ -83,7 +126,13 @@ class ModelOptions:
             context=self.context,
             sequences=sequences,
             tokenizer=self.tokenizer,
+            template=template,
+            tokenizer_mode=self.tokenizer_mode,
+            adapter=self.adapter or (),
         )
+        for note in loaded.checkpoint.notes:
+            warn(note)
+        return loaded
 
 
 @dataclass(frozen=True)
@@ -191,7 +240,7 @@ Words = Annotated[
 def prompt(words: Sequence[str] | None) -> str:
     """The text that `words` stand for. One newline at the end of a file or of standard input is dropped, as shells do.
 
-    Raises Llama2Error when a source is not UTF-8, OSError when it cannot be read.
+    Raises Llama2Error when a source cannot be read, is not UTF-8 or is too large.
     """
     paragraphs: list[str] = []
     for source, group in groupby(words or ["-"], key=_is_source):
@@ -210,23 +259,28 @@ def _text(word: str) -> str:
     if word == "-":
         if sys.stdin.isatty():
             warn("type the text; Ctrl-D on an empty line ends it")
-        name, data = "standard input", sys.stdin.buffer.read()
+        name, advice, source = "standard input", "give the text as words, or as @FILE", sys.stdin.buffer
     else:
-        name, data = word[1:], Path(word[1:]).read_bytes()
+        name, advice, source = word, "@@ begins a word with @", None
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(name, error) from error
-    return text.removesuffix("\n").removesuffix("\r")
+        with nullcontext(source) if source else open(word[1:], "rb") as file:
+            data = file.read(_LONGEST + 1)
+    except OSError as error:
+        reason = "it is closed" if error.errno == errno.EBADF else error.strerror
+        raise Llama2Error(f"{name}: cannot be read ({reason}); {advice}") from error
+    if len(data) > _LONGEST:
+        raise Llama2Error(f"{name}: larger than {_LONGEST >> 20} MB, which no model's context holds; give a part of it")
+    return _decoded(name, data).removesuffix("\n").removesuffix("\r")
 
 
 def read_text(path: Path) -> str:
     """A text file. Raises Llama2Error when it is not UTF-8, OSError when it cannot be read."""
+    return _decoded(path, path.read_bytes())
+
+
+def _decoded(name: object, data: bytes) -> str:
+    """UTF-8 text, without the mark (U+FEFF) that some editors put before it."""
     try:
-        return path.read_text(encoding="utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
-
-
-def _not_utf8(name: object, error: UnicodeDecodeError) -> Llama2Error:
-    return Llama2Error(f"{name}: not UTF-8 text at byte {error.start}; convert it first")
+        raise Llama2Error(f"{name}: not UTF-8 text at byte {error.start}; convert it first") from error

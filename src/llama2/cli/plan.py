@@ -13,6 +13,7 @@ import typer
 from llama2 import plan as planning
 from llama2.cli.output import one_line
 from llama2.config import ModelConfig
+from llama2.console import data, say
 from llama2.errors import HubError, PlanError
 from llama2.plan import GPUS, Machine
 
@@ -134,7 +135,7 @@ def plan(
     else:
         _refuse("generation; --train plans training", {}, training)
         facts, lines = _generate(model, context, machine, generation)
-    print(json.dumps(facts) if as_json else "\n".join(lines))
+    data(json.dumps(facts)) if as_json else say("\n".join(lines))
 
 
 def _generate(

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama2.cli.options import RecipeSettings, Resume, RunName, RunsFolder
+from llama2.cli.options import RecipeSettings, Resume, RunName, RunsFolder, ShowSettings
+from llama2.cli.output import warn
+from llama2.console import rewrite, say
 
 if TYPE_CHECKING:
     from llama2.train.loop import Line
@@ -25,22 +27,30 @@ def pretrain(
     name: RunName = None,
     runs: RunsFolder = Path("runs"),
     resume: Resume = False,
+    show_settings: ShowSettings = False,
 ) -> None:
     """Train a model on a corpus, which is built first if the recipe says how.
+
+    data.dir=FOLDER takes any folder of documents: texts, Markdown, code, HTML, JSON lines, Parquet, also compressed.
+
+    start=MODEL goes on from a model that is there, with its shape and tokenizer: a run, a folder, a GGUF file, a name.
+    The learning rate then warms up again, from zero to optimizer.rate in optimizer.warmup steps, and falls from there;
+    choose a peak well below that of the first training, as recipes/continue.toml does.
 
     One process uses all cores or one GPU. For more:
     torchrun --nproc-per-node N $(which llama2) pretrain RECIPE, with mesh.tensor=M to share matrices among M.
 
     The run is a folder in runs/. It opens like any model: llama2 generate -m runs/NAME "Once upon a time".
     """
+    from llama2 import hub
     from llama2 import recipe as recipes
     from llama2.train.pretrain import pretrain as run
     from llama2.train.settings import PretrainRecipe
 
     asked = recipes.load(recipe, PretrainRecipe, settings or ())
     folder = runs / (name or recipe.stem)
-    run(asked, folder, beside=recipe.parent, resume=resume, sample=sample, watch=Shown())
-    print(f"{folder}: done; continue a text with: llama2 generate -m {folder} TEXT")
+    run(asked, folder, beside=recipe.parent, locate=hub.locate, resume=resume, sample=sample, watch=Shown())
+    say(f"{folder}: done; continue a text with: llama2 generate -m {folder} TEXT")
 
 
 def sample(model: Path, prompts: Sequence[str], tokens: int) -> list[str]:
@@ -61,7 +71,7 @@ class Shown:
     def begin(self, facts: Sequence[str]) -> None:
         """What the run is."""
         for fact in facts:
-            print(fact, file=sys.stderr)
+            say(fact, file=sys.stderr)
 
     def line(self, line: Line) -> None:
         """A step was done."""
@@ -75,10 +85,19 @@ class Shown:
         )
         if line.validation is not None:
             text += f"  validation {line.validation:.4f}"
+        if line.sources:
+            text += f" ({', '.join(f'{name} {loss:.4f}' for name, loss in line.sources.items())})"
         if line.note:
             text += f"  {line.note}"
-        ended = not self._changes or told or line.step == line.steps
-        print(f"\r{text:<100}" if self._changes else text, end="\n" if ended else "", file=sys.stderr, flush=True)
+        ended = bool(told) or line.step == line.steps
+        if self._changes:
+            rewrite(text, ended=ended)
+        else:
+            say(text, file=sys.stderr, flush=True)
+
+    def note(self, note: str) -> None:
+        """Something happened between steps."""
+        warn(note)
 
 
 def clock(seconds: float) -> str:

@@ -10,9 +10,10 @@ import typer
 
 from llama2.cli.bench import Work, decode, prefill
 from llama2.cli.convert import ending_by_signals
-from llama2.cli.models import Json, Name, here, size
-from llama2.cli.options import Threads, Tokenizer, read_text
+from llama2.cli.models import Json, Name, adapters_here, here, size
+from llama2.cli.options import Adapter, Threads, Tokenizer, TokenizerMode, read_text
 from llama2.cli.output import one_line, warn
+from llama2.console import data, say
 
 EXAMPLE = "Example: llama2 quantize org/model model-Q4_K_M.gguf --format Q4_K_M --calibrate text.txt"
 _PROMPT, _ANSWER = 256, 32  # tokens that the speed is measured with
@@ -33,6 +34,8 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="Keep that matrix, as GGUF that llama.cpp reads too.")
     ] = None,
     tokenizer: Tokenizer = None,
+    tokenizer_mode: TokenizerMode = "auto",
+    adapter: Adapter = None,
     threads: Threads = None,
     report: Annotated[
         Literal["full", "none"], typer.Option(help="full runs both models and compares them; none only writes.")
@@ -65,21 +68,28 @@ def quantize(
     format = format.upper()
     if format not in quantising.FORMATS:
         raise typer.BadParameter(f"--format {format} is not one of {', '.join(quantising.FORMATS)}")
-    path = here(source)
+    path, adapters = here(source), adapters_here(adapter)
+    own: Any = {"tokenizer": tokenizer, "tokenizer_mode": tokenizer_mode, "adapters": adapters}
     importance = None
     if imatrix is not None:
-        with open_checkpoint(path) as model:
+        with open_checkpoint(path, adapters=adapters) as model:
             importance = matrices.read(imatrix, model.config)
     elif calibrate is not None:
         staging.check(path, target, force)  # before a long calculation
-        sums = quantising.calibrate(path, read_text(calibrate), tokenizer=tokenizer, threads=threads)
+        sums = quantising.calibrate(path, read_text(calibrate), **own, threads=threads)
         importance = quantising.means(sums)
         if save_imatrix is not None:
-            with open_checkpoint(path) as model:
+            with open_checkpoint(path, adapters=adapters) as model:
                 gguf_writer.write_imatrix(sums, model.config, calibrate.name, save_imatrix)
     with ending_by_signals():
         written = quantising.quantize(
-            path, target, format, importance=importance, tokenizer=tokenizer, threads=threads, force=force
+            path,
+            target,
+            format,
+            importance=importance,
+            **own,
+            threads=threads,
+            force=force,
         )
     if written.requantised:
         warn(f"{source} was quantised already, so its matrices lost twice; quantise from F16 or BF16 if you can")
@@ -101,21 +111,24 @@ def quantize(
             path,
             target,
             None if text is None else read_text(text),
-            tokenizer=tokenizer,
+            **own,
             positions=positions,
             threads=threads,
         )
-        speeds = {name: _speed(model, tokenizer, threads) for name, model in (("source", path), ("output", target))}
+        speeds = {
+            "source": _speed(path, threads, tokenizer=tokenizer, tokenizer_mode=tokenizer_mode, adapter=adapter or ()),
+            "output": _speed(target, threads),
+        }
         facts |= {"agreement": agreement.summary(), "speed": speeds}
-    print(json.dumps(facts) if as_json else "\n".join(_table(facts)))
+    data(json.dumps(facts)) if as_json else say("\n".join(_table(facts)))
 
 
-def _speed(path: Path, tokenizer: Path | None, threads: int | None) -> dict[str, float]:
+def _speed(path: Path, threads: int | None, **options: Any) -> dict[str, float]:
     """Tokens a second, after a short run to wake the processor."""
     from llama2 import api
 
     context = _PROMPT + _ANSWER
-    with api.load(path, threads=threads, tokenizer=tokenizer) as model:
+    with api.load(path, threads=threads, **options) as model:
         context = min(context, model.config.context_length)
         work = Work(prompt=max(1, context - _ANSWER), generate=max(1, min(_ANSWER, context - 2)))
         prefill(model, work)

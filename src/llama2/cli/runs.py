@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from llama2.cli.output import one_line
+from llama2 import files
+from llama2.cli.output import one_line, warn
+from llama2.console import data, say
 from llama2.errors import RunError
 from llama2.records import ORIGIN, Run
+from llama2.train.card import LAST, perplexity
 
 EXAMPLE = "Example: llama2 runs first second --plot curves.png"
 
-#: Last steps whose mean loss a run is told by, and half-life in steps of a curve's mean.
-_LAST, _HALF_LIFE = 50, 20
+#: Half-life in steps of a curve's mean.
+_HALF_LIFE = 20
+#: Where a number gets an exponent, letters of a text in the table, and names of runs in a message.
+_WIDE, _WIDEST, _NAMES = 10**15, 60, 20
 
 _FORMATS = (".png", ".svg", ".pdf")
 _AXES = {"tokens": "tokens", "step": "steps", "hours": "hours of steps"}
@@ -40,69 +47,98 @@ def runs(
     """List training runs, and draw them side by side.
 
     LOSS is the mean of the last 50 steps, with the 95 % interval of a mean of as many independent ones. VALIDATION is
-    the last that was measured; PPL is its perplexity.
+    the last that was measured, and each source's is in --json; PPL is its perplexity. A dash stands for what a run has
+    no figures of, or only damaged ones.
     """
     if plot is not None and plot.suffix not in _FORMATS:
         raise typer.BadParameter(f"--plot {plot}: the name must end in one of {', '.join(_FORMATS)}")
     chosen = {name: _find(folder, name) for name in names} if names else _all(folder)
-    rows = [summary(name, run) for name, run in chosen.items()]
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for name, run in chosen.items():
+        row, lines = summary(name, run)
+        rows.append(row)
+        if plot is not None:
+            curves[name] = lines
+        for damage in row["damage"]:
+            warn(damage)
+    if not names:
+        rows.sort(key=lambda row: (row["begun"] is None, row["begun"], row["name"]))
     if plot is not None:
-        draw({name: curve(run) for name, run in chosen.items()}, against, plot)
+        draw({row["name"]: curves[row["name"]] for row in rows}, against, plot)
     if as_json:
-        print(json.dumps({"runs": rows}))
+        data(json.dumps({"runs": rows}))
     elif not rows:
-        print(f"No runs in {folder} yet; `llama2 pretrain recipes/nano.toml` begins one.")
+        say(f"No runs in {folder} yet; `llama2 pretrain recipes/nano.toml` begins one.")
     else:
         _print(rows)
         if plot is not None:
-            print(f"{plot}: {len(rows)} runs")
+            say(f"{plot}: {len(rows)} runs")
 
 
 def _all(folder: Path) -> dict[str, Run]:
-    """Runs in a folder, the oldest first."""
-    found = [Run.open(path.parent) for path in folder.glob(f"*/{ORIGIN}")]
-    return {run.folder.name: run for run in sorted(found, key=lambda run: (run.origin["date"], run.folder.name))}
+    """Whatever in a folder says that it is a run."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: Run(path) for path in paths if files.exists(path / ORIGIN)}
 
 
 def _find(folder: Path, name: str) -> Run:
     """A run by its name, or its own folder."""
     for path in (folder / name, Path(name)):
-        if (path / ORIGIN).is_file():
-            return Run.open(path)
-    there = ", ".join(_all(folder)) or "none"
+        if files.exists(path / ORIGIN):
+            return Run(path)
+    there = ", ".join([*_all(folder)][:_NAMES]) or "none"
     raise RunError(f"{name}: is no run of {folder} (there: {there}); name one of them, or a run's folder")
 
 
-def curve(run: Run) -> list[dict[str, Any]]:
-    """A run's figures by step; of those that were done again after the run went back, the later ones."""
-    return [line for _, line in sorted({line["step"]: line for line in run.metrics()}.items())]
+def summary(name: str, run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a run has come to, None for what it has no figures of, and its curve.
 
+    `damage` says which of its files cannot be read; what they would have told is not known either.
+    """
+    damage: list[str] = []
 
-def summary(name: str, run: Run) -> dict[str, Any]:
-    """What a run has come to; None for what it has no figures of."""
-    origin, lines = run.origin, curve(run)
-    last = lines[-1] if lines else {}
-    losses = [line["loss"] for line in lines[-_LAST:] if line["loss"] is not None]
-    speeds = [line["tokens_per_second"] for line in lines]
-    validation = next((line["validation"] for line in reversed(lines) if "validation" in line), None)
-    return {
+    def read(what: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return what()
+        except (RunError, OSError) as error:
+            damage.append(str(error) if isinstance(error, RunError) else f"{run.folder}: {error.strerror}")
+            return otherwise
+
+    origin: dict[str, Any] = read(lambda: run.origin, {})
+    lines: list[dict[str, Any]] = read(run.curve, [])
+    steps = read(lambda: run.recipe, {}).get("steps")
+    last, nothing = lines[-1] if lines else {}, None if damage else 0
+    losses = _figures(lines[-LAST:], "loss")
+    speeds, shares = _figures(lines, "tokens_per_second"), _figures(lines, "mfu")
+    measured: dict[str, Any] = next((line for line in reversed(lines) if line.get("validation") is not None), {})
+    validation = measured.get("validation")
+    row = {
         "name": name,
         "folder": str(run.folder),
-        "begun": origin["date"],
-        "commit": origin["commit"],
+        "begun": origin.get("date"),
+        "commit": origin.get("commit"),
         "seed": origin.get("seed"),
         "parameters": origin.get("parameters"),
-        "step": last.get("step", 0),
-        "steps": run.recipe.get("steps"),
-        "tokens": last.get("tokens", 0),
+        "step": last.get("step", nothing),
+        "steps": steps if type(steps) is int and abs(steps) < _WIDE else None,
+        "tokens": last.get("tokens", nothing),
         "loss": statistics.fmean(losses) if losses else None,
         "loss_interval": 1.96 * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None,
         "validation": validation,
-        "perplexity": None if validation is None else math.exp(validation),
+        "perplexity": perplexity(validation),
+        "sources": measured.get("sources", {}),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
-        "mfu": statistics.median(line["mfu"] for line in lines) if lines else None,
+        "mfu": statistics.median(shares) if shares else None,
         "notes": sum("note" in line for line in lines),
+        "damage": damage,
     }
+    return row, lines
+
+
+def _figures(lines: list[dict[str, Any]], name: str) -> list[float]:
+    """What the lines that have it say of a figure."""
+    return [line[name] for line in lines if line.get(name) is not None]
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -111,27 +147,33 @@ def _print(rows: list[dict[str, Any]]) -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for name, *cells in table:
         rest = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        print("  ".join([f"{name:{widths[0]}}", *rest]))
+        say("  ".join([f"{name:{widths[0]}}", *rest]))
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     def shown(value: float | None, form: str) -> str:
-        return "-" if value is None else f"{value:{form}}"
+        if value is None:
+            return "-"
+        return f"{value:.3g}" if abs(value) >= _WIDE else f"{value:{form}}"
+
+    def text(value: str) -> str:
+        told = one_line(value)
+        return told if len(told) <= _WIDEST else f"{told[: _WIDEST - 1]}…"
 
     loss = shown(row["loss"], ".4f")
     if row["loss_interval"] is not None:
-        loss += f" ± {row['loss_interval']:.4f}"
+        loss += f" ± {shown(row['loss_interval'], '.4f')}"
     return (
-        one_line(row["name"]),
+        text(row["name"]),
         shown(row["parameters"], ","),
-        f"{row['step']:,}/{shown(row['steps'], ',')}",
-        f"{row['tokens']:,}",
+        f"{shown(row['step'], ',')}/{shown(row['steps'], ',')}",
+        shown(row["tokens"], ","),
         loss,
         shown(row["validation"], ".4f"),
         shown(row["perplexity"], ".2f"),
         shown(row["tokens_per_second"], ",.0f"),
         shown(row["mfu"], ".1%"),
-        row["begun"],
+        text(row["begun"] or "-"),
     )
 
 
@@ -146,31 +188,40 @@ def draw(curves: dict[str, list[dict[str, Any]]], against: Literal["tokens", "st
         from matplotlib.figure import Figure
     except ImportError:
         raise RunError("drawing needs matplotlib: pip install 'whole-llama[train]'") from None
-    validated = any("validation" in line for lines in curves.values() for line in lines)
+    validated = any(line.get("validation") is not None for lines in curves.values() for line in lines)
     figure = Figure(figsize=(12 if validated else 7, 4.5), layout="constrained")
     panels = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
     for number, (name, lines) in enumerate(curves.items()):
         places = axis(lines, against)
-        losses = [math.nan if line["loss"] is None else line["loss"] for line in lines]
-        colour = f"C{number % 10}"
+        losses = [math.nan if line.get("loss") is None else line["loss"] for line in lines]
+        colour, label = f"C{number % 10}", _label(name)
         panels[0].plot(places, losses, color=colour, alpha=0.25, linewidth=0.7)
-        panels[0].plot(places, smooth(losses), color=colour, label=name)
+        panels[0].plot(places, smooth(losses), color=colour, label=label)
         if validated:
-            points = [(x, line["validation"]) for x, line in zip(places, lines, strict=True) if "validation" in line]
-            panels[1].plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, label=name)
+            points = [
+                (x, y) for x, line in zip(places, lines, strict=True) if (y := line.get("validation")) is not None
+            ]
+            panels[1].plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, label=label)
     for panel, title in zip(panels, ("training loss", "validation loss"), strict=False):
         panel.set(title=title, xlabel=_AXES[against], ylabel="nats a token")
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.savefig(file, dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name may have letters that the font lacks
+        figure.savefig(file, dpi=150)
+
+
+def _label(name: str) -> str:
+    """A run's name, in which matplotlib is to see no formula, and nothing that has no UTF-8."""
+    return one_line(name).encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def axis(lines: list[dict[str, Any]], against: Literal["tokens", "step", "hours"]) -> list[float]:
     """Where a run's steps stand on the horizontal axis."""
     if against != "hours":
-        return [line[against] for line in lines]
+        return [line.get(against) or 0 for line in lines]
     total = 0.0
-    return [(total := total + line["seconds"] / 3600) for line in lines]
+    return [(total := total + (line.get("seconds") or 0) / 3600) for line in lines]
 
 
 def smooth(losses: list[float]) -> list[float]:

@@ -20,7 +20,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from llama2.cli.answer import follow, seeded
 from llama2.cli.conversation import Conversation
-from llama2.cli.output import aside, one_line, write
+from llama2.cli.output import one_line
+from llama2.console import aside, say, stream
 from llama2.engine.request import Request
 from llama2.errors import ContextError, Llama2Error
 from llama2.hub import home
@@ -72,62 +73,66 @@ class Chat:
             except EOFError:
                 return
             except ContextError as error:
-                print(f"error: {one_line(error)}; /clear begins anew")
+                say(f"error: {one_line(error)}; /clear begins anew")
             except (Llama2Error, OSError, MemoryError) as error:
-                print("error:", one_line(error))
+                say("error:", one_line(error))
 
     def _ask(self, question: str) -> None:
         messages = [*self.conversation.messages, {"role": "user", "content": question}]
-        ids = tuple(self.model.render(messages, neutralise=self.neutralise))
-        request = Request(ids, **self.limits, sampling=seeded(self.conversation.sampling))
+        request = Request((), **self.limits, sampling=seeded(self.conversation.sampling))
+        asked = self.model.prompt(messages, neutralise=self.neutralise)
+        for note in asked.notes:
+            aside(note)
+        request = self.model.answering(request, asked)
         with _keys_kept():
-            reply = follow(self.model.engine, request, write)
-        print()
+            reply = follow(self.model.engine, request, stream)
+        say()
         context, used = self.model.engine.context, reply.prompt_tokens + len(reply.token_ids)
         aside(f"{reply.summary()}, {used} of {context} tokens of context")
         if reply.text.strip():
             self.conversation.messages = [*messages, {"role": "assistant", "content": reply.text}]
         else:
-            print("There is no answer, so the question is not kept either.")
+            say("There is no answer, so the question is not kept either.")
         if reply.finish_reason == "length":
             full = f"the context is full, {used} of {context} tokens; /clear begins anew."
-            print("The answer ends here:", full if request.max_tokens is None else "--max-tokens is reached.")
+            say("The answer ends here:", full if request.max_tokens is None else "--max-tokens is reached.")
 
     def _obey(self, command: str, argument: str) -> None:
         match command:
             case "/system":
                 self.conversation.system = argument or None
-                print("The system prompt is set." if argument else "There is no system prompt now.")
+                say("The system prompt is set." if argument else "There is no system prompt now.")
             case "/clear":
                 self.conversation.clear()
-                print("Forgotten." + " The system prompt stays." * bool(self.conversation.system))
+                say("Forgotten." + " The system prompt stays." * bool(self.conversation.system))
             case "/save" | "/load" if not argument:
-                print(f"error: {command} needs the name of a file")
+                say(f"error: {command} needs the name of a file")
             case "/save" if not self.conversation.turns:
-                print("error: nothing has been said yet")
+                say("error: nothing has been said yet")
             case "/save":
-                path = Path(argument).expanduser()
+                path = Path(os.path.expanduser(argument))
                 self.conversation.save(path)
-                print(f"Saved {len(self.conversation.turns)} messages to {path}.")
+                say(f"Saved {len(self.conversation.turns)} messages to {path}.")
             case "/load":
-                self._load(Path(argument).expanduser())
+                self._load(Path(os.path.expanduser(argument)))
             case "/help":
                 for name, wants, does in _COMMANDS:
-                    print(f"  {name + ' ' + wants:<16}{does}")
-                print(_KEYS)
+                    say(f"  {name + ' ' + wants:<16}{does}")
+                say(_KEYS)
             case "/exit":
                 raise EOFError
             case _:
                 near = get_close_matches(command, [name for name, _, _ in _COMMANDS], 1)
                 hint = f"did you mean {near[0]}?" if near else "/help lists them, and a space before / sends it as text"
-                print(f"error: there is no command {command}; {hint}")
+                say(f"error: there is no command {command}; {hint}")
 
     def _load(self, path: Path) -> None:
         loaded = Conversation.load(path)
-        print(f"Loaded {len(loaded.turns)} messages from {path}.")
-        if loaded.model != self.conversation.model:
-            print(f"They are with {loaded.model}; {self.conversation.model} goes on.")
-        self.conversation = replace(loaded, model=self.conversation.model)
+        say(f"Loaded {len(loaded.turns)} messages from {path}.")
+        before, now = (" + ".join([c.model, *c.adapters]) for c in (loaded, self.conversation))
+        if before != now:
+            say(f"They are with {before}; {now} goes on.")
+        self.conversation = replace(loaded, model=self.conversation.model, adapters=self.conversation.adapters)
 
 
 class _History(FileHistory):

@@ -11,6 +11,7 @@ import typer
 
 from llama2.cli.options import read_text
 from llama2.cli.output import warn
+from llama2.console import data, say
 
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 
@@ -35,8 +36,8 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Learn a SentencePiece vocabulary with Llama 2's settings: byte-pair merges, bytes for the rest, single digits."""
-    from llama2.checkpoint.output import create
     from llama2.errors import TokenizerError
+    from llama2.files import create
     from llama2.text import trainer
 
     if output.exists() and not force:
@@ -51,4 +52,4 @@ def train(
     if trained.too_long:
         warn(f"{trained.too_long} lines have more than {trainer.LONGEST_LINE} bytes, and nothing was learnt from them")
     facts = {"path": str(output), "vocabulary": vocabulary, "lines": trained.lines, "lines_too_long": trained.too_long}
-    print(json.dumps(facts) if as_json else f"{output}: {vocabulary:,} tokens, learnt from {trained.lines:,} lines")
+    data(json.dumps(facts)) if as_json else say(f"{output}: {vocabulary:,} tokens, learnt from {trained.lines:,} lines")

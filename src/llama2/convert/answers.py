@@ -56,7 +56,8 @@ def compare(source: Checkpoint, output: Checkpoint, lossy: Collection[str], repo
     divergences = [_divergence(a, b) for a, b in pairs]
     mean = math.fsum(divergences) / count
     limit = max(DIVERGENCE[format] for format in lossy) if lossy else 0.0
-    if source.config.inverse_frequencies() != output.config.inverse_frequencies():
+    rotations = [(c.inverse_frequencies(), c.attention_factor()) for c in (source.config, output.config)]
+    if rotations[0] != rotations[1]:
         limit = max(limit, _ROUNDED)
     if limit == 0 and not all(same):
         raise ParityError(f"logits differ by up to {largest:.3g}, from token {same.index(False)} of an answer on")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2 import checkpoint, plan
+from llama2 import checkpoint, files, plan
 from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, huggingface, kept, llama2c, meta, quantize
 from llama2.checkpoint.mapped import release_pages
 from llama2.convert import answers, receipt
@@ -23,6 +23,7 @@ from llama2.convert.staging import RECEIPT, beside, carry_terms, check_room, sta
 from llama2.errors import CheckpointError, ParityError
 from llama2.hub import store
 from llama2.hub.progress import Progress, reporting
+from llama2.text.tokenizer import Mode
 
 Target = Literal["gguf", "hf", "meta", "llama2c"]
 
@@ -42,6 +43,8 @@ def convert(
     *,
     format: str | None = None,
     tokenizer: str | Path | None = None,
+    tokenizer_mode: Mode = "auto",
+    adapters: Sequence[tuple[Path, float]] = (),
     shards: int = 1,
     run: bool = True,
     force: bool = False,
@@ -51,15 +54,20 @@ def convert(
 
     The receipt also stands at `target`.receipt.json, or receipt.json in its folder. `format` is one of FORMATS[to];
     without it numbers stay as they are where the file format has them, and become F32 elsewhere. `tokenizer` replaces
-    the source's own. `shards` is for Meta's. With `run`, both models answer through the engine, one after the other.
+    the source's own, `tokenizer_mode` decides what is written of its spaces in front of text, and `adapters` are merged
+    into it, as `checkpoint.open` does. `shards` is for Meta's. With `run`, both models answer through the engine, one
+    after the other.
 
     Nothing stands at `target` unless the receipt is in order. Raises ParityError when it is not; CheckpointError,
     ConfigError and TokenizerError when `source` cannot be read, or not be expressed or written so.
     """
-    source, target = Path(source), Path(target)
+    source, target = files.named(Path(source)), files.named(Path(target))
     given = None if tokenizer is None else Path(tokenizer)
     _check_request(to, format, shards)
-    with reporting(progress) as report, checkpoint.open(source, tokenizer=given) as model:
+    with (
+        reporting(progress) as report,
+        checkpoint.open(source, tokenizer=given, tokenizer_mode=tokenizer_mode, adapters=adapters) as model,
+    ):
         formats = _formats(model, to, format)
         if run:
             _check_memory(model, formats)
@@ -166,6 +174,7 @@ def _inputs(model: Checkpoint, tokenizer: Path | None) -> list[Path]:
         files = sorted(path.parent.glob(f"{glob.escape(split[1])}-?????{split[2]}"))
     else:
         files = [path]
+    files += [file for adapter in model.adapters for file in adapter.files()]
     beside = {"meta": meta.tokenizer_file(path), "llama2c": path.with_name("tokenizer.bin")}.get(model.format)
     own = tokenizer or beside
     return files if own is None or own in files else [*files, own]

@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.checkpoint import Checkpoint, Tensor, gguf, huggingface, meta, pth
+from llama2.checkpoint import Checkpoint, Tensor, gguf, huggingface, meta
+from llama2.checkpoint.adapter import Adapter, Update
 from llama2.checkpoint.mapped import MappedFile
+from llama2.checkpoint.quantize import dequantize
 from llama2.config import ModelConfig
 from llama2.errors import ParityError
 
 Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Stored:
     shape: tuple[int, int]  # (R, C)
     rows: Callable[[slice], Bytes]
     group: int = 0  # llama2.c: F32 made of integers, so many of which share a scale
+    sum: Callable[[slice], Floats] | None = None  # of a merged matrix, some rows of base and adapters, not yet rounded
 
 
 #: Meta's names, and those of Hugging Face and GGUF; {} is the layer.
@@ -67,6 +71,8 @@ def tensors(model: Checkpoint) -> dict[str, Stored]:
 
     Raises ParityError when the files do not hold what the format defines, CheckpointError when they are damaged.
     """
+    if model.base is not None:
+        return _merged(model, model.base)
     make = {"gguf": _gguf, "huggingface": _huggingface, "meta": _meta, "llama2c": _llama2c}[model.format]
     found = make(model)
     if model.config.tied_embeddings:
@@ -82,8 +88,9 @@ def _names(config: ModelConfig) -> Iterable[tuple[str, str, str]]:
     for ours, theirs in _NAMES.items():
         for i in range(config.n_layers if "{}" in ours else 1):
             if ours != "output" or not config.tied_embeddings:
-                metas, hugging, ggufs = (f"{name.format(i)}.weight" for name in (ours, *theirs))
-                yield metas, hugging, ggufs
+                for kind in ("weight", "bias")[: 2 if ours[10:] in config.biases else 1]:
+                    metas, hugging, ggufs = (f"{name.format(i)}.{kind}" for name in (ours, *theirs))
+                    yield metas, hugging, ggufs
 
 
 def _find(held: Mapping[str, Tensor], name: str) -> Tensor:
@@ -114,10 +121,14 @@ def _huggingface(model: Checkpoint) -> dict[str, Stored]:
     for ours, name, _ in _names(model.config):
         tensor = _find(held, name)
         read: Callable[[slice], Bytes] = _table(tensor).__getitem__
-        if ours.endswith(("wq.weight", "wk.weight")):
+        if ours.split(".")[-2] in ("wq", "wk"):
             head = sorted(range(2 * half), key=lambda number: (number % half, number))
             starts = np.arange(0, tensor.shape[0], 2 * half)
-            read = partial(_gather, _table(tensor), (starts[:, None] + head).reshape(-1))
+            order = (starts[:, None] + head).reshape(-1)
+            if len(tensor.shape) == 1:  # a bias is one row
+                read = tensor.data.reshape(len(order), -1)[order].reshape(1, -1).__getitem__
+            else:
+                read = partial(_gather, _table(tensor), order)
         found[ours] = Stored(tensor.format, _shape(tensor), read)
     return found
 
@@ -127,7 +138,7 @@ def _gather(table: Bytes, order: NDArray[np.int64], rows: slice) -> Bytes:
 
 
 def _meta(model: Checkpoint) -> dict[str, Stored]:
-    files = [pth.read(path) for path in meta.files(model.path)]
+    files = [meta.part(path) for path in meta.files(model.path)]
     found = {}
     for ours, _, _ in _names(replace(model.config, tied_embeddings=False)):
         pieces = [_find(file, ours) for file in files]
@@ -185,3 +196,70 @@ def _from_integers(integers: NDArray[np.int8], scales: NDArray[np.float32], rows
     q, s = integers[rows], scales[rows]
     values: NDArray[Any] = q.reshape(*s.shape, -1) * s[:, :, None]
     return values.astype("<f4").reshape(len(q), -1).view(np.uint8)
+
+
+def _merged(model: Checkpoint, base: Checkpoint) -> dict[str, Stored]:
+    """The base's tensors with those that adapters replaced, and what was computed of each matrix that they changed.
+
+    Of the latter, `sum` computes every number once more, in float64. One matrix is in memory at a time.
+    """
+    found, latest = tensors(base), dict[str, Any]()
+    names = {ours: (hugging, ggufs) for ours, hugging, ggufs in _names(replace(base.config, tied_embeddings=False))}
+    for adapter in model.adapters:
+        for name, tensor in adapter.replacements.items():
+            order = _order(name, tensor.shape[0], adapter, model.config)
+            if len(tensor.shape) == 1:  # a norm, or a bias, is one row
+                numbers = tensor.data.reshape(len(order), -1)[order].reshape(1, -1)
+                found[name] = Stored(tensor.format, (1, len(order)), numbers.__getitem__)
+            else:
+                found[name] = Stored(tensor.format, _shape(tensor), partial(_gather, _table(tensor), order))
+    for name in {name for adapter in model.adapters for name in adapter.updates}:
+        terms = []
+        for adapter in model.adapters:
+            if update := adapter.updates.get(name):
+                hugging, ggufs = names[name]
+                if (
+                    f"{update.module}.weight" not in (hugging, hugging.removeprefix("model."))
+                    and update.module != ggufs
+                ):
+                    raise ParityError(f"{adapter.path}: {update.module} was added to {name}")
+                terms.append((update, _order(name, update.left.shape[0], adapter, model.config)))
+        tensor = model.tensors[name]
+        found[name] = Stored(
+            tensor.format,
+            found[name].shape,
+            partial(_computed, latest, tensor),
+            sum=partial(_sum, latest, name, found[name], terms),
+        )
+    return found
+
+
+def _order(name: str, rows: int, adapter: Adapter, config: ModelConfig) -> NDArray[np.int64]:
+    """Where an adapter's file has each row that the model has; peft keeps transformers' order, llama.cpp Meta's."""
+    order = np.arange(rows)
+    if not adapter.halves or name.split(".")[-2] not in ("wq", "wk"):
+        return order
+    return order.reshape(-1, 2, config.head_dim // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _computed(latest: dict[str, Any], tensor: Tensor, rows: slice) -> Bytes:
+    if latest.get("computed", ("",))[0] != tensor.name:
+        latest["computed"] = tensor.name, _table(tensor)
+    table: Bytes = latest["computed"][1]
+    return table[rows]
+
+
+def _sum(
+    latest: dict[str, Any], name: str, base: Stored, terms: list[tuple[Update, NDArray[np.int64]]], rows: slice
+) -> Floats:
+    """W + scale * B A, or with a magnitude m the same rows divided by their lengths and multiplied by m."""
+    if latest.get("factors", ("",))[0] != name:
+        tables = [(u.left, u.right, u.magnitude) for u, _ in terms]
+        latest["factors"] = name, [[t and t.dequantize().astype(np.float64) for t in table] for table in tables]
+    data = base.rows(rows)
+    x: Floats = dequantize(data.reshape(-1), base.format, (len(data), base.shape[1])).astype(np.float64)
+    for (update, order), (left, right, magnitude) in zip(terms, latest["factors"][1], strict=True):
+        x = x + update.scale * np.einsum("ik,kj->ij", left[order[rows]], right, optimize=True)
+        if magnitude is not None:
+            x = magnitude[order[rows], None] * x / np.sqrt((x**2).sum(axis=1, keepdims=True))
+    return x

@@ -7,7 +7,7 @@ error of its output is Σ (Δw · x)², whose expectation over inputs that do no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2 import checkpoint, plan
+from llama2 import checkpoint, files, plan
 from llama2.checkpoint import Checkpoint, Tensor, gguf_writer
 from llama2.checkpoint import quantize as formats
 from llama2.checkpoint.mapped import release_pages
@@ -27,6 +27,7 @@ from llama2.engine.runner_native import NativeRunner
 from llama2.engine.scheduler import blocks_for
 from llama2.errors import CheckpointError, Llama2Error
 from llama2.hub.progress import Progress, reporting
+from llama2.text.tokenizer import Mode
 
 Importance = Mapping[str, NDArray[np.float32]]  # (columns,) of a matrix, by Meta's name
 
@@ -69,6 +70,8 @@ def quantize(
     *,
     importance: Importance | None = None,
     tokenizer: str | Path | None = None,
+    tokenizer_mode: Mode = "auto",
+    adapters: Sequence[tuple[Path, float]] = (),
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -76,16 +79,20 @@ def quantize(
     """Write the model at `source`, in any format that can be opened, to the GGUF file `target`.
 
     `format` is one of FORMATS; each matrix has the number format that `plan.tensor_formats` tells. `importance` is what
-    `imatrix.read` or `calibrate` returns. One tensor is in memory at a time. Files with the licence and its like stand
-    beside `target`, as those of `convert` do. Nothing is left when something goes wrong. Raises CheckpointError when
-    `target` is there and is not to be replaced by `force`, when a weight is not finite, or as the reader and the writer
-    do.
+    `imatrix.read` or `calibrate` returns. `tokenizer_mode` decides what is written of spaces in front of text, and
+    `adapters` are merged in before, as `checkpoint.open` does. One tensor is in memory at a time. Files with the
+    licence and its like stand beside `target`, as those of `convert` do. Nothing is left when something goes wrong.
+    Raises CheckpointError when `target` is there and is not to be replaced by `force`, when a weight is not finite, or
+    as the reader and the writer do.
     """
-    source, target = Path(source), Path(target)
+    source, target = files.named(Path(source)), files.named(Path(target))
     if format not in FORMATS:
         raise CheckpointError(f"{format} is no format of a file; choose one of {', '.join(FORMATS)}")
     own = None if tokenizer is None else Path(tokenizer)
-    with reporting(progress) as report, checkpoint.open(source, tokenizer=own) as model:
+    with (
+        reporting(progress) as report,
+        checkpoint.open(source, tokenizer=own, tokenizer_mode=tokenizer_mode, adapters=adapters) as model,
+    ):
         planned, shapes = plan.tensor_formats(model.config, format), model.config.tensor_shapes()
         chosen = {name: planned[name] if len(shape) == 2 else "F32" for name, shape in shapes.items()}
         errors: dict[str, float] = {}
@@ -141,6 +148,8 @@ def calibrate(
     text: str,
     *,
     tokenizer: str | Path | None = None,
+    tokenizer_mode: Mode = "auto",
+    adapters: Sequence[tuple[Path, float]] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, tuple[NDArray[np.float64], int]]:
@@ -150,7 +159,10 @@ def calibrate(
     the text has less than one window.
     """
     own = None if tokenizer is None else Path(tokenizer)
-    with reporting(progress) as report, checkpoint.open(source, tokenizer=own) as model:
+    with (
+        reporting(progress) as report,
+        checkpoint.open(source, tokenizer=own, tokenizer_mode=tokenizer_mode, adapters=adapters) as model,
+    ):
         width = min(WINDOW, model.config.context_length)
         windows = list(agreement.windows(text, model.tokenizer, width, CALIBRATION))
         if not windows or len(windows[0]) < width:
@@ -176,6 +188,8 @@ def compare(
     text: str | None = None,
     *,
     tokenizer: str | Path | None = None,
+    tokenizer_mode: Mode = "auto",
+    adapters: Sequence[tuple[Path, float]] = (),
     positions: int = POSITIONS,
     threads: int | None = None,
 ) -> Agreement:
@@ -187,7 +201,7 @@ def compare(
     if text is None:
         text = resources.files("llama2.convert").joinpath("quantize_text.txt").read_text("utf-8")
     own = None if tokenizer is None else Path(tokenizer)
-    with checkpoint.open(source, tokenizer=own) as model:
+    with checkpoint.open(source, tokenizer=own, tokenizer_mode=tokenizer_mode, adapters=adapters) as model:
         width = min(WINDOW, model.config.context_length)
         windows = list(agreement.windows(text, model.tokenizer, width, positions))
         if not windows:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llama2.checkpoint.quantize import FORMATS, dequantize, nbytes
 from llama2.config import ModelConfig
 from llama2.convert import layouts, samples
 from llama2.convert.bounds import BOUNDS, Bound, groups
-from llama2.convert.layouts import Stored
+from llama2.convert.layouts import Bytes, Floats, Stored
 from llama2.errors import DialogError, ParityError, TemplateError, TokenizerError
 from llama2.hub import store
 from llama2.hub.progress import Progress
@@ -48,7 +49,7 @@ def take(
     with ThreadPoolExecutor(1) as pool:  # hashes while tensors are compared
         digests = {path: pool.submit(store.digest, path, "sha256", _silent) for path in (*inputs, *outputs)}
         try:
-            facts = {
+            facts: dict[str, Any] = {
                 "tool": {"name": "llama2", "version": llama2.__version__},
                 "configuration": configuration(source, output),
                 "tokenizer": tokenizer(source.tokenizer, output.tokenizer),
@@ -65,6 +66,10 @@ def take(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        if source.tokenizer_mode != "auto":
+            facts["tokenizer"]["mode"] = source.tokenizer_mode
+        if source.adapters:
+            facts["adapters"] = [{**adapter.summary(), "path": adapter.path.name} for adapter in source.adapters]
         for name, model, paths in (("source", source, inputs), ("output", output, outputs)):
             files = [{"name": p.name, "bytes": p.stat().st_size, "sha256": digests[p].result()} for p in paths]
             facts[name] = {"name": model.path.name, "format": model.format, "files": files}
@@ -83,8 +88,10 @@ def configuration(source: Checkpoint, output: Checkpoint) -> dict[str, Any]:
         if before == after:
             continue
         if name == "rope_scaling":
-            frequencies = [np.array(c.inverse_frequencies()) for c in (source.config, output.config)]
-            same = np.allclose(frequencies[0], frequencies[1], rtol=1e-6, atol=0)
+            configs = (source.config, output.config)
+            numbers = [np.array([*c.inverse_frequencies(), c.attention_factor()]) for c in configs]
+            same = np.allclose(numbers[0], numbers[1], rtol=1e-6, atol=0)
+            same = same and configs[0].dynamic_growth() == configs[1].dynamic_growth()
         elif name in ("norm_eps", "rope_theta"):
             same = np.float32(before) == np.float32(after)
         else:
@@ -120,6 +127,8 @@ def _tensor(name: str, before: Stored, after: Stored) -> dict[str, Any]:
     squares = errors = worst = 0.0
     for rows in _pieces(before):
         a, b = before.rows(rows), after.rows(rows)
+        if before.sum is not None:
+            _check_merged(name, before, a, before.sum(rows))
         if before.format == after.format and np.array_equal(a, b):
             continue
         shape = (rows.stop - rows.start, before.shape[1])
@@ -143,10 +152,30 @@ def _tensor(name: str, before: Stored, after: Stored) -> dict[str, Any]:
                 f"{column}: {x[row, column]:.9g} became {y[row, column]:.9g}, which is not {allowed}"
             )
     facts: dict[str, Any] = {"source": before.format, "output": after.format}
+    if before.sum is not None:
+        facts["merged"] = True
     if not exact:
         rms = math.sqrt(errors / squares) if squares else 0.0
         facts |= {"rounded_to": "Q8_0" if after.group else after.format, "relative_rms": rms, "largest_error": worst}
     return facts
+
+
+def _check_merged(name: str, stored: Stored, data: Bytes, expected: Floats) -> None:
+    """Raise ParityError unless a merged matrix is what base and adapters give, as far as float32 and its format go."""
+    x = dequantize(data.reshape(-1), stored.format, expected.shape)
+    block = FORMATS[stored.format].block
+    bound = 2.0**-20 * np.abs(expected).max(axis=1, keepdims=True)
+    if stored.format in BOUNDS:
+        blocks = expected.reshape(-1, block)
+        rounded = np.broadcast_to(BOUNDS[stored.format](blocks), blocks.shape).reshape(expected.shape)
+        bound = bound + rounded
+    wrong = ~(np.abs(x - expected) <= bound)
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise ParityError(
+            f"{name} has {int(wrong.sum())} of {wrong.size} numbers that are not the base's with its adapters: "
+            f"{expected[row, column]:.9g} became {x[row, column]:.9g}"
+        )
 
 
 def _rule(name: str, format: str) -> Bound:
@@ -163,15 +192,22 @@ def _pieces(tensor: Stored) -> Iterator[slice]:
 
 
 def tokenizer(source: Tokenizer, output: Tokenizer) -> dict[str, Any]:
-    """Both vocabularies token by token; the ids that both give `samples.strings`, and the text that the ids give."""
+    """Both vocabularies token by token; the ids that both give `samples.strings` and texts around each added token, and
+    the text that the ids give.
+    """
     for name in ("kind", "pre", "vocab_size", "bos_id", "eos_id", "stop_ids", "add_bos", "add_eos", "control"):
         before, after = getattr(source, name), getattr(output, name)
         if before != after:
             raise ParityError(f"the tokenizer's {name} {_change(before, after)}")
     unused = _vocabularies(source, output)
     count = 0
-    for text in (*samples.strings(), *unused):
-        before, after = _attempt(source.encode, text), _attempt(output.encode, text)
+    added = [f"a{text}b {text} c" for text in (*source.user, *source.control) if text not in source.normalized]
+    asked = [
+        *((text, False) for text in (*samples.strings(), *unused.values(), *added)),
+        *((text, True) for text in added),
+    ]
+    for text, special in asked:
+        before, after = (_attempt(partial(each.encode, special=special), text) for each in (source, output))
         if before != after:
             raise ParityError(f"the text {_short(text)} has other tokens: {_change(before, after)}")
         if isinstance(before, list):
@@ -181,12 +217,12 @@ def tokenizer(source: Tokenizer, output: Tokenizer) -> dict[str, Any]:
                 raise ParityError(f"the tokens {_short(before)} stand for other text")
     for token in range(source.vocab_size):
         data = source.token_bytes(token)
-        if output.token_bytes(token) != data:
+        if output.token_bytes(token) != data and token not in unused:
             raise ParityError(f"token {token} was {data!r} and is {output.token_bytes(token)!r}")
     return {"strings": samples.STRINGS, "tokens": count, "vocabulary": source.vocab_size}
 
 
-def _vocabularies(source: Tokenizer, output: Tokenizer) -> list[str]:
+def _vocabularies(source: Tokenizer, output: Tokenizer) -> dict[int, str]:
     """Compare all parts, and return the tokens that are unused in one vocabulary and not in the other: not every format
     tells them apart, and it makes no difference if no text yields them, not even their own.
     """
@@ -194,7 +230,7 @@ def _vocabularies(source: Tokenizer, output: Tokenizer) -> list[str]:
     if not (isinstance(before, Vocabulary) and isinstance(after, Vocabulary)):
         if source.model_file() != output.model_file():  # a SentencePiece model with rules of its own
             raise ParityError("its tokenizer.model is another")
-        return []
+        return {}
     for name in (field.name for field in fields(Vocabulary)):
         old, new = getattr(before, name), getattr(after, name)
         if name == "types":
@@ -207,8 +243,8 @@ def _vocabularies(source: Tokenizer, output: Tokenizer) -> list[str]:
         if isinstance(old, list) and isinstance(new, list):
             raise ParityError(f"the vocabulary's {name}: there were {len(old)} and are {len(new)}")
         raise ParityError(f"the vocabulary's {name} {_change(old, new)}")
-    pairs = zip(before.pieces, before.types, after.types, strict=True)
-    return [piece for piece, old, new in pairs if old != new]
+    rows = enumerate(zip(before.pieces, before.types, after.types, strict=True))
+    return {token: piece for token, (piece, old, new) in rows if old != new}
 
 
 def library(folder: Path, source: Tokenizer) -> dict[str, Any]:
@@ -219,12 +255,12 @@ def library(folder: Path, source: Tokenizer) -> dict[str, Any]:
     """
     from tokenizers import Tokenizer as Library
 
-    theirs, parts = Library.from_file(str(folder / "tokenizer.json")), source.vocabulary()
+    theirs = Library.from_file(str(folder / "tokenizer.json"))
     settings = json.loads((folder / "tokenizer_config.json").read_bytes())
     for name, token in (("bos_token", source.bos_id), ("eos_token", source.eos_id)):
-        if settings.get(name) != (wanted := None if token is None else parts.pieces[token]):
+        if settings.get(name) != (wanted := None if token is None else theirs.id_to_token(token)):
             raise ParityError(f"tokenizer_config.json: {name} {_change(wanted, settings.get(name))}")
-    marks = [*source.control, *([] if parts.unk_id is None else [parts.pieces[parts.unk_id]])]
+    marks = [*source.control, *([unknown] if (unknown := settings.get("unk_token")) else [])]
     own = (source.token_bytes(token).decode(errors="ignore") for token in range(source.vocab_size))
     count = 0
     for text in (*samples.strings(), *own):
@@ -239,9 +275,9 @@ def library(folder: Path, source: Tokenizer) -> dict[str, Any]:
 
 
 def chat_template(source: Checkpoint, output: Checkpoint) -> dict[str, Any]:
-    """The template's text, and what both make of `samples.dialogs`; nothing where the format has no place for it."""
-    lost = source.template is not None and output.format in ("meta", "llama2c")
-    if source.template != output.template and not lost:
+    """The templates' texts, and what both make of `samples.dialogs`; nothing where the format has no place for them."""
+    lost = bool(source.templates) and output.format in ("meta", "llama2c")
+    if source.templates != output.templates and not lost:
         raise ParityError(f"the chat template {_change(source.template, output.template)}")
     refused = tokens = 0
     for i, messages in enumerate(samples.dialogs()):

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama2.checkpoint import Checkpoint, huggingface, quantize
+from llama2 import files
+from llama2.checkpoint import Checkpoint, quantize
 from llama2.errors import CheckpointError
 
 #: What the name of a file that belongs to a model, or stands in its folder, ends with.
@@ -137,5 +138,5 @@ def _terms(source: Path, model: Checkpoint, *, card: bool) -> Iterator[tuple[str
         for name in {path.name, path.name.removeprefix(prefix)}:
             wanted = _TERMS.fullmatch(name) or (card and source.is_dir() and name == _CARD)
             if wanted and path.is_file() and (name not in found or name != path.name):
-                found[name] = huggingface.refuse_links_out(path)
+                found[name] = files.refuse_links_out(path)
     yield from found.items()

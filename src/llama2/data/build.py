@@ -2,6 +2,7 @@
 
     read → clean → sign      a task's files → its documents, and signatures of them
     pair → cluster           equal signatures → documents to leave out
+    hold                     what small sources hold out for validation
     learn                    a tokenizer, where none is given
     tokenise                 documents → token ids, by source and split
     mix                      sources by their weights → shards
@@ -23,14 +24,15 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from llama2.data import card, contamination, dedup, describe, read, shards
+from llama2 import files as safely
+from llama2.data import card, contamination, dedup, describe, heldout, origin, read, shards
 from llama2.data.clean import Clean
 from llama2.data.executor import executor
 from llama2.data.read import File
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Manifest
 from llama2.data.stage import Stage, counts
-from llama2.data.tokens import SPLITS, Mix, Tokenise, split_of, written
+from llama2.data.tokens import SPLITS, Mix, Tokenise, written
 from llama2.data.vocabulary import open_tokenizer
 from llama2.errors import DataError
 from llama2.text import trainer
@@ -42,58 +44,97 @@ def build(
     force: bool = False,
     toxicity: describe.Scorer = describe.word_list,
     announce: Callable[[str], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Manifest | None:
     """Make the corpus that a recipe describes, and return its manifest; None when a cluster's queue was given the work.
 
     `toxicity` scores lines for the corpus card. On this machine `announce` is told each stage's name when it begins.
+    `note` is told, in a line each, what was not done as one might expect: what was left out, what was converted.
 
     Raises DataError or TokenizerError before anything is done for sources that are missing and a tokenizer that cannot
-    be used, and later when a source has nothing to use. Without `force` a corpus that is there already is left alone,
-    which is a DataError. With more than one worker, a script that calls this must do so behind
-    `if __name__ == "__main__"`, since workers import it.
+    be used, and later when a source has nothing to use. A corpus that is there already and was built from the same
+    stays; one that was built from something else is a DataError without `force`. With more than one worker, a script
+    that calls this must do so behind `if __name__ == "__main__"`, since workers import it.
     """
     output = recipe.output.resolve()  # since tasks may run elsewhere, and libraries remember relative folders
-    if (output / shards.MANIFEST).exists() and not force:
-        raise DataError(f"{recipe.output}: holds a corpus already; choose another output, or replace it with --force")
+    note = note or (lambda _: None)
     files = read.find(recipe)
-    for name, benchmark in recipe.decontamination.benchmarks.items():
-        contamination.find(recipe.benchmarks_folder, name, benchmark)
     if recipe.tokenizer.file:
         open_tokenizer(recipe.tokenizer.file)
+    now = origin.facts(recipe, files)
+    if (output / shards.MANIFEST).exists() and not force:
+        if changed := origin.differences(output, now):
+            raise DataError(
+                f"{recipe.output}: holds a corpus already, of something else: {'; '.join(changed)}; replace it with "
+                "--force, or choose another output"
+            )
+        note(f"{recipe.output}: is there already, and nothing that it was built from has changed")
+        return shards.read_manifest(output)
     _check_folder(output)
-    work = output / "work" / _identity(recipe, files)
+    with_files = {file.source for file in files}
+    for name, source in recipe.sources.items():
+        if name not in with_files:
+            note(f"sources.{name}: no file in {recipe.dir} matches {', '.join(source.files)}, so it is left out")
+    work = output / "work" / hashlib.sha256(json.dumps([now, recipe.executor.tasks]).encode()).hexdigest()[:16]
     work.mkdir(parents=True, exist_ok=True)
-    last = _stages(recipe.model_copy(update={"output": output}), files, work, toxicity, announce)
+    sources = {name: source for name, source in recipe.sources.items() if name in with_files}
+    last = _stages(
+        recipe.model_copy(update={"output": output, "sources": sources}), files, now, work, toxicity, announce
+    )
     last.run()
     if recipe.executor.kind == "slurm":
         return None
     shutil.rmtree(output / "work")
-    return shards.read_manifest(output)
+    manifest = shards.read_manifest(output)
+    for line in notes(recipe, manifest):
+        note(line)
+    return manifest
+
+
+def differences(recipe: BuildRecipe) -> list[str] | None:
+    """What a recipe's corpus was built from that is another now, in words. None: there is no corpus.
+
+    Raises DataError for sources that are missing.
+    """
+    if not (recipe.output / shards.MANIFEST).exists():
+        return None
+    return origin.differences(recipe.output, origin.facts(recipe, read.find(recipe)))
+
+
+def notes(recipe: BuildRecipe, manifest: Manifest) -> Iterator[str]:
+    """What of a corpus that was built is not as one might expect, in lines."""
+    facts = json.loads((recipe.output / "card" / card.CARD).read_bytes())
+    for name, source in facts["sources"].items():
+        for encoding, times in source["converted"].items():
+            yield f"sources.{name}: {times:,} converted from {encoding}"
+        lost = {what: source["steps"][what] for what in card.LOST if what in source["steps"]}
+        if lost:
+            named = [f"{path} ({reason})" for where, path, reason in facts["left_out"] if where == name]
+            first = f"; first {named[0]}" if named else ""
+            told = ", ".join(f"{count:,} {what}" for what, count in lost.items())
+            yield f"sources.{name}: left out: {told}{first}; {recipe.output / 'card' / 'README.md'} says more"
+    asked = recipe.tokenizer.vocabulary
+    if asked and manifest.tokenizer.vocabulary < asked:
+        yield f"the vocabulary has {manifest.tokenizer.vocabulary:,} tokens, not {asked:,}: so little text has no more"
 
 
 def _belongs(path: Path) -> bool:
     """Whether a file or folder is one that a build writes."""
-    return path.name in ("work", "card", "recipe.json", shards.MANIFEST) or path.name.startswith(
-        ("train-", "validation-", "tokenizer.")
-    )
+    names = ("work", "card", "recipe.json", origin.ORIGIN, shards.MANIFEST)
+    return path.name.removesuffix(".part") in names or path.name.startswith(("train-", "validation-", "tokenizer."))
 
 
 def _check_folder(output: Path) -> None:
-    """Raise DataError when the folder has anything in it that is no part of a corpus."""
-    if output.exists() and (others := [path for path in output.iterdir() if not _belongs(path)]):
-        raise DataError(f"{others[0]}: is no part of a corpus; choose another output folder")
-
-
-def _identity(recipe: BuildRecipe, files: list[File]) -> str:
-    """What tells the work of this recipe on these files from that of another."""
-    tokenizer = shards.sha256(recipe.tokenizer.file) if recipe.tokenizer.file else None
-    told = json.dumps([recipe.model_dump(mode="json", exclude={"executor": {"workers"}}), files, tokenizer])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    """Raise DataError when the folder has anything in it that is no part of a corpus, such as a link."""
+    for path in output.rglob("*"):
+        if path.is_symlink() or (path.parent == output and not _belongs(path)):
+            raise DataError(f"{path}: is no part of a corpus; choose another output folder")
 
 
 def _stages(
     recipe: BuildRecipe,
     files: list[File],
+    now: origin.Facts,
     work: Path,
     toxicity: describe.Scorer,
     announce: Callable[[str], None] | None,
@@ -107,23 +148,30 @@ def _stages(
     bands = dedup.bands(recipe.dedup)
     sign = [dedup.Sign(recipe.dedup, signatures)] if bands else []
     unique = [dedup.Unique(recipe.dedup, pairs, removed)] if bands else []
+    listed, held, left_out = work / "listed", work / "held.json", work / "left_out"
+    documents = [read.Read(recipe, files, left_out), Clean(recipe, toxicity), *sign, heldout.List(listed), Write(clean)]
     stages: list[tuple[str, list[PipelineStep], int]] = [
-        ("clean", [read.Read(recipe, files), Clean(recipe, toxicity), *sign, Write(clean)], tasks),
+        ("clean", documents, tasks),
     ]
     if bands:
         stages += [
             ("pair", [dedup.pair(recipe.dedup, signatures, pairs)], bands),
             ("cluster", [dedup.cluster(recipe.dedup, pairs, removed)], 1),
         ]
+    stages.append(("hold", [heldout.HoldOut(recipe, listed, removed, logs / "clean", held)], 1))
     if recipe.tokenizer.vocabulary:
-        stages.append(("learn", [Learn(recipe, recipe.tokenizer.vocabulary, clean, unique, tokenizer)], 1))
+        stages.append(("learn", [Learn(recipe, recipe.tokenizer.vocabulary, clean, unique, held, tokenizer)], 1))
     samples = work / "samples.npz" if recipe.decontamination.benchmarks else None
     if samples:
         stages.append(("prepare", [contamination.Prepare(recipe, tokenizer, samples)], 1))
     stages += [
-        ("tokenise", [Load(clean), *unique, card.Describe(), Tokenise(recipe, samples, tokenizer, tokens)], tasks),
+        (
+            "tokenise",
+            [Load(clean), *unique, card.Describe(), Tokenise(recipe, samples, tokenizer, held, tokens)],
+            tasks,
+        ),
         ("mix", [Mix(recipe, tokenizer, tokens, logs / "tokenise", work / "mixed")], tasks),
-        ("finish", [Finish(recipe, samples, tokenizer, work)], 1),
+        ("finish", [Finish(recipe, now, samples, tokenizer, work)], 1),
     ]
     last = None
     for name, steps, count in stages:
@@ -170,29 +218,30 @@ class Learn(Stage):
     name = "learn"
 
     def __init__(
-        self, recipe: BuildRecipe, vocabulary: int, folder: Path, unique: list[dedup.Unique], file: Path
+        self, recipe: BuildRecipe, vocabulary: int, folder: Path, unique: list[dedup.Unique], held: Path, file: Path
     ) -> None:
         super().__init__()
         self.recipe = recipe
         self.vocabulary = vocabulary
         self.folder = folder
         self.unique = unique  # where the recipe asks for it
+        self.held = held
         self.file = file
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
-        trained = trainer.train(self._texts(), self.vocabulary)
+        trained = trainer.train(self._texts(), self.vocabulary, exact=False)
         self.file.write_bytes(trained.model)
         self.count("tokenizer", "lines", trained.lines)
         self.count("tokenizer", "lines too long", trained.too_long)
         yield from ()
 
     def _texts(self) -> Iterator[str]:
-        tasks = self.recipe.executor.tasks
+        tasks, held = self.recipe.executor.tasks, heldout.HeldOut(self.recipe, self.held)
         for task in range(tasks):
             documents = Load(self.folder).documents(iter(()), task, tasks)
             for step in self.unique:
                 documents = step.documents(documents, task, tasks)
-            yield from (each.text for each in documents if split_of(each, self.recipe) == "train")
+            yield from (text for each in documents for split, text in held.parts(each) if split == "train")
 
 
 class Finish(Stage):
@@ -200,9 +249,12 @@ class Finish(Stage):
 
     name = "finish"
 
-    def __init__(self, recipe: BuildRecipe, samples: Path | None, tokenizer: Path, work: Path) -> None:
+    def __init__(
+        self, recipe: BuildRecipe, now: origin.Facts, samples: Path | None, tokenizer: Path, work: Path
+    ) -> None:
         super().__init__()
         self.recipe = recipe
+        self.now = now
         self.samples = samples
         self.tokenizer = tokenizer
         self.work = work
@@ -210,12 +262,6 @@ class Finish(Stage):
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
         opened = open_tokenizer(self.tokenizer)
         mixed, kept = counts(self.work / "logs" / "mix"), counts(self.work / "logs" / "tokenise")
-        for name in self.recipe.sources:
-            if not kept[name]["kept"]:
-                reasons = ", ".join(
-                    f"{count:g} {what}" for what, count in counts(self.work / "logs" / "clean")[name].items()
-                )
-                raise DataError(f"sources.{name}: none of its documents was kept ({reasons}); mend it, or leave it out")
         output = self.recipe.output
         manifest = shards.Manifest.of(
             self.tokenizer,
@@ -230,20 +276,21 @@ class Finish(Stage):
             },
         )
         samples, numbers = contamination.load(self.samples) if self.samples else ([], [])
-        coverages = [contamination.Coverage(samples) for _ in range(2)]
-        for when, coverage in zip(("before", "after"), coverages, strict=True):
-            for file in sorted((self.work / "tokens").glob(f"{when}-*.npy")):
-                coverage.load(file)
+        before, after = contamination.Coverage(samples), contamination.Coverage(samples)
+        for when, coverage in (("before", before), ("after", after)):
+            for path in sorted((self.work / "tokens").glob(f"{when}-*.npy")):
+                coverage.load(path)
         (output / shards.MANIFEST).unlink(missing_ok=True)  # from here on the corpus that was there is none
         for path in output.iterdir():
             if path.name.startswith(("train-", "validation-", "tokenizer.")):
                 path.unlink()
         for path in (self.work / "mixed").iterdir():
             path.replace(output / path.name)
-        card.write(
-            output / "card",
-            card.facts(self.recipe, manifest, counts(self.work / "logs" / "clean"), kept, numbers, *coverages),
-        )
-        (output / "recipe.json").write_text(self.recipe.model_dump_json(indent=1) + "\n")
+        named = [json.loads(path.read_bytes()) for path in sorted((self.work / "left_out").iterdir())]
+        cleaned, left_out = counts(self.work / "logs" / "clean"), [each for some in named for each in some]
+        card.write(output / "card", card.facts(self.recipe, manifest, cleaned, kept, numbers, before, after, left_out))
+        with safely.create(output / "recipe.json", error=DataError) as file:
+            file.write(self.recipe.model_dump_json(indent=1).encode() + b"\n")
+        origin.write(output, self.now)
         shards.finish(output, self.tokenizer, manifest)
         yield from ()

@@ -13,15 +13,19 @@ from typing import Any
 
 from datatrove.data import Document
 
+from llama2 import files as safely
 from llama2.data import contamination, describe
 from llama2.data.contamination import Coverage
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Manifest
 from llama2.data.stage import Stage
+from llama2.errors import DataError
 
 #: Languages with a lesser share of the documents are not listed (spec 8.2).
 _LEAST_SHARE = 5e-5
 _LENGTHS = [1 << n for n in range(6, 23)]  # characters, upper ends of the bins
+
+CARD = "card.json"
 
 Counts = Mapping[str, Counter[str]]
 
@@ -50,9 +54,14 @@ class Describe(Stage):
 def write(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write card.json, README.md and plots into `folder`."""
     folder.mkdir(exist_ok=True)
-    (folder / "card.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(markdown(facts), encoding="utf-8")
+    _write(folder / CARD, json.dumps(facts, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    _write(folder / "README.md", markdown(facts).encode("utf-8", "replace"))
     _plot(folder, facts)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with safely.create(path, error=DataError) as file:
+        file.write(data)
 
 
 def facts(
@@ -63,9 +72,11 @@ def facts(
     samples: Sequence[int],
     before: Coverage,
     after: Coverage,
+    left_out: Sequence[Sequence[str]] = (),
 ) -> dict[str, Any]:
     """Everything the card says. `cleaned` and `kept` are the counts up to deduplication and after it, `samples` the
-    number of each benchmark's samples, `before` and `after` what of them the corpus held, and holds.
+    number of each benchmark's samples, `before` and `after` what of them the corpus held, and holds. `left_out` has
+    source, path and reason of files that were.
     """
     total = sum((Counter(counts) for counts in kept.values()), Counter[str]())
     english = total["language: en"]
@@ -76,12 +87,14 @@ def facts(
             name: {
                 "licence": source.licence,
                 "steps": _steps(cleaned[name], kept[name]),
+                "converted": _part(cleaned[name], "converted: "),
                 "personal": _part(cleaned[name], "personal: "),
                 "bytes": {"read": int(cleaned[name]["bytes read"]), "kept": int(kept[name]["bytes kept"])},
                 "corpus": manifest.sources[name],
             }
             for name, source in recipe.sources.items()
         },
+        "left_out": [list(each) for each in left_out],
         "tokenizer": manifest.tokenizer.model_dump(),
         "languages": {
             language: count / documents
@@ -106,8 +119,16 @@ def _part(counts: Mapping[str, float], prefix: str) -> dict[str, int]:
     return {key.removeprefix(prefix): int(value) for key, value in counts.items() if key.startswith(prefix)}
 
 
+#: What cannot be read, and what went beyond a limit: told on the screen too.
+LOST = (
+    *("no text", "not UTF-8", "damaged", "malformed"),
+    *("too long", "took too much time or memory", "unpacks to too much"),
+)
 #: What happens to a document, in order.
-_DROPS = ("empty", "not UTF-8", "too long", "malformed", "no page"), ("blocked site", "other language")
+_DROPS = (
+    ("empty", "no page", *LOST),
+    ("blocked site", "other language"),
+)
 
 
 def _steps(cleaned: Mapping[str, float], kept: Mapping[str, float]) -> dict[str, int]:
@@ -170,11 +191,14 @@ def markdown(facts: Mapping[str, Any]) -> str:
     lines += ["## What happened to documents", ""]
     lines += _table(
         ["source", "step", "documents"],
-        [
-            [name, step, f"{count:,}"]
-            for name, source in facts["sources"].items()
-            for step, count in source["steps"].items()
-        ],
+        _counted(facts, "steps"),
+    )
+    lines += ["## Files that were left out", "", "Each from the first place on that could not be used.", ""]
+    lines += _table(["source", "file", "reason"], [list(each) for each in facts["left_out"]])
+    lines += ["## Encodings that were converted", ""]
+    lines += _table(
+        ["source", "encoding", "documents or files"],
+        _counted(facts, "converted"),
     )
     lines += ["## Personal information that was replaced", ""]
     lines += _table(
@@ -238,10 +262,19 @@ def _percent(share: float) -> str:
     return f"{share:.2%}"
 
 
+def _counted(facts: Mapping[str, Any], what: str) -> list[list[str]]:
+    """A row for each thing that is counted of each source."""
+    return [
+        [name, thing, f"{count:,}"]
+        for name, source in facts["sources"].items()
+        for thing, count in source[what].items()
+    ]
+
+
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     if not rows:
         return ["None.", ""]
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    escaped = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *escaped]] + [""]
 
 
@@ -270,4 +303,5 @@ def _plot(folder: Path, facts: Mapping[str, Any]) -> None:
         axes.barh(list(values), list(values.values()), color="#3b6ea5")
         axes.invert_yaxis()
         axes.set_xlabel(label)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        with safely.create(folder / f"{name}.svg", error=DataError) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})

@@ -12,6 +12,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import lzma
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from datatrove.data import Document
 from datatrove.io import get_datafolder
 from numpy.typing import NDArray
 
+from llama2.data import compressed
 from llama2.data.settings import Benchmark, BuildRecipe, Decontamination
 from llama2.data.stage import Stage
 from llama2.data.vocabulary import open_tokenizer
@@ -35,6 +38,7 @@ SEED = 10
 #: Shares of a sample's tokens from which it is no longer clean, and from which it is dirty.
 NOT_CLEAN, DIRTY = 0.2, 0.8
 
+_LONGEST = 1 << 28  # bytes of a benchmark's file
 _BITS = 26  # of a hash, by which most places of a document are ruled out at once; a byte for each value
 
 
@@ -174,20 +178,24 @@ def read_samples(folder: str, name: str, benchmark: Benchmark) -> list[str]:
     place = get_datafolder(folder)
     texts = []
     for path in find(folder, name, benchmark):
-        with place.open(path, "rb", compression="infer") as file:
-            data = file.read()
+        try:
+            with place.open(path, "rb", compression=None) as file:
+                data = compressed.unpacked(file, path, place.size(path)).read(_LONGEST + 1)
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+            raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}); mend the file") from None
+        if len(data) > _LONGEST:
+            raise DataError(f"{path}: has more than {_LONGEST >> 20} MB, which no benchmark has; mend files")
         try:
             records = list(_records(str(path), data.decode("utf-8-sig")))
             found = [_verbalise(record, benchmark.fields) for record in records]
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: has not the fields {benchmark.fields} ({error}); mend fields") from None
         texts += [text for text in found if text.strip()]
     return texts
 
 
 def _records(path: str, text: str) -> Iterator[Any]:
-    for suffix in (".gz", ".bz2", ".xz", ".zst"):
-        path = path.removesuffix(suffix)
+    path = compressed.bare(path)
     if path.endswith(".csv"):
         yield from csv.reader(io.StringIO(text))
     elif path.endswith((".jsonl", ".ndjson")):
@@ -195,7 +203,7 @@ def _records(path: str, text: str) -> Iterator[Any]:
     elif path.endswith(".json"):
         records = json.loads(text)
         if isinstance(records, Mapping):  # such as {"examples": [...]}
-            records = next(value for value in records.values() if isinstance(value, list))
+            records = next((value for value in records.values() if isinstance(value, list)), [])
         yield from records
     else:
         yield from text.split("\n")

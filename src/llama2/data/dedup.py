@@ -97,6 +97,12 @@ def cluster(settings: Dedup, pairs: Path, removed: Path) -> MinhashDedupCluster:
     return MinhashDedupCluster(str(pairs), str(removed), config=_config(settings), lines_to_buffer=1000)
 
 
+def duplicates(removed: Path, rank: int) -> set[int]:
+    """Numbers of a task's documents that `cluster` leaves out."""
+    file = removed / f"{rank:06d}.remove"
+    return set(np.fromfile(file, "<u4").tolist()) if file.exists() else set()
+
+
 class Unique(Stage):
     """Leaves out a task's duplicates, and counts which of them have an exact twin."""
 
@@ -109,8 +115,7 @@ class Unique(Stage):
         self.removed = removed
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
-        file = self.removed / f"{rank:06d}.remove"
-        removed = set(np.fromfile(file, "<u4").tolist()) if file.exists() else set()
+        removed = duplicates(self.removed, rank)
         twins: set[int] = set()
         if self.settings.exact:
             table = np.fromfile(self.pairs / f"{bands(self.settings) - 1:05d}_00.dups", "<u4").reshape(-1, 2, 2)

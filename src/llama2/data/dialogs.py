@@ -12,48 +12,49 @@ from __future__ import annotations
 import ast
 import bisect
 import hashlib
-import json
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from llama2 import files
+from llama2.data import dialog_files
+from llama2.data.dialog_forms import Told, understand
 from llama2.data.loader import IGNORED, Batch, shuffled
-from llama2.errors import DataError, DialogError
+from llama2.errors import DataError, DialogError, TemplateError, TokenizerError
 from llama2.recipe import Settings
+from llama2.text import turns
 from llama2.text.dialog import Dialog
 from llama2.text.tokenizer import Tokenizer
-
-#: Forms of a record that holds one question and its answer: names of the question, of what may belong to it, and of the
-#: answer. OpenAI's and TRL's, Alpaca's, Dolly's.
-_PAIRS = (("prompt", None, "completion"), ("instruction", "input", "output"), ("instruction", "context", "response"))
-_FORMS = "messages, or prompt and completion, or instruction, input and output, or instruction, context and response"
-
 
 #: A file's name that stands for Python's own library, whose docstrings answer questions about it.
 STDLIB = "stdlib"
 
 #: Folders of it that have no documentation.
 _UNDOCUMENTED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
+_NAMED = 8  # fields without a use that are told by name
 
 
 class DialogSettings(Settings):
-    """Which dialogs, and how they become rows."""
+    """Which dialogs, and how they become rows. What is fitted to the data unless it is given says so."""
 
-    files: list[Path] = Field(min_length=1, description="JSONL files; stdlib: questions about Python's own library")
-    length: int = Field(4096, ge=2, description="tokens of a row")
+    files: list[Path] = Field(min_length=1, description="files or folders; stdlib: questions on Python's own library")
+    length: int = Field(4096, ge=2, description="tokens of a row; unless given, what the longest dialog needs")
     boundaries: bool = Field(True, description="tokens read no other dialog than their own")
     answers: Literal["all", "last"] = Field("all", description="answers of a dialog that are learnt")
     too_long: Literal["refuse", "leave out"] = Field("refuse", description="what becomes of dialogs longer than a row")
+    skip_bad: bool = Field(False, description="leave out and count what is no dialog, or too long, instead of refusing")
     neutralise: bool = Field(False, description="break role markers that messages contain instead of refusing them")
-    validation: int = Field(0, ge=0, description="dialogs that are evaluated and not learnt")
+    validation: int = Field(0, ge=0, description="dialogs that are evaluated and not learnt; unless given, a tenth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,53 +65,65 @@ class Example:
     learnt: NDArray[np.bool_]  # (n,)
 
 
-def read(files: Sequence[Path]) -> Iterator[tuple[str, Dialog]]:
-    """Dialogs of JSONL files, each with its place, `FILE:LINE`. Lines of white space are none.
+@dataclass
+class Seen:
+    """What was met in files of dialogs, to be told once."""
 
-    The file STDLIB is `documentation` of Python's own library. A record has `messages` in OpenAI's form, or is a
-    question with its answer; other fields say nothing here. Raises DataError for a file that cannot be read, and a
-    record that is no dialog which ends with the assistant's answer.
+    forms: Counter[str] = field(default_factory=Counter)  # dialogs by the rule that read them
+    unused: dict[str, None] = field(default_factory=dict)  # names of fields, in order
+    notes: dict[str, None] = field(default_factory=dict)  # what the chat template made of some
+    bad: int = 0
+    first_bad: str = ""
+
+    def told(self) -> list[str]:
+        """The lines for a person."""
+        lines = [", ".join(f"{count:,} dialogs read as {form}" for form, count in self.forms.most_common())]
+        if self.unused:
+            names = [*self.unused]
+            more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            lines.append(f"not used: {', '.join(map(files.quote, names[:_NAMED]))}{more}")
+        lines += self.notes
+        if self.bad:
+            lines.append(f"{self.bad:,} left out; the first: {self.first_bad}")
+        return lines
+
+
+def read(paths: Sequence[Path], seen: Seen | None = None, *, skip_bad: bool = False) -> Iterator[tuple[str, Told]]:
+    """Dialogs of files and folders, each with its place, `FILE:LINE`.
+
+    The file STDLIB is `documentation` of Python's own library. `seen` is told by which rules records were read, and
+    what of them was not used. Raises DataError for a file that cannot be read, and a record that is no dialog which
+    ends with the assistant's answer; with `skip_bad`, `seen` counts such records.
     """
-    for path in files:
+    seen = seen or Seen()
+    for path in paths:
         if str(path) == STDLIB:
-            yield from documentation(Path(sysconfig.get_path("stdlib")))
+            for where, dialog in documentation(Path(sysconfig.get_path("stdlib"))):
+                seen.forms["docstrings"] += 1
+                yield where, Told(dialog)
             continue
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        where = f"{path}:{number}"
-                        yield where, _dialog(where, line)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); give JSONL files of dialogs") from None
+        for file in dialog_files.find([path]):
+            for where, raw in dialog_files.records(file):
+                try:
+                    if raw is None:
+                        raise DialogError(f"has more than {dialog_files.LONGEST >> 20} MB; cut it")
+                    record = dialog_files.parse(raw) if isinstance(raw, bytes) else raw
+                    form, told, unused = understand(record)
+                except DialogError as error:
+                    _bad(where, error, seen, skip_bad)
+                    continue
+                seen.forms[form] += 1
+                seen.unused |= dict.fromkeys(unused)
+                yield where, told
 
 
-def _dialog(where: str, line: bytes) -> Dialog:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: is not UTF-8, at byte {error.start} of the line; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON ({error}); write one object a line") from None
-    try:
-        dialog = Dialog(_messages(record))
-    except DialogError as error:
-        raise DataError(f"{where}: {error}; mend or remove the line") from None
-    if dialog.messages[-1].role != "assistant":
-        raise DataError(f"{where}: the dialog ends without an answer of the assistant; add one, or remove the line")
-    return dialog
-
-
-def _messages(record: Any) -> list[Any]:
-    if isinstance(record, dict):
-        if isinstance(messages := record.get("messages"), list):
-            return messages
-        for question, more, answer in _PAIRS:
-            asked, context, told = record.get(question), record.get(more, "") if more else "", record.get(answer)
-            if isinstance(asked, str) and isinstance(context, str) and isinstance(told, str):
-                content = f"{asked}\n\n{context}" if context.strip() else asked
-                return [{"role": "user", "content": content}, {"role": "assistant", "content": told}]
-    raise DialogError(f"a record has {_FORMS}")
+def _bad(where: str, error: Exception, seen: Seen, skip: bool) -> None:
+    """Count what cannot be learnt, or raise DataError that says so."""
+    told = f"{where}: {error}"
+    if not skip:
+        raise DataError(f"{told}; --skip-bad leaves such out") from None
+    seen.bad += 1
+    seen.first_bad = seen.first_bad or told
 
 
 def documentation(folder: Path) -> Iterator[tuple[str, Dialog]]:
@@ -147,24 +160,36 @@ def _documented(
 
 
 def render(
-    dialog: Dialog,
+    told: Told,
     tokenizer: Tokenizer,
     template: str | None = None,
     *,
     answers: Literal["all", "last"] = "all",
     neutralise: bool = False,
+    notes: dict[str, None] | None = None,
 ) -> Example:
-    """A dialog's tokens, of which all answers are learnt, or the last one alone (paper 3.3).
+    """A dialog's tokens, of which those answers are learnt that are to be, or the last one alone (paper 3.3).
 
+    What the template cannot write is written as the engine does it for a request (`text.turns`), which `notes` hold.
     Raises as Dialog.render does.
     """
-    ids, said = dialog.render(tokenizer, template, neutralise=neutralise)
+    arranged = turns.arrange(told.dialog, template, tokenizer, told.tools or None, neutralise=neutralise)
+    if notes is not None:
+        notes |= dict.fromkeys(arranged.notes)
+    ids, said = arranged.dialog.render(tokenizer, template, neutralise=neutralise, tools=arranged.tools)
     learnt = np.array(said, np.bool_)
-    if not learnt.any():
+    edges = np.flatnonzero(np.diff(learnt, prepend=False, append=False))
+    spans = list(zip(edges[::2], edges[1::2], strict=True))  # of answers
+    if not spans:
         raise DialogError("the model's chat template shows no answer of the assistant; use another template")
-    if answers == "last":
-        asked = np.flatnonzero(~learnt[: np.flatnonzero(learnt)[-1]])  # before the last answer's end
-        learnt[: asked[-1]] = False
+    wanted = told.learnt or (True,) * len(spans)
+    if len(wanted) != len(spans):
+        raise DialogError("the model's chat template does not keep answers apart, so they cannot have weights")
+    for number, (start, end) in enumerate(spans, 1):
+        if not wanted[number - 1] or (answers == "last" and number < len(spans)):
+            learnt[start:end] = False
+    if not learnt.any():
+        raise DialogError("the last answer has weight 0, and no other is to be learnt")
     return Example(np.array(ids, np.int32), learnt)
 
 
@@ -252,30 +277,56 @@ class Prepared:
     left_out: int  # dialogs longer than a row
 
 
-def prepare(asked: DialogSettings, tokenizer: Tokenizer, template: str | None = None, *, seed: int = 0) -> Prepared:
-    """Read, render and pack dialogs; the seed chooses those that are not learnt.
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Every dialog of some files as tokens, with its place, and what was met there."""
+
+    examples: list[Example]
+    places: list[str]
+    seen: Seen
+
+
+def render_all(asked: DialogSettings, tokenizer: Tokenizer, template: str | None, with_tools: str | None) -> Rendered:
+    """Read and render dialogs; those that declare tools by the template `with_tools`.
+
+    Raises DataError for what is no dialog, or none that the template can write, unless such are to be skipped.
+    """
+    rendered = Rendered([], [], Seen())
+    seen = rendered.seen
+    for where, told in read(asked.files, seen, skip_bad=asked.skip_bad):
+        chosen = with_tools if told.tools else template
+        try:
+            example = render(
+                told, tokenizer, chosen, answers=asked.answers, neutralise=asked.neutralise, notes=seen.notes
+            )
+        except (DialogError, TemplateError, TokenizerError) as error:
+            _bad(where, error, seen, asked.skip_bad)
+            continue
+        rendered.examples.append(example)
+        rendered.places.append(where)
+    return rendered
+
+
+def prepare(asked: DialogSettings, rendered: Rendered, *, seed: int = 0) -> Prepared:
+    """Pack dialogs; the seed chooses those that are not learnt.
 
     Raises DataError for one that a row does not hold, unless they are to be left out, and when none is left.
     """
     name = ", ".join(map(str, asked.files))
-    examples = []
-    left_out = 0
-    for where, dialog in read(asked.files):
-        try:
-            example = render(dialog, tokenizer, template, answers=asked.answers, neutralise=asked.neutralise)
-        except DialogError as error:
-            raise DataError(f"{where}: {error}") from None
-        if len(example.tokens) <= asked.length:
-            examples.append(example)
-        elif asked.too_long == "leave out":
-            left_out += 1
-        else:
-            raise DataError(
-                f"{where}: the dialog has {len(example.tokens)} tokens and a row {asked.length}; choose longer rows, "
-                "or have such dialogs left out"
-            )
+    examples = [example for example in rendered.examples if len(example.tokens) <= asked.length]
+    left_out = len(rendered.examples) - len(examples)
+    if left_out and asked.too_long == "refuse" and not asked.skip_bad:
+        longer = (len(example.tokens) > asked.length for example in rendered.examples)
+        where, example = next(compress(zip(rendered.places, rendered.examples, strict=True), longer))
+        raise DataError(
+            f"{where}: the dialog has {len(example.tokens)} tokens and a row {asked.length}; choose longer rows, "
+            "or have such dialogs left out with --skip-bad"
+        )
     if len(examples) <= asked.validation:
-        raise DataError(f"{name}: has {len(examples)} dialogs, of which {asked.validation} are not learnt; give more")
+        raise DataError(
+            f"{name}: has {len(examples)} dialogs, of which {asked.validation} are not learnt; give more, or a smaller "
+            "data.validation"
+        )
     held = {shuffled(place, len(examples), key=seed) for place in range(asked.validation)}
 
     def packed(wanted: bool) -> Packed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from loguru import logger
 
 from llama2.data.settings import Executor
 from llama2.errors import DataError
+from llama2.machine import processors
 
 
 class _Quiet(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
@@ -53,7 +53,7 @@ def executor(
     and are not done again.
     """
     common = {"pipeline": list(steps), "tasks": tasks, "logging_dir": str(logs), "depends": after}
-    workers = min(tasks, settings.workers or (len(os.sched_getaffinity(0)) if settings.kind == "local" else tasks))
+    workers = min(tasks, settings.workers or (processors() if settings.kind == "local" else tasks))
     if settings.kind == "local":
         local = _Quiet(**common, workers=workers)
         local.announce = announce

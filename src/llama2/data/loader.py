@@ -7,7 +7,7 @@ however many processes, so a run goes on with the next token whoever continues i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypedDict
 
 import numpy as np
@@ -24,12 +24,14 @@ IGNORED = -100
 class Batch:
     """What a process reads at once: (rows, length) each.
 
-    `documents` numbers a row's documents where tokens may not read another's; None: a row is one text.
+    `documents` numbers a row's documents where tokens may not read another's; None: a row is one text. `source` is
+    what the rows are of, in batches to evaluate on, if their corpus tells.
     """
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]  # IGNORED where there is no loss
     documents: NDArray[np.int32] | None = None
+    source: str = ""
 
 
 class Source(Protocol):
@@ -93,6 +95,51 @@ class Windows:
         targets[documents[:, 1:] != documents[:, :-1]] = IGNORED
         return Batch(tokens, targets, documents[:, :-1].copy())
 
+    def spread(self, rows: int, micro: int) -> list[Batch]:
+        """At most `rows` windows to evaluate on, `micro` of a source at a time: the same for whoever asks.
+
+        Each source of the corpus has as many as its share of the windows, but at least one; within it they are spread
+        by a fixed order. A window is of the source that its middle is of.
+        """
+        starts = self._shards.sources or [(0, "")]
+        middles = np.arange(self._count) * self.length + self.length // 2
+        which = np.searchsorted([start for start, _ in starts], middles, side="right") - 1
+        numbers: dict[str, list[int]] = {}
+        for number, place in enumerate(which.tolist()):
+            numbers.setdefault(starts[max(place, 0)][1], []).append(number)
+        found = []
+        counts = shares([len(each) for each in numbers.values()], rows)
+        for (source, each), count in zip(numbers.items(), counts, strict=True):
+            chosen = sorted(each[shuffled(place, len(each), key=0)] for place in range(count))
+            found += [replace(batch, source=source) for batch in batches(self, chosen, micro)]
+        return found
+
+
+def batches(source: Source, numbers: Sequence[int], micro: int) -> list[Batch]:
+    """Some rows of a source, `micro` at a time."""
+    return [source.batch(numbers[start : start + micro]) for start in range(0, len(numbers), micro)]
+
+
+def shares(sizes: Sequence[int], count: int) -> list[int]:
+    """How many of `count` each of the sizes gets: by its share, but at least one, and none more than it has.
+
+    They add up to `count`, or to all that there is. Where there are fewer than sizes, the largest get one.
+    """
+    total = sum(sizes)
+    if count >= total:
+        return list(sizes)
+    if count <= len(sizes):
+        largest = sorted(range(len(sizes)), key=lambda place: -sizes[place])[:count]
+        return [int(place in largest) for place in range(len(sizes))]
+    given = [max(1, size * count // total) for size in sizes]
+    while (left := count - sum(given)) != 0:  # no more often than there are sizes
+        missing = [size * count / total - have for size, have in zip(sizes, given, strict=True)]
+        if left > 0:
+            given[missing.index(max(missing))] += 1
+        else:
+            given[min((place for place, have in enumerate(given) if have > 1), key=missing.__getitem__)] -= 1
+    return given
+
 
 class State(TypedDict):
     """Where a loader stands: rows that all processes have read together, and of what."""
@@ -125,9 +172,7 @@ class Loader:
 
     def first(self, rows: int) -> list[Batch]:
         """The source's first rows in its own order, the same ones for everybody, at most `rows`: for validation."""
-        count = min(rows, len(self._source))
-        starts = range(0, count, self._rows)
-        return [self._source.batch(range(start, min(start + self._rows, count))) for start in starts]
+        return batches(self._source, range(min(rows, len(self._source))), self._rows)
 
     def skip(self, rows: int) -> None:
         """Leave out the next `rows` rows of all processes together."""

@@ -1,30 +1,53 @@
-"""Files → documents: text, docstrings of Python, JSON lines, Parquet, and WARC with the text of its pages.
+"""Files → documents: text, JSON lines, Parquet, HTML, WARC with the text of its pages, and docstrings of Python.
 
-No more than a document's limit of bytes is ever held. What cannot be used is counted, by source and reason: empty,
-not UTF-8, too long, malformed.
+Files come from strangers. No more than a document's limit of bytes is ever held of one; what a library reads is read in
+a process of its own with limits of time and memory (extract.py), and compressed files end where a bomb would begin
+(compressed.py). What cannot be used is left out and counted, by source and reason.
 """
 
 from __future__ import annotations
 
-import ast
 import json
+import lzma
+import os
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cache
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from datatrove.data import Document
 from datatrove.io import DataFolder, get_datafolder
 from fsspec.utils import glob_translate
 
+from llama2.data import clean, compressed, encoding, extract
 from llama2.data.settings import BuildRecipe, Source
 from llama2.data.stage import Stage
-from llama2.errors import DataError
+from llama2.errors import DataError, Llama2Error
+from llama2.files import json_memory, lines
+from llama2.text.worker import Worker
 
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".warc": "warc"}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_FORMS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".warc": "warc",
+    ".html": "html",
+    ".htm": "html",
+    ".xhtml": "html",
+}
+#: Names that a record's text has where it is not where the recipe says.
+_TEXTS = ("content", "body")
+#: The most bytes of memory that a line of JSON may need.
+_JSON_MEMORY = 1 << 28
+#: Files of a task that are named among those that were left out.
+_NAMED = 100
+#: What is told of a document's loss.
+_TOO_LONG, _TOO_MUCH, _MALFORMED = "too long", "took too much time or memory", "malformed"
+
+Text = tuple[str, str | None]
 
 
 class File(NamedTuple):
@@ -36,14 +59,32 @@ class File(NamedTuple):
     changed: str
 
 
+class _StoppedError(Llama2Error):
+    """A process that reads for us was ended."""
+
+
+def changed(info: Mapping[str, Any]) -> str:
+    """When a file changed, by what fsspec knows of it; on a server that does not say, its version."""
+    return str(info.get("mtime") or info.get("ETag"))
+
+
 def find(recipe: BuildRecipe) -> list[File]:
-    """Every source's files in order. Raises DataError for a source that has none."""
+    """Every source's files in order; none for a source whose patterns match nothing. What the recipe writes is none.
+
+    Raises DataError where no source has a file, and for a source without one whose weight asks for some.
+    """
     folder = get_datafolder(recipe.folder)
+    own = os.path.relpath(recipe.output.resolve(), recipe.folder) if "://" not in recipe.folder else ".."
+    within = not own.startswith("..")
 
     @cache
     def listing(place: str) -> dict[str, dict[str, Any]]:
         listed: dict[str, dict[str, Any]] = folder.find(place, detail=True) if folder.exists(place) else {}
-        return listed
+        return {
+            path: facts
+            for path, facts in listed.items()
+            if facts.get("type", "file") == "file" and not (within and Path(path).is_relative_to(own))
+        }
 
     found = []
     for name, source in recipe.sources.items():
@@ -53,164 +94,233 @@ def find(recipe: BuildRecipe) -> list[File]:
             expression = re.compile(glob_translate(pattern))
             for path, facts in listing(fixed if fixed == pattern else fixed.rpartition("/")[0]).items():
                 if expression.match(path) and not any(fnmatch(path, each) for each in source.exclude):
-                    matching[path] = File(name, path, facts["size"], str(facts.get("mtime") or facts.get("ETag")))
-        if not matching:
+                    matching[path] = File(name, path, facts["size"], changed(facts))
+        if not matching and source.weight is not None:
             patterns = ", ".join(source.files)
             raise DataError(f"sources.{name}: no file in {recipe.dir} matches {patterns}; mend files, or give dir=")
         found += [matching[path] for path in sorted(matching)]
+    if not found:
+        if not folder.exists(""):
+            raise DataError(f"{recipe.dir}: no such folder; give the folder of the documents as dir=")
+        patterns = ", ".join(dict.fromkeys(pattern for source in recipe.sources.values() for pattern in source.files))
+        raise DataError(
+            f"{recipe.dir}: no file in it matches {patterns}; mend the sources' files, or give another folder as dir="
+        )
     return found
 
 
 class Read(Stage):
-    """The documents of a task's files. Each has its source's name in its metadata, and where known its address."""
+    """The documents of a task's files. Each has its source's name in its metadata, and where known its address.
+
+    Files that were left out, wholly or from a place on, are named in a file of `left_out`, where that is a folder.
+    """
 
     name = "read"
 
-    def __init__(self, recipe: BuildRecipe, files: Sequence[File]) -> None:
+    def __init__(self, recipe: BuildRecipe, files: Sequence[File], left_out: Path | None = None) -> None:
         super().__init__()
         self.recipe = recipe
         self.files = files
+        self.left_out = left_out
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
         folder = get_datafolder(self.recipe.folder)
-        for name, path, _, _ in self.files[rank::world_size]:
-            source = self.recipe.sources[name]
-            for number, (text, address) in enumerate(self._texts(folder, path, name, source)):
-                if not text.strip():
-                    self.count(name, "empty")
-                    continue
-                self.count(name, "read")
-                self.count(name, "bytes read", len(text.encode(errors="replace")))
-                metadata = {"source": name} | ({"url": address} if address else {})
-                yield Document(text, f"{path}/{number}", metadata=metadata)
-
-    def _texts(self, folder: DataFolder, path: str, name: str, source: Source) -> Iterator[tuple[str, str | None]]:
-        form = source.format if source.format != "suffix" else _form(path)
-        compression = None if form == "warc" else "infer"
+        files = _Files(self, folder)
         try:
-            with folder.open(path, "rb", compression=compression) as file:
-                if form == "parquet":
-                    yield from self._parquet(file, name, source)
-                elif form == "warc":
-                    yield from self._warc(file, name)
-                elif form == "jsonl":
-                    yield from self._jsonl(file, name, source)
-                else:
-                    yield from self._plain(file, name, source, form)
-        except (OSError, EOFError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"{folder.resolve_paths(path)}: cannot be read ({reason}); mend it or exclude it"
-            ) from error
+            for file in self.files[rank::world_size]:
+                name = file.source
+                for number, (text, address) in enumerate(files.texts(file)):
+                    if not text.strip():
+                        self.count(name, "empty")
+                        continue
+                    self.count(name, "read")
+                    self.count(name, "bytes read", len(text.encode(errors="replace")))
+                    metadata = {"source": name} | ({"url": address} if address else {})
+                    yield Document(text, f"{file.path}/{number}", metadata=metadata)
+        finally:
+            files.close()
+        if self.left_out:
+            self.left_out.mkdir(parents=True, exist_ok=True)
+            (self.left_out / f"{rank:05d}.json").write_text(json.dumps(files.named))
 
-    def _plain(self, file: IO[bytes], name: str, source: Source, form: str) -> Iterator[tuple[str, str | None]]:
-        for data in self._whole(pieces(file, self.recipe.document_limit), name):
-            text = self._decode(data, name)
+
+class _Files:
+    """Reads files for a `Read`, with what that takes."""
+
+    def __init__(self, stage: Read, folder: DataFolder) -> None:
+        self.named: list[tuple[str, str, str]] = []  # source, path, reason: of files that were left out
+        self._stage, self._folder, self._limit = stage, folder, stage.recipe.document_limit
+        self._reader, self._extractor = (Worker(extract.__file__, _StoppedError) for _ in range(2))
+        self._detector: Any = None
+        self._now = File("", "", 0, "")
+
+    def close(self) -> None:
+        self._reader.close()
+        self._extractor.close()
+
+    def texts(self, file: File) -> Iterator[Text]:
+        """The documents of a file. Raises DataError where the system or the network does not give its bytes."""
+        self._now, source = file, self._stage.recipe.sources[file.source]
+        form = source.format if source.format != "suffix" else _form(file.path)
+        try:
+            if form in ("parquet", "warc"):
+                yield from self._records(source, form)
+                return
+            with self._folder.open(file.path, "rb", compression=None) as raw:
+                stream = compressed.unpacked(raw, file.path, file.size)
+                if form == "html":
+                    yield from self._html(stream)
+                else:
+                    yield from self._text(stream, source, form)
+        except compressed.TooMuchError as error:
+            self._leave("unpacks to too much", str(error))
+        except UnicodeDecodeError:
+            self._leave("not UTF-8", "breaks its own encoding")
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+            reason = " ".join(str(error).split())
+            if isinstance(error, OSError) and error.errno is not None:
+                place = self._folder.resolve_paths(file.path)
+                raise DataError(f"{place}: cannot be read ({reason}); mend it or exclude it") from error
+            self._leave("damaged", reason)
+
+    def _count(self, what: str) -> None:
+        self._stage.count(self._now.source, what)
+
+    def _leave(self, what: str, reason: str) -> None:
+        """Count something that was left out, and name its file once."""
+        self._count(what)
+        known = any(path == self._now.path for _, path, _ in self.named[-1:])
+        if not known and len(self.named) < _NAMED:
+            self.named.append((self._now.source, self._now.path, f"{what}: {reason}" if reason else what))
+
+    def _text(self, stream: IO[bytes], source: Source, form: str) -> Iterator[Text]:
+        stream, start, name = encoding.opened(stream)
+        if name:
+            self._count(f"converted: {name}")
+        if not encoding.is_text(start):
+            self._leave("no text", "")
+            return
+        yield from self._jsonl(stream, source) if form == "jsonl" else self._plain(stream, source, form)
+
+    def _plain(self, stream: IO[bytes], source: Source, form: str) -> Iterator[Text]:
+        for data in self._whole(pieces(stream, self._limit)):
+            text = self._decode(data)
             if text is None:
                 continue
             if form == "docstrings":
-                yield self._docstrings(text, name), None
+                yield from self._extracted({"source": text}, len(data), None)
             elif source.separator is not None:
                 yield from ((part, None) for part in re.split(source.separator, text))
             else:
                 yield text, None
 
-    def _jsonl(self, file: IO[bytes], name: str, source: Source) -> Iterator[tuple[str, str | None]]:
-        for line in self._whole(lines(file, self.recipe.document_limit), name):
-            text = self._decode(line, name)
+    def _jsonl(self, stream: IO[bytes], source: Source) -> Iterator[Text]:
+        for line in self._whole(lines(stream, self._limit)):
+            text = self._decode(line)
             if text is None or not text.strip():
+                continue
+            if json_memory(line) > _JSON_MEMORY:
+                self._leave(_TOO_MUCH, "a line of JSON with too many values")
                 continue
             try:
                 record = json.loads(text)
-                if not isinstance(record, dict):
-                    record = {}
             except (ValueError, RecursionError):
-                record = {}
-            yield from self._record(record, name, source)
+                record = None
+            record = record if isinstance(record, dict) else {}
+            value = next((record[key] for key in (source.text, *_TEXTS) if key in record), None)
+            if not isinstance(value, str):
+                self._leave(_MALFORMED, _without_text(source, record))
+            elif len(value) > self._limit:
+                self._leave(_TOO_LONG, "")
+            else:
+                address = record.get("url")
+                yield value.encode("utf-8", "replace").decode(), address if isinstance(address, str) else None
 
-    def _parquet(self, file: IO[bytes], name: str, source: Source) -> Iterator[tuple[str, str | None]]:
-        from pyarrow.parquet import ParquetFile
+    def _records(self, source: Source, form: str) -> Iterator[Text]:
+        """What a process of its own reads of a file with many documents."""
+        place = self._folder.resolve_paths(self._now.path)
+        asked = {"place": place, "form": form, "names": [source.text, *_TEXTS], "limit": self._limit}
+        left = compressed.most(self._now.size)
+        opened = answer = self._ask(self._reader, asked, extract.SECONDS_OF_RECORDS)
+        while not answer.keys() & {"error", "stopped"}:
+            answer = self._ask(self._reader, {"next": True}, extract.SECONDS_OF_RECORDS)
+            if answer.get("records") == []:
+                return
+            for kind, text, address in answer.get("records", ()):
+                left -= len(text)
+                if left < 0:
+                    raise compressed.TooMuchError("its records are more than any text is")
+                if kind is None:
+                    yield text.encode("utf-8", "replace").decode(), address
+                elif kind.startswith("page "):
+                    yield from self._page(text, kind.removeprefix("page "), address)
+                elif kind == "text":
+                    decoded = self._decode(text.encode("latin-1"))
+                    yield from () if decoded is None else [(decoded, address)]
+                elif kind == "no page":
+                    self._count(kind)
+                else:
+                    self._leave(kind, _without_text(source, opened["columns"]) if kind == _MALFORMED else "")
+        if "error" in answer:
+            self._leave("damaged", answer["error"])
 
-        with ParquetFile(file) as table:
-            columns = [column for column in (source.text, "url") if column in table.schema_arrow.names]
-            for batch in table.iter_batches(64, columns=columns):
-                for record in batch.to_pylist():
-                    yield from self._record(record, name, source)
-
-    def _warc(self, file: IO[bytes], name: str) -> Iterator[tuple[str, str | None]]:
-        """Pages of responses, reduced to their main text, and the text that conversions (WET) have already."""
-        from fastwarc.warc import ArchiveIterator, WarcRecordType
-        from resiliparse.extract.html2text import extract_plain_text
-        from resiliparse.parse.encoding import bytes_to_str, detect_encoding
-
-        limit = self.recipe.document_limit
-        kinds = WarcRecordType.response | WarcRecordType.conversion
-        for record in ArchiveIterator(file, record_types=kinds):
-            page = record.record_type == WarcRecordType.response
-            if page and "html" not in (record.http_content_type or "text/html"):
-                self.count(name, "no page")
-                continue
-            data = record.reader.read(limit + 1)
-            if len(data) > limit:
-                self.count(name, "too long")
-                continue
-            address = record.headers.get("WARC-Target-URI")
-            if page:
-                html = bytes_to_str(data, str(record.http_charset or detect_encoding(data)))
-                yield extract_plain_text(html, main_content=True), address
-            elif (text := self._decode(data, name)) is not None:
-                yield text, address
-
-    def _record(self, record: dict[str, Any], name: str, source: Source) -> Iterator[tuple[str, str | None]]:
-        text, address = record.get(source.text), record.get("url")
-        if not isinstance(text, str):
-            self.count(name, "malformed")
-        elif len(text) > self.recipe.document_limit:
-            self.count(name, "too long")
+    def _html(self, stream: IO[bytes]) -> Iterator[Text]:
+        data = stream.read(self._limit + 1)
+        if len(data) > self._limit:
+            self._leave(_TOO_LONG, "")
         else:
-            yield text.encode("utf-8", "replace").decode(), address if isinstance(address, str) else None
+            yield from self._page(data.decode("latin-1"), "", None)
 
-    def _docstrings(self, text: str, name: str) -> str:
+    def _page(self, data: str, charset: str, address: str | None) -> Iterator[Text]:
+        """The text of a page whose bytes are characters."""
+        yield from self._extracted({"page": data, "charset": charset}, len(data), address)
+
+    def _extracted(self, request: dict[str, Any], size: int, address: str | None) -> Iterator[Text]:
+        seconds = extract.SECONDS + extract.SECONDS_PER_MB * size / 1e6
+        answer = self._ask(self._extractor, request, seconds)
+        if answer.get("text") is not None:
+            yield answer["text"].encode("utf-8", "replace").decode(), address
+        elif "stopped" not in answer:
+            self._leave(_MALFORMED, answer.get("error", ""))
+
+    def _ask(self, worker: Worker, request: dict[str, Any], seconds: float) -> Any:
+        """The answer of a process that can be killed; `stopped`, and something is left out, when it was."""
         try:
-            with warnings.catch_warnings(action="ignore"):
-                tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError):
-            self.count(name, "malformed")
-            return ""
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-        return "\n\n".join(docstring for docstring in found if docstring)
+            return worker.ask({**request, "seconds": seconds}, extract.PATIENCE * seconds)
+        except _StoppedError:
+            self._leave(_TOO_MUCH, f"more than {seconds:.0f} s, or too much memory")
+            return {"stopped": True}
 
-    def _whole(self, records: Iterator[bytes | None], name: str) -> Iterator[bytes]:
+    def _whole(self, records: Iterator[bytes | None]) -> Iterator[bytes]:
         for record in records:
             if record is None:
-                self.count(name, "too long")
+                self._leave(_TOO_LONG, "")
             else:
                 yield record
 
-    def _decode(self, data: bytes, name: str) -> str | None:
+    def _decode(self, data: bytes) -> str | None:
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            self.count(name, "not UTF-8")
-            return None
+            text = encoding.western(data)
+        if text is not None:
+            self._detector = self._detector or clean.language_detector()
+            if encoding.is_western(clean.identify(self._detector, text)):
+                self._count("converted: windows-1252")
+                return text
+        self._leave("not UTF-8", "save it as UTF-8")
+        return None
+
+
+def _without_text(source: Source, names: Any) -> str:
+    """Why a record has no text."""
+    there = ", ".join(map(str, list(names)[:8]))
+    return f"no text in {source.text}" + (f"; there is {there}" if there else "")
 
 
 def _form(path: str) -> str:
-    for suffix in _COMPRESSED:
-        path = path.removesuffix(suffix)
-    return next((form for suffix, form in _SUFFIXES.items() if path.endswith(suffix)), "text")
-
-
-def lines(file: IO[bytes], limit: int) -> Iterator[bytes | None]:
-    """Lines of a file; None for one of more than `limit` bytes, of which no more is held."""
-    while line := file.readline(limit + 1):
-        if len(line) > limit and not line.endswith(b"\n"):
-            while (line := file.readline(limit)) and not line.endswith(b"\n"):
-                pass
-            yield None
-        else:
-            yield line
+    name = compressed.bare(path).lower()
+    return next((form for suffix, form in _FORMS.items() if name.endswith(suffix)), "text")
 
 
 def pieces(file: IO[bytes], limit: int) -> Iterator[bytes | None]:

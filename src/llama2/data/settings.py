@@ -20,15 +20,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Source(Settings):
     """Files of one kind and origin."""
 
-    files: list[str] = Field(min_length=1, description="patterns in `dir`, where ** stands for any folders")
+    files: list[str] = Field(["**/*"], min_length=1, description="patterns in `dir`, where ** stands for any folders")
     exclude: list[str] = Field([], description="patterns of files to leave out")
-    format: Literal["suffix", "text", "docstrings", "jsonl", "parquet", "warc"] = Field(
+    format: Literal["suffix", "text", "docstrings", "jsonl", "parquet", "warc", "html"] = Field(
         "suffix",
-        description="what the files are; suffix: .jsonl, .parquet, .warc, each perhaps compressed, and all others text",
+        description="what the files are; suffix: .jsonl, .parquet, .warc and .html by their names, all others text. "
+        "All but .parquet may be compressed: .gz, .bz2, .xz, .zst",
     )
-    text: str = Field("text", description="where JSON or Parquet has the text")
+    text: str = Field("text", description="where JSON or Parquet has the text; else content, else body")
     separator: str | None = Field(None, description="expression between the documents of a text file; none: one each")
-    licence: str = "not stated"
+    licence: str = Field("not stated", description="under which it may be used, for the card")
     weight: float | None = Field(None, gt=0, description="its share of the corpus, relative to other sources' weights")
     languages: list[str] = Field([], description="languages to keep (ISO 639); none: all, known or not")
     quality: bool = Field(False, description="drop what is no prose by the rules of Gopher (Rae et al. 2021)")
@@ -90,7 +91,7 @@ class Decontamination(Settings):
 class Executor(Settings):
     """Who does the work. The corpus depends on `tasks`, never on who did them."""
 
-    kind: Literal["local", "slurm", "ray"] = "local"
+    kind: Literal["local", "slurm", "ray"] = Field("local", description="this machine, or a cluster's queue")
     tasks: int = Field(4, ge=1, description="parts that the files are dealt to, and files of each split")
     workers: int | None = Field(None, ge=1, description="tasks at a time; none: local, the cores; else all")
     memory: float = Field(2.0, gt=0, description="GB for each worker, which Slurm and Ray reserve")
@@ -104,14 +105,20 @@ class Executor(Settings):
         return self
 
 
+#: All documents of a folder: what a recipe reads that names no sources.
+DOCUMENTS = {"documents": Source(exclude=[".*", "*/.*", "__pycache__/*", "*/__pycache__/*"])}
+
+
 class BuildRecipe(Settings):
     """A corpus: sources, what is done with them, and where it is written."""
 
     output: Path = Field(description="folder to make")
     dir: str = Field(".", description="folder of the sources' files, perhaps remote; stdlib: Python's own library")
-    sources: dict[Name, Source] = Field(min_length=1)
-    tokenizer: TokenizerSettings
-    validation: Share = Field(0.01, description="share of the documents kept for validation, chosen by their place")
+    sources: dict[Name, Source] = Field(DOCUMENTS, min_length=1, description="none: all documents of the folder")
+    tokenizer: TokenizerSettings = TokenizerSettings(vocabulary=4096)
+    validation: Share = Field(
+        0.01, description="share of the documents kept for validation, chosen by their place; of few documents, parts"
+    )
     document_limit: int = Field(1 << 22, ge=1, description="bytes of a document; longer text is cut at a line's end")
     max_epochs: float = Field(4.0, ge=1, description="times that a document may be repeated for its source's weight")
     dedup: Dedup = Dedup()

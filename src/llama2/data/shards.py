@@ -2,7 +2,7 @@
 
     manifest.json          what the rest is (Manifest)
     tokenizer.model|json   the tokenizer, so that a model that is trained on the corpus can be saved whole
-    train-00000.tokens     little-endian token ids; each document is BOS … EOS
+    train-00000.tokens     little-endian token ids; each document ends with EOS, and begins with BOS where texts do
     train-00000.documents  where in it each document begins, as little-endian uint64
 
 A split is one or more such pairs, and is read as one stream of tokens. A file may have any size.
@@ -11,8 +11,8 @@ A split is one or more such pairs, and is read as one stream of tokens. A file m
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from llama2 import files as safely
 from llama2.errors import DataError
 from llama2.text import huggingface
 from llama2.text.tokenizer import Tokenizer
@@ -37,13 +38,17 @@ class _Record(pydantic.BaseModel):
 
 
 class Shard(_Record):
-    """One pair of files: their common name, how many tokens and documents are in them, and their SHA-256."""
+    """One pair of files: their common name, how many tokens and documents are in them, and their SHA-256.
+
+    `sources` has how many of the documents are of each source, in the order in which they stand.
+    """
 
     name: str = pydantic.Field(pattern=r"^[a-z]+-\d+$")  # a name without a path: a manifest names no file elsewhere
     tokens: int = pydantic.Field(ge=0)
     documents: int = pydantic.Field(ge=0)
     tokens_sha256: str
     documents_sha256: str
+    sources: dict[str, int] = {}
 
 
 class TokenizerFile(_Record):
@@ -52,7 +57,7 @@ class TokenizerFile(_Record):
     file: Literal["tokenizer.model", "tokenizer.json"]
     sha256: str
     vocabulary: int = pydantic.Field(ge=1)
-    bos_id: int = pydantic.Field(ge=0)
+    bos_id: int | None = pydantic.Field(ge=0)
     eos_id: int = pydantic.Field(ge=0)
 
 
@@ -79,7 +84,7 @@ class Manifest(_Record):
                 file="tokenizer.json" if file.suffix == ".json" else "tokenizer.model",
                 sha256=sha256(file),
                 vocabulary=tokenizer.vocab_size,
-                bos_id=tokenizer.bos_id or 0,
+                bos_id=tokenizer.bos_id,
                 eos_id=tokenizer.eos_id or 0,
             ),
             dtype=dtype_of(tokenizer.vocab_size),
@@ -105,8 +110,11 @@ class Writer:
         self._vocabulary = vocabulary
         self._dtype = np.dtype(dtype_of(vocabulary)).newbyteorder("<")
         self._name = f"{split}-{task:05d}"
-        self._files = {kind: folder / f"{self._name}.{kind}" for kind in ("tokens", "documents")}
-        self._open = {kind: _Hashed(path.with_suffix(f".{kind}.part")) for kind, path in self._files.items()}
+        self._writing = ExitStack()
+        self._open = {
+            kind: _Hashed(self._writing.enter_context(safely.create(folder / f"{self._name}.{kind}", error=DataError)))
+            for kind in ("tokens", "documents")
+        }
         self._tokens = self._documents = 0
 
     def add(self, ids: Sequence[int] | NDArray[Any]) -> None:
@@ -123,36 +131,28 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        for file in self._open.values():
-            file.close()
-        if kind is not None:
-            for file in self._open.values():
-                file.path.unlink(missing_ok=True)
-            return
-        for name, file in self._open.items():
-            file.path.replace(self._files[name])
-        self.shard = Shard(
-            name=self._name,
-            tokens=self._tokens,
-            documents=self._documents,
-            tokens_sha256=self._open["tokens"].sha256(),
-            documents_sha256=self._open["documents"].sha256(),
-        )
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writing.__exit__(kind, error, trace)
+        if kind is None:
+            self.shard = Shard(
+                name=self._name,
+                tokens=self._tokens,
+                documents=self._documents,
+                tokens_sha256=self._open["tokens"].sha256(),
+                documents_sha256=self._open["documents"].sha256(),
+            )
 
 
 class _Hashed:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: BinaryIO = path.open("wb")
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._hash = hashlib.sha256()
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
         self._hash.update(data)
-
-    def close(self) -> None:
-        self._file.close()
 
     def sha256(self) -> str:
         return self._hash.hexdigest()
@@ -160,10 +160,12 @@ class _Hashed:
 
 def finish(folder: Path, tokenizer: Path, manifest: Manifest) -> None:
     """Copy the tokenizer beside what was written, and write the manifest last: a folder without one is no corpus."""
-    shutil.copyfile(tokenizer, folder / manifest.tokenizer.file)
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    part.replace(folder / MANIFEST)
+    for name, data in (
+        (manifest.tokenizer.file, tokenizer.read_bytes()),
+        (MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n"),
+    ):
+        with safely.create(folder / name, error=DataError) as file:
+            file.write(data)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -235,6 +237,20 @@ class Shards:
     def sha256(self) -> str:
         """The manifest's hash, and so that of everything it names: what a resumed run must find again."""
         return sha256(self.folder / MANIFEST)
+
+    @property
+    def sources(self) -> list[tuple[int, str]]:
+        """Where in the stream documents of a source begin, and its name; nothing for a corpus that does not tell."""
+        found = []
+        base = 0
+        for shard, documents in zip(self.manifest.splits[self.split], self._documents, strict=True):
+            first = 0
+            for name, count in shard.sources.items():
+                if 0 < count <= len(documents) - first:
+                    found.append((base + int(documents[first]), name))
+                    first += count
+            base += shard.tokens
+        return found
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:

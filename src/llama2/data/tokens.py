@@ -14,6 +14,7 @@ from datatrove.data import Document
 from numpy.typing import NDArray
 
 from llama2.data import contamination, shards
+from llama2.data.heldout import HeldOut
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Shard, Split
 from llama2.data.stage import Stage, counts, fraction
@@ -23,26 +24,23 @@ from llama2.errors import DataError
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
-def split_of(document: Document, recipe: BuildRecipe) -> Split:
-    """Which split a document belongs to, which its place among the sources decides."""
-    return "validation" if fraction(document.id, "validation") < recipe.validation else "train"
-
-
 class Tokenise(Stage):
     """Writes each source's documents as token ids, in a folder of its own, by split."""
 
     name = "tokenise"
 
-    def __init__(self, recipe: BuildRecipe, samples: Path | None, file: Path, folder: Path) -> None:
+    def __init__(self, recipe: BuildRecipe, samples: Path | None, file: Path, held: Path, folder: Path) -> None:
         super().__init__()
         self.recipe = recipe
+        self.held = held
         self.samples = samples  # of the benchmarks, where there are some
         self.file = file
         self.folder = folder
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
         opened = open_tokenizer(self.file)
-        encode = encoder(opened)
+        encode, held = encoder(opened), HeldOut(self.recipe, self.held)
+        begin = [opened.bos_id] if opened.add_bos and opened.bos_id is not None else []
         settings = self.recipe.decontamination
         samples = contamination.load(self.samples)[0] if self.samples else []
         matcher = contamination.Matcher(samples, length=settings.length, skips=settings.skips)
@@ -52,29 +50,29 @@ class Tokenise(Stage):
         with ExitStack() as open_writers:
             for document in data:
                 source = document.metadata["source"]
-                split = split_of(document, self.recipe)
-                if (source, split) not in writers:
-                    place = self.folder / source
-                    place.mkdir(parents=True, exist_ok=True)
-                    writer = shards.Writer(place, split, rank, opened.vocab_size)
-                    writers[source, split] = open_writers.enter_context(writer)
-                ids = np.array(encode(document.text), np.int64)
-                parts = [ids]
-                if samples:
-                    runs = list(matcher.runs(ids))
-                    parts = contamination.cut(ids, runs, samples, settings)
-                    for run in runs:
-                        before.add(run)
-                    for run in (run for part in parts if runs for run in matcher.runs(part)):
-                        after.add(run)
-                    if len(parts) != 1 or len(parts[0]) != len(ids):
-                        self.count(source, "contaminated documents")
-                        self.count(source, "contaminated tokens", len(ids) - sum(map(len, parts)))
-                for part in parts:
-                    whole = np.concatenate([[opened.bos_id], part, [opened.eos_id]])
-                    writers[source, split].add(whole)
-                    self.count(source, f"{split} documents")
-                    self.count(source, f"{split} tokens", len(whole))
+                for split, text in held.parts(document):
+                    if (source, split) not in writers:
+                        place = self.folder / source
+                        place.mkdir(parents=True, exist_ok=True)
+                        writer = shards.Writer(place, split, rank, opened.vocab_size)
+                        writers[source, split] = open_writers.enter_context(writer)
+                    ids = np.array(encode(text), np.int64)
+                    parts = [ids]
+                    if samples:
+                        runs = list(matcher.runs(ids))
+                        parts = contamination.cut(ids, runs, samples, settings)
+                        for run in runs:
+                            before.add(run)
+                        for run in (run for part in parts if runs for run in matcher.runs(part)):
+                            after.add(run)
+                        if len(parts) != 1 or len(parts[0]) != len(ids):
+                            self.count(source, "contaminated documents")
+                            self.count(source, "contaminated tokens", len(ids) - sum(map(len, parts)))
+                    for part in parts:
+                        whole = np.concatenate([begin, part, [opened.eos_id]]).astype(np.int64)
+                        writers[source, split].add(whole)
+                        self.count(source, f"{split} documents")
+                        self.count(source, f"{split} tokens", len(whole))
         if samples:
             before.save(self.folder / f"before-{rank:05d}.npy")
             after.save(self.folder / f"after-{rank:05d}.npy")
@@ -125,6 +123,7 @@ class Mix(Stage):
         written = {}
         self.folder.mkdir(exist_ok=True)
         for split in SPLITS:
+            each = dict.fromkeys(self.recipe.sources, 0)
             with shards.Writer(self.folder, split, rank, vocabulary) as writer:
                 for source in self.recipe.sources:
                     repeats = times[source] if split == "train" else 1.0
@@ -132,10 +131,11 @@ class Mix(Stage):
                         extra = fraction(f"{rank}/{number}", source) < repeats % 1
                         for _ in range(int(repeats) + extra):
                             writer.add(ids)
+                            each[source] += 1
                             self.count(source, f"{split} documents")
                             self.count(source, f"{split} tokens", len(ids))
             assert writer.shard  # noqa: S101
-            written[split] = writer.shard.model_dump()
+            written[split] = writer.shard.model_copy(update={"sources": each}).model_dump()
         (self.tokens / f"{rank:05d}.json").write_text(json.dumps(written))
         yield from ()
 

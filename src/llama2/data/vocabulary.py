@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from llama2.errors import DataError
+from llama2.errors import DataError, TokenizerError
 from llama2.text import huggingface, tokenizer
 from llama2.text.tokenizer import NORMAL, Tokenizer
 
@@ -15,15 +15,15 @@ _REMEMBERED, _REMEMBERED_LENGTH = 1 << 18, 48
 
 
 def open_tokenizer(file: Path) -> Tokenizer:
-    """A tokenizer whose documents can begin with BOS and end with EOS. Raises TokenizerError, or DataError if not."""
+    """A tokenizer whose documents can end with EOS. Raises TokenizerError, or DataError if not."""
     if file.suffix != ".json":
         opened = tokenizer.from_sentencepiece(file)
     elif file.with_name("tokenizer.model").exists():
         raise DataError(f"{file}: tokenizer.model, which stands beside it, says more; use that")
     else:
         opened = huggingface.read(file.parent)
-    if opened.bos_id is None or opened.eos_id is None:
-        raise DataError(f"{file}: has no BOS or no EOS token, which stand around every document; use another")
+    if opened.eos_id is None:
+        raise DataError(f"{file}: has no EOS token, which ends every document; use another")
     return opened
 
 
@@ -34,11 +34,14 @@ def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     no merge crosses a word's beginning, so that words can be encoded alone, each after the space that the tokenizer
     puts in front of a text.
     """
-    if tokenizer.kind != "sentencepiece":
+    if tokenizer.kind != "sentencepiece" or tokenizer.user:
         return tokenizer.encode
-    parts = tokenizer.vocabulary()
+    try:
+        parts = tokenizer.vocabulary()
+    except TokenizerError:  # it has rules of its own
+        return tokenizer.encode
     pieces = [text for text, kind in zip(parts.pieces, parts.types, strict=True) if kind == NORMAL]
-    if not parts.add_space_prefix or any(re.search("[^▁]▁", piece) for piece in pieces):
+    if parts.prepend_scheme != "always" or any(re.search("[^▁]▁", piece) for piece in pieces):
         return tokenizer.encode
     known: dict[str, list[int]] = {}
 

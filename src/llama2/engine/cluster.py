@@ -195,8 +195,8 @@ class ClusterEngine(EngineProtocol):
             told, self._events = self._events, []
             return told
 
-    def run(self, request: Request) -> Iterator[Event]:
-        return self._follow(self._prepare(request))
+    def run(self, *requests: Request) -> Iterator[Event]:
+        return self._follow([self._prepare(request) for request in requests])
 
     def close(self) -> None:
         """End vLLM and its processes."""
@@ -232,20 +232,23 @@ class ClusterEngine(EngineProtocol):
             self._answers[answer.id] = answer
             answer.task = asyncio.run_coroutine_threadsafe(self._ask(answer), self._loop)
 
-    def _follow(self, answer: _Answer) -> Iterator[Event]:
-        mail = answer.mail = deque()
+    def _follow(self, answers: list[_Answer]) -> Iterator[Event]:
+        mail: deque[Event] = deque()
         try:
-            self._begin(answer)
-            finished = False
-            while not finished:
+            for answer in answers:
+                answer.mail = mail
+                self._begin(answer)
+            unfinished = len(answers)
+            while unfinished:
                 with self._news:
                     self._news.wait_for(lambda: mail)
                     event = mail.popleft()
-                finished = event.finish is not None
+                unfinished -= event.finish is not None
                 yield event
         finally:
             with self._news:
-                self._end(answer)
+                for answer in answers:
+                    self._end(answer)
 
     def _end(self, answer: _Answer) -> None:
         """Forget an answer; what vLLM still does for it is stopped."""
@@ -347,7 +350,8 @@ class ClusterEngine(EngineProtocol):
         if finish is not None and finish != "error":
             text += answer.text.flush()
         cached = 0 if finish is None else answer.cached_tokens
-        return Event(answer.id, token, text, finish, logprob, error, prompt_logprobs, cached)
+        found = answer.text.found
+        return Event(answer.id, token, text, finish, logprob, error, prompt_logprobs, cached, stop=found)
 
 
 def sampling_params(request: Request, limit: int) -> dict[str, Any]:
@@ -358,6 +362,8 @@ def sampling_params(request: Request, limit: int) -> dict[str, Any]:
     s = request.sampling
     if request.processors:
         raise RequestError("processors: vLLM runs none of this program's")
+    if request.pooling:
+        raise RequestError("pooling: vLLM is started for answers and makes no embeddings; use the engine llama2")
     greedy = s.temperature == 0 or s.top_p == 0
     for name, (low, high) in _LIMITS.items():
         value = getattr(s, name)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llama2.ending import section
 from llama2.engine import sampling
 from llama2.engine.cache import chain
+from llama2.engine.embedding import Pool
 from llama2.engine.lookup import Lookup
 from llama2.engine.protocol import EngineProtocol
 from llama2.engine.request import Event, FinishReason, Load, Logprob, Request, answer_limit
@@ -35,7 +40,9 @@ class Generation(Sequence):
     text: AnswerText
     stop_tokens: frozenset[int]
     prompt_logprobs: list[Logprob] | None
+    pool: Pool | None
     lookup: Lookup | None
+    thread: int  # that asked for it
     cached_tokens: int = 0  # of the prompt, that were found in the cache
     drafted: int = 0
     accepted: int = 0
@@ -96,6 +103,8 @@ class Engine(EngineProtocol):
             blocks=np.empty((max_sequences, blocks_for(self.context)), np.int32),
             outputs=np.empty(max_batch_tokens, np.int32),
         )
+        _watch_forks()
+        _engines.add(self)
 
     @property
     def busy(self) -> bool:
@@ -103,7 +112,7 @@ class Engine(EngineProtocol):
 
     @property
     def load(self) -> Load:
-        with self._lock:
+        with section, self._lock:
             s = self.scheduler
             return Load(
                 running=len(s.running),
@@ -121,12 +130,12 @@ class Engine(EngineProtocol):
         return generation.id
 
     def cancel(self, id: int) -> None:
-        with self._lock:
+        with section, self._lock:
             if generation := self._active.get(id):
                 self._events.append(self._event(generation, finish="cancelled"))
 
-    def run(self, request: Request) -> Iterator[Event]:
-        return self._follow(self._prepare(request))
+    def run(self, *requests: Request) -> Iterator[Event]:
+        return self._follow([self._prepare(request) for request in requests])
 
     def close(self) -> None:
         """It started nothing."""
@@ -136,14 +145,16 @@ class Engine(EngineProtocol):
 
         A request fails alone, with `finish="error"`, unless the forward pass does: then all that were in it fail.
         """
-        with self._stepping:
+        with section, self._stepping:
             with self._lock:
                 parts = self._plan()
                 batch = self._fill(parts)
-            logits = self._forward(batch) if parts else None
+            if parts:
+                hidden = self._hidden(parts, batch)
+                logits = self._forward(batch, hidden)
             with self._lock:
-                if logits is not None:
-                    self._account(parts, logits)
+                if parts:
+                    self._account(parts, logits, hidden)
                 told, self._events = self._events, []
                 rest: list[Event] = []
                 for event in told:
@@ -162,7 +173,7 @@ class Engine(EngineProtocol):
             length=length,
             limit=length + answer,
             keys=keys,
-            shares=request.cache_prompt and not request.prompt_logprobs,
+            shares=request.cache_prompt and not request.prompt_logprobs and request.pooling != "mean",
             request=request,
             tokens=tokens,
             table=np.full(self._batch.blocks.shape[1], -1, np.int32),
@@ -170,11 +181,13 @@ class Engine(EngineProtocol):
             text=AnswerText(request, self.tokenizer),
             stop_tokens=self.tokenizer.stop_ids | request.stop_tokens,
             prompt_logprobs=[] if request.prompt_logprobs else None,
+            pool=Pool(request.pooling) if request.pooling else None,
             lookup=Lookup(request.lookup) if request.lookup else None,
+            thread=threading.get_ident(),
         )
 
     def _enqueue(self, generation: Generation) -> None:
-        with self._lock:
+        with section, self._lock:
             self.scheduler.add(generation)
             self._active[generation.id] = generation
 
@@ -182,26 +195,29 @@ class Engine(EngineProtocol):
         self.scheduler.remove(generation)
         del self._active[generation.id]
 
-    def _follow(self, generation: Generation) -> Iterator[Event]:
-        mail = self._mail[generation.id] = deque()
+    def _follow(self, generations: list[Generation]) -> Iterator[Event]:
+        mail: deque[Event] = deque()
+        self._mail |= {generation.id: mail for generation in generations}
         try:
-            self._enqueue(generation)
-            finished = False
-            while not finished:
-                with self._stepping:
+            for generation in generations:
+                self._enqueue(generation)
+            unfinished = len(generations)
+            while unfinished:
+                with section, self._stepping:
                     if not mail:
                         rest = self.step()
                         with self._lock:
                             self._events[:0] = rest  # kept for whoever calls step next
                 while mail:
                     event = mail.popleft()
-                    finished = event.finish is not None
+                    unfinished -= event.finish is not None
                     yield event
         finally:
-            with self._lock:
-                if generation.id in self._active:
-                    self._release(generation)
-                del self._mail[generation.id]
+            with section, self._lock:
+                for generation in generations:
+                    if generation.id in self._active:
+                        self._release(generation)
+                    del self._mail[generation.id]
 
     def _plan(self) -> list[Part]:
         """The next step: what the scheduler says, and drafts in the room that it leaves, in order of arrival."""
@@ -217,26 +233,41 @@ class Engine(EngineProtocol):
                 g.tokens[g.length : g.length + drafts] = draft[:drafts]
                 g.drafted += drafts
                 room -= drafts
-            parts.append(Part(g, count, drafts, (count if g.prompt_logprobs is not None else last) + drafts))
+            if g.pool is not None:
+                rows = 0
+            elif g.prompt_logprobs is not None:
+                rows = count + drafts
+            else:
+                rows = last + drafts
+            parts.append(Part(g, count, drafts, rows))
         return parts
 
-    def _forward(self, batch: Batch) -> NDArray[np.float32] | Exception:
+    def _hidden(self, parts: list[Part], batch: Batch) -> NDArray[np.float32] | None:
+        """Where the runner is to write the step's hidden states, if a part is embedded: (N, D)."""
+        if all(part.generation.pool is None for part in parts):
+            return None
+        return np.empty((len(batch.tokens), self.runner.config.dim), np.float32)
+
+    def _forward(self, batch: Batch, hidden: NDArray[np.float32] | None) -> NDArray[np.float32] | Exception:
         try:
-            return self.runner.forward(batch)
+            return self.runner.forward(batch, hidden)
         except Exception as error:
             return error
 
-    def _account(self, parts: list[Part], logits: NDArray[np.float32] | Exception) -> None:
+    def _account(
+        self, parts: list[Part], logits: NDArray[np.float32] | Exception, hidden: NDArray[np.float32] | None
+    ) -> None:
         """Go on with every request of a step that was not cancelled meanwhile."""
-        end = 0
+        end = tokens = 0
         for part in parts:
             start, end = end, end + part.rows
+            first, tokens = tokens, tokens + part.known + part.drafts
             if part.generation.id not in self._active:
                 continue
             try:
                 if isinstance(logits, Exception):
                     raise logits
-                self._advance(part, logits[start:end])
+                self._advance(part, logits[start:end], None if hidden is None else hidden[first:tokens])
             except Exception as error:
                 self._events.append(self._failure(part.generation, error))
 
@@ -267,8 +298,8 @@ class Engine(EngineProtocol):
             batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.blocks[: len(parts)], batch.outputs[:m]
         )
 
-    def _advance(self, part: Part, logits: NDArray[np.float32]) -> None:
-        """Account for the tokens that ran, and draw what follows the known ones: logits (rows, V).
+    def _advance(self, part: Part, logits: NDArray[np.float32], hidden: NDArray[np.float32] | None) -> None:
+        """Account for the tokens that ran, and draw what follows the known ones: logits (rows, V), hidden (tokens, D).
 
         After the last known token comes a drawn one; as long as that is what was drafted there, it has run as well, and
         the row after it draws the next.
@@ -281,14 +312,17 @@ class Engine(EngineProtocol):
             top = g.request.logprobs or 0
             scores = (sampling.logprob(row, t, top) for row, t in zip(logits, following, strict=False))
             g.prompt_logprobs += scores
+        if g.pool is not None and hidden is not None:
+            g.pool.push(g.cached, hidden)
         g.cached += part.known
         if g.cached < g.length:
             return
-        if g.length == g.limit:  # nothing but the prompt's log-probabilities was asked for
-            self._events.append(self._event(g, finish="length"))
-            return
         if g.length == len(g.request.prompt):
             g.cached_tokens = g.reused
+        if g.length == g.limit:  # nothing but the prompt's log-probabilities or its embedding was asked for
+            embedding = None if g.pool is None else g.pool.vector()
+            self._events.append(self._event(g, finish="length")._replace(embedding=embedding))
+            return
         drafts = g.tokens[g.length : g.length + part.drafts].tolist()
         for row, draft in zip(logits[-1 - part.drafts :], (*drafts, None), strict=True):
             event = self._draw(g, row, draft)
@@ -335,5 +369,41 @@ class Engine(EngineProtocol):
             if finish != "error":
                 text += g.text.flush()
         scores, g.prompt_logprobs = g.prompt_logprobs, None
-        told = (0, 0, 0) if finish is None else (g.cached_tokens, g.drafted, g.accepted)
+        told = () if finish is None else (g.cached_tokens, g.drafted, g.accepted, g.text.found)
         return Event(g.id, token, text, finish, logprob, error, None if scores is None else tuple(scores), *told)
+
+
+#: Those that a fork may find at work.
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_forking: list[Engine] = []
+
+
+@cache
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+
+
+def _before_fork() -> None:
+    """A child has a copy of every engine, but no threads: so nobody may be in the midst of the bookkeeping."""
+    engines = sorted(_engines, key=id)  # one order, as several threads may fork
+    for engine in engines:
+        engine._lock.acquire()
+    _forking[:] = engines
+
+
+def _after_fork() -> None:
+    engines = _forking[:]
+    _forking.clear()  # before the locks are free, as the next thread that forks waits for them
+    for engine in engines:
+        engine._lock.release()
+
+
+def _after_fork_in_child() -> None:
+    """Free what the parent's other threads held, and end what they asked for."""
+    for engine in _forking:
+        engine._stepping = threading.RLock()
+        for generation in list(engine._active.values()):
+            if generation.thread != threading.get_ident():
+                engine.cancel(generation.id)
+    _after_fork()

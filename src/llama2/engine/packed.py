@@ -5,11 +5,13 @@ The file (checkpoint/kept.py) holds each quantised matrix in native/packed.h's l
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +38,13 @@ def pack(checkpoint: Checkpoint, native: ModuleType) -> dict[str, Bytes]:
     wanted = {name: tensor for name, tensor in checkpoint.tensors.items() if _is_packed(checkpoint, tensor)}
     sizes = {name: int(native.packed_bytes(t.format, *t.shape)) for name, t in wanted.items()}
     tensors = [[t.name, t.format, *t.shape, sizes[t.name]] for t in wanted.values()]
-    facts = {"isa": native.isa, "layout": LAYOUT, "tensors": tensors}
-    path = store.kept(checkpoint.path, native.isa)
+    facts: dict[str, Any] = {"isa": native.isa, "layout": LAYOUT, "tensors": tensors}
+    what = native.isa
+    if checkpoint.adapters:  # a merged model's weights are neither its base's, nor those of another adapter
+        merged = [adapter.digest() for adapter in checkpoint.adapters]
+        facts["adapters"] = merged
+        what += f"-{hashlib.sha256(' '.join(merged).encode()).hexdigest()[:16]}"
+    path = store.kept(checkpoint.path, what)
     if (found := kept.read(path, checkpoint.path, facts, resident=True)) is not None:
         return found
     checkpoint.check_finite()

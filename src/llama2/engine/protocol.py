@@ -12,7 +12,7 @@ from llama2.text.tokenizer import Tokenizer
 class EngineProtocol(Protocol):
     """Answers requests; safe to call from several threads.
 
-    A server adds requests and takes all events from `step`; a caller with one request follows `run`. Both may be mixed.
+    A server adds requests and takes all events from `step`; a caller with a few follows `run`. Both may be mixed.
     A request has events until one has `finish`, and none after that. What the engine itself causes never raises from
     `step`: it ends the requests that it hits, with `finish="error"`.
     """
@@ -47,8 +47,11 @@ class EngineProtocol(Protocol):
         """Work for a moment, and return what is new about the requests that were added, each one's in order."""
         ...
 
-    def run(self, request: Request) -> Iterator[Event]:
-        """The events of one request; closing the iterator cancels it. Raises like `add`, before the first event."""
+    def run(self, *requests: Request) -> Iterator[Event]:
+        """The events of requests that run together; closing the iterator cancels them.
+
+        Their ids increase in the order of `requests`. Raises like `add`, before the first event.
+        """
         ...
 
     def close(self) -> None:

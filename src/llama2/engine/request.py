@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from numbers import Integral
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from llama2.errors import ContextError, RequestError
 
@@ -16,8 +17,84 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+#: Which hidden states make an embedding: the last token's, or the mean of all.
+Pooling = Literal["last", "mean"]
+
 #: Edits a row of logits (V,) in place before penalties, given the tokens so far and how many of them are the prompt's.
 Processor = Callable[["NDArray[np.float32]", "NDArray[np.int32]", int], None]
+
+
+def shown(value: object) -> str:
+    """A value that somebody gave, short enough for a message."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 100 else f"{text[:100]} ..."
+
+
+def index(value: Any) -> int | None:
+    """A whole number of Python, NumPy or PyTorch as Python's; None for anything else, also for a bool."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not _is_scalar(value):
+        return None
+    try:
+        return operator.index(value)
+    except Exception:  # whatever a stranger's class raises, it is no number
+        return None
+
+
+def number(value: Any) -> float | None:
+    """A number of Python, NumPy or PyTorch as Python's; None for anything else, also for a bool."""
+    if type(value) is int or type(value) is float:
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__float__") or not _is_scalar(value):
+        return None
+    try:
+        found = index(value)
+        return float(value) if found is None else found
+    except Exception:
+        return None
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether something that may be an array is a single number, and no bool."""
+    return getattr(value, "ndim", 0) == 0 and not str(getattr(value, "dtype", "")).endswith("bool")
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """`value` as a whole number. Raises RequestError, with its name, when it is none or out of range."""
+    found = index(value)
+    if found is None or not low <= found <= high:
+        raise RequestError(f"{name}={shown(value)} must be a whole number between {low} and {high}")
+    return found
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, a bool. Raises RequestError, with its name, when it is none."""
+    if not isinstance(value, bool):
+        raise RequestError(f"{name}={shown(value)} must be True or False")
+    return value
+
+
+def token_ids(name: str, values: Any) -> tuple[int, ...]:
+    """Token ids in a list, or in a row of a NumPy array or a tensor. Raises RequestError, with its name, for others."""
+    if hasattr(values, "dtype") and hasattr(values, "tolist"):
+        if getattr(values, "ndim", 0) != 1:
+            shape = tuple(getattr(values, "shape", ()))
+            raise RequestError(f"{name}: an array of shape {shape}; token ids are one row, as in array[0]")
+        values = values.tolist()
+    if isinstance(values, (str, bytes, bytearray, memoryview)) or not isinstance(values, Sequence):
+        raise RequestError(f"{name}={shown(values)} must be a list of token ids, not {type(values).__name__}")
+    ids = tuple(values)
+    if set(map(type, ids)) <= {int}:
+        return ids
+    found = tuple(map(index, ids))
+    for value, id in zip(ids, found, strict=True):
+        if id is None:
+            raise RequestError(f"{name}: {shown(value)} is not a token id, which is a whole number")
+    return found  # type: ignore[return-value]  # None was refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +120,30 @@ class Sampling:
         limits: dict[str, tuple[float, float]] = {
             "temperature": (0.0, 100.0),
             "top_p": (0.0, 1.0),
-            "top_k": (0, 1 << 30),
             "min_p": (0.0, 1.0),
             "repetition_penalty": (1e-3, 1e3),
             "presence_penalty": (-100.0, 100.0),
             "frequency_penalty": (-100.0, 100.0),
-            "seed": (0, (1 << 64) - 1),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise RequestError(f"{name}={value!r} must be between {low} and {high}")
-        for name in ("top_k", "seed"):
-            if not isinstance(getattr(self, name), int):
-                raise RequestError(f"{name}={getattr(self, name)!r} must be a whole number")
+            plain = number(value)
+            if plain is None or not low <= plain <= high:
+                raise RequestError(f"{name}={shown(value)} must be between {low} and {high}")
+            object.__setattr__(self, name, plain)
+        for name, highest in (("top_k", 1 << 30), ("seed", (1 << 64) - 1)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 0, highest))
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias={shown(self.logit_bias)} must be a mapping of token ids to numbers")
+        biases: dict[int, float] = {}
         for token, bias in self.logit_bias.items():
-            if not isinstance(token, int) or token < 0:
-                raise RequestError(f"logit_bias: {token!r} is not a token id")
-            if not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
-                raise RequestError(f"logit_bias: token {token} has bias {bias!r}, which must be a number or -inf")
+            id, plain = index(token), number(bias)
+            if id is None or id < 0:
+                raise RequestError(f"logit_bias: {shown(token)} is not a token id")
+            if plain is None or math.isnan(plain) or plain == math.inf:
+                raise RequestError(f"logit_bias: token {id} has bias {shown(bias)}, which must be a number or -inf")
+            biases[id] = plain
+        object.__setattr__(self, "logit_bias", biases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +155,8 @@ class Request:
     `prompt_logprobs` asks the same of the prompt's tokens after the first; then `max_tokens` may be 0. `lookup` is how
     many tokens a step may draft by prompt lookup: the answer stays the same, and one that repeats itself or its prompt
     comes faster. What the cache holds of the prompt's beginning is not computed again, but with `prompt_logprobs`, or
-    where `cache_prompt` forbids it.
+    where `cache_prompt` forbids it. `pooling` asks for the prompt's embedding in place of an answer; then `max_tokens`
+    is 0.
     """
 
     prompt: tuple[int, ...]
@@ -88,9 +171,14 @@ class Request:
     processors: tuple[Processor, ...] = ()
     lookup: int = 0  # 0: off
     cache_prompt: bool = True
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
-        least = 0 if self.prompt_logprobs else 1
+        if self.pooling not in (None, *get_args(Pooling)):
+            raise RequestError(f"pooling={shown(self.pooling)} must be {' or '.join(get_args(Pooling))}")
+        if self.pooling and (self.max_tokens != 0 or self.prompt_logprobs):
+            raise RequestError("pooling: an embedding has no answer; set max_tokens=0, and no prompt_logprobs")
+        least = 0 if self.prompt_logprobs is True or self.pooling else 1
         limits = {
             "max_tokens": (least, 1 << 62),
             "logprobs": (0, 1 << 30),
@@ -99,13 +187,24 @@ class Request:
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if value is None and name in ("max_tokens", "logprobs"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise RequestError(f"{name}={value!r} must be a whole number between {low} and {high}")
+            if value is not None or name not in ("max_tokens", "logprobs"):
+                object.__setattr__(self, name, whole(name, value, low, high))
+        object.__setattr__(self, "prompt", token_ids("prompt", self.prompt))
+        if self.stop_tokens:
+            stops = self.stop_tokens
+            listed = list(stops) if isinstance(stops, AbstractSet) else stops
+            object.__setattr__(self, "stop_tokens", frozenset(token_ids("stop_tokens", listed)))
+        if not isinstance(self.stop, (tuple, list)):
+            raise RequestError(f"stop={shown(self.stop)} must be a list of texts")
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise RequestError(f"stop: {text!r} must be a text of at least one character")
+                raise RequestError(f"stop: {shown(text)} must be a text of at least one character")
+        for name in ("prompt_logprobs", "continues", "cache_prompt"):
+            flag(name, getattr(self, name))
+        if not isinstance(self.processors, (tuple, list)) or not all(map(callable, self.processors)):
+            raise RequestError(f"processors={shown(self.processors)} must be a list of functions")
+        if not isinstance(self.sampling, Sampling):
+            raise RequestError(f"sampling={shown(self.sampling)} must be a Sampling")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +221,9 @@ class Event(NamedTuple):  # which is quicker to make than a dataclass: every tok
 
     `text` is what became certain with this token: whole characters, held back while a stop string may be forming.
     The last event of a request has `finish`, and tells how many tokens of the prompt were found in the cache, how many
-    tokens were drafted, and how many of those were drawn. With `finish="error"`, `error` says why.
+    tokens were drafted, and how many of those were drawn. With `finish="error"`, `error` says why; with "stop", `stop`
+    is the stop string that ended the answer, or None where a token did. The one event of a request with `pooling` has
+    its `embedding`, not normalised.
     """
 
     request: int  # the id that Engine.add returned
@@ -135,6 +236,8 @@ class Event(NamedTuple):  # which is quicker to make than a dataclass: every tok
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    stop: str | None = None
+    embedding: NDArray[np.float32] | None = None  # (D,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,5 +278,7 @@ def answer_limit(request: Request, context: int, vocabulary: int) -> int:
 
 def _check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:
     for token in tokens:
-        if not isinstance(token, (int, Integral)) or not 0 <= token < vocabulary:
-            raise RequestError(f"{name}: {token!r} is not a token of this model, whose ids are 0 to {vocabulary - 1}")
+        if not 0 <= token < vocabulary:
+            raise RequestError(
+                f"{name}: {shown(token)} is not a token of this model, whose ids are 0 to {vocabulary - 1}"
+            )

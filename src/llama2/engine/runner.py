@@ -37,9 +37,10 @@ class Runner(Protocol):
     config: ModelConfig
     n_blocks: int
 
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
+    def forward(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Write keys and values of every token into its block, and return the logits of `outputs`: (M, V) float32.
 
+        `hidden` (N, D), if given, is filled with every token's state after the final norm, which the output head reads.
         A token reads no position after its own, and a position that comes again is written anew; so tokens that turn
         out wrong leave no trace.
         """

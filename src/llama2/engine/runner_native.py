@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 from llama2 import native
 from llama2.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.mapped import release_pages
+from llama2.ending import EndsInSection
 from llama2.engine import packed
 from llama2.engine.runner import BLOCK, Batch, cache_too_large
 from llama2.errors import EngineError
 
 
-class NativeRunner:
+class NativeRunner(EndsInSection):
     """Runs a checkpoint on the CPU, for one caller at a time. The same tokens give the same bits, whatever else runs.
 
     `n_blocks` blocks of BLOCK tokens are reserved for the cache; memory is taken as they are first written.
@@ -28,16 +29,16 @@ class NativeRunner:
         if module.block != BLOCK:
             raise EngineError("the native extension is of another version; reinstall with `pip install whole-llama`")
         shape = (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.hidden_dim, c.vocab_size, c.head_dim, c.context_length)
+        rope = (c.inverse_frequencies(), c.attention_factor(), c.dynamic_growth() or (1.0, 0))
+        window = c.sliding_window or c.context_length
         threads = threads or native.default_threads()
         try:
-            self._model = module.Model(
-                *shape, c.tied_embeddings, c.norm_eps, c.inverse_frequencies(), threads, n_blocks
-            )
+            self._model = module.Model(*shape, c.tied_embeddings, c.norm_eps, *rope, window, threads, n_blocks)
         except MemoryError:
             raise cache_too_large(n_blocks) from None
         for tensor in checkpoint.tensors.values():
-            if len(tensor.shape) == 1:
-                self._set(tensor, tensor.dequantize().astype(np.float32).view(np.uint8), format="F32")  # a copy
+            if len(tensor.shape) == 1 and not tensor.name.endswith(".bias"):
+                self._set(tensor, _in_float32(tensor), format="F32")
         release_pages()  # Linux may map megabytes of the file around each
         matrices = packed.pack(checkpoint, module)
         for tensor in checkpoint.tensors.values():
@@ -45,6 +46,8 @@ class NativeRunner:
             packs = matrices.get(tensor.name)
             if len(tensor.shape) == 2:
                 self._set(tensor, tensor.data if packs is None else packs, "output.weight" if tied else tensor.name)
+            elif tensor.name.endswith(".bias"):  # after its matrix, as in `tensor_shapes`
+                self._set(tensor, _in_float32(tensor), format="F32")
         self._model.check()
 
     def _set(
@@ -53,10 +56,11 @@ class NativeRunner:
         rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, *tensor.shape)
         self._model.set(name or tensor.name, format or tensor.format, data, rows, columns)
 
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
+    def forward(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Write keys and values of every token into its block, and return the logits of `outputs`: (M, V)."""
         logits = np.empty((len(batch.outputs), self.config.vocab_size), np.float32)
-        self._model.forward(batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.outputs, logits)
+        arrays = (batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.outputs)
+        self._model.forward(*arrays, logits, hidden)
         return logits
 
     def observe(self) -> dict[str, NDArray[np.float64]]:
@@ -80,3 +84,8 @@ class NativeRunner:
                 at += columns
         sums["tok_embeddings.weight" if c.tied_embeddings else "output.weight"] = all[at:]
         return sums
+
+
+def _in_float32(tensor: Tensor) -> NDArray[np.uint8]:
+    """A copy of a norm's or a bias's numbers."""
+    return tensor.dequantize().astype(np.float32).view(np.uint8)

@@ -39,12 +39,16 @@ def rotate(x: Floats, turns: NDArray[np.complex64]) -> Floats:
     return (x.view(np.complex64) * turns[:, None]).view(np.float32)
 
 
-def attend(q: Floats, k: Floats, v: Floats, positions: NDArray[np.int32]) -> Floats:
-    """Causal attention of one sequence; query head j reads key/value head j // G.  q (n, H, E), k and v (T, K, E)"""
+def attend(q: Floats, k: Floats, v: Floats, positions: NDArray[np.int32], window: int | None = None) -> Floats:
+    """Causal attention of one sequence, to the last `window` keys; query head j reads key/value head j // G.
+
+    q (n, H, E), k and v (T, K, E)
+    """
     n, heads, size = q.shape
     q = q.reshape(n, k.shape[1], -1, size).transpose(1, 2, 0, 3)  # (K, G, n, E)
     scores = q @ k.transpose(1, 2, 0)[:, None] / np.float32(np.sqrt(size))  # (K, G, n, T)
-    visible = np.arange(len(k)) <= positions[:, None]  # (n, T)
+    distance = positions[:, None] - np.arange(len(k))  # (n, T)
+    visible = (distance >= 0) & (distance < (window or len(k)))  # (n, T)
     weights = softmax(np.where(visible, scores, np.float32(-np.inf)))
     return (weights @ v.transpose(1, 0, 2)[:, None]).transpose(2, 0, 1, 3).reshape(n, heads, size)
 
@@ -62,23 +66,40 @@ class NumpyRunner:
         self.values = np.zeros_like(self.keys)
 
     @np.errstate(over="ignore", invalid="ignore")  # the engine refuses logits that are not numbers
-    def forward(self, batch: Batch) -> Floats:
+    def forward(self, batch: Batch, hidden: Floats | None = None) -> Floats:
         """Write keys and values of every token into its block, and return the logits of `outputs`: (M, V)."""
-        angles = np.outer(batch.positions, self.frequencies)  # float64: position 4095 has no digits to spare
-        turns = np.exp(1j * angles).astype(np.complex64)  # (N, E / 2)
+        turns = self._turns(batch.positions)  # (N, E / 2)
         w, eps = self.weights, self.config.norm_eps
         x = w["tok_embeddings"][batch.tokens]  # (N, D)
         for i in range(self.config.n_layers):
             x = x + self._attention(i, rms_norm(x, w[f"layers.{i}.attention_norm"], eps), turns, batch)
             x = x + self._feed_forward(i, rms_norm(x, w[f"layers.{i}.ffn_norm"], eps))
-        return rms_norm(x[batch.outputs], w["norm"], eps) @ self.head.T
+        x = rms_norm(x, w["norm"], eps)
+        if hidden is not None:
+            hidden[:] = x
+        return x[batch.outputs] @ self.head.T
+
+    def _turns(self, positions: NDArray[np.int32]) -> NDArray[np.complex64]:
+        """Each position's rotation of each pair of dimensions, in float64: position 4095 has no digits to spare."""
+        angles = np.outer(positions, self.frequencies)
+        if growth := self.config.dynamic_growth():
+            factor, context = growth
+            stretch = np.maximum(factor * (positions + 1) / context - (factor - 1), 1.0)
+            exponents = np.arange(0, self.config.head_dim, 2) / (self.config.head_dim - 2)
+            angles /= stretch[:, None] ** exponents
+        return (self.config.attention_factor() * np.exp(1j * angles)).astype(np.complex64)
+
+    def _product(self, name: str, x: Floats) -> Floats:
+        y: Floats = x @ self.weights[name].T
+        bias = self.weights.get(f"{name}.bias")
+        return y if bias is None else y + bias
 
     def _attention(self, i: int, x: Floats, turns: NDArray[np.complex64], batch: Batch) -> Floats:
-        wq, wk, wv, wo = (self.weights[f"layers.{i}.attention.{name}"] for name in ("wq", "wk", "wv", "wo"))
-        size = self.config.head_dim
-        q = rotate((x @ wq.T).reshape(len(x), -1, size), turns)  # (N, H, E)
-        k = rotate((x @ wk.T).reshape(len(x), -1, size), turns)  # (N, K, E)
-        v = (x @ wv.T).reshape(len(x), -1, size)
+        size, window = self.config.head_dim, self.config.sliding_window
+        q, k, v = (
+            self._product(f"layers.{i}.attention.{name}", x).reshape(len(x), -1, size) for name in ("wq", "wk", "wv")
+        )
+        q, k = rotate(q, turns), rotate(k, turns)  # (N, H, E), (N, K, E)
         out = np.empty_like(q)
         for s in np.unique(batch.sequences):
             mine = batch.sequences == s
@@ -86,9 +107,9 @@ class NumpyRunner:
             slots = (batch.blocks[s][:, None] * BLOCK + np.arange(BLOCK)).ravel()  # where each position is cached
             self.keys[i, slots[positions]], self.values[i, slots[positions]] = k[mine], v[mine]
             past = slots[: positions[-1] + 1]
-            out[mine] = attend(q[mine], self.keys[i, past], self.values[i, past], positions)
-        return out.reshape(len(x), -1) @ wo.T
+            out[mine] = attend(q[mine], self.keys[i, past], self.values[i, past], positions, window)
+        return self._product(f"layers.{i}.attention.wo", out.reshape(len(x), -1))
 
     def _feed_forward(self, i: int, x: Floats) -> Floats:
-        w1, w2, w3 = (self.weights[f"layers.{i}.feed_forward.{name}"] for name in ("w1", "w2", "w3"))
-        return (silu(x @ w1.T) * (x @ w3.T)) @ w2.T  # (N, F) within
+        gate, up = (self._product(f"layers.{i}.feed_forward.{name}", x) for name in ("w1", "w3"))  # (N, F)
+        return self._product(f"layers.{i}.feed_forward.w2", silu(gate) * up)

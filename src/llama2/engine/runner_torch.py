@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
+from llama2.ending import EndsInSection, section
 from llama2.engine.runner import BLOCK, Batch, cache_too_large
 from llama2.errors import EngineError
 from llama2.model import parallel
@@ -40,7 +41,6 @@ class Step:
     def __init__(self, runner: TorchRunner, batch: Batch) -> None:
         self.keys, self.values, self.device = runner.keys, runner.values, runner.device
         self.tokens = self._tensor(batch.tokens)  # (N,)
-        self.outputs = self._tensor(batch.outputs)  # (M,)
         self.positions = self._tensor(batch.positions)  # (N,)
         blocks = batch.blocks[batch.sequences, batch.positions // BLOCK]
         self.places = self._tensor(blocks * BLOCK + batch.positions % BLOCK)  # (N,)
@@ -54,7 +54,8 @@ class Step:
         read = np.minimum(np.arange(ends.max() + 1, dtype=np.int32), ends)  # (G, S)
         places = batch.blocks[batch.sequences[starts, None], read // BLOCK] * BLOCK + read % BLOCK
         tokens = self._tensor(starts[:, None] + np.arange(count))  # (G, T)
-        visible = torch.arange(read.shape[1], device=self.device) <= self.positions[tokens, None]  # (G, T, S)
+        distance = self.positions[tokens, None] - torch.arange(read.shape[1], device=self.device)  # (G, T, S)
+        visible = (distance >= 0) & (distance < (runner.config.sliding_window or read.shape[1]))
         sharing = runner.config.n_heads // runner.config.n_kv_heads
         return Group(tokens, self._tensor(places), visible.repeat_interleave(sharing, dim=1))
 
@@ -78,7 +79,7 @@ class Step:
         return y[None]
 
 
-class TorchRunner:
+class TorchRunner(EndsInSection):
     """Runs a checkpoint on `device`, with weights and cache in `dtype`; by default on CUDA in bfloat16 if there is one.
 
     Weights that are quantised are expanded to `dtype`. With `compile`, torch.compile takes some time for the first
@@ -101,6 +102,7 @@ class TorchRunner:
         """Raises EngineError when weights or cache do not fit into memory, or cannot be shared evenly."""
         self.config = checkpoint.config
         self.n_blocks = n_blocks
+        self._process = os.getpid()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
@@ -127,11 +129,19 @@ class TorchRunner:
         self._group = group
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
+    def forward(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Write keys and values of every token into its block, and return the logits of `outputs`: (M, V)."""
+        global _used_in  # noqa: PLW0603
+        if self._process != os.getpid():
+            raise _forked()
+        _used_in = self._process
         if self._group is not None:
             _say(batch, self._group)
-        logits: NDArray[np.float32] = self.model.logits(self._features(batch)).cpu().numpy()
+        features = self._features(batch)
+        if hidden is not None:
+            hidden[:] = features.float().cpu().numpy()
+        outputs = torch.from_numpy(batch.outputs).to(self.device)
+        logits: NDArray[np.float32] = self.model.logits(features[outputs]).cpu().numpy()
         return logits
 
     @torch.inference_mode()
@@ -144,7 +154,16 @@ class TorchRunner:
         step = Step(self, batch)
         features = self._compiled if len(step.groups) == 1 else self.model.features
         x: Tensor = features(step.tokens[None], step)  # (1, N, D)
-        return x[0, step.outputs]  # (M, D)
+        return x[0]
+
+
+_used_in: int | None = None  # the process that ran a network
+
+
+def _forked() -> EngineError:
+    return EngineError(
+        "PyTorch does not work in a process forked from one that used it; load the model in a process that was spawned"
+    )
 
 
 def start(checkpoint: Checkpoint, n_blocks: int, *, compile: bool = False) -> TorchRunner:
@@ -152,8 +171,11 @@ def start(checkpoint: Checkpoint, n_blocks: int, *, compile: bool = False) -> To
 
     There, this returns in process 0 alone. The others follow it, and their program ends where this was called.
     """
+    if _used_in not in (None, os.getpid()):
+        raise _forked()
     if not (dist.is_available() and dist.is_torchelastic_launched()):
-        return TorchRunner(checkpoint, n_blocks, compile=compile)
+        with section:
+            return TorchRunner(checkpoint, n_blocks, compile=compile)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -18,20 +18,20 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self.found = False
+        self.found: str | None = None  # the stop string that completed
 
     def push(self, text: str) -> str:
-        """The text that is certain to stay, without the stop string if it completed; then `found` is true."""
+        """The text that is certain to stay, without the stop string if it completed; then that is `found`."""
         if not self._stops:
             return text
         text = self._held + text
         matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches:
-            self.found = True
-            cut = min(matches)[1]
+            end, cut = min(matches)
+            self.found, self._held = text[cut:end], ""
         else:
             cut = len(text) - max(_overlap(text, stop) for stop in self._stops)
-        self._held = "" if self.found else text[cut:]
+            self._held = text[cut:]
         return text[:cut]
 
     def flush(self) -> str:
@@ -51,8 +51,8 @@ class AnswerText:
                 self._stream.push(token)
 
     @property
-    def found(self) -> bool:
-        """Whether a stop string has ended the text."""
+    def found(self) -> str | None:
+        """The stop string that has ended the text."""
         return self._stops.found
 
     def push(self, token: int) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from llama2.errors import HubError
 from llama2.hub import checklist, licence, store
@@ -16,13 +16,12 @@ from llama2.hub.progress import Progress, reporting
 from llama2.hub.registry import MODELS, Registered
 
 
-@dataclass(frozen=True, slots=True)
-class Local:
+class Local(NamedTuple):
     """A model that is here."""
 
     name: str  # what `locate` understands
     path: Path
-    format: str  # "gguf", "safetensors", "meta"
+    format: str  # "gguf", "safetensors", "pytorch", "meta"
     size: int  # bytes
     modified: float  # seconds since the epoch
 
@@ -83,7 +82,9 @@ def local() -> Iterator[Local]:
         for path in _places(entry):
             yield _local(name, path, "gguf", [path])
     for repository, path, files in huggingface.local():
-        form = "gguf" if path.is_file() else "meta" if files[-1].suffix == ".pth" else "safetensors"
+        name = files[-1].name
+        form = "meta" if name.startswith("consolidated") else "pytorch" if name.endswith(".bin") else "safetensors"
+        form = "gguf" if path.is_file() else form
         yield _local(str(repository), path, form, files)
 
 

@@ -31,14 +31,21 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FORMAT = re.compile(r"(?:^|[-._])((?:i?q\d|tq\d|b?f(?:p)?\d|mxfp\d|nvfp\d)\w*)$", re.IGNORECASE)
 _PART = re.compile(r"-\d{5}-of-(\d{5})$")
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_META = re.compile(r"consolidated\.\d\d\.pth")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
+_META = re.compile(r"consolidated\.(\d\d\.pth|safetensors)")
 _NOTICES = r"(?:LICEN[CS]E|USE_POLICY|NOTICE)(?:\.\w+)?"
-_BESIDE_SAFETENSORS = re.compile(
-    rf"(?:config|generation_config|model\.safetensors\.index|special_tokens_map|added_tokens)\.json|tokenizer.*|"
-    rf"chat_template\.\w+|{_NOTICES}",
-    re.IGNORECASE,
+_BESIDE = (
+    r"(?:config|generation_config|{}\.index|special_tokens_map|added_tokens)\.json|tokenizer.*|chat_template\.\w+|"
+    r"additional_chat_templates/[\w-]+\.jinja|"
+)
+_BESIDE_SAFETENSORS, _BESIDE_PICKLES = (
+    re.compile(_BESIDE.format(re.escape(name)) + _NOTICES, re.IGNORECASE)
+    for name in ("model.safetensors", "pytorch_model.bin")
 )
 _BESIDE_META = re.compile(rf"params\.json|tokenizer\.model|\w*checklist\.chk|{_NOTICES}", re.IGNORECASE)
+#: Weights in the order in which a repository with several kinds is taken, each with what stands beside them.
+_WEIGHTS = ((_SAFETENSORS, _BESIDE_SAFETENSORS), (_PICKLES, _BESIDE_PICKLES), (_META, _BESIDE_META))
 
 
 class NoRepositoryError(HubError):
@@ -86,7 +93,7 @@ def cache() -> Path:
     base = variables.get("XDG_CACHE_HOME") or "~/.cache"
     home = variables.get("HF_HOME") or str(Path(base, "huggingface"))
     folder = variables.get("HF_HUB_CACHE") or variables.get("HUGGINGFACE_HUB_CACHE") or str(Path(home, "hub"))
-    return Path(os.path.expandvars(folder)).expanduser().absolute()
+    return store.below_home(os.path.expandvars(folder), "HF_HOME")
 
 
 def label(file: str) -> str:
@@ -104,13 +111,18 @@ def choose(repository: Repository, files: list[str]) -> list[str]:
         if not found:
             raise HubError(f"{repository.repo}: no GGUF file {repository.quantisation}; there is {_labels(gguf)}")
     else:
-        for weights, beside in ((_SAFETENSORS, _BESIDE_SAFETENSORS), (_META, _BESIDE_META)):
+        for weights, beside in _WEIGHTS:
             if found := sorted(f for f in files if weights.fullmatch(f)):
                 return sorted(f for f in files if beside.fullmatch(f)) + found
         found = gguf
+        if not found and (adapter := next((f for f in _ADAPTERS if f in files), None)):
+            return [
+                *sorted(f for f in files if f == "adapter_config.json" or _BESIDE_SAFETENSORS.fullmatch(f)),
+                adapter,
+            ]
         if not found:
             raise HubError(
-                f"{repository.repo}: no GGUF, safetensors or consolidated .pth files; choose another repository"
+                f"{repository.repo}: no weights (GGUF, safetensors, PyTorch's or Meta's); choose another repository"
             )
     if part := _PART.search(PurePosixPath(found[0]).stem):
         count = int(part[1])
@@ -142,7 +154,7 @@ def find(repository: Repository, progress: Progress) -> Path | None:
     except HubError:  # not this format, or not yet
         return None
     model = _model(snapshot, files)
-    if model == snapshot and not _required(snapshot) <= set(present(snapshot)):
+    if model == snapshot and not _required(snapshot, files) <= set(present(snapshot)):
         return None
     for blob in (_blob_of(snapshot / f) for f in files):
         if _SHA256.fullmatch(blob.name) and not store.verified(blob, blob.name, progress):
@@ -178,9 +190,10 @@ def present(snapshot: Path) -> list[str]:
     return sorted(p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file())
 
 
-def _required(snapshot: Path) -> set[str]:
-    """The files that a snapshot's own lists name; a download that stopped half-way lacks some."""
-    index = store.read_record(snapshot / "model.safetensors.index.json") or {}
+def _required(snapshot: Path, files: list[str]) -> set[str]:
+    """The files that the lists among a snapshot's `files` name; a download that stopped half-way lacks some."""
+    listed = next((name for name in files if name.endswith(".index.json")), None)
+    index = (store.read_record(snapshot / listed) if listed else None) or {}
     weights = index.get("weight_map")
     named = weights.values() if isinstance(weights, dict) else ()
     return {n for n in named if isinstance(n, str)} | set(checklist.digests(snapshot))
@@ -346,15 +359,19 @@ def local() -> Iterator[tuple[Repository, Path, list[Path]]]:
             for repository in [*dict.fromkeys(gguf), Repository(repo, None, revision)]:
                 with contextlib.suppress(HubError):
                     files = choose(repository, names)
+                    if files[-1] in _ADAPTERS:  # no model by itself
+                        continue
                     path = _model(snapshot, files)
-                    folder_is_llama = path == snapshot and _is_llama(snapshot) and _required(snapshot) <= {*names}
+                    folder_is_llama = (
+                        path == snapshot and _is_llama(snapshot) and _required(snapshot, files) <= {*names}
+                    )
                     if folder_is_llama or (path != snapshot and repository.quantisation):
                         yield repository, path, [snapshot / f for f in files]
 
 
 def _is_llama(snapshot: Path) -> bool:
     configuration = store.read_record(snapshot / "config.json") or {}
-    return configuration.get("model_type") == "llama" or (snapshot / "params.json").is_file()
+    return configuration.get("model_type") in ("llama", "mistral") or (snapshot / "params.json").is_file()
 
 
 def _remember(repository: Repository, commit: str, files: list[str]) -> None:

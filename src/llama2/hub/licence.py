@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from llama2.console import say
 from llama2.hub import store
 
 #: The terms of the Llama 2 Community License and its Acceptable Use Policy in short (18 July 2023).
@@ -28,5 +29,5 @@ def show_once(model: str, terms: str) -> None:
     record = store.home() / "licences" / f"{model.replace('/', '--')}.json"
     shown = {"model": model, "terms": terms}
     if store.read_record(record) != shown:
-        print(f"{model}: {terms.strip()}", file=sys.stderr)
+        say(f"{model}: {terms.strip()}", file=sys.stderr)
         store.write_record(record, shown)

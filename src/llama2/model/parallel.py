@@ -64,10 +64,16 @@ def load(
 
 
 def cut(name: str, weight: NDArray[np.float32], rank: int, size: int) -> NDArray[np.float32]:
-    """Rows of the matrices whose outputs are shared, columns of those that read what is shared, else all."""
-    if name.endswith(("wq.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight")):
+    """Rows of the matrices whose outputs are shared, columns of those that read what is shared, else all.
+
+    Biases are divided like rows; one that all shares would add is added by the first.
+    """
+    matrix, _, kind = name.rpartition(".")
+    if matrix.endswith(("wq", "wk", "wv", "w1", "w3")):
         return np.split(weight, size)[rank].copy()  # a view would keep the whole alive
-    if name.endswith(("wo.weight", "w2.weight")):
+    if matrix.endswith(("wo", "w2")) and kind == "bias":
+        return weight if rank == 0 else np.zeros_like(weight)
+    if matrix.endswith(("wo", "w2")):
         return np.split(weight, size, axis=1)[rank].copy()
     return weight
 

@@ -3,7 +3,8 @@
 B batch  T time  S keys  D width  H query heads  K key/value heads  E head size  F hidden width  V vocabulary
 
 Modules are named so that parameters have Meta's names (`layers.0.attention.wq.weight`); pairs of dimensions that rotary
-embedding turns stand side by side, as in Meta's checkpoints. There are no biases and there is no dropout.
+embedding turns stand side by side, as in Meta's checkpoints. Biases are where the configuration has them; there is no
+dropout.
 """
 
 from __future__ import annotations
@@ -44,12 +45,25 @@ class RMSNorm(nn.Module):
         return y.type_as(x) * self.weight
 
 
-def rotations(positions: Tensor, frequencies: tuple[float, ...]) -> Tensor:
-    """Cosine and sine of the angles by which positions turn pairs of dimensions: (…, T) → (…, T, E / 2, 2) float32."""
+def rotations(
+    positions: Tensor,
+    frequencies: tuple[float, ...],
+    growth: tuple[float, int] | None = None,
+    attention_factor: float = 1.0,
+) -> Tensor:
+    """Cosine and sine of the angles by which positions turn pairs of dimensions: (…, T) → (…, T, E / 2, 2) float32.
+
+    The other arguments are what ModelConfig's methods of these names give.
+    """
     # In float64, because a float32 angle at position 4095 is wrong in the fourth digit (spec 12.2).
     turns = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)  # (E / 2,)
     angles = positions[..., None] * turns  # (…, T, E / 2)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+    if growth is not None:
+        factor, context = growth
+        stretch = (factor * (positions + 1).double() / context - (factor - 1)).clamp(min=1)  # (…, T)
+        exponents = torch.arange(len(frequencies), dtype=torch.float64, device=positions.device)  # (E / 2,)
+        angles = angles / stretch[..., None] ** (exponents / (len(frequencies) - 1))
+    return (torch.stack((angles.cos(), angles.sin()), dim=-1) * attention_factor).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -69,6 +83,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     mask = None if visible is None else visible[..., None, :, :]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
+
+
+def within_window(start: int, end: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of the keys 0 to `end` each token from `start` on may read: (T, S), the last `window` up to its own."""
+    visible = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)
+    return visible if window is None else visible.triu(start - window + 1)
 
 
 def within(documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,10 +131,10 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.head_dim = c.head_dim
-        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
-        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias="attention.wq" in c.biases)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias="attention.wk" in c.biases)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias="attention.wv" in c.biases)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias="attention.wo" in c.biases)
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend = attention) -> Tensor:
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, E)
@@ -130,9 +150,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(c.dim, c.hidden_dim, bias=False)
-        self.w2 = nn.Linear(c.hidden_dim, c.dim, bias=False)
-        self.w3 = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.w1 = nn.Linear(c.dim, c.hidden_dim, bias="feed_forward.w1" in c.biases)
+        self.w2 = nn.Linear(c.hidden_dim, c.dim, bias="feed_forward.w2" in c.biases)
+        self.w3 = nn.Linear(c.dim, c.hidden_dim, bias="feed_forward.w3" in c.biases)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F) within
@@ -173,7 +193,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.frequencies = tuple(config.inverse_frequencies())
+        self.rope = tuple(config.inverse_frequencies()), config.dynamic_growth(), config.attention_factor()
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -199,13 +219,18 @@ class Transformer(nn.Module):
         With `documents` (B, T) instead of `past`, a row holds several of them, which know nothing of each other.
         Without `past`, another function of the same results may take the place of `attention`.
         """
-        count, attend = tokens.shape[1], attention
+        count, attend, window = tokens.shape[1], attention, self.config.sliding_window
+        visible = None
+        if past is None and window is not None and window < count:
+            visible = within_window(0, count, window, tokens.device)  # (T, T)
         if documents is not None:
-            positions, visible = within(documents)  # (B, T), (B, T, T)
-            attend = partial(attention, visible=visible)
+            positions, own = within(documents)  # (B, T), (B, T, T)
+            visible = own if visible is None else own & visible
         else:
             positions = torch.arange(count, device=tokens.device) if past is None else past.advance(count)  # (T,)
-        rope = rotations(positions, self.frequencies)  # ([B,] T, E / 2, 2)
+        if visible is not None:
+            attend = partial(attention, visible=visible)
+        rope = rotations(positions, *self.rope)  # ([B,] T, E / 2, 2)
         x: Tensor = self.tok_embeddings(tokens)  # (B, T, D)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, attend if past is None else partial(past.attend, i))  # (B, T, D)
@@ -233,7 +258,9 @@ class Transformer(nn.Module):
 
     def draw(self, name: str, weight: Tensor, generator: torch.Generator | None = None) -> None:
         """Fill `weight` as `initialise` fills the parameter of that name."""
-        if weight.ndim == 1:
+        if name.endswith(".bias"):
+            nn.init.zeros_(weight)
+        elif weight.ndim == 1:
             nn.init.ones_(weight)
         else:
             adds = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
@@ -278,7 +305,7 @@ class Cache:
         c, shape = model.config, (batch, length, model.config.n_kv_heads, model.config.head_dim)
         self.keys = [model.norm.weight.new_empty(shape) for _ in range(c.n_layers)]  # (B, length, K, E)
         self.values = [torch.empty_like(keys) for keys in self.keys]
-        self.length = 0
+        self.length, self.window = 0, c.sliding_window
 
     def advance(self, count: int) -> Tensor:
         """Positions of the next `count` tokens: (T,). Raises ContextError when there is no room for them."""
@@ -293,5 +320,5 @@ class Cache:
         start, end = self.length - q.shape[1], self.length
         keys, values = self.keys[layer], self.values[layer]
         keys[:, start:end], values[:, start:end] = k, v
-        visible = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)  # (T, S)
+        visible = within_window(start, end, self.window, q.device)  # (T, S)
         return attention(q, keys[:, :end], values[:, :end], visible)

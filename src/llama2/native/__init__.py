@@ -12,6 +12,7 @@ from importlib import import_module
 from types import ModuleType
 
 from llama2.errors import EngineError
+from llama2.machine import processors
 
 
 def supported() -> list[str]:
@@ -39,7 +40,7 @@ def module(isa: str | None = None) -> ModuleType:
 
 
 def default_threads() -> int:
-    """Processors this process may use; `LLAMA2_THREADS` overrides."""
+    """Processors this process may use (`machine.processors`); `LLAMA2_THREADS` overrides."""
     forced = os.environ.get("LLAMA2_THREADS")
     if forced:
         try:
@@ -49,6 +50,4 @@ def default_threads() -> int:
         if not 1 <= threads <= 1024:
             raise EngineError(f"LLAMA2_THREADS={forced!r} must be a number from 1 to 1024")
         return threads
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return processors()

@@ -33,11 +33,11 @@ inline void clear_partial(float* p, int64_t head_size) {
 }
 
 // One tile for M queries (each of `query_size` numbers, scaled by 1/√E, as multiply_add wants them), of which query m
-// sees the first counts[m] > 0 keys, and never fewer than the one before it. `Number` is the cache's, or float for keys
-// and values converted beforehand, which changes no bit.
+// sees the first counts[m] keys, and never fewer than the one before it, but not the first hidden[m] < counts[m].
+// `Number` is the cache's, or float for keys and values converted beforehand, which changes no bit.
 template <int M, class Number>
 void attend_tile(const float* const* queries, float* const* partials, const Number* keys, const Number* values,
-                 int64_t query_size, int64_t head_size, const int* counts) {
+                 int64_t query_size, int64_t head_size, const int* hidden, const int* counts) {
     using namespace simd;
     constexpr int vectors = kBlock / kLanes;
     const float infinity = std::numeric_limits<float>::infinity();
@@ -69,6 +69,7 @@ void attend_tile(const float* const* queries, float* const* partials, const Numb
     }
     for (int m = 0; m < M; ++m) {
         float* p = partials[m];
+        for (int t = 0; t < hidden[m]; ++t) weights[m][t] = -infinity;
         for (int t = counts[m]; t < kBlock; ++t) weights[m][t] = -infinity;
         F largest = set(-infinity);
         for (int v = 0; v < vectors; ++v) largest = max(load(weights[m] + v * kLanes), largest);

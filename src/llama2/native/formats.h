@@ -16,7 +16,7 @@
 
 namespace llama2 {
 
-enum class Format { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
+enum class Format { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL };
 
 enum class Scales {
     none,       // not quantised
@@ -51,7 +51,11 @@ inline constexpr FormatInfo kFormats[] = {
     {"Q4_K", Format::Q4_K, 256, 144, 4, 32, 0, Scales::super_min},
     {"Q5_K", Format::Q5_K, 256, 176, 5, 32, 0, Scales::super_min},
     {"Q6_K", Format::Q6_K, 256, 210, 6, 16, 32, Scales::super},
+    {"IQ4_NL", Format::IQ4_NL, 32, 18, 8, 32, 0, Scales::half},  // q is looked up, and packed as Q8_0's
 };
+
+// What the sixteen codes of IQ4_NL stand for.
+inline constexpr int8_t kCodes[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 inline const FormatInfo& info(Format format) { return kFormats[size_t(format)]; }
 
@@ -120,6 +124,11 @@ inline void unpack(Format format, const uint8_t* p, Fields& f) {
         case Format::Q4_0:
             f.d = load_u16(p);
             unpack_nibbles(p + 2, f.q);
+            return;
+        case Format::IQ4_NL:
+            f.d = load_u16(p);
+            unpack_nibbles(p + 2, f.q);
+            for (int j = 0; j < 32; ++j) f.q[j] = kCodes[f.q[j]];
             return;
         case Format::Q4_1:
             f.d = load_u16(p), f.m = load_u16(p + 2);

@@ -402,7 +402,8 @@ struct Weight {
     Format format = Format::F32;
     int64_t rows = 0, columns = 0;
     const uint8_t* data = nullptr;
-    int64_t panel_bytes = 0;  // of kLanes rows
+    int64_t panel_bytes = 0;      // of kLanes rows
+    const float* bias = nullptr;  // (rows), or none
 
     Weight() = default;
     Weight(Format f, int64_t r, int64_t c, const uint8_t* p) : format(f), rows(r), columns(c), data(p) {
@@ -495,6 +496,7 @@ inline void multiply(const Weight& w, int64_t first, int64_t count, const Activa
         case Q4_1: packed(std::integral_constant<Format, Q4_1>{}); break;
         case Q5_0: packed(std::integral_constant<Format, Q5_0>{}); break;
         case Q5_1: packed(std::integral_constant<Format, Q5_1>{}); break;
+        case IQ4_NL:
         case Q8_0: packed(std::integral_constant<Format, Q8_0>{}); break;
         case Q2_K: packed(std::integral_constant<Format, Q2_K>{}); break;
         case Q3_K: packed(std::integral_constant<Format, Q3_K>{}); break;

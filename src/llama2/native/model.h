@@ -22,6 +22,10 @@ struct Config {
     bool tied;  // embeddings are the output head's rows
     float norm_eps;
     std::vector<double> inverse_frequencies;  // (E / 2) radians a position
+    double attention_factor;                  // of cosines and sines
+    double growth;                            // dynamic scaling of positions beyond `growth_context`, if that is not 0
+    int64_t growth_context;
+    int64_t window;  // how many keys a token reads at most
 };
 
 // Tokens of one step; the layout of llama2.engine.runner.Batch.
@@ -80,7 +84,8 @@ public:
     int64_t block_bytes() const { return block_bytes_; }
 
     // `data` must outlive the model: packed panels for quantised formats, row-major numbers otherwise. The embedding is
-    // given as its file stores it, and not at all where it is tied. Shapes are checked by `check`.
+    // given as its file stores it, and not at all where it is tied. A bias comes after its matrix. Shapes are checked
+    // by `check`.
     void set(const std::string& name, Weight weight) {
         if (name == "tok_embeddings.weight") embedding_ = weight;
         else if (name == "norm.weight") norm_ = weight;
@@ -89,7 +94,14 @@ public:
             const size_t dot = name.find('.', 7);
             const int64_t index = dot == std::string::npos ? -1 : std::atoll(name.substr(7, dot - 7).c_str());
             if (index < 0 || index >= config_.layers) throw std::invalid_argument("no layer for tensor " + name);
-            member(layers_[size_t(index)], name.substr(dot + 1)) = weight;
+            const std::string rest = name.substr(dot + 1);
+            const size_t end = rest.size() > 5 ? rest.size() - 5 : 0;
+            if (rest.compare(end, 5, ".bias") == 0) {
+                Weight& matrix = member(layers_[size_t(index)], rest.substr(0, end) + ".weight");
+                if (weight.format != Format::F32 || weight.columns != matrix.rows)
+                    throw std::invalid_argument(name + " has a wrong shape or format, or comes before its matrix");
+                matrix.bias = floats(weight);
+            } else member(layers_[size_t(index)], rest) = weight;
         } else throw std::invalid_argument("unknown tensor " + name);
     }
 
@@ -116,8 +128,8 @@ public:
     // of w1 and w3, and of w2, one number a column; then those of the output head.
     void observe(double* sums) { observed_ = sums; }
 
-    // logits: (outputs, V)
-    void forward(const Step& step, float* logits) {
+    // logits: (outputs, V). hidden, unless it is null: (N, D), every token's state after the final norm.
+    void forward(const Step& step, float* logits, float* hidden) {
         check_step(step);
         const int64_t N = step.tokens_count, D = config_.dim, M = step.outputs_count;
         if (N == 0) return;
@@ -134,6 +146,10 @@ public:
             over_parts(parts, [&](const Crew& crew, const Part& part) {
                 attend_and_feed_forward(step, crew, part, l);
                 if (l + 1 < config_.layers) project(step, crew, part, l + 1);
+            });
+        if (hidden)
+            over_tokens(together(), N, [&](int64_t t) {
+                rms_norm(residual_.get() + t * D, floats(norm_), D, config_.norm_eps, hidden + t * D);
             });
         float* last = last_.reserve(M * D);
         for (int64_t i = 0; i < M; ++i) std::memcpy(last + i * D, residual_.get() + step.outputs[i] * D, size_t(D) * 4);
@@ -277,10 +293,15 @@ private:
         const int64_t E = config_.head_size;
         embed(step.tokens[t], residual_.get() + t * config_.dim);
         float *cos = rotations_.get() + t * 2 * E, *sin = cos + E;
+        double stretch = 1;
+        if (config_.growth_context)
+            stretch =
+                config_.growth * double(step.positions[t] + 1) / double(config_.growth_context) - (config_.growth - 1);
         for (int64_t i = 0; i < E; i += 2) {
-            const double angle = double(step.positions[t]) * config_.inverse_frequencies[size_t(i / 2)];
-            cos[i] = cos[i + 1] = float(std::cos(angle));
-            sin[i + 1] = float(std::sin(angle)), sin[i] = -sin[i + 1];
+            double angle = double(step.positions[t]) * config_.inverse_frequencies[size_t(i / 2)];
+            if (stretch > 1) angle /= std::pow(stretch, double(i) / double(E - 2));
+            cos[i] = cos[i + 1] = float(config_.attention_factor * std::cos(angle));
+            sin[i + 1] = float(config_.attention_factor * std::sin(angle)), sin[i] = -sin[i + 1];
         }
     }
 
@@ -425,12 +446,17 @@ private:
                 multiply(product->weight, first, count, x, block, results);
                 out.each([&](float* to, int64_t p, int64_t t, int64_t rows) {
                     float* y = results.at(p, t);
+                    if (const float* bias = product->weight.bias) add_bias(bias + (first + p) * simd::kLanes, rows, y);
                     if (product->add)
                         for (int64_t i = 0; i < rows; ++i) y[i] += to[i];
                     copy_row(to, y, rows);
                 });
             });
         });
+    }
+
+    static void add_bias(const float* bias, int64_t rows, float* y) {
+        for (int64_t i = 0; i < rows; ++i) y[i] += bias[i];
     }
 
     // out = silu(w1 x) ⊙ w3 x: (N, F)
@@ -443,8 +469,10 @@ private:
                 multiply(w1, first, count, x, block, gates);
                 multiply(w3, first, count, x, block, values);
                 to.each([&](float* to, int64_t p, int64_t t, int64_t rows) {
-                    float* y = values.at(p, t);
-                    simd::store(y, simd::mul(simd::silu(simd::load(gates.at(p, t))), simd::load(y)));
+                    float *gate = gates.at(p, t), *y = values.at(p, t);
+                    if (w1.bias) add_bias(w1.bias + (first + p) * simd::kLanes, rows, gate);
+                    if (w3.bias) add_bias(w3.bias + (first + p) * simd::kLanes, rows, y);
+                    simd::store(y, simd::mul(simd::silu(simd::load(gate)), simd::load(y)));
                     copy_row(to, y, rows);
                 });
             });
@@ -531,6 +559,9 @@ private:
         return tiles;
     }
 
+    // The first position that a token at this one reads.
+    int64_t oldest_visible(int64_t position) const { return std::max<int64_t>(position - config_.window + 1, 0); }
+
     // One chunk of positions for one tile and one key/value head. partials: (rows, partial_size), rows by (token,
     // head); converted: room for a block's keys and values.
     template <int depth = simd::kDepth>
@@ -541,40 +572,43 @@ private:
         const int64_t size = partial_size(wide);
         const int32_t* table = step.blocks + step.sequences[tile.first] * step.width;
         for (int64_t r = 0; r < rows; ++r) clear_partial(partials + r * size, wide);
-        for (int64_t start = chunk * kChunk; start < std::min((chunk + 1) * int64_t(kChunk), last + 1);
-             start += kBlock) {
+        const int64_t oldest = oldest_visible(step.positions[tile.first]) / kBlock * kBlock;
+        for (int64_t start = std::max(chunk * kChunk, oldest);
+             start < std::min((chunk + 1) * int64_t(kChunk), last + 1); start += kBlock) {
             const uint16_t* key = keys(table[start / kBlock], layer, head);
             const uint16_t* value = key + kBlock * E;
             if (rows <= simd::kAttentionRows) {  // memory is the limit
                 if (start + kBlock <= last) ask_for(keys(table[start / kBlock + 1], layer, head));
                 else if (head + 1 < config_.kv_heads) ask_for(keys(table[0], layer, head + 1));
             }
-            int64_t row = 0;  // tokens at the front of this tile may see nothing of the block
+            int64_t row = 0, end = rows;  // tokens at the front and, with a window, at the back may see nothing of it
             while (step.positions[tile.first + row / share] < start) row += share;
+            while (oldest_visible(step.positions[tile.first + end / share - 1]) >= start + kBlock) end -= share;
             const auto attend_rows = [&](auto key_numbers, auto value_numbers) {
                 const auto some = [&](auto size_of_tile, int64_t first) {
                     constexpr int M = size_of_tile;
                     const float* queries[M];
                     float* outs[M];
-                    int counts[M];
+                    int hidden[M], counts[M];
                     for (int m = 0; m < M; ++m) {
                         const int64_t t = tile.first + (first + m) / share, h = head * share + (first + m) % share;
                         queries[m] = qkv_.get() + t * token_floats() + h * E, outs[m] = partials + (first + m) * size;
+                        hidden[m] = int(std::max<int64_t>(oldest_visible(step.positions[t]) - start, 0));
                         counts[m] = int(std::min<int64_t>(step.positions[t] - start + 1, kBlock));
                     }
-                    attend_tile<M>(queries, outs, key_numbers, value_numbers, E, wide, counts);
+                    attend_tile<M>(queries, outs, key_numbers, value_numbers, E, wide, hidden, counts);
                 };
-                while (tile_of<simd::kAttentionRows>(row, rows, some)) {}
+                while (tile_of<simd::kAttentionRows>(row, end, some)) {}
                 if constexpr (simd::kAttentionRows > 4)
-                    while (tile_of<4>(row, rows, some)) {}
+                    while (tile_of<4>(row, end, some)) {}
                 if constexpr (simd::kAttentionRows > 3)
-                    while (tile_of<3>(row, rows, some)) {}
+                    while (tile_of<3>(row, end, some)) {}
                 if constexpr (simd::kAttentionRows > 2)
-                    while (tile_of<2>(row, rows, some)) {}
-                while (tile_of<1>(row, rows, some)) {}
+                    while (tile_of<2>(row, end, some)) {}
+                while (tile_of<1>(row, end, some)) {}
             };
             if constexpr (depth == 1) {
-                if (rows - row > simd::kAttentionRows) {  // worth converting once for all
+                if (end - row > simd::kAttentionRows) {  // worth converting once for all
                     convert(key, kBlock * E, converted);
                     convert(value, kBlock * wide, converted + kBlock * E);
                     const float* floats = converted;
@@ -601,6 +635,9 @@ private:
         const auto chunks = [&](const QueryTile& tile) {
             return step.positions[tile.first + tile.count - 1] / kChunk + 1;
         };
+        const auto first_chunk = [&](const QueryTile& tile) {
+            return oldest_visible(step.positions[tile.first]) / kChunk;
+        };
         const auto finish_at = [&](const QueryTile& tile, int64_t head, const float* totals) {
             finish(tile, head, totals, out + (tile.first - part.first) * config_.heads * config_.head_size);
         };
@@ -617,14 +654,16 @@ private:
             float* partials = crew.scratch.partials.reserve(count * most_chunks * size);
             crew.run(count * most_chunks, reserve, [&](int64_t unit, int thread) {
                 const QueryTile& tile = part.tiles[size_t(unit / most_chunks / G)];
-                if (unit % most_chunks < chunks(tile))
+                if (unit % most_chunks >= first_chunk(tile) && unit % most_chunks < chunks(tile))
                     attend_chunk(step, tile, layer, unit / most_chunks % G, unit % most_chunks, partials + unit * size,
                                  private_[size_t(thread)].converted.get());
             });
             for (int64_t i = 0; i < count; ++i) {
                 const QueryTile& tile = part.tiles[size_t(i / G)];
-                float* totals = partials + i * most_chunks * size;
-                for (int64_t chunk = 1; chunk < chunks(tile); ++chunk) merge(rows(tile), totals, totals + chunk * size);
+                const int64_t first = first_chunk(tile);
+                float* totals = partials + (i * most_chunks + first) * size;
+                for (int64_t chunk = first + 1; chunk < chunks(tile); ++chunk)
+                    merge(rows(tile), totals, totals + (chunk - first) * size);
                 finish_at(tile, i % G, totals);
             }
             return;
@@ -633,8 +672,9 @@ private:
             const QueryTile& tile = part.tiles[size_t(unit / G)];
             float *totals = private_[size_t(thread)].partials.get(), *next = totals + size;
             float* converted = private_[size_t(thread)].converted.get();
-            attend_chunk(step, tile, layer, unit % G, 0, totals, converted);
-            for (int64_t chunk = 1; chunk < chunks(tile); ++chunk) {
+            int64_t chunk = first_chunk(tile);
+            attend_chunk(step, tile, layer, unit % G, chunk, totals, converted);
+            while (++chunk < chunks(tile)) {
                 attend_chunk(step, tile, layer, unit % G, chunk, next, converted);
                 merge(rows(tile), totals, next);
             }

@@ -2,9 +2,13 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <thread>
 
 #include "machine.h"
 #include "model.h"
@@ -18,6 +22,27 @@ namespace {
 
 template <class T, int dimensions> using In = nb::ndarray<const T, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
 template <class T, int dimensions> using Out = nb::ndarray<T, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
+
+// Gives the interpreter's lock away for a scope, as nb::gil_scoped_release does, and outlives the interpreter's end.
+// Up to Python 3.13, a thread that wants the lock back during the end is made to exit: its stack is unwound, which a
+// destructor and nanobind's callers forbid, so the process aborts. Here it sleeps until the process is gone, as Python
+// 3.14 lets it.
+class Unlocked {
+public:
+    Unlocked() : state_(PyEval_SaveThread()) {}
+    ~Unlocked() {
+        try {
+            PyEval_RestoreThread(state_);
+        } catch (...) {
+            for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+        }
+    }
+    Unlocked(const Unlocked&) = delete;
+    Unlocked& operator=(const Unlocked&) = delete;
+
+private:
+    PyThreadState* state_;
+};
 
 void expect(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
@@ -36,10 +61,10 @@ class PyModel {
 public:
     PyModel(int64_t dim, int64_t layers, int64_t heads, int64_t kv_heads, int64_t hidden, int64_t vocab,
             int64_t head_size, int64_t context, bool tied, float norm_eps, std::vector<double> inverse_frequencies,
-            int threads, int64_t blocks)
-        : vocab_(vocab), observed_(layers * (2 * dim + heads * head_size + hidden) + dim),
+            double attention_factor, std::pair<double, int64_t> growth, int64_t window, int threads, int64_t blocks)
+        : dim_(dim), vocab_(vocab), observed_(layers * (2 * dim + heads * head_size + hidden) + dim),
           model_(make(dim, layers, heads, kv_heads, hidden, vocab, head_size, context, tied, norm_eps,
-                      std::move(inverse_frequencies), threads, blocks),
+                      std::move(inverse_frequencies), attention_factor, growth, window, threads, blocks),
                  threads, blocks) {}
 
     void set(const std::string& name, const std::string& format, In<uint8_t, 1> data, int64_t rows, int64_t columns) {
@@ -49,16 +74,19 @@ public:
     }
 
     void forward(const In<int32_t, 1>& tokens, const In<int32_t, 1>& positions, const In<int32_t, 1>& sequences,
-                 const In<int32_t, 2>& blocks, const In<int32_t, 1>& outputs, const Out<float, 2>& logits) {
+                 const In<int32_t, 2>& blocks, const In<int32_t, 1>& outputs, const Out<float, 2>& logits,
+                 const std::optional<Out<float, 2>>& hidden) {
         expect(positions.size() == tokens.size() && sequences.size() == tokens.size(), "batch arrays differ in length");
         expect(logits.shape(0) == outputs.size() && int64_t(logits.shape(1)) == vocab_, "logits must be (outputs, V)");
+        expect(!hidden || (hidden->shape(0) == tokens.size() && int64_t(hidden->shape(1)) == dim_),
+               "hidden must be (N, D)");
         const Step step{
             int64_t(tokens.size()), int64_t(blocks.shape(0)), int64_t(blocks.shape(1)), int64_t(outputs.size()),
             tokens.data(),          positions.data(),         sequences.data(),         blocks.data(),
             outputs.data()};
-        float* out = logits.data();
-        nb::gil_scoped_release release;
-        model_.forward(step, out);
+        float *out = logits.data(), *states = hidden ? hidden->data() : nullptr;
+        Unlocked unlocked;
+        model_.forward(step, out, states);
     }
 
     void observe(Out<double, 1> sums) {
@@ -73,18 +101,33 @@ public:
 private:
     static Config make(int64_t dim, int64_t layers, int64_t heads, int64_t kv_heads, int64_t hidden, int64_t vocab,
                        int64_t head_size, int64_t context, bool tied, float norm_eps, std::vector<double> frequencies,
-                       int threads, int64_t blocks) {
+                       double attention_factor, std::pair<double, int64_t> growth, int64_t window, int threads,
+                       int64_t blocks) {
         expect(dim > 0 && layers > 0 && heads > 0 && kv_heads > 0 && hidden > 0 && vocab > 0 && context > 0,
                "sizes must be positive");
         expect(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
         expect(head_size > 0 && head_size % 2 == 0, "head_size must be even");
         expect(int64_t(frequencies.size()) == head_size / 2, "one frequency for each pair of a head");
         expect(threads >= 1 && threads <= 1024 && blocks >= 1, "threads must be 1 to 1024, and blocks at least 1");
-        return {
-            dim, layers, heads, kv_heads, hidden, vocab, head_size, context, tied, norm_eps, std::move(frequencies)};
+        expect(window >= 1 && growth.second >= 0, "the window must be at least 1, and no context negative");
+        return {dim,
+                layers,
+                heads,
+                kv_heads,
+                hidden,
+                vocab,
+                head_size,
+                context,
+                tied,
+                norm_eps,
+                std::move(frequencies),
+                attention_factor,
+                growth.first,
+                growth.second,
+                window};
     }
 
-    int64_t vocab_, observed_;
+    int64_t dim_, vocab_, observed_;
     Model model_;
     Out<double, 1> sums_;
     std::vector<In<uint8_t, 1>> kept_;
@@ -115,7 +158,7 @@ std::pair<double, double> requantise(const std::string& source, const In<uint8_t
     expect(!importance.size() || int64_t(importance.size()) == columns, "importance must be of each column");
     expect(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
     const float* weights = importance.size() ? importance.data() : nullptr;
-    nb::gil_scoped_release release;
+    Unlocked unlocked;
     const Loss loss = quantise(from, data.data(), rows, columns, to, weights, out.data(), threads);
     return {loss.lost, loss.total};
 }
@@ -158,13 +201,14 @@ float logprobs(const In<float, 1>& logits, int64_t token, const Out<int32_t, 1>&
 
 template <double (*measure)(int, double)> double measured(int threads, double seconds) {
     expect(threads >= 1 && threads <= 1024 && seconds > 0 && seconds <= 60, "threads 1 to 1024, seconds up to 60");
-    nb::gil_scoped_release release;
+    Unlocked unlocked;
     return measure(threads, seconds);
 }
 
 }  // namespace
 
 NB_MODULE(LLAMA2_MODULE, m) {
+    nb::set_leak_warnings(false);  // a thread that the interpreter's end found at work still holds its model
     m.attr("isa") = LLAMA2_ISA_NAME;
     m.attr("lanes") = simd::kLanes;
     m.attr("block") = kBlock;
@@ -180,7 +224,7 @@ NB_MODULE(LLAMA2_MODULE, m) {
         weight_of(f, data, rows, columns, true);
         expect(info(f).bits && int64_t(out.size()) == packed_bytes(f, rows, columns),
                "wrong size of the packed output");
-        nb::gil_scoped_release release;
+        Unlocked unlocked;
         pack(f, data.data(), rows, columns, out.data());
     });
     m.def("dequantize", [](const std::string& format, const In<uint8_t, 1>& data, int64_t rows, int64_t columns,
@@ -201,7 +245,7 @@ NB_MODULE(LLAMA2_MODULE, m) {
     m.def("fma_rate", &measured<fma_rate>);
     nb::class_<PyModel>(m, "Model")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float,
-                      std::vector<double>, int, int64_t>())
+                      std::vector<double>, double, std::pair<double, int64_t>, int64_t, int, int64_t>())
         .def("set", &PyModel::set)
         .def("observe", &PyModel::observe)
         .def("check", &PyModel::check)

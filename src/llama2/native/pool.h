@@ -9,12 +9,16 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
 #endif
 
 namespace llama2 {
@@ -57,12 +61,24 @@ private:
     std::atomic<uint64_t> range_{0};
 };
 
+// How many forks lie between the first process and this one: a child has its parent's memory, but not its threads.
+inline std::atomic<int>& forks() {
+    static std::atomic<int> count{0};
+#if !defined(_WIN32)
+    static std::once_flag once;
+    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { forks().fetch_add(1); }); });
+#endif
+    return count;
+}
+
 class Pool {
 public:
-    explicit Pool(int threads) : shares_(new Share[size_t(threads)]), threads_(threads) {
-        for (int id = 1; id < threads; ++id) workers_.emplace_back([this, id] { serve(id); });
-    }
+    explicit Pool(int threads) : shares_(new Share[size_t(threads)]), threads_(threads) { start(); }
     ~Pool() {
+        if (forks_ != forks().load(std::memory_order_relaxed)) {
+            abandon();
+            return;
+        }
         stop_.store(true, std::memory_order_relaxed);
         state_.fetch_add(kEpoch, std::memory_order_release);
         state_.notify_all();
@@ -87,6 +103,11 @@ public:
             for (int64_t unit = 0; unit < units; ++unit) body(unit, 0);
             return;
         }
+        if (forks_ != forks().load(std::memory_order_relaxed)) {
+            abandon();
+            state_.store(0, std::memory_order_relaxed);
+            start();
+        }
         for (int t = 0; t < threads_; ++t) shares_[t].reset(units * t / threads_, units * (t + 1) / threads_);
         using Work = decltype(work);
         task_ = [](const void* context, int thread) { (*static_cast<const Work*>(context))(thread); };
@@ -105,6 +126,14 @@ public:
 private:
     // state: region number · 2^17 + open flag · 2^16 + workers inside
     static constexpr uint64_t kOpen = 1 << 16, kEpoch = 1 << 17;
+
+    void start() {
+        forks_ = forks().load(std::memory_order_relaxed);
+        for (int id = 1; id < threads_; ++id) workers_.emplace_back([this, id] { serve(id); });
+    }
+
+    // The parent's threads can be neither joined nor destroyed in a child.
+    void abandon() { new std::vector<std::thread>(std::move(workers_)); }
 
     // Spin first, then offer the core to whoever waits for it: the awaited thread may need this very one.
     static void pause(int spins) {
@@ -133,7 +162,7 @@ private:
     static constexpr int kSpins = 10000;  // some tenths of a millisecond, the time between two steps of the engine
 
     std::unique_ptr<Share[]> shares_;
-    int threads_;
+    int threads_, forks_ = 0;
     std::vector<std::thread> workers_;
     alignas(64) std::atomic<uint64_t> state_{0};
     void (*task_)(const void*, int) = nullptr;

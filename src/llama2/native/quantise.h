@@ -393,6 +393,7 @@ inline Loss loss_of(const float* x, const float* y, int64_t count) {
 // reading back what was written.
 inline Loss quantise(Format source, const uint8_t* data, int64_t rows, int64_t columns, Format target,
                      const float* importance, uint8_t* out, int threads) {
+    if (target == Format::IQ4_NL) throw std::invalid_argument("IQ4_NL is read, and not written");
     const int64_t each = std::max<int64_t>(1, 8192 / columns), units = (rows + each - 1) / each;
     const int64_t from = row_bytes(source, columns), to = row_bytes(target, columns);
     struct Room {

@@ -6,6 +6,16 @@ from typing import Any
 
 from fastapi import HTTPException
 
+#: Anthropic's error types by status; of the others, those from 500 on are its `api_error`.
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
 
 class Refusal(HTTPException):
     """Ends a request with an error. `param` names the field, `code` is for programs; both may be None.
@@ -30,9 +40,15 @@ class Refusal(HTTPException):
         """The error as OpenAI's specification has it: all four keys, always."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def told(self, path: str) -> dict[str, Any]:
-        """The error as clients of this path read it: one line for Ollama's, OpenAI's object for others."""
-        return {"error": self.message} if path.startswith("/api/") else self.body()
+    def to_json(self, path: str) -> dict[str, Any]:
+        """The error as clients of this path read it: Ollama's line, Anthropic's object, or else OpenAI's."""
+        if path.startswith("/api/"):
+            return {"error": self.message}
+        if path.startswith("/v1/messages"):
+            other = "invalid_request_error" if self.status_code < 500 else "api_error"
+            kind = _ANTHROPIC.get(self.status_code, other)
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
+        return self.body()
 
 
 def unsupported(field: str, what: str = "") -> Refusal:

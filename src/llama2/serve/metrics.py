@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
@@ -13,8 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-if TYPE_CHECKING:
-    from llama2.serve.models import Models
+from llama2.engine.request import Load
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -22,7 +20,7 @@ _WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 
 _TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 
 
-class Repeated(Collector):
+class CountedHistogram(Collector):
     """A histogram by model that takes equal values together, as the tokens of a step have them; times in seconds."""
 
     def __init__(self, name: str, documentation: str, registry: CollectorRegistry, buckets: Sequence[float]) -> None:
@@ -62,7 +60,7 @@ class Metrics:
         self.first = Histogram(
             "llama2_time_to_first_token_seconds", "From arrival to the first token.", model, registry=r, buckets=_WAITS
         )
-        self.between = Repeated("llama2_inter_token_seconds", "Between two tokens of an answer.", r, _TOKENS)
+        self.between = CountedHistogram("llama2_inter_token_seconds", "Between two tokens of an answer.", r, _TOKENS)
         self.whole = Histogram(
             "llama2_request_seconds", "From arrival to the last token of a request.", model, registry=r, buckets=_WAITS
         )
@@ -71,11 +69,12 @@ class Metrics:
             "llama2_cached_prompt_tokens", "Tokens of prompts that were found in the cache.", model, registry=r
         )
         self.generated = Counter("llama2_generated_tokens", "Tokens of answers.", model, registry=r)
+        self.embedded = Counter("llama2_embeddings", "Inputs that were embedded.", model, registry=r)
         self.finished = Counter("llama2_answers", "Answers that ended, by reason.", ["model", "finish"], registry=r)
-        self.refused = Counter("llama2_refused", "Requests that were refused at the door.", model, registry=r)
+        self.refused = Counter("llama2_refused", "Requests that admission refused.", model, registry=r)
         self.http = Counter("llama2_http_requests", "HTTP requests.", ["route", "status"], registry=r)
         self.running = Gauge("llama2_running", "Answers that run.", model, registry=r)
-        self.waiting = Gauge("llama2_waiting", "Answers that wait for a place.", model, registry=r)
+        self.waiting = Gauge("llama2_waiting", "Answers that wait for a slot.", model, registry=r)
         self.cache = Gauge(
             "llama2_kv_cache_used_ratio", "Share of the key/value cache that answers hold.", model, registry=r
         )
@@ -89,10 +88,9 @@ class Metrics:
             "llama2_preemptions", "Answers that had to give their cache back, since loading.", model, registry=r
         )
 
-    def text(self, models: Models) -> bytes:
-        """All of it, in Prometheus' format."""
-        for name, entry in models.entries.items():
-            load = entry.service.model.engine.load if entry.service else None
+    def text(self, loads: Mapping[str, Load | None]) -> bytes:
+        """All of it, in Prometheus' format; `loads` are of models by name, None of those that are not loaded."""
+        for name, load in loads.items():
             self.running.labels(name).set(load.running if load else 0)
             self.waiting.labels(name).set(load.waiting if load else 0)
             self.cache.labels(name).set(load.held_blocks / load.blocks if load else 0)

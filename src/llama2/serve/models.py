@@ -1,14 +1,19 @@
-"""The models of a server by name: loaded on first use, let go when nobody asked for long enough."""
+"""The models of a server by name: loaded on first use, and unloaded when they were unused for long enough."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from llama2.api import Model
+from llama2.checkpoint import Checkpoint
+from llama2.engine.request import Load
 from llama2.engine.runner import BLOCK
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
@@ -18,84 +23,164 @@ from llama2.serve.settings import Settings
 log = logging.getLogger("llama2.serve")
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one model comes from."""
+
+    load: Callable[[], Model]
+    open: Callable[[], Checkpoint | None]  # its files alone; None where they would have to be fetched first
+
+
 @dataclass
 class Entry:
-    """One model that may be asked for."""
+    """One model that may be asked for. Seconds are `time.perf_counter`'s."""
 
     name: str  # what clients call it
-    load: Callable[[], Model]
+    source: Source
     service: Service | None = None
     created: int = field(default_factory=lambda: int(time.time()))
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # of loading and unloading
+    keep_alive: float = math.inf  # seconds that it stays loaded after its last use
+    used: float = 0.0  # when its last user left
+    users: set[asyncio.Task[Any]] = field(default_factory=set)  # that run, and asked for it
+
+    @property
+    def idle(self) -> float:
+        """Seconds since its last use; 0 of a model in use."""
+        return 0.0 if self.users else time.perf_counter() - self.used
 
 
 class Models:
     """What `-m` named, the first of them the default."""
 
-    def __init__(self, loaders: Mapping[str, Callable[[], Model]], settings: Settings) -> None:
+    def __init__(self, sources: Mapping[str, Source], settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.entries = {name: Entry(name, load) for name, load in loaders.items()}
+        self.entries = {name: Entry(name, source) for name, source in sources.items()}
         self.ready = False  # whether the first one was loaded
         self.draining = False  # whether the server is about to end
+        self._plain = {_plain(name): entry for name, entry in reversed(self.entries.items())}
+        self._left = asyncio.Event()  # a model has one user less
 
     def entry(self, name: str) -> Entry:
-        """The model that a client calls so, with or without Ollama's tag `:latest`. Raises Refusal 404."""
-        entry = self.entries.get(name) or self.entries.get(name.removesuffix(":latest"))
+        """The model that a client calls so. Raises Refusal 404.
+
+        As with Ollama, `:latest`, `library/` and upper case may be there or not.
+        """
+        entry = self.entries.get(name) or self._plain.get(_plain(name))
         if entry is None:
             known = ", ".join(self.entries)
             raise Refusal(
                 404,
-                f"model: {name[:100]!r} is not served here; there is {known}",
+                f"model {name[:100]!r} not found; there is {known}",
                 param="model",
                 code="model_not_found",
             )
         return entry
 
-    async def service(self, name: str) -> Service:
-        """The running service of a model, which is loaded if need be. Raises Refusal, or why it cannot be loaded."""
+    async def service(self, name: str, keep_alive: float | None = None) -> Service:
+        """The running service of a model, which is loaded if need be. Raises Refusal, or why it cannot be loaded.
+
+        The model stays loaded while the caller's task runs (a request of HTTP has its own), and after that for
+        `keep_alive` seconds. None means as long as the last caller said, or else the operator.
+        """
         entry = self.entry(name)
         if self.draining:
             raise Refusal(503, "the server is stopping", type="unavailable_error", headers={"Retry-After": "5"})
         async with entry.lock:
             if entry.service is None:
-                model = await asyncio.to_thread(entry.load)
+                model = await asyncio.to_thread(entry.source.load)
                 prefill = await asyncio.to_thread(measure, model)
                 entry.service = Service(entry.name, model, self.settings, self.metrics, prefill)
+                entry.keep_alive = math.inf if self.settings.keep_alive is None else self.settings.keep_alive
                 if self.ready:  # of the first one the server tells itself, after its address
-                    tell(entry.service)
-            entry.service.used = time.perf_counter()
+                    log_loaded(entry.service)
+            if keep_alive is not None:
+                entry.keep_alive = keep_alive
+            self._hold(entry)
             return entry.service
+
+    def _hold(self, entry: Entry) -> None:
+        """Count the task that runs among a model's users until it ends."""
+        task = asyncio.current_task()
+        if task is None or task in entry.users:
+            return
+        entry.users.add(task)
+
+        def leave(task: asyncio.Task[Any]) -> None:
+            entry.users.discard(task)
+            entry.used = time.perf_counter()
+            self._left.set()
+
+        task.add_done_callback(leave)
+
+    @property
+    def loads(self) -> dict[str, Load | None]:
+        """What each engine has to do, by model; None of a model that is not loaded."""
+        return {
+            name: entry.service.model.engine.load if entry.service else None for name, entry in self.entries.items()
+        }
 
     @property
     def streams(self) -> list[Stream]:
         """What has not ended, of all models."""
         return [stream for entry in self.entries.values() if entry.service for stream in entry.service.streams]
 
-    async def let_go(self, seconds: float) -> None:
-        """Unload every model that is unused for so long."""
-        for entry in self.entries.values():
-            async with entry.lock:
-                service = entry.service
-                if service and not service.streams and time.perf_counter() - service.used >= seconds:
-                    entry.service = None
-                    await asyncio.to_thread(_end, service)
+    async def unload(self, name: str) -> None:
+        """Unload a model now, or if it is in use, once it is not. Raises Refusal 404."""
+        entry = self.entry(name)
+        async with entry.lock:
+            entry.keep_alive = 0.0
+            await _expire(entry)
+
+    async def sweep(self) -> None:
+        """Unload each model when its time is over; runs until it is cancelled."""
+        while True:
+            self._left.clear()
+            loaded = [entry for entry in self.entries.values() if entry.service]
+            for entry in loaded:
+                if not entry.lock.locked():  # or somebody loads it, and leaves it later
+                    async with entry.lock:
+                        await _expire(entry)
+            left = [entry.keep_alive - entry.idle for entry in loaded if entry.service and not entry.users]
+            seconds = min(left, default=math.inf)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._left.wait(), None if math.isinf(seconds) else max(0.0, seconds))
 
     def close(self) -> None:
-        """Stop every engine and let go of the models."""
+        """Stop every engine and release the models."""
         for entry in self.entries.values():
             if entry.service is not None:
                 _end(entry.service)
                 entry.service = None
 
 
-def tell(service: Service) -> None:
+def log_loaded(service: Service) -> None:
     """Log what a model that was loaded has room for."""
     engine = service.model.engine
     tokens = engine.load.blocks * BLOCK
-    facts = {"model": service.name, "context": engine.context, "cache_tokens": tokens}
+    facts: dict[str, object] = {"model": service.name, "context": engine.context, "cache_tokens": tokens}
     facts["cache_gb"] = round(service.model.config.cache_bytes(tokens) / 1e9, 3)
+    if adapters := service.model.checkpoint.adapters:
+        facts["adapters"] = ", ".join(f"{adapter.name}:{adapter.scale:g}" for adapter in adapters)
     log.info("loaded", extra={"facts": facts})
+    if note := service.model.checkpoint.assumes_format:
+        log.warning(note)
+
+
+def _plain(name: str) -> str:
+    """A model's name without what Ollama's names may have or not."""
+    name = name.casefold().removesuffix(":latest")
+    return name.removeprefix("registry.ollama.ai/").removeprefix("library/")
+
+
+async def _expire(entry: Entry) -> None:
+    """Unload a model whose time is over; its lock is held."""
+    service = entry.service
+    if service is not None and not entry.users and entry.idle >= entry.keep_alive:
+        entry.service = None
+        await asyncio.to_thread(_end, service)
+        log.info("unloaded", extra={"facts": {"model": entry.name}})
 
 
 def _end(service: Service) -> None:

@@ -1,46 +1,37 @@
-"""One thread for each loaded model, which owns its engine; and the streams by which coroutines follow its events.
+"""A loaded model that answers requests from coroutines, and the streams by which they follow its events.
 
-Coroutines never touch the engine: they post what is to be added or cancelled, and the thread hands all events of a step
-to the event loop at once, or of a few steps that are short: waking coroutines and sending costs as much as a step of a
-small model. What begins or ends is told without delay.
+This is the event loop's side: admission, accounts and metrics. The engine runs in an `EngineThread`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 import llama2
 from llama2 import native
 from llama2.api import Model
-from llama2.engine.protocol import EngineProtocol
-from llama2.engine.request import Event, Load, Request
+from llama2.engine.request import Event, Load, Request, Sampling
 from llama2.engine.scheduler import MAX_SEQUENCES
-from llama2.serve.admission import Demand, Door
-from llama2.serve.constrain import Constrainer
+from llama2.errors import RequestError
+from llama2.serve.admission import AdmissionController, PendingRequest
+from llama2.serve.constrain.constraints import Constrainer
+from llama2.serve.engine_thread import EngineThread, TimedEvent
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
 from llama2.serve.settings import Settings
-from llama2.serve.tokens import Texts
+from llama2.serve.text_limit import TextLimit
+from llama2.serve.token_text import Texts
 
-log = logging.getLogger("llama2.serve")
-
-#: Tokens of the prompt that a model is tried with.
+#: Tokens of the prompt by which a model's prefill rate is measured.
 _TRIAL = 64
 
-#: About so many seconds' tokens are told together, where steps are shorter.
-_TOGETHER = 0.05
-
-#: News of one choice: its index among the stream's requests, and the event.
-News = tuple[int, Event]
-
-#: The same, after the time of its step.
-Timed = tuple[float, int, Event]
+#: An event of one choice, after its index among the stream's requests.
+ChoiceEvent = tuple[int, Event]
 
 
 class Stream:
@@ -49,21 +40,21 @@ class Stream:
     Close it when nobody wants the rest: what still runs is cancelled. Times are `time.perf_counter`'s.
     """
 
-    def __init__(self, service: Service, requests: Sequence[Request], demand: Demand) -> None:
+    def __init__(self, service: Service, requests: Sequence[Request], pending: PendingRequest) -> None:
         self.requests = requests
         self.service = service
-        self.demand = demand
+        self.pending = pending
         self.prompt_tokens = sum(len(request.prompt) for request in requests if request.choice == 0)
         self.cached_tokens = 0  # of the prompts, that were found in the cache
         self.completion_tokens = 0
         self.finishes: list[str] = []  # reasons of the choices that have ended
-        self.arrived = demand.arrived
+        self.arrived = pending.arrived
         self.started: float | None = None  # when the first step began
         self.first: float | None = None  # when the first token came
         self.ended: float | None = None  # when the last choice ended
         self.last = [self.arrived] * len(requests)  # when each choice's last token came
-        self._pending: list[News] = []
-        self._taken = False
+        self._events: list[ChoiceEvent] = []
+        self._accepted = False
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -74,17 +65,17 @@ class Stream:
 
     async def accepted(self) -> None:
         """Wait until the engine has taken the requests. Raises its ContextError or RequestError."""
-        while not self._taken and self._failure is None:
+        while not self._accepted and self._failure is None:
             await self._wait()
         if self._failure is not None:
             raise self._failure
 
-    async def batches(self, patience: float | None = None) -> AsyncIterator[list[News]]:
-        """The events in batches, until every choice has finished; an empty batch after `patience` seconds without."""
-        while self.open or self._pending:
-            if not self._pending:
-                await self._wait(patience)
-            batch, self._pending = self._pending, []
+    async def batches(self, interval: float | None = None) -> AsyncIterator[list[ChoiceEvent]]:
+        """The events in batches, until every choice has finished; an empty batch after `interval` seconds without."""
+        while self.open or self._events:
+            if not self._events:
+                await self._wait(interval)
+            batch, self._events = self._events, []
             yield batch
 
     def close(self) -> None:
@@ -92,10 +83,10 @@ class Stream:
         if self.open:
             self.service.cancel(self)
 
-    async def _wait(self, patience: float | None = None) -> None:
+    async def _wait(self, interval: float | None = None) -> None:
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
-        timer = None if patience is None else loop.call_later(patience, self._wake)
+        timer = None if interval is None else loop.call_later(interval, self._wake)
         try:
             await self._waiter
         finally:
@@ -107,16 +98,16 @@ class Stream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def take(self, failure: Exception | None) -> None:
+    def accept(self, failure: Exception | None) -> None:
         """The engine has accepted every request, or none because of `failure`."""
-        self._taken, self._failure = True, failure
+        self._accepted, self._failure = True, failure
         if failure is not None:
             self.finishes = ["refused"] * len(self.requests)
         self._wake()
 
-    def tell(self, news: list[News]) -> None:
+    def publish(self, events: list[ChoiceEvent]) -> None:
         """Events of a step, or of several."""
-        self._pending += news
+        self._events += events
         self._wake()
 
 
@@ -131,44 +122,39 @@ class Service:
         self.model = model
         self.metrics = metrics
         self.texts = Texts(model.tokenizer)
+        self.limit = TextLimit(model.tokenizer, model.engine.context)
         self.constrainer = Constrainer(model.tokenizer)
         self.fingerprint = _fingerprint(model)
-        self.used = time.perf_counter()
-        self.door = Door(settings.max_queue, settings.max_wait, MAX_SEQUENCES)
-        self.door.prefill.add(prefill, 1.0)
+        self.sampling = _sampling(model, settings)  # where a request does not say
+        self.admission = AdmissionController(settings.max_queue, settings.max_wait, MAX_SEQUENCES)
+        self.admission.prefill.add(prefill, 1.0)
         self.streams: set[Stream] = set()  # that have not ended
         self._generated = metrics.generated.labels(name)
         self._loop = asyncio.get_running_loop()
-        self._posted: deque[tuple[str, Stream]] = deque()
-        self._wake = threading.Event()
         self._stopping = False
-        self._choices: dict[int, tuple[Stream, int]] = {}  # by the engine's id; of the thread alone
-        self._ids: dict[Stream, set[int]] = {}
-        self._unstarted: dict[int, Stream] = {}  # by the engine's id, in order of arrival
-        self._silent: set[Stream] = set()  # of which nothing was told
-        self._untold: dict[Stream, list[Timed]] = {}
-        self._told = 0.0  # when all of them last were
-        self._thread = threading.Thread(target=self._work, name=f"engine of {name}", daemon=True)
-        self._thread.start()
+        self._thread: EngineThread[Stream] = EngineThread(name, model.engine, self._on_accepted, self._on_events)
 
-    async def submit(self, requests: Sequence[Request]) -> Stream:
-        """Start several answers together. Raises Refusal, ContextError or RequestError, and then none is started."""
+    async def submit(self, requests: Sequence[Request], *, refuse: bool = True) -> Stream:
+        """Start several answers together. Raises Refusal, ContextError or RequestError, and then none is started.
+
+        Unless `refuse`, they are a part of work that was admitted: admission counts them, and refuses them not.
+        """
         if self._stopping:
             raise Refusal(503, "the model is being unloaded; ask again", type="unavailable_error")
-        now = self.used = time.perf_counter()
+        now = time.perf_counter()
         tokens = sum(len(request.prompt) for request in requests if request.choice == 0)  # choices share their prompt
         context = self.model.engine.context
         hopeless = any(len(request.prompt) + (request.max_tokens or 1) > context for request in requests)
         try:
             key = hash((requests[0].prompt, len(requests)))
             # Of what is hopeless the engine says better why.
-            demand = self.door.enter(tokens, len(requests), now, refuse=not hopeless, key=key)
+            pending = self.admission.admit(tokens, len(requests), now, refuse=refuse and not hopeless, key=key)
         except Refusal:
             self.metrics.refused.labels(self.name).inc()
             raise
-        stream = Stream(self, requests, demand)
+        stream = Stream(self, requests, pending)
         self.streams.add(stream)
-        self._post("add", stream)
+        self._thread.submit(stream)
         try:
             await stream.accepted()
         except BaseException as failure:
@@ -182,29 +168,30 @@ class Service:
 
     def cancel(self, stream: Stream) -> None:
         """End what still runs of a stream; its cache is freed when the step that runs is over."""
-        self._post("cancel", stream)
+        self._thread.cancel(stream)
 
     def stop(self) -> None:
-        """End the thread; what still runs is told to be cancelled."""
+        """End the thread; what still runs is cancelled."""
         self._stopping = True
-        self._wake.set()
-        self._thread.join()
+        self._thread.stop()
 
-    def _post(self, what: str, stream: Stream) -> None:
-        self._posted.append((what, stream))
-        self._wake.set()
+    def _on_accepted(self, stream: Stream, failure: Exception | None) -> None:
+        self._loop.call_soon_threadsafe(stream.accept, failure)
 
-    def _tell(self, told: dict[Stream, list[Timed]], now: float, load: Load) -> None:
+    def _on_events(self, events: Mapping[Stream, Sequence[TimedEvent]], now: float, load: Load) -> None:
+        self._loop.call_soon_threadsafe(self._publish, events, now, load)
+
+    def _publish(self, published: Mapping[Stream, Sequence[TimedEvent]], now: float, load: Load) -> None:
         """Account for events, and hand them to those who wait.
 
-        In the event loop. What begins or ends did so `now`, for the last step is told with no delay.
+        In the event loop. What begins or ends did so `now`, for the last step is published with no delay.
         """
-        self.door.places = max(1, load.running) if load.waiting else MAX_SEQUENCES  # the cache may hold fewer
+        self.admission.slots = max(1, load.running) if load.waiting else MAX_SEQUENCES  # the cache may hold fewer
         gaps: dict[float, int] = {}  # seconds between tokens, and how many had them: a step's have the same
         tokens = 0
-        began: list[Demand] = []
+        began: list[PendingRequest] = []
         ended: list[tuple[Stream, int]] = []
-        for stream, events in told.items():
+        for stream, events in published.items():
             finishes = len(stream.finishes)
             for when, index, event in events:
                 if event.token is not None:
@@ -216,29 +203,32 @@ class Service:
                     tokens += 1
                 if event.finish is not None:
                     stream.finishes.append(event.finish)
-                    self.metrics.finished.labels(self.name, event.finish).inc()
+                    if event.embedding is None:
+                        self.metrics.finished.labels(self.name, event.finish).inc()
+                    else:
+                        self.metrics.embedded.labels(self.name).inc()
                     if stream.requests[index].choice == 0:
                         stream.cached_tokens += event.cached_tokens
                         self.metrics.cached.labels(self.name).inc(event.cached_tokens)
-                if stream.first is None and (event.token is not None or event.finish == "length"):
+                # Prompts alone have no token: all of them have run when the last one ends.
+                if stream.first is None and (event.token is not None or (event.finish == "length" and not stream.open)):
                     stream.first = now
-                    began.append(stream.demand)
+                    began.append(stream.pending)
             if len(stream.finishes) > finishes:
                 ended.append((stream, len(stream.finishes) - finishes))
         self._generated.inc(tokens)
         for gap, count in gaps.items():
             self.metrics.between.observe(self.name, gap, count)
         if began:
-            self.door.began(began, now)
+            self.admission.began(began, now)
         for stream, choices in ended:
             self._end(stream, choices, now)
-        for stream, events in told.items():
-            stream.tell([(index, event) for _, index, event in events])
+        for stream, events in published.items():
+            stream.publish([(index, event) for _, index, event in events])
 
     def _end(self, stream: Stream, choices: int, now: float) -> None:
         """So many choices of a stream have ended."""
-        self.door.ended(stream.demand, choices, now)
-        self.used = now
+        self.admission.ended(stream.pending, choices, now)
         if stream.open:
             return
         stream.ended = now
@@ -246,86 +236,9 @@ class Service:
         if stream.started is not None and stream.first is not None and {"stop", "length"} >= set(stream.finishes):
             self.metrics.queue.labels(self.name).observe(stream.started - stream.arrived)
             self.metrics.prefill.labels(self.name).observe(stream.first - stream.started)
-            self.metrics.first.labels(self.name).observe(stream.first - stream.arrived)
+            if stream.completion_tokens:
+                self.metrics.first.labels(self.name).observe(stream.first - stream.arrived)
             self.metrics.whole.labels(self.name).observe(now - stream.arrived)
-
-    # What follows runs in the engine's thread.
-
-    def _work(self) -> None:
-        engine = self.model.engine
-        while not self._stopping:
-            self._wake.clear()
-            while self._posted:
-                what, stream = self._posted.popleft()
-                if what == "add":
-                    self._add(engine, stream)
-                else:
-                    for id in self._ids.get(stream, ()):
-                        engine.cancel(id)
-            if engine.busy:
-                self._step(engine)
-            else:
-                self._wake.wait()
-        for id in self._choices:
-            engine.cancel(id)
-        while engine.busy:
-            self._step(engine)
-
-    def _add(self, engine: EngineProtocol, stream: Stream) -> None:
-        ids: list[int] = []
-        failure: Exception | None = None
-        try:
-            for request in stream.requests:
-                ids.append(engine.add(request))
-        except Exception as error:
-            failure = error
-            for id in ids:
-                engine.cancel(id)
-        else:
-            self._ids[stream] = set(ids)
-            self._choices |= {id: (stream, index) for index, id in enumerate(ids)}
-            self._unstarted |= dict.fromkeys(ids, stream)
-            self._silent.add(stream)
-        self._loop.call_soon_threadsafe(stream.take, failure)
-
-    def _step(self, engine: EngineProtocol) -> None:
-        begun = time.perf_counter()
-        try:
-            events = engine.step()
-        except Exception as failure:  # the engine's own mistake: end what was in it, and go on with what comes
-            log.exception("the engine failed")
-            reason = f"{type(failure).__name__}: {failure}"
-            events = [Event(id, None, "", "error", error=reason) for id in self._choices]
-            for id in self._choices:
-                engine.cancel(id)
-        if self._unstarted:  # they start in order of arrival, once those that were preempted run again
-            for id in list(self._unstarted)[: max(0, len(self._unstarted) - engine.load.waiting)]:
-                stream = self._unstarted.pop(id)
-                stream.started = stream.started or begun
-        now = time.perf_counter()
-        urgent: set[Stream] = set()
-        for event in events:
-            if (choice := self._choices.get(event.request)) is None:
-                continue
-            stream, index = choice
-            self._untold.setdefault(stream, []).append((now, index, event))
-            if stream in self._silent:
-                urgent.add(stream)
-                self._silent.remove(stream)
-            if event.finish is not None:
-                urgent.add(stream)
-                del self._choices[event.request]
-                ids = self._ids[stream]
-                ids.discard(event.request)
-                self._unstarted.pop(event.request, None)
-                if not ids:
-                    del self._ids[stream]
-        if now - self._told + (now - begun) / 2 > _TOGETHER:  # the next step would end further from it
-            told, self._untold, self._told = self._untold, {}, now
-        else:
-            told = {stream: self._untold.pop(stream) for stream in urgent}
-        if told:
-            self._loop.call_soon_threadsafe(self._tell, told, now, engine.load)
 
 
 def measure(model: Model) -> float:
@@ -337,9 +250,21 @@ def measure(model: Model) -> float:
     return tokens / (time.perf_counter() - begun)
 
 
+def _sampling(model: Model, settings: Settings) -> Sampling:
+    """The operator's choice, else the checkpoint's generation_config.json, else the defaults of the command line."""
+    drawn = Sampling()
+    published = model.checkpoint.metadata.get("generation_config")
+    values = published if isinstance(published, Mapping) else {}
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        with suppress(RequestError):  # what is out of range, or no number, is not taken
+            drawn = replace(drawn, **{name: values.get(name, getattr(drawn, name))})
+    return replace(drawn, **settings.sampling)
+
+
 def _fingerprint(model: Model) -> str:
     """Changes whenever equal requests may get other answers."""
     path = model.checkpoint.path
     engine = type(model.engine).__name__
     what = f"{llama2.__version__} {engine} {native.module().__name__} {path.resolve()} {path.stat().st_mtime_ns}"
+    what += "".join(f" {adapter.digest()}" for adapter in model.checkpoint.adapters)
     return "fp_" + hashlib.sha256(what.encode()).hexdigest()[:12]

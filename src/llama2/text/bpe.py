@@ -42,7 +42,7 @@ def arrange(pieces: Sequence[str], words: Mapping[str, int], merges: Sequence[st
         left, _, right = merge.partition(" ")
         if not (left and right and left in words and right in words and left + right in words):
             raise TokenizerError(f"the vocabulary's merges are damaged: {merge!r} does not make a token of two tokens")
-        ranks[words[left] << 32 | words[right]] = rank, words[left + right]
+        ranks.setdefault(words[left] << 32 | words[right], (rank, words[left + right]))  # of two alike, the first
     pairs = sorted(ranks)
     texts = [piece.encode() for piece in pieces]
     return {

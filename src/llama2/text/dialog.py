@@ -32,10 +32,13 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a function that an assistant's message makes; `id` is what the answer to it names."""
+    """A call of a function that an assistant's message makes; `id` is what the answer to it names.
+
+    Arguments are text where the model wrote no JSON object, as it does when a limit cuts its answer.
+    """
 
     name: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] | str
     id: str | None = None
 
 
@@ -59,13 +62,21 @@ class Dialog:
 
     After an assistant's message that calls tools come the tools' answers, one to each call. Takes each message as a
     Message or as a mapping of OpenAI's form. Raises DialogError that names the one that is out of order, empty, or of
-    an unknown role.
+    an unknown role. Unless `strict`, any order and empty texts are taken, calls may stay without an answer, and their
+    arguments need not be JSON; `turns.arrange` makes of these what a template can write.
     """
 
-    def __init__(self, messages: Iterable[Message | Mapping[str, Any]]) -> None:
-        self.messages = tuple(_message(i, message) for i, message in enumerate(messages))
+    def __init__(self, messages: Iterable[Message | Mapping[str, Any]], *, strict: bool = True) -> None:
+        if isinstance(messages, (str, bytes, bytearray, Mapping)) or not isinstance(messages, Iterable):
+            raise DialogError(f"a dialog is a list of messages with role and content, not {type(messages).__name__}")
+        self.messages = tuple(_message(i, message, strict) for i, message in enumerate(messages))
         if not self.messages:
             raise DialogError("the dialog has no messages")
+        if strict:
+            self._check_order()
+        self._answered = _answered(self.messages, strict)
+
+    def _check_order(self) -> None:
         expected: tuple[str, ...] = ("system", "user")
         for i, message in enumerate(self.messages):
             if message.role not in expected:
@@ -73,7 +84,6 @@ class Dialog:
             expected = ("tool",) if message.tool_calls else _FOLLOWING[message.role]
         if self.messages[-1].role == "system":
             raise DialogError("message 0: a system message alone asks nothing; add a user message")
-        self._answered = _answered(self.messages)
 
     @property
     def uses_tools(self) -> bool:
@@ -88,13 +98,15 @@ class Dialog:
         neutralise: bool = False,
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final: bool = False,
     ) -> tuple[list[int], list[bool]]:
         """Token ids, and for each whether the assistant said it, its end-of-turn token included.
 
-        A dialog that ends with the user or a tool asks for an answer; one that ends with the assistant is whole, as in
-        training. `template` is the checkpoint's Jinja source and `variables` what else it may use. A SentencePiece
-        vocabulary without a template, or with Llama 2's, has Llama 2's own format. `tools` are declarations of
-        functions in OpenAI's form, for templates that know tools; others refuse them, and messages that call or answer.
+        A dialog that ends with the assistant is whole, as in training; with `continue_final` the tokens end within its
+        last message, which the model goes on writing. Any other asks for an answer. `template` is the checkpoint's
+        Jinja source and `variables` what else it may use. A SentencePiece vocabulary without a template, or with
+        Llama 2's, has Llama 2's own format. `tools` are declarations of functions in OpenAI's form, for templates that
+        know tools; others refuse them, and messages that call or answer.
 
         A message that contains a role marker written in ordinary text is refused by DialogError, or with `neutralise`
         the marker is broken by a space: `[ INST]`. Raises TemplateError when the template fails or exceeds its limits.
@@ -104,26 +116,34 @@ class Dialog:
                 "this model's chat format knows no tools: ask without tools, or use a model that calls them"
             )
         if template is None and tokenizer.kind != "sentencepiece":
-            raise DialogError("this model has no chat template: use `llama2 generate`, or pass a template")
-        if template is None or (tokenizer.kind == "sentencepiece" and templates.known(template) == "Llama 2"):
+            raise DialogError("this model has no chat template: use `llama2 generate`, or choose one with --template")
+        if template is None or (tokenizer.kind == "sentencepiece" and templates.is_llama2(template)):
             if variables:
                 raise TemplateError(f"Llama 2's chat format has no template variable {next(iter(variables))!r}")
             pattern = _any_of(SPECIAL_TAGS)
-            told = [_cleared(f"message {i}", m.content, pattern, neutralise) for i, m in enumerate(self.messages)]
-            return _llama2(told, self.messages[0].role == "system", tokenizer)
+            told = [cleared(f"message {i}", m.content, pattern, neutralise) for i, m in enumerate(self.messages)]
+            return _llama2(told, self.messages[0].role == "system", tokenizer, continue_final)
         markers = templates.role_markers(template, tokenizer, system=self.messages[0].role == "system")
         for name, value in (variables or {}).items():
             if isinstance(value, str) and _any_of(markers).search(value):
                 raise TemplateError(f"template variable {name!r} contains a role marker; remove it")
         pattern = _any_of(markers)
-        messages = self._for_template(lambda i, text: _cleared(f"message {i}", text, pattern, neutralise))
-        declared = tools and templates.each_text(tools, lambda text: _cleared("tools", text, pattern, neutralise))
-        return templates.render(template, messages, tokenizer, variables or {}, declared or None)
+        write: Callable[..., dict[str, Any]] = dict
+        if self.uses_tools:  # what knows of calls is imported where there are some: a start must be quick
+            from llama2.text.calls import call_form
 
-    def _for_template(self, clear: Callable[[int, str], str]) -> list[dict[str, Any]]:
+            write = call_form(template, tokenizer).message
+        messages = self._for_template(lambda i, text: cleared(f"message {i}", text, pattern, neutralise), write)
+        declared = tools and templates.each_text(tools, lambda text: cleared("tools", text, pattern, neutralise))
+        return templates.render(template, messages, tokenizer, variables or {}, declared or None, continue_final)
+
+    def _for_template(
+        self, clear: Callable[[int, str], str], write: Callable[..., dict[str, Any]]
+    ) -> list[dict[str, Any]]:
         """The messages as templates expect them, their texts as `clear` gives them for a message's number.
 
-        Calls are numbered through the dialog, in nine digits, as Mistral's templates demand it of an id.
+        `write` makes an assistant's message of its text and its calls. These are numbered through the dialog, in nine
+        digits, as Mistral's templates demand it of an id.
         """
         told: list[dict[str, Any]] = []
         count = 0
@@ -133,21 +153,21 @@ class Dialog:
             if message.tool_calls:
                 functions = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
                 functions = templates.each_text(functions, partial(clear, i))
-                calls = [
-                    {"id": f"{count + n:09d}", "type": "function", "function": function}
-                    for n, function in enumerate(functions)
-                ]
+                calls = [{"id": f"{count + n:09d}", **function} for n, function in enumerate(functions)]
                 count += len(calls)
-                entry["tool_calls"] = calls
+                entry = write(entry["content"], calls)
             elif message.role == "tool":
                 call = calls[self._answered[i]]
-                entry |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
+                entry |= {"tool_call_id": call["id"], "name": call["name"]}
             told.append(entry)
         return told
 
 
-def _answered(messages: Sequence[Message]) -> dict[int, int]:
-    """Which of the calls before it each tool's message answers, by the message's number. Raises DialogError."""
+def _answered(messages: Sequence[Message], strict: bool) -> dict[int, int]:
+    """Which of the calls before it each tool's message answers, by the message's number.
+
+    Raises DialogError for an answer to no call, and if `strict`, for a call without an answer.
+    """
     answered: dict[int, int] = {}
     calls: Sequence[ToolCall] = ()
     open_calls: list[int] = []
@@ -161,19 +181,19 @@ def _answered(messages: Sequence[Message]) -> dict[int, int]:
                 raise DialogError(f"message {i}: no call before it{wanted} is without an answer")
             open_calls.remove(at)
             answered[i] = at
-        elif open_calls:
+        elif open_calls and strict:
             call = calls[open_calls[0]]
             raise DialogError(f"message {i}: the call of {call.name!r} before it has no answer; add a tool's message")
         calls = message.tool_calls or calls
         open_calls = [*range(len(calls))] if message.tool_calls else open_calls
-    if messages[-1].role == "tool" and open_calls:
+    if strict and messages[-1].role == "tool" and open_calls:
         call = calls[open_calls[0]]
         raise DialogError(f"message {len(messages) - 1}: the call of {call.name!r} has no answer; add a tool's message")
     return answered
 
 
-def _cleared(where: str, text: str, pattern: re.Pattern[str], neutralise: bool) -> str:
-    """`text` without role markers in ordinary text: refused, or broken by a space after the first letter."""
+def cleared(where: str, text: str, pattern: re.Pattern[str], neutralise: bool) -> str:
+    """`text` without role markers in ordinary text: refused by DialogError, or broken by a space after one letter."""
     while match := pattern.search(text):
         if not neutralise:
             raise DialogError(
@@ -189,9 +209,9 @@ def default_system_prompt() -> str:
     return Path(__file__).with_name("default_system_prompt.txt").read_text(encoding="utf-8")
 
 
-def _message(index: int, message: Message | Mapping[str, Any]) -> Message:
+def _message(index: int, message: Message | Mapping[str, Any], strict: bool) -> Message:
     if not isinstance(message, Message):
-        message = _from_mapping(index, message)
+        message = _from_mapping(index, message, strict)
     if message.role not in ROLES:
         raise DialogError(f"message {index}: role {message.role!r} is unknown; roles are {', '.join(ROLES)}")
     if not isinstance(message.content, str):
@@ -200,12 +220,12 @@ def _message(index: int, message: Message | Mapping[str, Any]) -> Message:
         raise DialogError(f"message {index}: only the assistant calls tools, not {message.role}")
     if (message.tool_call_id, message.name) != (None, None) and message.role != "tool":
         raise DialogError(f"message {index}: only a tool answers a call, not {message.role}")
-    if not message.content.strip() and not message.tool_calls and message.role != "tool":
+    if strict and not message.content.strip() and not message.tool_calls and message.role != "tool":
         raise DialogError(f"message {index}: content is empty")
     return message
 
 
-def _from_mapping(index: int, message: Mapping[str, Any]) -> Message:
+def _from_mapping(index: int, message: Mapping[str, Any], strict: bool) -> Message:
     """The message of a mapping in OpenAI's form, with the fields that its role has."""
     more = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
     if not isinstance(message, Mapping) or not {"role"} <= set(message):
@@ -221,23 +241,29 @@ def _from_mapping(index: int, message: Mapping[str, Any]) -> Message:
     return Message(
         role,
         "" if content is None and calls else content,
-        tuple(_call(f"message {index}: tool_calls[{n}]", call) for n, call in enumerate(calls)),
+        tuple(_call(f"message {index}: tool_calls[{n}]", call, strict) for n, call in enumerate(calls)),
         message.get("tool_call_id"),
         message.get("name"),
     )
 
 
-def _call(where: str, call: Any) -> ToolCall:
-    """A call in OpenAI's form, its arguments an object or the JSON text of one. Raises DialogError."""
+def _call(where: str, call: Any, strict: bool) -> ToolCall:
+    """A call in OpenAI's form, its arguments an object or the JSON text of one; or any text, unless `strict`.
+
+    Raises DialogError.
+    """
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DialogError(f"{where} must be {{'id', 'type': 'function', 'function': {{'name', 'arguments'}}}}")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
+        text = arguments
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = json.loads(text or "{}")
         except (ValueError, RecursionError):
             arguments = None
+        if not strict and not isinstance(arguments, Mapping):
+            return ToolCall(function["name"], text, call.get("id"))
     if not isinstance(arguments, Mapping):
         raise DialogError(f"{where}.function.arguments must be a JSON object")
     return ToolCall(function["name"], arguments, call.get("id"))
@@ -247,8 +273,11 @@ def _any_of(markers: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(markers, key=len, reverse=True))) or r"(?!)")
 
 
-def _llama2(texts: list[str], system: bool, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Llama 2's format: BOS before each question, EOS after each answer, and each such pair encoded by itself."""
+def _llama2(texts: list[str], system: bool, tokenizer: Tokenizer, continue_final: bool) -> tuple[list[int], list[bool]]:
+    """Llama 2's format: BOS before each question, EOS after each answer, and each such pair encoded by itself.
+
+    With `continue_final`, the last answer is as it was given up to here, and has no EOS.
+    """
     if system:
         rules, user, *rest = texts
         texts = [f"<<SYS>>\n{rules}\n<</SYS>>\n\n{user}", *rest]
@@ -257,9 +286,10 @@ def _llama2(texts: list[str], system: bool, tokenizer: Tokenizer) -> tuple[list[
     for turn in range(0, len(texts), 2):
         question, *answer = texts[turn : turn + 2]
         asked = f"[INST] {question.strip()} [/INST]"
-        text = asked + "".join(f" {said.strip()} " for said in answer)
-        new = tokenizer.encode(text, bos=True, eos=bool(answer))
-        ids += new
-        mask += [False, *templates.said(new[1 : len(new) - len(answer)], text, [(len(asked), len(text))], tokenizer)]
-        mask += [True for _ in answer]
+        open_end = continue_final and turn + 2 >= len(texts)
+        text = asked + "".join(f" {said.lstrip()}" if open_end else f" {said.strip()} " for said in answer)
+        new, ends = tokenizer.encode_with_ends(text)
+        begin, end = tokenizer.encode("", bos=True), tokenizer.encode("", eos=bool(answer) and not open_end)
+        ids += begin + new + end
+        mask += [False, *templates.said(ends, [(len(asked), len(text))]), *[True for _ in end]]
     return ids, mask

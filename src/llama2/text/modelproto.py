@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
 _TEXT, _SCORE, _TYPE = 1, 2, 3  # of SentencePiece
 _BPE = 2  # TrainerSpec.ModelType
+_NORMAL = 1  # SentencePiece.Type
+_SHORT = 256  # bytes of a piece's field
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(NamedTuple):
     """A model that was read. `plain`: BPE that changes nothing in a text but spaces to U+2581, as `build` makes it."""
 
     pieces: list[tuple[str, float, int]]  # text, score, type
@@ -50,6 +51,11 @@ def pieces(added: Iterable[tuple[str, float, int]]) -> bytes:
     return b"".join(_piece(text.encode(), score, kind) for text, score, kind in added)
 
 
+def dummy_prefix(adds: bool) -> bytes:
+    """What, behind a model's bytes, decides whether it puts a space before a text: fields that come later count."""
+    return _bytes(_NORMALIZER, _number(3, adds))
+
+
 def build(
     texts: Sequence[str],
     scores: Sequence[float],
@@ -72,27 +78,32 @@ def build(
     return vocabulary + _bytes(_TRAINER, trainer) + _bytes(_NORMALIZER, normalizer)
 
 
-def retype(model: bytes, change: Callable[[str, int], int]) -> bytes:
-    """`model` with the type of each piece that has one replaced by `change(text, type)`; the rest stays as it is.
+def retype(model: bytes, change: Callable[[int, str, int], int]) -> tuple[bytes, list[int]]:
+    """`model` with the type of each piece replaced by `change(token, text, type)`, and all types.
 
-    Raises ValueError, KeyError or IndexError when the model is not whole: the library itself takes one that was cut
-    between two pieces.
+    Normal pieces that are short are not asked about. Raises ValueError, KeyError, IndexError or struct.error when the
+    model is not whole: the library itself takes one that was cut between two pieces.
     """
-    found, changed = set(), []
+    found: set[int] = set()
+    changed: list[bytes] = []
+    types: list[int] = []
     for number, start, body, end in _fields(model):
         found.add(number)
         field = model[start:end]
-        if number == _PIECES and _TYPE << 3 in field:
-            values = {inner: model[first:last] for inner, _, first, last in _fields(model, body, end)}
-            (kind,), text = values.get(_TYPE, b"\1"), values[_TEXT]
-            new = change(text.decode(), kind)
-            if new != kind:
-                (score,) = struct.unpack("<f", values[_SCORE])
-                field = _piece(text, score, new)
+        if number == _PIECES:
+            new = _NORMAL
+            if _TYPE << 3 in field or len(field) > _SHORT:
+                values = {inner: model[first:last] for inner, _, first, last in _fields(model, body, end)}
+                kind, text = values.get(_TYPE, b"\1")[0], values[_TEXT]
+                new = change(len(types), text.decode(), kind)
+                if new != kind:
+                    (score,) = struct.unpack("<f", values.get(_SCORE, bytes(4)))
+                    field = _piece(text, score, new)
+            types.append(new)
         changed.append(field)
     if not {_PIECES, _TRAINER, _NORMALIZER} <= found:
         raise ValueError("pieces, trainer or normalizer are missing")
-    return b"".join(changed)
+    return b"".join(changed), types
 
 
 def _piece(text: bytes, score: float, kind: int) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 
 #: Address space of the process, where the system can bound it. It needs a fifth of that to start.
 MEMORY = 256 << 20
-#: The process ends itself after so many seconds of one request, should its parent be gone.
+#: A process ends itself after so many seconds of one request, should its parent be gone.
 ALARM = 5
 
 
@@ -40,8 +40,10 @@ def compile_template(source: str) -> Any:
     def raise_exception(message: object) -> None:
         raise ValueError(f"it refuses the dialog: {message}")
 
-    def tojson(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    def tojson(
+        x: object, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
@@ -92,10 +94,11 @@ def _bounded(parts: Iterator[str], limit: int) -> Iterator[str]:
         yield part
 
 
-def serve(answer: Callable[[Any], Any], memory: int) -> None:
+def serve(answer: Callable[[Any], Any], memory: int, seconds: int = ALARM) -> None:
     """Say `ready`, then give the `answer` to each line of JSON until stdin ends, in an address space of `memory` bytes.
 
-    `answer` must have imported what it needs, because the parent's clock runs from the first line on.
+    `answer` must have imported what it needs, because the parent's clock runs from the first line on. The process ends
+    itself after so many `seconds` of one request.
     """
     import signal
 
@@ -110,7 +113,7 @@ def serve(answer: Callable[[Any], Any], memory: int) -> None:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
-        alarm(ALARM)
+        alarm(seconds)
         sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
         sys.stdout.flush()
         alarm(0)

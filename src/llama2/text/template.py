@@ -8,10 +8,11 @@ template then writes is split at its own control tokens, and that character is d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
-from itertools import accumulate, chain, islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 from llama2.errors import DialogError, TemplateError
@@ -19,7 +20,7 @@ from llama2.text import sandbox
 from llama2.text.tokenizer import Tokenizer
 from llama2.text.worker import Worker
 
-#: Templates that have been read: sha256 of their source. Any other renders in a process of its own.
+#: Templates that have been read: sha256 of their source. Any other but ours renders in a process of its own.
 KNOWN = {
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788": "SmolLM2",
     "de9cde7d1b0ca0cc87459a6673e0d12fb89c070bdb24e4a30b6e4d187b226221": "SmolLM2",
@@ -52,6 +53,7 @@ _DEEPEST = 64  # levels of a function's declaration or arguments
 #: Seconds that an unknown template may take to render; with starting and killing its process, under a second.
 SECONDS = 0.6
 _LONGEST_SOURCE = 1 << 20
+_MOST_MARKERS = 1 << 10
 
 #: How chat formats write roles. What has this shape and is no control token marks roles in ordinary text.
 _BRACKETED = re.compile(
@@ -59,6 +61,7 @@ _BRACKETED = re.compile(
 )
 _HEADING = re.compile(r"^#{2,} ?[A-Z]\w*:?|\b[A-Z]{4,}:", re.MULTILINE)
 _PROBE = [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "u"))]
+_SAID = "said by a probe"
 
 
 def knows_tools(source: str) -> bool:
@@ -67,8 +70,61 @@ def knows_tools(source: str) -> bool:
 
 
 def known(source: str) -> str | None:
-    """Name of a template that has been read, or None."""
-    return KNOWN.get(sha256(source.encode(errors="surrogatepass")).hexdigest())
+    """Name of a template that has been read, which ours have, or None."""
+    name = KNOWN.get(sha256(source.encode(errors="surrogatepass")).hexdigest())
+    if name is None:
+        from llama2.text import formats
+
+        name = formats.named(source)
+    return name
+
+
+def is_llama2(source: str) -> bool:
+    """Whether a template is known to write Llama 2's own format."""
+    return known(source) in ("Llama 2", "llama2")
+
+
+def stops(source: str) -> tuple[str, ...]:
+    """Texts that end an answer by a template of ours, besides the tokens that do."""
+    name = known(source)
+    if name is None or name in KNOWN.values():
+        return ()
+    from llama2.text import formats
+
+    return formats.STOPS.get(name, ())
+
+
+def recognise(source: str, tokenizer: Tokenizer) -> str | None:
+    """The name of the chat format that a template writes: of one that is known, or of ours that writes the same."""
+    from llama2.text import formats
+
+    if name := known(source):
+        return name
+    bos = _variables(tokenizer)["bos_token"]
+    jobs = [_job(p, [(len(p), True)], _variables(tokenizer)) for p in (_PROBE[1:], _PROBE)]
+
+    def texts(source: str) -> list[str | None]:
+        return [None if text is None else "".join(text).removeprefix(bos) for text in _run(source, jobs)]
+
+    try:
+        wanted = texts(source)
+    except TemplateError:
+        return None
+    ours = (name for name in formats.STOPS if texts(formats.source(name, bos=False)) == wanted)
+    return next(ours, None)
+
+
+def check(source: str) -> None:
+    """Raise TemplateError for a template that is too long, or no text that UTF-8 can write."""
+    if len(source) > _LONGEST_SOURCE:
+        raise TemplateError(f"chat template: its {len(source)} characters are more than the limit of {_LONGEST_SOURCE}")
+    try:
+        source.encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"U+{ord(source[error.start]):04X}"
+        raise TemplateError(
+            f"chat template: character {error.start} is a lone surrogate, {surrogate}; remove it, or choose a template"
+        ) from None
 
 
 @lru_cache(maxsize=16)
@@ -81,7 +137,35 @@ def role_markers(source: str, tokenizer: Tokenizer, system: bool) -> frozenset[s
     (texts,) = _run(source, [_job(probe, [(len(probe), True)], _variables(tokenizer))])
     text = "".join(texts or ())
     found = {*_BRACKETED.findall(source), *_BRACKETED.findall(text), *_HEADING.findall(text)}
-    return frozenset(found - set(tokenizer.control) | {text for text in tokenizer.control if len(text) == 1})
+    markers = found - set(tokenizer.control) | {text for text in tokenizer.control if len(text) == 1}
+    if len(markers) > _MOST_MARKERS:
+        raise TemplateError(f"chat template: it has {len(markers)} role markers, and the limit is {_MOST_MARKERS}")
+    return frozenset(markers)
+
+
+@lru_cache(maxsize=16)
+def ends(source: str, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's, and the one that the template writes behind an answer."""
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": _SAID}]
+    try:
+        (texts,) = _run(source, [_job(messages, [(len(messages), False)], _variables(tokenizer))])
+    except TemplateError:
+        return tokenizer.stop_ids
+    _, _, after = "".join(texts or ()).rpartition(_SAID)
+    token = next((token for part, token in tokenizer.split(after) if token is not None or part.strip()), None)
+    return tokenizer.stop_ids if token is None else tokenizer.stop_ids | {token}
+
+
+def text(
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """What the template writes for `messages`, which are our own. Raises TemplateError."""
+    job = _job(messages, [(len(messages), False)], {**_variables(tokenizer), "tools": tools})
+    (texts,) = _run(source, [job])
+    return "".join(texts or ())
 
 
 def written(
@@ -102,14 +186,17 @@ def render(
     tokenizer: Tokenizer,
     variables: Mapping[str, Any],
     tools: Sequence[Mapping[str, Any]] | None = None,
+    continue_final: bool = False,
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a dialog as the template `source` writes it, and which of them the assistant said.
 
-    The prompt for an answer is added when the last message is the user's or a tool's. What the assistant said begins
+    The prompt for an answer is added unless the last message is the assistant's; with `continue_final` that one is cut
+    off where its text ends, white space at its end included. What the assistant said begins
     where the prompt for an answer ends, and ends with the end-of-turn token; a second rendering, with marks around the
-    answers, tells where. If a template does more with an answer than trim it, or the assistant called tools, that
-    cannot be told: then no token of a dialog that ends with a question is marked, and one that ends with the assistant
-    is refused.
+    answers, tells where. Where the assistant called tools, what is written of the messages up to an answer tells it. If
+    a template does more with an answer than trim it, or writes earlier messages otherwise once there are later
+    ones, that cannot be told: then no token of a dialog that ends with a question is marked, and one that ends with the
+    assistant is refused.
 
     A template that nobody has read could cut and join a message's letters to a control token all the same. So it
     renders once more, with the marker around each letter, and must write the same control tokens.
@@ -133,36 +220,48 @@ def render(
         return broken.replace(core, edge + core + edge, 1)
 
     def everywhere(text: str) -> str:
-        return marker + "".join(letter + marker for letter in text)
+        return text and marker + "".join(letter + marker for letter in text)  # a template may ask whether there is any
 
     def job(
-        breaks: Callable[[str], str], prefixes: Sequence[tuple[int, bool]], answer: Callable[[str], str] | None = None
+        breaks: Callable[[str], str], prefixes: Sequence[tuple[int, bool]], marked: Container[int] = ()
     ) -> dict[str, Any]:
-        def message(m: Mapping[str, Any]) -> dict[str, Any]:
-            says = answer if answer and m["role"] == "assistant" else breaks
+        def message(i: int, m: Mapping[str, Any]) -> dict[str, Any]:
+            says = edged if i in marked else breaks
             rest = {name: each_text(value, breaks) for name, value in m.items() if name in ("name", "tool_calls")}
-            return {**m, **rest, "content": says(m["content"])}
+            return {**m, **rest, "content": m["content"] and says(m["content"])}
 
         given = {**each_text(dict(variables), breaks, keys=False), "tools": each_text(tools, breaks)}
-        return _job([message(m) for m in messages], prefixes, _variables(tokenizer) | given)
+        return _job([message(i, m) for i, m in enumerate(messages)], prefixes, _variables(tokenizer) | given)
 
-    asks = messages[-1]["role"] in ("user", "tool")
+    asks = messages[-1]["role"] != "assistant"
     calls = any("tool_calls" in m for m in messages)
     whole = [(len(messages), asks)]
-    question = [(i, flag) for i, m in enumerate(messages) if m["role"] == "assistant" for flag in (False, True)][:2]
-    jobs = [job(gently, whole), job(gently, whole, edged), job(gently, question), job(everywhere, whole)]
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    question = [(i, flag) for i in answers[:1] for flag in (False, True)]
+    resumed = continue_final and not asks
+    jobs = [
+        job(gently, whole),
+        job(gently, whole, answers[-1:] if resumed else answers),
+        job(gently, question),
+        job(everywhere, whole),
+    ]
     texts, marked, asked, *check = _run(source, jobs[: 3 if known(source) else 4])
     text = "".join(texts or ())
     if any(_control_tokens("".join(again or ()), tokenizer) != _control_tokens(text, tokenizer) for again in check):
         raise DialogError("the chat template turns a message's text into a control token; reword the message")
-    parts = marked[0].split(edge) if marked and not calls else []
-    if "".join(parts) == text and len(parts) == 1 + 2 * sum(m["role"] == "assistant" for m in messages):
+    parts = marked[0].split(edge) if marked and (resumed or not calls) else []
+    if resumed:
+        if "".join(parts) != text or len(parts) != 3:
+            raise TemplateError("the chat template rewrites the assistant's message, so it cannot be continued")
+        content = messages[-1]["content"]
+        return _encode(parts[0] + parts[1] + content[len(content.rstrip()) :], [], marker, tokenizer)
+    if "".join(parts) == text and len(parts) == 1 + 2 * len(answers):
         prompt = asked[1].removeprefix(asked[0]) if asked else ""
-        spans = _spans(parts, prompt, tokenizer)
+        spans = _spans(parts, prompt, tokenizer, ends(source, tokenizer), stops(source))
     elif asks:
         spans = []
-    elif calls:
-        raise TemplateError("what an assistant said that called tools cannot be told; end the dialog with a question")
+    elif calls and (called := _spans_of_calls(source, job(gently, _around(answers)), text, tokenizer)):
+        spans = called
     else:
         raise TemplateError("the chat template rewrites the assistant's messages, so what it said cannot be told")
     return _encode(text, spans, marker, tokenizer)
@@ -199,13 +298,9 @@ def texts_of(value: Any) -> list[str]:
     return found
 
 
-def said(ids: Sequence[int], text: str, spans: Iterable[tuple[int, int]], tokenizer: Tokenizer) -> list[bool]:
-    """Which of `ids`, the tokens of `text`, end within one of `spans`, which are (start, end) in characters of it."""
-    sizes = [len(tokenizer.token_bytes(token)) for token in ids]
-    added = sum(sizes) - len(text.encode())  # the space that SentencePiece puts in front
-    ends = [end - added for end in accumulate(sizes)]
-    places = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans]
-    return [any(start < end <= stop for start, stop in places) for end in ends]
+def said(ends: Iterable[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens, that cover a text up to `ends`, end within one of `spans`, which are (start, end) in it."""
+    return [any(start < end <= stop for start, stop in spans) for end in ends]
 
 
 def _encode(
@@ -219,10 +314,10 @@ def _encode(
         here = [(max(start, at) - at, min(stop, end) - at) for start, stop in spans if start < end and at < stop]
         if token is None:
             literal = part.replace(marker, "")
-            new = tokenizer.encode(literal)
+            new, ends = tokenizer.encode_with_ends(literal, begins=at == 0)
             places = [(len(part[:a].replace(marker, "")), len(part[:b].replace(marker, ""))) for a, b in here]
             ids += new
-            mask += said(new, literal, places, tokenizer)
+            mask += said(ends, places)
         else:
             ids.append(token)
             mask.append(bool(here))
@@ -230,11 +325,13 @@ def _encode(
     return ids, mask
 
 
-def _spans(parts: Sequence[str], prompt: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+def _spans(
+    parts: Sequence[str], prompt: str, tokenizer: Tokenizer, ends: frozenset[int], stops: Sequence[str]
+) -> list[tuple[int, int]]:
     """Where answers stand in the joined `parts`, of which every second is an answer without what belongs to it.
 
-    White space between the `prompt` for an answer and the answer belongs to it, and so does what follows up to an
-    end-of-turn token.
+    White space between the `prompt` for an answer and the answer belongs to it, and so does what follows up to a token
+    of `ends`, or a text of `stops` that comes next.
     """
     spans = []
     at = 0
@@ -248,10 +345,36 @@ def _spans(parts: Sequence[str], prompt: str, tokenizer: Tokenizer) -> list[tupl
         for part, token in tokenizer.split(after):
             turn += len(part)
             if token is not None:
-                end = turn if token in tokenizer.stop_ids else end
+                end = turn if token in ends else end
                 break
+        if stop := next((stop for stop in stops if after.lstrip().startswith(stop)), ""):
+            end = at + len(answer) + after.index(stop) + len(stop)
         spans.append((at - lead, end))
         at += len(answer)
+    return spans
+
+
+def _around(answers: Iterable[int]) -> list[tuple[int, bool]]:
+    """The prefixes of a dialog that end with the prompt for each of its answers, and with that answer."""
+    return [prefix for i in answers for prefix in ((i, True), (i + 1, False))]
+
+
+def _spans_of_calls(source: str, job: dict[str, Any], text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Where answers stand in `text`, by what the template writes `_around` each; none where it is not what `text` says.
+
+    An answer ends with its end-of-turn token.
+    """
+    (prefixes,) = _run(source, [job])
+    spans = []
+    for before, through in zip(*[iter(prefixes or ())] * 2, strict=True):
+        if not (through.startswith(before) and text.startswith(through)):
+            return []
+        end = len(before)
+        for part, token in tokenizer.split(through[len(before) :]):
+            end += len(part)
+            if token in ends(source, tokenizer):
+                break
+        spans.append((len(before), end))
     return spans
 
 
@@ -275,23 +398,35 @@ def _unused_characters(*texts: str) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=8)
-def _places(tokenizer: Tokenizer) -> tuple[re.Pattern[str], tuple[str, ...], tuple[str, ...]]:
-    """What to break in a text: a whole control token in it, the first part of one at its end, the last at its start."""
-    tokens = [text for text in tokenizer.control if len(text) > 1]
+def _places(tokenizer: Tokenizer) -> tuple[re.Pattern[str], list[str], list[str]]:
+    """What to break in a text: a whole control token in it, the first part of one at its end, the last at its start.
+
+    Control tokens stand in order, and so do their letters backwards.
+    """
+    tokens = sorted(text for text in tokenizer.control if len(text) > 1)
     whole = "|".join(map(re.escape, tokens)) or "(?!)"
-    heads = {text[:i] for text in tokens for i in range(1, len(text))}
-    tails = {text[i:] for text in tokens for i in range(1, len(text))}
-    return re.compile(f"(?={whole})", re.IGNORECASE), tuple(heads), tuple(tails)  # a template may change the case
+    return re.compile(f"(?={whole})", re.IGNORECASE), tokens, sorted(text[::-1] for text in tokens)  # any case
 
 
 def _break_tokens(text: str, marker: str, tokenizer: Tokenizer) -> str:
     """`text` with `marker` within every control token, and at an edge where half of one stands, trimmed or not."""
-    whole, heads, tails = _places(tokenizer)
+    whole, tokens, backwards = _places(tokenizer)
     cuts = {match.start() + 1 for match in whole.finditer(text)}
-    cuts |= {end for end in (len(text), len(text.rstrip())) if text.endswith(heads, 0, end)}
-    cuts |= {start for start in (0, len(text) - len(text.lstrip())) if text.startswith(tails, start)}
+    cuts |= {end for end in (len(text), len(text.rstrip())) if _ends_as_one_begins(text[:end], tokens)}
+    starts = (0, len(text) - len(text.lstrip()))
+    cuts |= {start for start in starts if _ends_as_one_begins(text[start:][::-1], backwards)}
     edges = [0, *sorted(cuts), len(text)]
     return marker.join(text[start:end] for start, end in pairwise(edges)) if cuts else text
+
+
+def _ends_as_one_begins(text: str, tokens: Sequence[str]) -> bool:
+    """Whether an end of `text` is a beginning of one of the sorted `tokens`."""
+    longest = max(map(len, tokens), default=0)
+    for size in range(1, min(longest, len(text)) + 1):
+        at = bisect_left(tokens, text[-size:])
+        if at < len(tokens) and tokens[at].startswith(text[-size:]):
+            return True
+    return False
 
 
 def _job(
@@ -304,16 +439,27 @@ def _job(
 
 
 def _run(source: str, jobs: Sequence[dict[str, Any]]) -> list[list[str] | None]:
-    """What the template writes for each of `jobs`, None where it fails; raises TemplateError if the first one does."""
-    if len(source) > _LONGEST_SOURCE:
-        raise TemplateError(f"chat template: its {len(source)} characters are more than the limit of {_LONGEST_SOURCE}")
-    if known(source):
-        results = [sandbox.attempt(source, job) for job in jobs]
-    else:
-        results = _worker.ask({"source": source, "jobs": jobs}, SECONDS)
+    """What the template writes for each of `jobs`, None where it fails; raises TemplateError if the first one does.
+
+    A template that goes through `tools` without asking whether there are any fails where there are none, as it does in
+    transformers. It is then given an empty list.
+    """
+    check(source)
+    results = _attempt(source, jobs)
+    if "NoneType" in results[0].get("error", "") and jobs[0]["variables"].get("tools") is None and knows_tools(source):
+        empty = _attempt(source, [{**job, "variables": {**job["variables"], "tools": []}} for job in jobs])
+        results = results if "error" in empty[0] else empty
     if "error" in results[0]:
         raise TemplateError(f"chat template: {results[0]['error']}")
     return [result.get("texts") for result in results]
+
+
+def _attempt(source: str, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Texts or error of each job; raises TemplateError when it takes too long."""
+    if known(source):
+        return [sandbox.attempt(source, job) for job in jobs]
+    results: list[dict[str, Any]] = _worker.ask({"source": source, "jobs": jobs}, SECONDS)
+    return results
 
 
 def _failure(reason: str) -> TemplateError:

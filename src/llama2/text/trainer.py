@@ -22,12 +22,15 @@ class Trained:
     too_long: int
 
 
-def train(texts: Iterable[str], vocabulary: int, *, sample: int = 2_000_000, threads: int = 1) -> Trained:
+def train(
+    texts: Iterable[str], vocabulary: int, *, exact: bool = True, sample: int = 2_000_000, threads: int = 1
+) -> Trained:
     """A vocabulary of so many tokens, three control tokens and 256 bytes among them, that is learnt from lines of text.
 
     Of more than `sample` lines, a random choice of so many is learnt from, always the same one, which bounds memory.
     Digits stand alone, a text gets a space in front and is not changed otherwise, and what has no token is bytes.
-    Raises TokenizerError when the text is too little for the vocabulary, or none.
+    Raises TokenizerError when the text is too little for the vocabulary, or none; too little is as many tokens as it
+    has where they need not be `exact`.
     """
     from sentencepiece import SentencePieceTrainer, set_random_generator_seed
 
@@ -40,6 +43,7 @@ def train(texts: Iterable[str], vocabulary: int, *, sample: int = 2_000_000, thr
             model_writer=model,
             model_type="bpe",
             vocab_size=vocabulary,
+            hard_vocab_limit=exact,
             character_coverage=0.99995,
             input_sentence_size=sample,
             shuffle_input_sentence=True,

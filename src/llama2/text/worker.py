@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,8 @@ class Worker:
         self._failure = failure
         self._lock = Lock()
         atexit.register(self.close)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
 
     def ask(self, request: Any, seconds: float) -> Any:
         """The answer to `request`. Raises `failure` when it takes longer than `seconds`, or the process dies of it."""
@@ -45,6 +48,10 @@ class Worker:
             self.process.kill()
             self.process.communicate()
             self.process = None
+
+    def _forget(self) -> None:
+        """After a fork: the process is the parent's, and so is whoever holds the lock."""
+        self.process, self._lock = None, Lock()
 
     def _start(self) -> None:
         self.close()

@@ -7,14 +7,16 @@ checkpoints/step-00001000/*.distcp     parameters, AdamW's moments, and where lo
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 import warnings
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,16 +29,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from llama2 import files
 from llama2.checkpoint import Checkpoint, Tensor, huggingface
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, RunError
-from llama2.records import CHECKPOINTS, MODEL
+from llama2.records import CHECKPOINTS, MODEL, STATE
 from llama2.text.tokenizer import Tokenizer
+from llama2.train.processes import first_says
 from llama2.train.step import Step
 
-Answer = TypeVar("Answer")
-
-_STEP = re.compile(r"step-(\d+)")
+#: The file that DCP writes last.
+_PLAN = ".metadata"
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)  # it is one process
 
@@ -59,20 +62,19 @@ class Checkpoints:
         # Writing goes on beside steps, whose messages must not be taken for its own.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         if _first():
-            self.folder.mkdir(parents=True, exist_ok=True)
             for part in self.folder.glob("*.part"):  # of a process that was killed
-                shutil.rmtree(part)
+                _delete(part)
 
     def steps(self) -> list[int]:
         """Of which steps there are whole states, in order."""
-        found = (_STEP.fullmatch(path.name) for path in self.folder.iterdir()) if self.folder.is_dir() else iter(())
-        return sorted(int(match[1]) for match in found if match)
+        paths = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        return sorted(int(match[1]) for path in paths if (match := re.fullmatch(STATE, path.name)) and _whole(path))
 
     def last(self) -> int | None:
         """The step of the last whole state, if there is one: the first process's answer, for all."""
         self.finish()
         steps: list[int] = self.steps() if _first() else []
-        return _first_says(max(steps, default=None))
+        return first_says(max(steps, default=None))
 
     def path(self, step: int) -> Path:
         """Where a step's state is."""
@@ -88,11 +90,11 @@ class Checkpoints:
         refused = None
         if _first():
             try:
-                part.mkdir()
+                part.mkdir(parents=True)
                 write_model(part / MODEL, whole, self._like, self._step.precision)
             except (OSError, CheckpointError) as error:
                 refused = _words(error)
-        if refused := _first_says(refused):
+        if refused := first_says(refused):
             self._failed(path, refused)
             return
         try:
@@ -120,13 +122,21 @@ class Checkpoints:
         except (OSError, CheckpointException) as error:
             self._failed(path, _words(error))
             return
-        self.failure = None
+        refused = None
         if _first():
-            if path.exists():  # of before the run went back
-                _remove(path)
-            _part(path).rename(path)
-            for old in self.steps()[: -self._keep]:
-                _remove(self.path(old))
+            try:
+                if not _whole(_part(path)):
+                    raise FileNotFoundError(errno.ENOENT, "something removed parts of it")
+                if files.exists(path):  # half a state, or one of before the run went back
+                    _remove(path)
+                _part(path).rename(path)
+                for old in self.steps()[: -self._keep]:
+                    _remove(self.path(old))
+            except OSError as error:
+                refused = _words(error)
+        self.failure = None
+        if refused := first_says(refused):
+            self._failed(path, refused)
 
     def load(self, step: int) -> dict[str, Any]:
         """Put a step's state in place, and return `loop` as it was saved. Raises RunError when it cannot be read."""
@@ -154,7 +164,8 @@ class Checkpoints:
     def _failed(self, path: Path, reason: str) -> None:
         self.failure = f"{path}: cannot be saved ({reason}); free some room"
         if _first():
-            shutil.rmtree(_part(path), ignore_errors=True)
+            with suppress(OSError):
+                _delete(_part(path))
 
 
 def write_model(folder: Path, weights: dict[str, Any], like: Checkpoint, precision: str = "bf16") -> None:
@@ -175,25 +186,29 @@ def _first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _first_says(value: Answer) -> Answer:
-    """The first process's value, for all."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, 0)
-    return values[0]
-
-
 def _part(path: Path) -> Path:
     """What a state is called that is not whole."""
     return path.with_name(f"{path.name}.part")
+
+
+def _whole(path: Path) -> bool:
+    """Whether a folder has both parts of a state: what resumes the run, and the model."""
+    return all((path / name).is_file() for name in (_PLAN, f"{MODEL}/config.json"))
 
 
 def _remove(path: Path) -> None:
     """Remove a state so that no half of it can be taken for whole."""
     old = _part(path.with_name(f"{path.name}.old"))
     path.rename(old)
-    shutil.rmtree(old)
+    _delete(old)
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder with all that is in it, or whatever else has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _words(error: BaseException) -> str:

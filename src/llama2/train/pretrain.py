@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from llama2 import checkpoint, files
 from llama2 import recipe as recipes
+from llama2.checkpoint import Checkpoint
 from llama2.data import shards
-from llama2.data.loader import Batch, Loader, Windows
+from llama2.data.compressed import SUFFIXES
+from llama2.data.loader import Batch, Windows
+from llama2.data.settings import DOCUMENTS, BuildRecipe
+from llama2.data.settings import Source as DataSource
 from llama2.data.shards import Shards
-from llama2.errors import RunError
+from llama2.errors import DataError, RecipeError, RunError
 from llama2.model.transformer import Transformer
 from llama2.records import Run
-from llama2.train.loop import Loop, Sample, Watch
+from llama2.text import huggingface
+from llama2.text.tokenizer import Tokenizer
+from llama2.train.lock import hold
+from llama2.train.loop import Loop, Sample, Watch, refuse_longer
 from llama2.train.processes import Processes, processes
-from llama2.train.settings import Data, PretrainRecipe
+from llama2.train.settings import PretrainRecipe
+
+#: Repetitions of a text up to which it teaches about as much as new text (Muennighoff et al. 2023).
+_MOST_EPOCHS = 4
+#: Names of files whose size does not tell how much text is in them.
+_PACKED = (*SUFFIXES, ".parquet")
+#: A text by which tokenizers are compared, beside their vocabularies.
+_PROBE = "The 3 quick foxes' café:\n\tif x >= 10: return 'naïve' # 你好 🙂  end"
 
 
 def pretrain(
@@ -25,51 +43,165 @@ def pretrain(
     folder: Path,
     *,
     beside: Path = Path(),
+    locate: Callable[[str], Path] = Path,
     resume: bool = False,
     sample: Sample | None = None,
     watch: Watch | None = None,
 ) -> Run:
     """Train by a recipe, whose paths are relative to `beside`, and leave the run in `folder`.
 
-    With `resume` the run that is there goes on from its last state, with the same losses as if it had never stopped.
-    Under torchrun every process calls this. Raises RunError, DataError, RecipeError and ConfigError, before the first
-    step if it can be known then.
+    With `recipe.start`, a model which `locate` finds by its name goes on learning: its tokenizer makes the corpus, and
+    the learning rate warms up again from zero to the recipe's peak. With `resume` the run that is there goes on from
+    its last state, with the same losses as if it had never stopped. Under torchrun every process calls this. Raises
+    RunError, DataError, RecipeError and ConfigError, before the first step if it can be known then.
     """
-    with processes(recipe.mesh.tensor) as here:
-        corpus = _corpus(recipe.data, beside, folder, here)
-        train = Shards.open(corpus, "train")
+    with ExitStack() as stack:
+        here = stack.enter_context(processes(recipe.mesh.tensor))
+        stack.enter_context(hold(folder, here, resume=resume))
+        start = stack.enter_context(checkpoint.open(locate(recipe.start))) if recipe.start else None
         length, boundaries = recipe.data.length, recipe.data.boundaries
+        if start:
+            refuse_longer(length, start)
+        begin: list[str] = []
+        corpus = _Corpus(recipe, folder, beside, start, begin.append).folder(here, resume)
+        train = Shards.open(corpus, "train")
+        if start and not _same(start.tokenizer, train.load_tokenizer()):
+            raise DataError(f"{corpus}: has not the tokens of {start.path}; give data.dir or data.recipe instead")
         validation: list[Batch] = []
         if recipe.data.validation:
             windows = Windows(Shards.open(corpus, "validation"), length=length, boundaries=boundaries)
-            validation = Loader(windows, rows=recipe.batch.micro, seed=0).first(recipe.data.validation)
-        with torch.device("meta"):
-            network = Transformer(recipe.model.config(train.manifest.tokenizer.vocabulary, length))
+            validation = windows.spread(recipe.data.validation, recipe.batch.micro)
+        if start:
+            network = Transformer.load(start, device=here.device)
+            begin.append(_told(recipe, start))
+        else:
+            with torch.device("meta"):
+                network = Transformer(recipe.model.config(train.manifest.tokenizer.vocabulary, length))
+        source = Windows(train, length=length, boundaries=boundaries)
+        epochs = recipe.steps * recipe.batch.rows / len(source)
+        if epochs > _MOST_EPOCHS:
+            begin.append(f"warning: each text is read {epochs:.0f} times; fewer steps, or more text, may teach as much")
         loop = Loop(
             recipe,
             folder,
             here,
-            source=Windows(train, length=length, boundaries=boundaries),
+            source=source,
             validation=validation,
             network=network,
-            tokenizer=train.load_tokenizer(),
+            tokenizer=start.tokenizer if start else train.load_tokenizer(),
+            template=start.template_for(tools=False) if start else None,
             sample=sample,
             watch=watch,
         )
+        if watch and here.first and begin:
+            watch.begin(begin)
         return loop.run(resume)
 
 
-def _corpus(data: Data, beside: Path, run: Path, here: Processes) -> Path:
-    """The corpus's folder; it is built by its recipe if it is not there."""
-    if data.recipe is None:
-        return data.corpus or Path()
-    from llama2.data.build import build
-    from llama2.data.settings import BuildRecipe
+def _told(recipe: PretrainRecipe, start: Checkpoint) -> str:
+    """What becomes of a model that goes on learning, in a line."""
+    rate, warmup = recipe.optimizer.rate, recipe.optimizer.warmup
+    shape = "; its shape is its own, not that of model" if "model" in recipe.model_fields_set else ""
+    return f"goes on from {start.path}{shape}; the learning rate warms up again, to {rate:g} in {warmup} steps"
 
-    changed = [f"dir={json.dumps(data.dir)}", f"output={json.dumps(str(run / 'corpus'))}"] if data.dir else []
-    asked = recipes.load(beside / data.recipe, BuildRecipe, changed)
-    if here.first and not (asked.output / shards.MANIFEST).exists() and build(asked) is None:
-        raise RunError(f"{asked.output}: is being built by {asked.executor.kind}; begin again when it is whole")
-    if here.mesh is not None:
-        dist.barrier()
-    return asked.output
+
+def _same(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers give the same tokens."""
+    return (
+        one.vocab_size == other.vocab_size
+        and one.encode(_PROBE) == other.encode(_PROBE)
+        and all(one.token_bytes(token) == other.token_bytes(token) for token in range(one.vocab_size))
+    )
+
+
+class _Corpus:
+    """Where a run's corpus is, and how it becomes what the recipe says. `note` is told what is not as expected."""
+
+    def __init__(
+        self,
+        recipe: PretrainRecipe,
+        run: Path,
+        beside: Path,
+        start: Checkpoint | None,
+        note: Callable[[str], None],
+    ) -> None:
+        self._recipe, self._data, self._run, self._beside = recipe, recipe.data, run, beside
+        self._start, self._note = start, note
+        self._own = bool(self._data.dir or start)  # this run's, and in its folder
+
+    def folder(self, here: Processes, resume: bool) -> Path:
+        """The corpus's folder; what is not there is built, by the first process. A run goes on with what it had."""
+        if self._data.corpus is not None:
+            return self._data.corpus
+        asked = self._asked()
+        if here.first and not (resume and (asked.output / shards.MANIFEST).exists()):
+            self._build(asked)
+        if here.mesh is not None:
+            dist.barrier()
+        return asked.output
+
+    def _asked(self) -> BuildRecipe:
+        """The recipe of the corpus, with this run's folder of documents and its model's tokenizer."""
+        data, changed = self._data, []
+        if self._own:
+            changed.append(f"output={json.dumps(str(self._run / 'corpus'))}")
+        if self._start:
+            changed.append(f"tokenizer={{file = {json.dumps(str(self._tokenizer(self._start)))}}}")
+        if data.recipe is None:
+            asked = recipes.make({"dir": data.dir}, BuildRecipe, changed, where=f"data.dir={data.dir}")
+        else:
+            if data.dir:
+                changed.append(f"dir={json.dumps(data.dir)}")
+            asked = recipes.load(self._beside / data.recipe, BuildRecipe, changed)
+            if not data.dir or "dir" not in recipes.load(self._beside / data.recipe, BuildRecipe).model_fields_set:
+                return asked  # its sources are those of whatever folder it is given
+        return asked.model_copy(update={"sources": _all_but(asked.folder, self._run)})
+
+    def _tokenizer(self, start: Checkpoint) -> Path:
+        """The model's tokenizer as a file, which a GGUF has not."""
+        written = huggingface.written(start.tokenizer, {})
+        if model := written.get("tokenizer.model"):
+            written = {"tokenizer.model": model}
+        place = self._run / "tokenizer"
+        place.mkdir(parents=True, exist_ok=True)
+        for name, content in written.items():
+            if not (place / name).is_file() or (place / name).read_bytes() != content:
+                with files.create(place / name, error=RunError) as file:
+                    file.write(content)
+        return place / next(iter(written))
+
+    def _build(self, asked: BuildRecipe) -> None:
+        from llama2.data.build import build, differences
+        from llama2.data.read import find
+
+        changed = differences(asked)
+        if changed and self._own:
+            self._note(f"{asked.output}: is built anew, because {'; '.join(changed)}")
+        elif changed:
+            raise DataError(
+                f"{asked.output}: was built from something else: {'; '.join(changed)}; build it anew with `llama2 data "
+                f"build {self._beside / (self._data.recipe or '')} --force`, or take it as it is with data.corpus="
+            )
+        elif changed is not None:
+            return
+        found = find(asked)
+        size, length = sum(file.size for file in found), self._data.length
+        packed = any(file.path.endswith(_PACKED) for file in found)
+        if self._data.validation and not packed and max(asked.validation, 0.1) * size + 2 * len(found) <= length:
+            raise RecipeError(
+                f"{asked.dir}: {size:,} bytes of documents are too few to hold out a row of {length} tokens for "
+                "validation; give more text, a smaller data.length, or data.validation=0"
+            )
+        if build(asked, force=bool(changed), note=self._note) is None:
+            raise RunError(f"{asked.output}: is being built by {asked.executor.kind}; begin again when it is whole")
+
+
+def _all_but(folder: str, run: Path) -> dict[str, DataSource]:
+    """All documents of a folder, but what runs leave behind in it."""
+    [(name, source)] = DOCUMENTS.items()
+    exclude = [*source.exclude]
+    for own in (run, run.parent):
+        place = os.path.relpath(own.resolve(), folder) if "://" not in folder else ".."
+        if place != "." and not place.startswith(".."):
+            exclude.append(f"{place}/*")
+    return {name: source.model_copy(update={"exclude": exclude})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,21 +11,27 @@ from pydantic import Field, model_validator
 from llama2.config import SIZES, ModelConfig
 from llama2.recipe import Settings
 
-Positive = Annotated[int, Field(ge=1)]
+#: The most of anything that is counted.
+MOST = 10**12
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+#: A dimension of a matrix, or of a step: two of them, multiplied, are a size that every library can count.
+Width = Annotated[int, Field(ge=1, le=1 << 20)]
+#: A decay of AdamW's moments.
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Model(Settings):
     """The network: a published size, or its shape. The vocabulary is the corpus's."""
 
-    size: Literal["7B", "13B", "34B", "70B"] | None = None
-    dim: Positive = 4096
-    n_layers: Positive = 32
-    n_heads: Positive = 32
-    n_kv_heads: Positive | None = Field(None, description="key/value heads; none: as many as heads")
-    hidden_dim: Positive = 11008
-    norm_eps: float = Field(1e-5, gt=0)
-    rope_theta: float = Field(10000.0, gt=0)
-    tied_embeddings: bool = False
+    size: Literal["7B", "13B", "34B", "70B"] | None = Field(None, description="a published size, in place of a shape")
+    dim: Width = Field(4096, description="width: numbers of a token between blocks")
+    n_layers: int = Field(32, ge=1, le=1000, description="blocks")
+    n_heads: Width = Field(32, description="query heads, which share the width")
+    n_kv_heads: Width | None = Field(None, description="key/value heads; none: as many as query heads")
+    hidden_dim: Width = Field(11008, description="width inside a feed-forward network")
+    norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in a norm")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    tied_embeddings: bool = Field(False, description="the head is the embeddings")
 
     @model_validator(mode="after")
     def _one(self) -> Model:
@@ -46,29 +53,29 @@ class Model(Settings):
 
 
 class Data(Settings):
-    """What is read: a corpus of `llama2 data build`, or by a recipe of it, which makes the corpus if it is missing."""
+    """What is read: a corpus of `llama2 data build`, or what becomes one first: by a recipe, or any folder."""
 
     corpus: Path | None = Field(None, description="folder of a built corpus")
     recipe: Path | None = Field(None, description="recipe of `llama2 data build`, beside this one")
-    dir: str | None = Field(None, description="the folder of texts, in place of that recipe's")
+    dir: str | None = Field(
+        None, description="a folder of documents, all of which become the corpus, in place of the recipe's own sources"
+    )
     length: Positive = Field(4096, description="tokens of a row: the context")
     boundaries: bool = Field(False, description="tokens read no other document than their own")
     validation: int = Field(64, ge=0, description="rows of the validation split that are evaluated; 0: none")
 
     @model_validator(mode="after")
     def _some(self) -> Data:
-        if (self.corpus is None) == (self.recipe is None):
-            raise ValueError("needs a corpus, or a recipe to build one by, and not both")
-        if self.dir and not self.recipe:
-            raise ValueError("dir goes with a recipe to build a corpus by")
+        if (self.corpus is None) == (self.recipe is None and self.dir is None):
+            raise ValueError("needs a corpus, or what to build one from (recipe, dir), and not both")
         return self
 
 
 class Batch(Settings):
     """How many rows a step reads on all processes together, and how many of them a process at once."""
 
-    rows: Positive = Field(1024, description="rows of a step: 4 M tokens with rows of 4,096")
-    micro: Positive = Field(1, description="rows that a process reads at once; the rest is accumulated")
+    rows: Width = Field(1024, description="rows of a step: 4 M tokens with rows of 4,096")
+    micro: Width = Field(1, description="rows that a process reads at once; the rest is accumulated")
 
 
 class Optimizer(Settings):
@@ -76,10 +83,15 @@ class Optimizer(Settings):
 
     rate: float = Field(3e-4, gt=0, description="the learning rate's peak")
     final: float = Field(0.1, ge=0, le=1, description="share of the peak at the end")
-    warmup: int = Field(2000, ge=0, description="steps")
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-5, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    warmup: int = Field(2000, ge=0, description="steps in which the rate rises to its peak; at most `steps`")
+    rewarm: int | None = Field(
+        None,
+        ge=0,
+        description="with --resume and another schedule: steps from the rate as it is to the peak",
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay of the means of gradients and of their squares")
+    eps: float = Field(1e-5, gt=0, description="added to the root of the squares' mean")
+    weight_decay: float = Field(0.1, ge=0, description="of matrices, times the rate; norms have none")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
 
 
@@ -96,32 +108,32 @@ class Spikes(Settings):
 class Mesh(Settings):
     """How processes share the network: `tensor` of them each matrix, the others the rest (FSDP2)."""
 
-    tensor: Positive = 1
+    tensor: Positive = Field(1, description="processes that share each matrix")
 
 
 class Save(Settings):
     """How often the state and the model are kept."""
 
-    every: Positive = Field(1000, description="steps")
-    keep: Positive = Field(2, description="states, of which the last is whole")
+    every: Positive = Field(1000, description="steps between states; the last step has one too")
+    keep: Positive = Field(2, description="states that stay; older ones go")
 
 
 class Samples(Settings):
     """Texts that the model continues at every save."""
 
-    prompts: list[str] = Field([], description="beginnings")
-    tokens: Positive = 64
+    prompts: list[str] = Field([], description="beginnings, or for `llama2 sft` questions")
+    tokens: Positive = Field(64, description="tokens that follow a beginning")
 
 
 class LoopSettings(Settings):
     """What every training run has."""
 
-    steps: Positive
-    seed: int = Field(0, ge=0, lt=1 << 32)
+    steps: Positive = Field(description="steps of the optimiser")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="of weights and of the rows' order")
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
-    precision: Literal["bf16", "fp32"] = "bf16"
-    compile: bool = True
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of products, and of the model that is saved")
+    compile: bool = Field(True, description="torch.compile, for speed; without a C++ compiler the run goes on without")
     checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
     mesh: Mesh = Mesh()
     spikes: Spikes = Spikes()
@@ -130,9 +142,26 @@ class LoopSettings(Settings):
     evaluate: Positive = Field(500, description="steps between evaluations")
     watts: float | None = Field(None, gt=0, description="power of a device, for energy and carbon; none: not told")
 
+    @model_validator(mode="after")
+    def _warm(self) -> LoopSettings:
+        if reason := long_warmup(self.optimizer.warmup, self.steps or math.inf):  # 0: not known yet
+            raise ValueError(reason)
+        return self
+
+
+def long_warmup(warmup: int, steps: float) -> str | None:
+    """What is wrong with a warm-up that is longer than its run; None with any other."""
+    if warmup <= steps:
+        return None
+    return f"optimizer.warmup={warmup} is longer than the run, steps={steps}; choose fewer steps of warm-up"
+
 
 class PretrainRecipe(LoopSettings):
     """A run of `llama2 pretrain`."""
 
+    start: str = Field(
+        "",
+        description="a model to go on from, with its shape and tokenizer: a run, folder, file or name; none: a new one",
+    )
     model: Model = Model()
     data: Data

@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from pydantic import Field
-
-from llama2 import checkpoint
+from llama2 import checkpoint, native
 from llama2.data import dialogs, loader
-from llama2.data.dialogs import DialogSettings, Packed, Prepared
+from llama2.data.dialogs import Packed, Prepared
 from llama2.data.loader import Loader
-from llama2.errors import RecipeError
 from llama2.model.transformer import Transformer
 from llama2.records import Run
-from llama2.train import settings
-from llama2.train.loop import Loop, Sample, Watch
+from llama2.text import formats
+from llama2.train import tuning
+from llama2.train.lock import hold
+from llama2.train.loop import Loop, Sample, Watch, refuse_longer
 from llama2.train.processes import processes
+from llama2.train.tuning import SftRecipe, fit, fit_rows, refuse_large
+
+#: Rows of the dialogs learnt whose loss is measured before and after.
+_SAMPLE = 32
 
 
-class Optimizer(settings.Optimizer):
-    """AdamW and its schedule. The paper tells peak and decay; that there is no warm-up is ours."""
+class Losses(NamedTuple):
+    """Mean loss of answers' tokens, in nats: of dialogs that are learnt, and of those held out, if there are any."""
 
-    rate: float = Field(2e-5, gt=0, description="the learning rate's peak")
-    warmup: int = Field(0, ge=0, description="steps")
-
-
-class Batch(settings.Batch):
-    """How many rows a step reads on all processes together, and how many of them a process at once."""
-
-    rows: int = Field(64, ge=1, description="rows of a step")
+    train: float
+    validation: float | None
 
 
-class SftRecipe(settings.LoopSettings):
-    """A run of `llama2 sft`. Defaults are the paper's."""
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A run that has ended, and its losses before the first step, as far as they are known, and after the last."""
 
-    start: str = Field(description="the model to begin with: a run, a folder or file, or a name")
-    data: DialogSettings
-    steps: int = Field(0, ge=0, description="0: as many as `epochs` take")
-    epochs: float = Field(2.0, gt=0, description="how often each dialog is read")
-    batch: Batch = Batch()
-    optimizer: Optimizer = Optimizer()
+    run: Run
+    before: Losses | None
+    after: Losses
 
 
 def sft(
@@ -52,41 +48,64 @@ def sft(
     resume: bool = False,
     sample: Sample | None = None,
     watch: Watch | None = None,
-) -> Run:
+) -> Tuned:
     """Tune a model, which `locate` finds by its name, on dialogs, and leave the run in `folder`.
 
-    Loss is on what the assistant says alone. What is left is as `pretrain` does it. Raises DataError and DialogError
-    for dialogs that the model's chat format does not know.
+    Loss is on what the assistant says alone. What the recipe leaves open is fitted (`tuning`), told before the first
+    step, and recorded. What is left is as `pretrain` does it. Raises DataError and DialogError for dialogs that the
+    model's chat format does not know, RecipeError for what the model cannot be trained by.
     """
-    with processes(recipe.mesh.tensor) as here, checkpoint.open(locate(recipe.start)) as start:
-        if recipe.data.length > start.config.context_length:
-            raise RecipeError(
-                f"data.length={recipe.data.length} is more than {start.path} reads, {start.config.context_length}; "
-                "choose shorter rows"
-            )
-        ready = dialogs.prepare(recipe.data, start.tokenizer, start.template, seed=recipe.seed)
-        steps = recipe.steps or math.ceil(recipe.epochs * len(ready.train) / recipe.batch.rows)
+    with (
+        processes(recipe.mesh.tensor) as here,
+        hold(folder, here, resume=resume),
+        checkpoint.open(locate(recipe.start), template=recipe.template or None) as start,
+    ):
+        refuse_large(recipe, start.config.parameters())
+        if "length" in recipe.data.model_fields_set:
+            refuse_longer(recipe.data.length, start)
+        template = start.template_for(tools=False)
+        note = start.assumes_format
+        if template is None and start.tokenizer.kind == "sentencepiece":  # what it learns is what its folder says
+            template = formats.source(formats.LLAMA2, bos=True)
+        rendered = dialogs.render_all(
+            recipe.data, start.tokenizer, template, start.template_for(tools=True) or template
+        )
+        sizes = [len(example.tokens) for example in rendered.examples]
+        recipe = recipe.model_copy(update={"data": fit_rows(recipe.data, sizes, start.config.context_length)})
+        ready = dialogs.prepare(recipe.data, rendered, seed=recipe.seed)
+        bf16 = here.device.type != "cpu" or "avx512_bf16" in native.supported()
+        recipe = fit(recipe, len(ready.train), width=start.config.dim, world=here.world, bf16=bf16)
+        held = _rows(ready.validation, recipe.batch.micro)
         loop = Loop(
-            recipe.model_copy(update={"steps": steps}),
+            recipe,
             folder,
             here,
             source=ready.train,
-            validation=_all(ready.validation, recipe.batch.micro),
+            validation=held,
             network=Transformer.load(start, device=here.device),
             tokenizer=start.tokenizer,
-            template=start.template,
+            template=template,
             about={"dialogs": ready.train.dialogs, "left_out": ready.left_out, "learnt": ready.train.learnt},
             sample=sample,
             watch=watch,
         )
         if watch and here.first:
-            watch.begin([_told(ready)])
-        return loop.run(resume)
+            notes = [*rendered.seen.told(), _told(ready), tuning.told(recipe), *([note] if note else [])]
+            watch.begin([*notes, *(f"warning: {each}" for each in tuning.warnings(recipe, ready.train))])
+        some = _rows(ready.train, recipe.batch.micro, _SAMPLE)
+        before: Losses | None = None
+        if not resume:
+            before = Losses(loop.step.evaluate(some), loop.step.evaluate(held) if held else None)
+            loop.about = {**loop.about, "before": before._asdict()}
+        run = loop.run(resume)
+        if resume and (kept := run.origin.get("before")):
+            before = Losses(**kept)
+        return Tuned(run, before, Losses(loop.step.evaluate(some), loop.step.evaluate(held) if held else None))
 
 
-def _all(packed: Packed | None, micro: int) -> list[loader.Batch]:
-    """Every row, `micro` at a time."""
-    return Loader(packed, rows=micro, seed=0).first(len(packed)) if packed else []
+def _rows(packed: Packed | None, micro: int, most: int | None = None) -> list[loader.Batch]:
+    """Every row, or the first `most`, `micro` at a time."""
+    return Loader(packed, rows=micro, seed=0).first(most or len(packed)) if packed else []
 
 
 def _told(ready: Prepared) -> str:

@@ -6,9 +6,9 @@ B rows  T tokens of a row
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from llama2 import plan
 from llama2.data.loader import IGNORED, Batch
+from llama2.errors import RunError
 from llama2.model import parallel
 from llama2.model.transformer import Transformer, attention, attention_by_products
 from llama2.train.loss import exponentials, head_loss
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,8 @@ class Step:
         self.network = network
         self.clip = clip
         self.precision = precision
+        self.note: str | None = None  # what the user should know; whoever tells it removes it
+        self._compiles, self._checkpoints = compile, checkpointing
         self.device = network.norm.weight.device if device is None else torch.device(device)
         shares, divides = (_dimension(mesh, name) for name in ("dp", "tp"))
         self._group = None if shares is None else shares.get_group()
@@ -125,6 +130,9 @@ class Step:
 
         `rate` is the learning rate. Without a target, or where loss or norm is not finite, nothing changes.
         """
+        return self._compiled(lambda: self._step(batches, rate))
+
+    def _step(self, batches: Sequence[Batch], rate: float) -> Progress:
         self.network.train()
         count = self._targets(batches)
         loss = torch.zeros((), device=self.device)
@@ -145,9 +153,12 @@ class Step:
         self.optimizer.zero_grad()
         return progress
 
-    @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over all targets, in nats; not a number without any."""
+        return self._compiled(lambda: self._evaluate(batches))
+
+    @torch.no_grad()
+    def _evaluate(self, batches: Sequence[Batch]) -> float:
         self.network.eval()
         loss = torch.zeros((), device=self.device)
         for batch in batches:
@@ -156,6 +167,27 @@ class Step:
             self.objective.reshard()  # which a backward pass does else
         count = self._targets(batches)
         return self._sum(loss) / count if count else math.nan
+
+    def _compiled(self, work: Callable[[], Answer]) -> Answer:
+        """Do something; where its code cannot be compiled, do it and all that follows without, and note that."""
+        if not self._compiles:
+            return work()
+        try:
+            answer = work()
+        except Exception as error:  # compilers fail in many ways; what is no fault of theirs comes again
+            reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+            if dist.is_initialized():  # others may be waiting in the middle of a step
+                raise RunError(f"compile: failed ({reason}); install a C++ compiler, or say compile=false") from error
+            for layer in self.network.layers:
+                vars(layer).pop("forward")
+            if self._checkpoints:
+                parallel.checkpoint_blocks(self.network)
+            self.objective.softmax, self.objective.attention = exponentials, attention
+            self.optimizer.zero_grad()
+            self._compiles = False
+            answer = work()
+            self.note = f"goes on without compile, which failed ({reason}); a C++ compiler such as g++ makes it faster"
+        return answer
 
     def _loss(self, batch: Batch) -> Tensor:
         documents = None if batch.documents is None else torch.from_numpy(batch.documents).to(self.device)

@@ -4,20 +4,26 @@ import { ApiError, chat } from "./api.js";
 import { requestBody } from "./conversation.js";
 
 export class Answer {
-  /** `message` is an assistant's message that grows; `messages` is what the model is sent. */
+  /** `message` is an assistant's message that grows; `messages` is what the model is sent before it. */
   constructor(message, messages) {
     this.message = message;
     this.messages = messages;
+    this.prefix = message.content;
     this.failure = null; // ApiError
     this.tokens = 0; // parts that came, of which nearly every one is a token
     this.controller = new AbortController();
-    this.begun = performance.now();
+    this.sent = performance.now();
     this.first = null;
     this.last = null;
   }
 
   stop() {
     this.controller.abort();
+  }
+
+  /** Whether anything has come. */
+  get begun() {
+    return this.message.content.length > this.prefix.length;
   }
 
   /** Tokens a second so far, or null while that says nothing. */
@@ -28,9 +34,9 @@ export class Answer {
 
   /** Follows the stream to its end, whatever that is; `changed` is called after every part. */
   async run(changed) {
-    const { message, controller } = this;
+    const { message, messages, prefix, controller } = this;
     try {
-      for await (const chunk of chat(requestBody(message.request, this.messages), controller.signal)) {
+      for await (const chunk of chat(requestBody(message.request, messages, prefix), controller.signal)) {
         this.#take(chunk);
         changed();
       }
@@ -45,7 +51,7 @@ export class Answer {
     }
     if (this.first !== null) {
       const thousandths = (from, to) => Math.round(to - from) / 1000;
-      message.seconds = { first: thousandths(this.begun, this.first), rest: thousandths(this.first, this.last) };
+      message.seconds = { first: thousandths(this.sent, this.first), rest: thousandths(this.first, this.last) };
     }
   }
 
@@ -57,8 +63,10 @@ export class Answer {
       message.usage = { prompt_tokens, completion_tokens };
     }
     if (choices.length === 0) return;
-    const [{ delta, finish_reason: finish }] = choices;
+    const [{ delta, logprobs, finish_reason: finish }] = choices;
     if (finish) message.finish = finish;
+    for (const { token, logprob, top_logprobs: top } of logprobs?.content ?? [])
+      message.tokens.push([token, logprob, top.map((each) => [each.token, each.logprob])]);
     if (delta.content) {
       message.content += delta.content;
       this.tokens++;

@@ -25,6 +25,13 @@ export async function models() {
   return (await (await call("v1/models")).json()).data;
 }
 
+/** How many tokens a text has. Raises ApiError. */
+export async function countTokens(text, model) {
+  const body = JSON.stringify({ content: text, model, parse_special: false });
+  const response = await call("tokenize", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+  return (await response.json()).tokens.length;
+}
+
 /** The server's description of its routes. Raises ApiError. */
 export async function description() {
   return (await call("openapi.json")).json();

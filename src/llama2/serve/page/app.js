@@ -1,12 +1,13 @@
 // The chat page: what it knows, and what happens when something is done.
 
 import { Answer, compare } from "./answer.js";
-import { ApiError, key, models } from "./api.js";
+import { ApiError, countTokens, key, models } from "./api.js";
 import {
-  assistantMessage, newConversation, now, promptOf, randomSeed, SETTINGS, titleOf, Tree, userMessage,
+  assistantMessage, newConversation, now, partsOf, promptOf, randomSeed, SETTINGS, titleOf, Tree, userMessage,
 } from "./conversation.js";
 import { h, icon } from "./dom.js";
 import { readSettings } from "./exchange.js";
+import { Attachments, LONG_PASTE } from "./files.js";
 import { keep, kept } from "./kept.js";
 import { Settings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -49,10 +50,14 @@ const fresh = () => !conversations.some(({ id }) => id === current.id);
 const thread = new Thread(
   { scroller: $("thread"), list: $("messages"), latest: $("latest"), spoken: $("spoken") },
   {
-    edit: (message, text) => ask(message.parent, text),
+    edit: (message, text) => ask(message.parent, text, message.files),
     regenerate: (message) =>
       answer(message.parent, requestFor(tree.versions(message).length), { beside: message }),
-    exactly: (message) => answer(message.parent, { ...message.request }, { beside: message, exactly: true }),
+    exactly: (message) => {
+      const prefix = message.content.slice(0, message.prefix ?? 0);
+      return answer(message.parent, { ...message.request }, { beside: message, prefix, exactly: true });
+    },
+    goOn: (message) => answer(message.parent, requestFor(0), { beside: message, prefix: message.content }),
     retry: (message) => answer(message.id, requestFor(0)),
     rate: (message, rating) => {
       Object.assign(message, { rating, rated: rating && now() });
@@ -70,6 +75,7 @@ const thread = new Thread(
 
 let sidebar;
 let settings;
+let attachments;
 
 function state() {
   return {
@@ -78,6 +84,7 @@ function state() {
     failure: failures.get(current.id) ?? null,
     notes,
     versions: (message) => tree.versions(message),
+    answers: (message) => tree.messages.get(message.parent)?.role === "user",
   };
 }
 
@@ -89,10 +96,10 @@ function render() {
   document.title = current.title ? `${current.title} · llama2` : "llama2";
   $("stop").hidden = answering === null;
   $("send").hidden = answering !== null;
-  settings.show(current.settings, fresh() ? null : current.title);
+  settings.show({ ...SETTINGS, ...current.settings }, fresh() ? null : current.title);
   const { temperature, top_p, seed } = current.settings;
   const drawn = temperature === 0 ? "Likeliest tokens" : `Temperature ${temperature} · top-p ${top_p}`;
-  $("sampling").textContent = seed === null ? drawn : `${drawn} · seed ${seed}`;
+  $("sampling-text").textContent = seed === null ? drawn : `${drawn} · seed ${seed}`;
   showModel();
   showContext(path);
   sidebar.show(conversations, current.id, running);
@@ -118,14 +125,16 @@ function showModel() {
     : "";
 }
 
-/** How much of the context the last answer left in use. */
+/** How much of the context the last answer left in use, and what the attachments will add. */
 function showContext(path) {
-  const last = path.findLast((message) => message.usage);
+  const usage = path.findLast((message) => message.usage)?.usage;
   const limit = model()?.max_model_len;
-  $("context").hidden = !last;
-  if (!last) return;
-  const used = last.usage.prompt_tokens + last.usage.completion_tokens;
-  $("context-text").textContent = limit ? `${number.format(used)} of ${number.format(limit)} tokens` : `${number.format(used)} tokens`;
+  const used = (usage ? usage.prompt_tokens + usage.completion_tokens : 0) + attachments.tokens;
+  const over = limit && used > limit;
+  $("context").hidden = used === 0;
+  $("context").classList.toggle("over", over);
+  const text = limit ? `${number.format(used)} of ${number.format(limit)} tokens` : `${number.format(used)} tokens`;
+  $("context-text").textContent = over ? `${text}: too many` : text;
   $("context-meter").hidden = !limit;
   if (limit) $("context-meter").value = Math.min(1, used / limit);
 }
@@ -166,8 +175,8 @@ function confirm(title, text) {
 
 // ---- Keeping ----------------------------------------------------------------------------------------------------
 
-/** Keeps a conversation's record and these of its messages. */
-async function save(messages = [], conversation = current) {
+/** Keeps a conversation's record and these of its messages, and forgets those that are `gone`. */
+async function save(messages = [], conversation = current, gone = []) {
   conversation.updated = now();
   const record = structuredClone(conversation);
   const run = running.get(conversation.id);
@@ -176,7 +185,7 @@ async function save(messages = [], conversation = current) {
   if (index >= 0) conversations.splice(index, 1);
   conversations.unshift(conversation);
   try {
-    await store.save(record, structuredClone(messages));
+    await store.save(record, structuredClone(messages), gone.map(({ id }) => id));
   } catch (error) {
     banner(`Not kept: ${error.message}. The conversation is gone when the page closes; free some space, or copy it.`);
   }
@@ -195,6 +204,7 @@ async function settle(runs = [...running.values()]) {
 async function remove(conversation) {
   if (running.has(conversation.id)) await settle([running.get(conversation.id)]);
   const gone = await store.remove(conversation);
+  drafts.forget(conversation.id);
   const open = conversation.id === current.id;
   conversations = conversations.filter(({ id }) => id !== conversation.id);
   if (open) startNew();
@@ -213,15 +223,15 @@ async function remove(conversation) {
 function requestFor(count) {
   const { seed, ...rest } = current.settings;
   const chosen = seed === null ? randomSeed() : (seed + count) % 2 ** 32;
-  return { ...rest, model: model()?.id ?? "", seed: chosen };
+  return { ...SETTINGS, ...rest, model: model()?.id ?? "", seed: chosen };
 }
 
-async function ask(parent, text) {
+async function ask(parent, text, files = []) {
   if (running.has(current.id)) return;
-  const message = userMessage(current, parent, text);
+  const message = userMessage(current, parent, text, files);
   tree.add(message);
   current.leaf = message.id;
-  if (current.title === "") current.title = titleOf(text);
+  if (current.title === "") current.title = titleOf(text.trim() === "" ? files[0].name : text);
   thread.follow = true;
   const saving = save([message]);
   history.replaceState(null, "", `#${current.id}`);
@@ -229,14 +239,14 @@ async function ask(parent, text) {
 }
 
 /**
- * Has the message `parent` answered. `beside` is the answer that another is wanted for; `exactly` says that it should be
- * the same, and then it is only kept if it is not.
+ * Has the message `parent` answered. `beside` is the answer that another is wanted for, which may have to begin with
+ * `prefix`; `exactly` says that it should be the same, and then it is only kept if it is not.
  */
-async function answer(parent, request, { beside = null, exactly = false } = {}) {
+async function answer(parent, request, { beside = null, prefix = "", exactly = false } = {}) {
   if (running.has(current.id)) return;
   const conversation = current;
   const branches = tree;
-  const message = assistantMessage(conversation, parent, request);
+  const message = assistantMessage(conversation, parent, request, prefix);
   const run = new Answer(message, promptOf(request.system, branches.path(parent)));
   run.tree = branches;
   run.leaf = conversation.leaf; // what was shown before
@@ -273,29 +283,37 @@ async function answer(parent, request, { beside = null, exactly = false } = {}) 
   });
 
   if (leaving) return; // the browser has cut the connection; what was kept stays as it is
-  const whole = message.finish === "stop" || message.finish === "length";
+  const whole = isWhole(message);
   const comparison = exactly && whole ? compare(beside, message) : null;
-  if ((whole || (message.content !== "" && !exactly)) && !comparison?.same) {
+  // An answer that failed before it began stays with its question, so that one can go on. If nobody did, another replaces it.
+  const failed = beside !== null && beside.content === "" && !isWhole(beside) && !branches.followers.get(beside.id)?.length;
+  const wanted = exactly ? comparison?.same === false : beside === null || failed || whole || run.begun;
+  if (wanted) {
     if (comparison) notes.set(message.id, comparison);
     if (run.failure) failures.set(conversation.id, run.failure);
-    await save([message], conversation);
+    if (failed) branches.remove(beside);
+    await save([message], conversation, failed ? [beside] : []);
   } else {
     branches.remove(message);
     conversation.leaf = run.leaf;
     if (comparison) notes.set(beside.id, comparison);
-    else if (beside && run.failure) notes.set(beside.id, { same: false, text: `No other answer: ${run.failure.message}` });
-    else if (run.failure) failures.set(conversation.id, run.failure);
+    else if (run.failure) notes.set(beside.id, { same: false, text: `No other answer: ${run.failure.message}` });
   }
   running.delete(conversation.id); // not before all of it is kept
   end();
   if (conversation === current) {
-    thread.speaker.finish(message.content);
+    thread.speaker.finish(partsOf(message.content).answer);
     if (comparison) thread.speaker.say(comparison.text);
     if (run.failure) thread.speaker.say(run.failure.message);
   }
   render();
   if (run.failure?.kind === "key") askKey();
   if (whole && !model()?.max_model_len) connect(); // how much a model reads is known once it is loaded
+}
+
+/** Whether the model, or a limit, has ended an answer. */
+function isWhole({ finish }) {
+  return finish === "stop" || finish === "length";
 }
 
 /** Draws with the next frame; in a window that nobody sees there are none, and a timer does. */
@@ -306,6 +324,76 @@ function afterFrame(action) {
 
 function stop() {
   running.get(current.id)?.stop();
+}
+
+// ---- What is being written ----------------------------------------------------------------------------------------
+
+/** The draft of the conversation that is shown, for as long as the window is open. */
+const drafts = {
+  get place() {
+    return fresh() ? "new" : current.id;
+  },
+  load() {
+    const prompt = $("prompt");
+    prompt.value = kept(`draft-${this.place}`, "sessionStorage") ?? "";
+    fit(prompt);
+    attachments.set(JSON.parse(kept(`draft-files-${this.place}`, "sessionStorage") ?? "[]"));
+  },
+  keepText() {
+    keep(`draft-${this.place}`, $("prompt").value || null, "sessionStorage");
+  },
+  keepFiles() {
+    const { files } = attachments;
+    keep(`draft-files-${this.place}`, files.length > 0 ? JSON.stringify(files) : null, "sessionStorage");
+  },
+  forget(place = this.place) {
+    keep(`draft-${place}`, null, "sessionStorage");
+    keep(`draft-files-${place}`, null, "sessionStorage");
+  },
+};
+
+function send() {
+  const text = $("prompt").value;
+  const { files } = attachments;
+  if ((text.trim() === "" && files.length === 0) || running.has(current.id)) return;
+  drafts.forget();
+  drafts.load();
+  ask(current.leaf, text, files);
+}
+
+function listenForFiles() {
+  const prompt = $("prompt");
+  const chooser = $("attachment");
+  $("attach").addEventListener("click", () => chooser.click());
+  chooser.addEventListener("change", async () => {
+    await attachments.add([...chooser.files]);
+    chooser.value = ""; // so that the same file can be chosen again
+    prompt.focus();
+  });
+  prompt.addEventListener("paste", (event) => {
+    const { files } = event.clipboardData;
+    const text = event.clipboardData.getData("text/plain");
+    const long = text.length > LONG_PASTE;
+    if (!long && (text !== "" || files.length === 0)) return;
+    event.preventDefault();
+    attachments.add(long ? [new File([text], "Pasted text.txt")] : [...files]);
+  });
+  const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
+  const main = document.querySelector("main");
+  const show = (over) => document.body.classList.toggle("dropping", over);
+  addEventListener("dragover", (event) => {
+    if (!hasFiles(event)) return;
+    event.preventDefault(); // or the browser leaves the page for the file
+    show(main.contains(event.target));
+  });
+  addEventListener("dragleave", (event) => event.relatedTarget === null && show(false));
+  addEventListener("drop", (event) => {
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    show(false);
+    attachments.add([...event.dataTransfer.files]);
+    prompt.focus();
+  });
 }
 
 // ---- Going about ------------------------------------------------------------------------------------------------
@@ -331,6 +419,7 @@ async function follow() {
 
 function open(message) {
   thread.open(state(), message);
+  drafts.load();
   render();
   closeSidebar();
   if (!message) focusPrompt();
@@ -416,23 +505,20 @@ function askKey() {
 
 function listen() {
   const prompt = $("prompt");
-  const send = () => {
-    const text = prompt.value;
-    if (text.trim() === "" || running.has(current.id)) return;
-    prompt.value = "";
-    fit(prompt);
-    ask(current.leaf, text);
-  };
   $("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     send();
   });
-  prompt.addEventListener("input", () => fit(prompt));
+  prompt.addEventListener("input", () => {
+    fit(prompt);
+    drafts.keepText();
+  });
   prompt.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
     send();
   });
+  listenForFiles();
   $("stop").addEventListener("click", () => {
     stop();
     prompt.focus();
@@ -513,14 +599,23 @@ async function start() {
     await reload();
     await refresh();
   });
-  sidebar = new Sidebar({ list: $("list"), search: $("search"), found: $("found") }, store, { remove });
+  attachments = new Attachments($("attachments"), {
+    count: (text) => countTokens(text, model()?.id).catch(() => null),
+    changed() {
+      drafts.keepFiles();
+      showContext(state().path);
+    },
+    refused: (line) => toast(line),
+  });
+  const rename = (conversation, title) => {
+    conversation.title = title;
+    save([], conversation);
+    render();
+  };
+  sidebar = new Sidebar({ list: $("list"), search: $("search"), found: $("found") }, store, { remove, rename });
   settings = new Settings($("settings"), store, {
     changed: change,
-    renamed: (title) => {
-      current.title = title || current.title;
-      save();
-      render();
-    },
+    renamed: (title) => title && rename(current, title),
     settle,
     imported: async () => {
       await reload();

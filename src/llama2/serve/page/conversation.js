@@ -14,6 +14,7 @@ export const SETTINGS = {
   repetition_penalty: 1,
   max_tokens: null, // null: what the context holds
   seed: null, // null: another one for every answer
+  logprobs: false, // whether the likeliest tokens are asked for beside each token
 };
 
 export function now() {
@@ -35,20 +36,27 @@ export function newConversation(settings) {
   return { id: identifier(), title: "", created: time, updated: time, leaf: null, settings: { ...settings } };
 }
 
-export function userMessage(conversation, parent, content) {
-  return { id: identifier(), conversation: conversation.id, parent, role: "user", content, created: now() };
+/** What the user says. `files` are text files: [{name, content}]. */
+export function userMessage(conversation, parent, content, files = []) {
+  return { id: identifier(), conversation: conversation.id, parent, role: "user", content, files, created: now() };
 }
 
-/** An answer that has not come yet. `request` holds everything but the messages that it depends on. */
-export function assistantMessage(conversation, parent, request) {
+/**
+ * An answer that has not come yet, but for its beginning `prefix`. `request` holds everything but the messages that it
+ * depends on.
+ */
+export function assistantMessage(conversation, parent, request, prefix = "") {
   return {
     id: identifier(),
     conversation: conversation.id,
     parent,
     role: "assistant",
-    content: "",
+    content: prefix,
+    prefix: prefix.length, // characters that the model was given, and went on from
     created: now(),
-    request, // {model, system, temperature, …, max_tokens, seed}
+    request, // {model, system, temperature, …, max_tokens, seed}; null: another program's answer
+    origin: null, // the other program's name for who answered
+    tokens: [], // [token, log-probability, [[token, log-probability] of the likeliest]], if they were asked for
     finish: null, // stop, length; stopped: by the user; error; null: it was never finished
     error: null, // one line
     fingerprint: null, // the server's: equal requests get equal answers while it stays
@@ -101,18 +109,55 @@ export class Tree {
   }
 }
 
-/** What a model is sent: the system prompt if there is one, then the path's messages. */
+/**
+ * An answer's parts: {thought, answer, open}. Reasoning models begin with `<think>`, or their template has written it; an
+ * `open` thought has not ended. What stands elsewhere is text about these marks.
+ */
+export function partsOf(content) {
+  const begun = /^\s*<think>/.exec(content);
+  const end = (begun ? /<\/think>/ : /^<\/think>/m).exec(content);
+  if (!begun && !end) return { thought: "", answer: content, open: false };
+  const thought = content.slice(begun?.[0].length ?? 0, end?.index).trim();
+  return { thought, answer: end ? content.slice(end.index + end[0].length).trimStart() : "", open: !end };
+}
+
+/** A file in a message: between fences longer than any in it, so that nothing in it can end it. */
+function framed({ name, content }) {
+  const longest = Math.max(2, ...Array.from(content.matchAll(/`{3,}/g), ([ticks]) => ticks.length));
+  const fence = "`".repeat(longest + 1);
+  return `File: ${name}\n${fence}\n${content}${content.endsWith("\n") ? "" : "\n"}${fence}`;
+}
+
+/** A user's message as a model reads it: its files, then what was said. */
+export function textOf({ content, files = [] }) {
+  return [...files.map(framed), content].filter((part) => part !== "").join("\n\n");
+}
+
+/** What a model is sent: the system prompt if there is one, then the path's messages, without thoughts. */
 export function promptOf(system, path) {
-  const messages = path.filter((message) => message.content !== "").map(({ role, content }) => ({ role, content }));
+  const messages = path.map((message) => ({
+    role: message.role,
+    content: message.role === "user" ? textOf(message) : partsOf(message.content).answer,
+  }));
   return system === "" ? messages : [{ role: "system", content: system }, ...messages];
 }
 
-/** The body of a chat completion for an answer's `request`. Settings that do nothing are left out. */
-export function requestBody(request, messages) {
-  const { system, ...rest } = request;
+/** The body of a chat completion for an answer's `request`, which goes on from `prefix`. Settings that do nothing are left out. */
+export function requestBody(request, messages, prefix = "") {
+  const { system, logprobs, ...rest } = request;
   const idle = { top_k: 0, min_p: 0, repetition_penalty: 1, max_tokens: null };
   const chosen = Object.entries(rest).filter(([name, value]) => !(name in idle) || value !== idle[name]);
-  return { ...Object.fromEntries(chosen), messages, stream: true, stream_options: { include_usage: true } };
+  return {
+    ...Object.fromEntries(chosen),
+    ...(logprobs ? { logprobs, top_logprobs: 5 } : {}),
+    ...(prefix === "" ? { messages } : {
+      messages: [...messages, { role: "assistant", content: prefix }],
+      continue_final_message: true,
+      add_generation_prompt: false,
+    }),
+    stream: true,
+    stream_options: { include_usage: true },
+  };
 }
 
 /** A conversation's name, from the first thing that was said. */

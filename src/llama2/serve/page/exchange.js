@@ -6,7 +6,8 @@
 //     {"id", "title", "created", "updated", "leaf", "settings": {…}, "messages": [{"id", "parent", "role", …}]}]}
 //
 // with the fields that conversation.js gives them. Times are ISO 8601 in UTC. Reading checks every field; what is wrong
-// is told by its place in the file, and then nothing is kept.
+// is told by its place in the file, and then nothing is kept. The exports of ChatGPT and Open WebUI are read as well: see
+// foreign.js.
 //
 // The file of ratings is JSON Lines, one preference record a line. Two answers to the same messages, one rated up and one
 // down, are a comparison; a rating that has no opposite stands alone. The names are those of TRL's conversational
@@ -20,7 +21,8 @@
 // "created": TIME, "rated": TIME}. The prompt begins with the system prompt, if there was one, and ends with the user's
 // message.
 
-import { promptOf, SETTINGS, Tree } from "./conversation.js";
+import { now, promptOf, SETTINGS, Tree } from "./conversation.js";
+import { translated } from "./foreign.js";
 
 const FORMAT = "llama2-conversations";
 const VERSION = 1;
@@ -52,6 +54,7 @@ export function parse(text) {
   } catch (error) {
     throw new Error(`it is not JSON (${error.message}); choose a file that “Export all” has made`);
   }
+  if (Array.isArray(file)) file = { format: FORMAT, version: VERSION, exported: now(), conversations: translated(file) };
   if (typeof file !== "object" || file === null || file.format !== FORMAT)
     throw new Error(`it does not say "format": "${FORMAT}"; choose a file that “Export all” has made`);
   if (file.version !== VERSION)
@@ -145,7 +148,9 @@ const fails = (what) => (place) => {
 };
 const rule = (what, test) => (value, place) => test(value) || fails(what)(place);
 const any = () => {};
-const text = rule("a text", (value) => typeof value === "string");
+const text = rule("a text of at most ten million characters", (v) => typeof v === "string" && v.length <= 1e7);
+const line = rule("a text of at most 1,000 characters", (v) => typeof v === "string" && v.length <= 1000);
+const flag = rule("true or false", (value) => typeof value === "boolean");
 const name = rule("a text of 1 to 100 characters", (v) => typeof v === "string" && v.length > 0 && v.length <= 100);
 const number = rule("a number", (value) => Number.isFinite(value));
 const whole = rule("a whole number", (value) => Number.isSafeInteger(value));
@@ -154,20 +159,26 @@ const oneOf = (...values) => rule(values.map((value) => JSON.stringify(value)).j
 const array = (each) => (value, place) =>
   Array.isArray(value) ? value.forEach((item, i) => each(item, `${place}[${i}]`)) : fails("a list")(place);
 const optional = (each) => (value, place) => value === null || each(value, place);
+/** Marks the rule of a field that older files do not have. */
+const newer = (each) => Object.assign((value, place) => each(value, place), { newer: true });
+const tuple = (...rules) => (value, place) =>
+  Array.isArray(value) && value.length === rules.length
+    ? rules.forEach((each, i) => each(value[i], `${place}[${i}]`))
+    : fails(`a list of ${rules.length}`)(place);
 const object = (fields) => (value, place) => check(value, fields, place);
 
 function isTime(value) {
   return typeof value === "string" && /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/.test(value) && !Number.isNaN(Date.parse(value));
 }
 
-/** Raises Error unless `value` is an object with exactly these fields, each as its rule says. */
+/** Raises Error unless `value` is an object with these fields, newer ones excepted, and no others. */
 function check(value, fields, place) {
   if (typeof value !== "object" || value === null || Array.isArray(value)) fails("an object")(place);
   const inner = (field) => (place ? `${place}.${field}` : field);
   for (const field of Object.keys(value)) if (!Object.hasOwn(fields, field)) throw new Error(`${inner(field)}: is not known`);
   for (const [field, test] of Object.entries(fields)) {
-    if (!Object.hasOwn(value, field)) throw new Error(`${inner(field)}: is missing`);
-    test(value[field], inner(field));
+    if (Object.hasOwn(value, field)) test(value[field], inner(field));
+    else if (!test.newer) throw new Error(`${inner(field)}: is missing`);
   }
 }
 
@@ -178,23 +189,29 @@ const SAMPLING = {
   min_p: number,
   repetition_penalty: number,
   max_tokens: optional(whole),
+  logprobs: newer(flag),
 };
 const CONVERSATION = {
   id: name,
-  title: text,
+  title: line,
   created: time,
   updated: time,
   leaf: optional(name),
-  settings: object({ model: optional(text), system: text, ...SAMPLING, seed: optional(whole) }),
+  settings: object({ model: optional(line), system: text, ...SAMPLING, seed: optional(whole) }),
   messages: array(any),
 };
-const USER = { id: name, parent: optional(name), role: oneOf("user", "assistant"), content: text, created: time };
+const MESSAGE = { id: name, parent: optional(name), role: oneOf("user", "assistant"), content: text, created: time };
+const USER = { ...MESSAGE, files: newer(array(object({ name: line, content: text }))) };
+const SCORED = [line, optional(number)]; // a token and its log-probability
 const ASSISTANT = {
-  ...USER,
-  request: object({ model: text, system: text, ...SAMPLING, seed: whole }),
+  ...MESSAGE,
+  prefix: newer(whole),
+  request: optional(object({ model: line, system: text, ...SAMPLING, seed: whole })),
+  origin: newer(optional(line)),
+  tokens: newer(array(tuple(...SCORED, array(tuple(...SCORED))))),
   finish: optional(oneOf("stop", "length", "stopped", "error")),
   error: optional(text),
-  fingerprint: optional(text),
+  fingerprint: optional(line),
   usage: optional(object({ prompt_tokens: whole, completion_tokens: whole })),
   seconds: optional(object({ first: number, rest: number })),
   rating: optional(oneOf("up", "down")),
@@ -219,13 +236,13 @@ export function preferences(entries) {
   return entries.flatMap(({ messages }) => {
     const tree = new Tree(messages);
     const rated = [...tree.messages.values()].filter((message) => message.rating);
-    const groups = Map.groupBy(rated, ({ parent, request }) => `${parent} ${request.system}`);
+    const groups = Map.groupBy(rated, ({ parent, request }) => `${parent} ${request?.system ?? ""}`);
     return [...groups.values()].flatMap((answers) => records(tree, answers));
   });
 }
 
 function records(tree, answers) {
-  const prompt = promptOf(answers[0].request.system, tree.path(answers[0].parent));
+  const prompt = promptOf(answers[0].request?.system ?? "", tree.path(answers[0].parent));
   const completion = ({ content }) => [{ role: "assistant", content }];
   const up = answers.filter(({ rating }) => rating === "up");
   const down = answers.filter(({ rating }) => rating === "down");
@@ -248,7 +265,7 @@ function records(tree, answers) {
   );
 }
 
-function source({ conversation, id, request, fingerprint, finish, created, rated }) {
-  const { model, system: _, ...sampling } = request;
+function source({ conversation, id, request, origin, fingerprint, finish, created, rated }) {
+  const { model = origin, system: _, logprobs: __, ...sampling } = request ?? {};
   return { conversation, message: id, model, fingerprint, sampling, finish, created, rated };
 }

@@ -9,12 +9,13 @@ export function kept(name, where = "localStorage") {
   }
 }
 
-/** Keeps a text; null forgets it. */
+/** Keeps a text; null forgets it. Returns whether it went well. */
 export function keep(name, value, where = "localStorage") {
   try {
     if (value === null) globalThis[where].removeItem(`llama2-${name}`);
     else globalThis[where].setItem(`llama2-${name}`, value);
+    return true;
   } catch {
-    // nothing to be done, and nothing depends on it
+    return false; // nothing depends on it
   }
 }

@@ -1,11 +1,14 @@
-// Markdown to elements: CommonMark's blocks and inlines, with GitHub's tables, strikethrough and bare addresses.
+// Markdown to elements: CommonMark's blocks and inlines, with GitHub's tables, strikethrough and bare addresses, and with
+// formulas: \(a\), \[a\], $$a$$, and $a$ where no price can be meant.
 //
 // The text comes from a model or a user and is not trusted. Every character of it ends in a text node, or in the address
 // of a link whose scheme is http, https or mailto; HTML in it is shown, not obeyed, and an image becomes a link, because
 // showing it would tell another server who reads. Work grows with the length of the text, whatever stands in it, and
 // nesting is bounded.
 
+import { code } from "./code.js";
 import { copy, h, icon } from "./dom.js";
+import { math } from "./math.js";
 
 const MAX_DEPTH = 16;
 const MAX_ADDRESS = 2000;
@@ -48,6 +51,9 @@ const ITEM = /^( {0,3})([-+*]|\d{1,9}[.)])(?=[ \t]|$)/;
 const MARKS = /^ {0,3}(?:> ?|(?:[-+*]|\d{1,9}[.)])[ \t]+)/;
 const UNDERLINE = /^ {0,3}(=+|-+)[ \t]*$/;
 const TABLE_RULE = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+
+const FORMULA = /^ {0,3}(\$\$|\\\[)/;
+const FORMULA_END = { "$$": /\$\$[ \t]*$/, "\\[": /\\\][ \t]*$/ };
 
 const blank = (line) => line.trim() === "";
 
@@ -108,6 +114,7 @@ class Lazy {
 /** The blocks that lines consist of: {type, lines: of containers those inside, apart: whether a blank line is before}. */
 function segment(lines) {
   const blocks = [];
+  const formulas = formulasIn(lines);
   let i = 0;
   while (i < lines.length) {
     const line = lines[i];
@@ -116,6 +123,9 @@ function segment(lines) {
     let match;
     if (blank(line)) {
       i++;
+    } else if (formulas.has(i)) {
+      i = formulas.get(i);
+      blocks.push({ type: "math", lines: lines.slice(start, i) });
     } else if (indentation(line) >= 4) {
       while (i < lines.length && (blank(lines[i]) || indentation(lines[i]) >= 4)) i++;
       const code = lines.slice(start, i).map((each) => outdent(each, 4));
@@ -154,7 +164,7 @@ function segment(lines) {
       while (i < lines.length && !blank(lines[i]) && !interrupts(lines[i])) i++;
       blocks.push({ type: "table", lines: lines.slice(start, i) });
     } else {
-      i = paragraph(lines, i, blocks);
+      i = paragraph(lines, i, blocks, formulas);
     }
     if (blocks.length > before) blocks[before].apart = start > 0 && blank(lines[start - 1]);
   }
@@ -167,7 +177,27 @@ function headingText(text) {
   return without === "" || /[ \t]$/.test(without) ? without.trim() : bare;
 }
 
-function paragraph(lines, start, blocks) {
+/** Where formulas that have lines of their own begin and end: a map from a line's index to the index after its last one. */
+function formulasIn(lines) {
+  const found = new Map();
+  const next = {}; // by the mark, where the next line is that can end a formula
+  lines.forEach((line, start) => {
+    const match = FORMULA.exec(line);
+    if (!match) return;
+    const [{ length }, mark] = match;
+    if (FORMULA_END[mark].test(line.slice(length))) {
+      found.set(start, start + 1);
+      return;
+    }
+    if (!blank(line.slice(length)) && line.includes(mark === "$$" ? mark : "\\]", length)) return; // it ends within the line
+    next[mark] = Math.max(next[mark] ?? 0, start + 1);
+    while (next[mark] < lines.length && !FORMULA_END[mark].test(lines[next[mark]])) next[mark]++;
+    if (next[mark] < lines.length) found.set(start, next[mark] + 1);
+  });
+  return found;
+}
+
+function paragraph(lines, start, blocks, formulas) {
   let i = start + 1;
   while (i < lines.length && !blank(lines[i])) {
     const underline = UNDERLINE.exec(lines[i]);
@@ -175,7 +205,7 @@ function paragraph(lines, start, blocks) {
       blocks.push({ type: underline[1][0] === "=" ? "h1" : "h2", lines: lines.slice(start, i) });
       return i + 1;
     }
-    if (interrupts(lines[i])) break;
+    if (interrupts(lines[i]) || formulas.has(i)) break;
     if (lines[i].includes("|") && i + 1 < lines.length && isTable(lines[i], lines[i + 1])) break;
     i++;
   }
@@ -286,6 +316,10 @@ function build(block, depth) {
       return h("hr");
     case "code":
       return codeBlock(block);
+    case "math": {
+      const written = block.lines.join("\n").trim();
+      return math(written.slice(2, -2), written, true);
+    }
     case "table":
       return table(block.lines);
     case "quote":
@@ -335,7 +369,7 @@ function codeBlock({ language, lines }) {
   });
   const name = language.slice(0, 40);
   const pre = h("pre", { tabindex: "0", role: "group", "aria-label": name ? `Code, ${name}` : "Code", dir: "ltr" });
-  pre.append(h("code", {}, text));
+  pre.append(code(text, name));
   return h("div", { class: "code" }, h("div", { class: "code-bar" }, h("span", { class: "language" }, name || "text"), button), pre);
 }
 
@@ -349,7 +383,7 @@ const BARE = /https?:\/\/[^\s<>]{1,2000}/y;
 const SPACE = /\s/;
 const MARK = /[\p{P}\p{S}]/u;
 const WORD = /[\p{L}\p{N}]/u;
-const PLAIN = /[^\\`*_~[\]!&<\nh]+/y;
+const PLAIN = /[^\\`*_~[\]!&<\nh$]+/y;
 
 /** An address that a link may have, or null. */
 function safe(address) {
@@ -367,7 +401,7 @@ function inline(text) {
 }
 
 /**
- * The tokens of a text: {text} or {code}, and with `closes` and `opens` the elements that end before and begin after it.
+ * The tokens of a text: {text}, {code} or {math}, and with `closes` and `opens` the elements that end before and begin after it.
  * Emphasis is matched as CommonMark says: by a stack of runs that may open it.
  */
 function tokenise(text) {
@@ -375,6 +409,7 @@ function tokenise(text) {
   const runs = []; // those of * _ and ~ that have not been matched
   const brackets = []; // {token, runs: how many came before it, image, active}
   const missing = new Set(); // lengths of back-tick runs that have no partner further on
+  const unclosed = new Set(); // ends of formulas that do not come any more
   let i = 0;
   const say = (string) => tokens.push({ text: string });
 
@@ -388,6 +423,9 @@ function tokenise(text) {
     if ((match = sticky(PLAIN))) {
       say(match[0]);
       i += match[0].length;
+    } else if ((character === "$" || character === "\\") && (match = formula(text, i, unclosed))) {
+      tokens.push(match);
+      i += match.math.written.length;
     } else if (character === "\\") {
       if (text[i + 1] === "\n") tokens.push({ br: true });
       else say(ESCAPABLE.test(text[i + 1] ?? "") ? text[i + 1] : "\\");
@@ -458,6 +496,25 @@ function tokenise(text) {
   }
   pair(runs);
   return tokens;
+}
+
+/** The token of a formula that begins at `start`, or null. `unclosed` remembers which ends the text has no more of. */
+function formula(text, start, unclosed) {
+  const mark = text.startsWith("$$", start) ? "$$" : text[start] === "$" ? "$" : text.slice(start, start + 2);
+  const end = { "$$": "$$", $: "$", "\\(": "\\)", "\\[": "\\]" }[mark];
+  if (!end || unclosed.has(end)) return null;
+  const from = start + mark.length;
+  const at = text.indexOf(end, from);
+  if (at < 0) unclosed.add(end);
+  const source = text.slice(from, at);
+  if (at < 0 || source.trim() === "" || (mark === "$" && !meant(text, start, source))) return null;
+  return { math: { source, written: text.slice(start, at + end.length), display: mark === "$$" || mark === "\\[" } };
+}
+
+/** Whether single dollars are the marks of a formula, and not prices. */
+function meant(text, start, source) {
+  const around = [text[start - 1] ?? " ", text[start + source.length + 2] ?? " "];
+  return !around.some((one) => /[\p{L}\p{N}$\\]/u.test(one)) && !/^\s|[\s\\]$|\n/.test(source);
 }
 
 function closingTicks(text, from, length) {
@@ -570,6 +627,7 @@ function assemble(tokens) {
     for (let i = 0; i < (token.closes ?? 0); i++) stack.pop();
     const into = stack.at(-1);
     if (token.br) into.append(h("br"));
+    else if (token.math) into.append(math(token.math.source, token.math.written, token.math.display));
     else if (token.code !== undefined) into.append(h("code", {}, token.code));
     else if (token.link) into.append(link(token.link, token.text));
     else if (token.text) into.append(token.text);

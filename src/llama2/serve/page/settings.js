@@ -4,6 +4,10 @@ import { key } from "./api.js";
 import { now, SETTINGS } from "./conversation.js";
 import { download } from "./dom.js";
 import { merge, parse, preferences, serialise } from "./exchange.js";
+import { Presets } from "./presets.js";
+
+/** Larger files are not read. */
+const MAX_IMPORT = 256 * 2 ** 20;
 
 export class Settings {
   /**
@@ -20,6 +24,16 @@ export class Settings {
     this.form.addEventListener("change", ({ target }) => {
       if (target.name === "title") renamed(target.value.trim());
       else if (target.name && this.#valid(target)) changed({ ...this.settings, [target.name]: valueOf(target) });
+    });
+    const system = this.form.elements.namedItem("system");
+    const [select, presetName] = ["preset", "preset-name"].map((id) => dialog.querySelector(`#${id}`));
+    const [add, remove] = ["add", "remove"].map((id) => dialog.querySelector(`#${id}-preset`));
+    new Presets({ select, name: presetName, add, remove }, {
+      current: () => system.value,
+      chosen(text) {
+        system.value = text;
+        system.dispatchEvent(new Event("change", { bubbles: true }));
+      },
     });
     on("#keep-settings", () => {
       keepAsDefault(this.settings);
@@ -66,7 +80,8 @@ export class Settings {
     for (const [name, value] of Object.entries(settings)) {
       const field = elements.namedItem(name);
       if (!field || field === document.activeElement) continue;
-      field.value = value ?? "";
+      if (field.type === "checkbox") field.checked = value;
+      else field.value = value ?? "";
       field.setCustomValidity("");
       field.removeAttribute("aria-invalid");
     }
@@ -99,6 +114,7 @@ export class Settings {
   #import(file) {
     return this.#try(async () => {
       try {
+        if (file.size > MAX_IMPORT) throw new Error(`it has more than ${MAX_IMPORT / 2 ** 20} MiB`);
         const incoming = parse(await file.text());
         const { entries, added, merged, same } = merge(await this.store.everything(), incoming);
         await this.store.merge(entries);
@@ -126,7 +142,8 @@ export class Settings {
   }
 }
 
-function valueOf({ type, value, name }) {
+function valueOf({ type, value, checked, name }) {
+  if (type === "checkbox") return checked;
   if (type !== "number") return value;
   if (value === "") return SETTINGS[name];
   return Number(value);

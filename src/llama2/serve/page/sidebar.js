@@ -5,12 +5,14 @@ import { h, icon, iconButton, reconcile } from "./dom.js";
 const PAGE = 200;
 
 export class Sidebar {
-  constructor({ list, search, found }, store, { remove }) {
+  constructor({ list, search, found }, store, { remove, rename }) {
     this.list = list;
     this.search = search;
     this.found = found;
     this.store = store;
     this.remove = remove;
+    this.rename = rename;
+    this.renaming = null; // id of the conversation whose title is in a field
     this.items = new Map(); // conversation id → {key, element}
     this.limit = PAGE;
     this.hits = null; // what a search has found: conversation id → message
@@ -93,7 +95,8 @@ export class Sidebar {
     const hit = this.hits?.get(id);
     const current = id === this.current;
     const running = this.running.has(id);
-    const key = `${title} ${hit?.id} ${hit && this.needle} ${current} ${running}`;
+    const renaming = id === this.renaming;
+    const key = `${renaming} ${title} ${hit?.id} ${hit && this.needle} ${current} ${running}`;
     const known = this.items.get(id);
     if (known?.key === key) return known.element;
     const element = known?.element ?? h("li");
@@ -104,11 +107,47 @@ export class Sidebar {
       h("span", { class: "name", dir: "auto" }, title),
       hit ? excerpt(hit.content, this.needle) : null,
     );
+    if (renaming) {
+      element.replaceChildren(this.#field(conversation));
+      this.items.set(id, { key, element });
+      return element;
+    }
     if (running) link.append(h("span", { class: "dot" }, h("span", { class: "visually-hidden" }, "is answering")));
-    element.replaceChildren(link, iconButton("trash", `Delete “${title}”`, { click: () => this.remove(conversation) }));
+    const edit = () => {
+      this.renaming = id;
+      this.#render();
+      element.querySelector("input").select();
+    };
+    element.replaceChildren(
+      link,
+      iconButton("edit", `Rename “${title}”`, { click: edit }),
+      iconButton("trash", `Delete “${title}”`, { click: () => this.remove(conversation) }),
+    );
     if (focused) element.querySelector(focused)?.focus();
     this.items.set(id, { key, element });
     return element;
+  }
+
+  /** A title as a field: Enter and leaving it take what is written, Escape does not. */
+  #field(conversation) {
+    const field = h("input", { class: "rename", "aria-label": "Title", maxlength: "200", autocomplete: "off", dir: "auto" });
+    field.value = conversation.title;
+    const done = (title) => {
+      if (this.renaming !== conversation.id) return;
+      this.renaming = null;
+      const inside = document.activeElement === field;
+      if (title && title !== conversation.title) this.rename(conversation, title);
+      else this.#render();
+      if (inside) this.items.get(conversation.id)?.element.querySelector("a")?.focus();
+    };
+    field.addEventListener("blur", () => done(field.value.trim()));
+    field.addEventListener("keydown", (event) => {
+      if (event.isComposing || (event.key !== "Enter" && event.key !== "Escape")) return;
+      event.preventDefault();
+      event.stopPropagation();
+      done(event.key === "Enter" ? field.value.trim() : null);
+    });
+    return field;
   }
 }
 

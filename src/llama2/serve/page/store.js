@@ -40,11 +40,12 @@ export class Store {
     return result(this.database.transaction("messages").objectStore("messages").index("conversation").getAll(id));
   }
 
-  /** Keeps a conversation's own record and these of its messages: all of it, or nothing. */
-  save(conversation, messages = []) {
+  /** Keeps a conversation's own record and these of its messages, and forgets those named in `gone`: all of it, or nothing. */
+  save(conversation, messages = [], gone = []) {
     return this.#write(conversation.id, (stores) => {
       stores.conversations.put(conversation);
       for (const message of messages) stores.messages.put(message);
+      for (const id of gone) stores.messages.delete(id);
     });
   }
 

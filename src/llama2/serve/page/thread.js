@@ -3,15 +3,19 @@
 // Of a long history only a window of messages is in the document; scrolling to its ends, or the buttons there, bring
 // more. An article that shows a message stays the same element as long as it is shown, so focus and selection do too.
 
-import { rate } from "./conversation.js";
+import { partsOf, rate } from "./conversation.js";
 import { copy, h, icon, iconButton, reconcile } from "./dom.js";
+import { sentFiles } from "./files.js";
 import { MarkdownView } from "./markdown.js";
+import { tokenView } from "./tokens.js";
 
 const PAGE = 40;
+/** So much of one text is shown: a file that is imported may hold megabytes. */
+const MAX_SHOWN = 200_000;
 const format = new Intl.NumberFormat("en");
 
 export class Thread {
-  /** `actions`: edit, regenerate, exactly, rate, version, retry: what the buttons of a message do. */
+  /** `actions`: edit, regenerate, exactly, goOn, rate, version, retry: what the buttons of a message do. */
   constructor({ scroller, list, latest, spoken }, actions) {
     this.scroller = scroller;
     this.list = list;
@@ -33,6 +37,7 @@ export class Thread {
     );
     near.observe(this.earlier);
     near.observe(this.later);
+    new ResizeObserver(() => this.follow && this.#pin()).observe(list); // formulas get their height later
     scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
     latest.addEventListener("click", () => this.toEnd());
   }
@@ -49,7 +54,8 @@ export class Thread {
 
   /**
    * Shows `path`. `running` is the Answer that is coming, or null; `versions(message)` are the message and what stands
-   * beside it; `notes` maps message ids to a line about them; `failure` is an ApiError that the last message met.
+   * beside it; `answers(message)` says whether it follows a user's; `notes` maps message ids to a line about them; `failure`
+   * is an ApiError that the last message met.
    */
   show(state) {
     const { path } = state;
@@ -66,7 +72,7 @@ export class Thread {
   /** The running answer has grown. */
   grow(answer) {
     this.articles.get(answer.message.id)?.grow(answer);
-    this.speaker.grow(answer.message.content);
+    this.speaker.grow(partsOf(answer.message.content).answer);
     if (this.follow) this.#pin();
   }
 
@@ -237,9 +243,9 @@ class Question extends Article {
   constructor(message, actions) {
     super(message, "You", "question");
     this.actions = actions;
-    this.bubble = h("div", { class: "bubble", dir: "auto" }, message.content);
+    this.bubble = h("div", { class: "bubble", dir: "auto", hidden: message.content === "" }, shown(message.content));
     this.after = h("div");
-    this.element.append(this.bubble, this.foot, this.after);
+    this.element.append(...sentFiles(message.files ?? []), this.bubble, this.foot, this.after);
   }
 
   update(message, { path, running, failure, versions }) {
@@ -267,7 +273,7 @@ class Question extends Article {
       if (focus) this.foot.querySelector('[aria-label="Edit message"]')?.focus();
     };
     const send = () => {
-      if (box.value.trim() === "") return;
+      if (box.value.trim() === "" && !this.message.files?.length) return;
       done(false);
       this.actions.edit(this.message, box.value);
     };
@@ -313,14 +319,18 @@ class Reply extends Article {
   constructor(message, actions) {
     super(message, "Answer", "reply");
     this.actions = actions;
+    this.thinking = h("summary");
+    this.thoughtText = h("div", { class: "thought-text", dir: "auto" });
+    this.thought = h("details", { class: "thought", hidden: true }, this.thinking, this.thoughtText);
     this.body = h("div", { class: "prose" });
     this.view = new MarkdownView(this.body);
+    this.tokens = null; // the view of tokens, where it is shown in the body's place
     this.waiting = h("p", { class: "waiting" }, "Reading");
     this.note = h("div");
-    this.element.append(this.body, this.note, this.foot);
+    this.element.append(this.thought, this.body, this.note, this.foot);
   }
 
-  update(message, { running, failure, notes, versions, path }) {
+  update(message, { running, failure, notes, versions, answers, path }) {
     this.message = message;
     const coming = running?.message === message;
     this.element.classList.toggle("coming", coming);
@@ -328,24 +338,31 @@ class Reply extends Article {
     if (coming) {
       this.grow(running);
       this.note.replaceChildren();
+      this.remarked = null;
       return;
     }
     this.waiting.remove();
-    this.view.update(message.content);
-    this.#remark(message, notes.get(message.id), path.at(-1) === message ? failure : null);
+    this.#show(message.content, false);
+    const last = path.at(-1) === message;
+    this.#remark(message, notes.get(message.id), last ? failure : null);
     const beside = versions(message);
-    const busy = running !== null;
-    const key = [beside.indexOf(message), beside.length, busy, message.rating, message.finish].join(" ");
+    const idle = running === null && answers(message);
+    const whole = message.finish === "stop";
+    const key = [beside.indexOf(message), beside.length, idle, last, message.rating, message.finish, this.tokens].join(" ");
     const rating = (value, name, label) =>
       iconButton(name, label, {
         "aria-pressed": String(message.rating === value),
         click: () => this.actions.rate(this.message, this.message.rating === value ? null : value),
       });
+    const { content, request } = message;
+    const action = (name, label, act) => iconButton(name, label, { click: () => act(this.message) });
     this.footer(key, () => [
       this.versions(message, beside, this.actions),
-      this.copyButton("Copy answer", () => this.message.content),
-      busy ? null : iconButton("again", "Regenerate", { click: () => this.actions.regenerate(this.message) }),
-      busy ? null : iconButton("exactly", "Regenerate exactly", { click: () => this.actions.exactly(this.message) }),
+      this.copyButton("Copy answer", () => partsOf(this.message.content).answer || this.message.content),
+      idle && last && !whole && content ? action("continue", "Continue", this.actions.goOn) : null,
+      idle ? action("again", "Regenerate", this.actions.regenerate) : null,
+      idle && request && content ? action("exactly", "Regenerate exactly", this.actions.exactly) : null,
+      message.tokens?.length ? this.#tokensButton() : null,
       rating("up", "up", "Good answer"),
       rating("down", "thumb-down", "Bad answer"),
       facts(message),
@@ -354,9 +371,9 @@ class Reply extends Article {
 
   grow(answer) {
     const { message } = answer;
+    this.#show(message.content, true);
     if (message.content === "") this.body.append(this.waiting);
     else this.waiting.remove();
-    this.view.update(message.content);
     const speed = answer.rate();
     const text = speed === null ? "" : `${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`;
     if (this.key !== "coming") {
@@ -367,44 +384,76 @@ class Reply extends Article {
     if (this.live.textContent !== text) this.live.textContent = text;
   }
 
-  #remark(message, note, failure) {
-    const again = () => this.actions.regenerate(this.message);
-    const remarks = {
-      error: () => trouble(failure ?? { kind: "server", message: message.error }, "Regenerate", again),
-      length: () =>
-        h("p", { class: "note" }, message.request.max_tokens === null
-          ? "The context is full. Begin a new conversation, or edit an earlier message to go on from there."
-          : `Cut off after ${format.format(message.request.max_tokens)} tokens, as the settings say.`),
-      stopped: () => h("p", { class: "note" }, "Stopped."),
-      null: () => h("p", { class: "note" }, "Broken off when the page was closed."),
-    };
-    const key = `${message.finish} ${note?.text} ${failure?.message}`;
-    if (key === this.remarked && message.finish !== "error") return;
-    this.remarked = key;
-    const lines = [];
-    if (remarks[message.finish]) lines.push(remarks[message.finish]());
-    if (note) lines.push(h("p", { class: note.same ? "note good" : "note" }, note.same ? icon("check") : null, note.text));
-    this.note.replaceChildren(...lines);
+  #show(content, coming) {
+    const { thought, answer, open } = partsOf(content);
+    this.thought.hidden = thought === "" && !(open && coming);
+    const title = open && coming ? "Thinking" : "Thought";
+    if (this.thinking.textContent !== title) this.thinking.textContent = title;
+    if (this.thoughtText.textContent !== shown(thought)) this.thoughtText.textContent = shown(thought);
+    this.view.update(shown(answer));
   }
+
+  /** Shows the tokens, or the text again. */
+  #tokensButton() {
+    const button = iconButton("odds", "Token probabilities", {
+      "aria-pressed": String(this.tokens !== null),
+      click: () => {
+        const before = this.tokens ?? this.body;
+        this.tokens = this.tokens ? null : tokenView(this.message.tokens);
+        before.replaceWith(this.tokens ?? this.body);
+        button.setAttribute("aria-pressed", String(this.tokens !== null));
+      },
+    });
+    return button;
+  }
+
+  #remark(message, note, failure) {
+    const { finish, content, error, request } = message;
+    const key = [finish, content === "", note?.text, failure?.message].join(" ");
+    if (key === this.remarked && failure === this.failure) return;
+    this.remarked = key;
+    this.failure = failure;
+    const again = () => this.actions.regenerate(this.message);
+    const say = (text) => h("p", { class: "note" }, text);
+    const remarks = {
+      error: () =>
+        trouble(failure ?? { kind: "server", message: error }, content === "" ? "Try again" : "Regenerate", again),
+      length: () =>
+        say(request?.max_tokens
+          ? `Cut off after ${format.format(request.max_tokens)} tokens, as the settings say.`
+          : "The context is full. Begin a new conversation, or edit an earlier message to go on from there."),
+      stopped: () => say("Stopped."),
+      stop: () => (content.trim() === "" ? say("The model answered nothing.") : null),
+      null: () => say("Broken off when the page was closed."),
+    };
+    const lines = [remarks[finish]()];
+    if (note) lines.push(h("p", { class: note.same ? "note good" : "note" }, note.same ? icon("check") : null, note.text));
+    this.note.replaceChildren(...lines.filter((part) => part !== null));
+  }
+}
+
+function shown(text) {
+  if (text.length <= MAX_SHOWN) return text;
+  return `${text.slice(0, MAX_SHOWN)}\n\n… ${format.format(text.length - MAX_SHOWN)} more characters, which are copied and sent too.`;
 }
 
 /** One line of how an answer came about. */
 function facts(message) {
-  const { usage, request } = message;
+  const { usage, request, origin } = message;
   const speed = rate(message);
   const parts = [
     speed === null ? null : `${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`,
     usage ? `${format.format(usage.completion_tokens)} tokens` : null,
-    `seed ${request.seed}`,
+    request ? `seed ${request.seed}` : origin,
   ];
-  const sampling = Object.entries(request)
+  const sampling = Object.entries(request ?? {})
     .filter(([name, value]) => name !== "system" && value !== null)
     .map(([name, value]) => `${name} ${value}`);
   return h("span", { class: "facts", title: sampling.join("\n") }, parts.filter((part) => part).join(" · "));
 }
 
 const ADVICE = {
-  busy: "Too many people ask at once; your message is kept.",
+  busy: "Your message is kept; send it again when the server has room.",
   context: "Begin a new conversation, or edit an earlier message to go on from there.",
   connection: "Your message is kept. Start the server again or check the network, then try again.",
   key: "Enter the key to go on.",

@@ -1,0 +1,61 @@
+"""What the machine lets this process use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_PROC = Path("/proc/self")
+
+
+def processors() -> int:
+    """Processors this process may use: those it may run on, or fewer where a control group limits its time.
+
+    A container's limit is such a quota. More threads than it allows would wait for each other, and be stopped for most
+    of each period.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = quota()
+    return allowed if limit is None else max(1, min(allowed, math.ceil(limit)))
+
+
+def quota(proc: Path = _PROC, root: Path = _CGROUPS) -> float | None:
+    """Processors' worth of time that this process's control group or one above it allows; None without a limit.
+
+    Version 2 says it in `cpu.max`, version 1 in `cpu.cfs_quota_us` and `cpu.cfs_period_us`. `proc` is the process's
+    folder in /proc, and `root` where control groups are mounted. Files that are not there, or say something else, limit
+    nothing.
+    """
+    limits = []
+    for line in _words(proc / "cgroup", "\n"):
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if not line.startswith("0::") and "cpu" not in controllers.split(","):
+            continue
+        for mounted in [root / "cpu", root / controllers] if controllers else [root, root / "unified"]:
+            # Within a container, the path may begin above what is mounted: the group's own files are at the root then.
+            inside = [part for part in group.split("/") if part not in ("", "..")]
+            folders = [mounted.joinpath(*inside[:depth]) for depth in range(len(inside) + 1)]
+            limits += [limit for folder in folders if (limit := _limit(folder)) is not None]
+    return min(limits, default=None)
+
+
+def _limit(folder: Path) -> float | None:
+    words = _words(folder / "cpu.max") or [
+        *_words(folder / "cpu.cfs_quota_us"),
+        *_words(folder / "cpu.cfs_period_us"),
+    ]
+    try:
+        time, period = map(int, words)
+    except ValueError:  # "max", or no such file
+        return None
+    return time / period if time > 0 and period > 0 else None  # version 1 says -1 for no limit
+
+
+def _words(path: Path, separator: str | None = None) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").split(separator)
+    except OSError:
+        return []

@@ -1,0 +1,1 @@
+"""The interfaces that clients know, a module each, and what they share."""
