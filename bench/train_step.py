@@ -1,10 +1,11 @@
 """Tokens a second of training, beside transformers and a loop in the manner of nanoGPT, both compiled.
 
 The three train the same Llama (dim 512, 8 layers, 32,000 tokens, tied: 41.7 million parameters) on the same batches of
-4 x 512 tokens, in bfloat16 autocast, with clipping and fused AdamW. Each is a process of its own with an empty cache of
-compiled code; it is started, takes its first step, and then they take turns. In each turn the rate of
-PyTorch's own product of 2048 x 2048 matrices in bfloat16 is measured too. The table goes to stderr, one JSON object
-with every round to stdout. Needs PyTorch and transformers, as the tests do.
+4 x 512 tokens, in bfloat16 autocast or float32, with clipping and fused AdamW. Each is a process of its own with an
+empty cache of compiled code; it is started, takes its first step, and then they take turns. In each turn the rate of
+PyTorch's own product of 2048 x 2048 matrices is measured too. The table goes to stderr, one JSON object with every
+round to stdout. Needs PyTorch and transformers, as the tests do. Processors without instructions for bfloat16 imitate
+it, so slowly that only `--precision fp32` is worth measuring there.
 
     python bench/train_step.py > train_step.json
 """
@@ -21,9 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -55,9 +58,10 @@ STEPS = 3
 
 #: Takes a step with tokens and targets, and says its loss.
 Take = Callable[[NDArray[np.int64], NDArray[np.int64]], float]
+Precision = Literal["bf16", "fp32"]
 
 
-def ours() -> Take:
+def ours(precision: Precision) -> Take:
     """llama2's own step."""
     from llama2.data.loader import Batch
     from llama2.model.transformer import Transformer
@@ -65,11 +69,12 @@ def ours() -> Take:
     from llama2.train.step import Step
 
     keep_memory()
-    step = Step(Transformer(CONFIG), betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP, compile=True)
+    network = Transformer(CONFIG)
+    step = Step(network, betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP, precision=precision, compile=True)
     return lambda tokens, targets: step.step([Batch(tokens, targets)], RATE).loss
 
 
-def transformers() -> Take:
+def transformers(precision: Precision) -> Take:
     """LlamaForCausalLM under torch.compile."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,16 +93,21 @@ def transformers() -> Take:
         )
     )
     compiled = torch.compile(model)
-    return loop(model, lambda tokens, targets: compiled(input_ids=tokens, shift_labels=targets, labels=targets).loss)
+
+    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = compiled(input_ids=tokens, shift_labels=targets, labels=targets).loss
+        return loss
+
+    return loop(model, loss_of, precision)
 
 
-def nanogpt() -> Take:
+def nanogpt(precision: Precision) -> Take:
     """A small model in one file, compiled whole, in the manner of nanoGPT."""
     model = Small(CONFIG)
-    return loop(model, torch.compile(model))
+    return loop(model, torch.compile(model), precision)
 
 
-def loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Take:
+def loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], precision: Precision) -> Take:
     """The usual step: autocast, backward, clip, fused AdamW that decays matrices alone."""
     parameters = list(model.parameters())
     groups = [
@@ -107,7 +117,7 @@ def loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Take:
     adam = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, eps=EPS, fused=True)
 
     def take(tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_of(torch.from_numpy(tokens), torch.from_numpy(targets))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -170,14 +180,14 @@ class Small(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
-CONTENDERS: dict[str, Callable[[], Take]] = {"llama2": ours, "transformers": transformers, "nanogpt": nanogpt}
+CONTENDERS: dict[str, Callable[[Precision], Take]] = {"llama2": ours, "transformers": transformers, "nanogpt": nanogpt}
 
 
-def child(name: str, threads: int) -> None:
+def child(name: str, threads: int, precision: Precision) -> None:
     """Take a first step, then STEPS for each line on stdin, and each time say the median's seconds and the losses."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    rng, take = np.random.default_rng(0), CONTENDERS[name]()
+    rng, take = np.random.default_rng(0), CONTENDERS[name](precision)
     first = True
     while first or sys.stdin.readline():
         seconds, losses = [], []
@@ -201,10 +211,10 @@ class Contender:
     peak: float  # MiB
 
     @classmethod
-    def start(cls, name: str, threads: int, stack: ExitStack) -> Contender:
-        """A child with no compiled code to find. Raises MeasurementError when it fails."""
+    def start(cls, name: str, options: argparse.Namespace, stack: ExitStack, program: Sequence[str]) -> Contender:
+        """A child of this `program` with no compiled code to find. Raises MeasurementError when it fails."""
         cache = stack.enter_context(tempfile.TemporaryDirectory())
-        command = [sys.executable, __file__, "--child", name, "--threads", str(threads)]
+        command = [*program, "--child", name, "--threads", str(options.threads), "--precision", options.precision]
         start = time.perf_counter()
         process = subprocess.Popen(
             command,
@@ -237,15 +247,16 @@ class Contender:
         return float(answer["seconds"])
 
 
-def product() -> Figures:
-    """The rate of a product of matrices in bfloat16, which is the limit; a multiplication and an addition are two."""
+def product(precision: Precision) -> Figures:
+    """The rate of a product of matrices, which is the limit; a multiplication and an addition are two."""
     size, seconds = 2048, []
-    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     for _ in range(12):
         start = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - start)
-    return {"bf16 GFLOP/s": 2 * size**3 / statistics.median(seconds[2:]) / 1e9}
+    return {"product GFLOP/s": 2 * size**3 / statistics.median(seconds[2:]) / 1e9}
 
 
 def one_round(programs: dict[str, Callable[[], Figures]], first: int, threads: int) -> Round:
@@ -264,7 +275,7 @@ def summary(rounds: list[Round], contenders: dict[str, Contender]) -> dict[str, 
     """Medians over the rounds, by contender. Ratios are medians of each round's."""
     counting = [one.figures for one in rounds]
     rates = {name: [figures[name]["train tokens/s"] for figures in counting] for name in contenders}
-    products = [figures["product"]["bf16 GFLOP/s"] for figures in counting]
+    products = [figures["product"]["product GFLOP/s"] for figures in counting]
     flops = CONFIG.training_flops(1)
     table = {}
     for name, contender in contenders.items():
@@ -273,7 +284,7 @@ def summary(rounds: list[Round], contenders: dict[str, Contender]) -> dict[str, 
         table[name] = {
             "tokens/s": statistics.median(rates[name]),
             "llama2 ×": statistics.median(ratios),
-            "share of bf16 rate": statistics.median(shares),
+            "share of product rate": statistics.median(shares),
             "first step s": contender.first_step,
             "peak MiB": contender.peak,
         }
@@ -289,17 +300,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of all (default 2)")
     parser.add_argument("--pairs", type=int, default=7, help="rounds (default 7)")
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS), help="contenders (all)")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of products (default bf16)")
+    parser.add_argument(
+        "--before", metavar="FOLDER", help="a clone with a .venv, of an earlier version to compare with"
+    )
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(options.child, options.threads)
+        child(options.child, options.threads, options.precision)
         return
 
     torch.set_num_threads(options.threads)
     rounds: list[Round] = []
     with ExitStack() as stack:
-        contenders = {name: Contender.start(name, options.threads, stack) for name in options.only}
-        programs = {name: contender.turn for name, contender in contenders.items()} | {"product": product}
+        here = [sys.executable, __file__]
+        contenders = {name: Contender.start(name, options, stack, here) for name in options.only}
+        if options.before:
+            there = [f"{options.before}/.venv/bin/python", f"{options.before}/bench/train_step.py"]
+            contenders["before"] = Contender.start("llama2", options, stack, there)
+        programs = {name: contender.turn for name, contender in contenders.items()} | {
+            "product": partial(product, options.precision)
+        }
         for turn in range(options.pairs):
             rounds.append(one_round(programs, turn % len(programs), options.threads))
             print(".", end="", file=sys.stderr, flush=True)
@@ -313,6 +334,7 @@ def main() -> None:
             "torch": installed("torch"),
             "transformers": installed("transformers"),
             "threads": options.threads,
+            "precision": options.precision,
             "table": table,
             "losses": {name: contender.losses for name, contender in contenders.items()},
             "rounds": [asdict(one) for one in rounds],

@@ -27,7 +27,8 @@ _POINTER = b"version https://git-lfs.github.com/spec/v1"
 _FILE_NAME = r"(?a)[\w-][\w.-]{0,254}"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".gguf")
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+_WRITE = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+_NEW, _END = _WRITE | os.O_EXCL, _WRITE | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
 
 
 class Repeated(dict[str, Any]):
@@ -218,6 +219,17 @@ def create(path: Path, *, error: type[Llama2Error] = CheckpointError) -> Iterato
             words = reason.strerror or reason
             raise error(f"{path}: cannot be written ({words}); free some room, or choose another") from reason
         raise
+
+
+def append(path: Path, text: str, *, error: type[Llama2Error] = CheckpointError) -> None:
+    """Add a text to a file's end, which need not be there. Raises `error` for a link, or when the system refuses."""
+    try:
+        with os.fdopen(os.open(path, _END, 0o666), "ab") as file:
+            file.write(text.encode())
+    except OSError as reason:
+        raise error(
+            f"{path}: cannot be written ({reason.strerror}); free some room, or remove what lies there"
+        ) from None
 
 
 def lines(file: IO[bytes], limit: int) -> Iterator[bytes | None]:

@@ -150,8 +150,7 @@ class Run:
 
     def log(self, **figures: Any) -> None:
         """Add a line of figures; those that are not finite are null, which JSON has a word for."""
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(figures), allow_nan=False) + "\n")
+        files.append(self.folder / METRICS, json.dumps(_finite(figures), allow_nan=False) + "\n", error=RunError)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of figures, with the notes and the validation of each source that they have.

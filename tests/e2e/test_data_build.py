@@ -17,6 +17,7 @@ from sentencepiece import SentencePieceProcessor
 
 from commands import typed
 from llama2.data.shards import Shards
+from texts import train_sentencepiece
 
 RECIPE = """
 output = "corpus"
@@ -120,6 +121,19 @@ def test_a_corpus_knows_what_it_was_built_from(place: Path, capsys: pytest.Captu
     assert differs() == "it does not say what it was built from"
     assert typed(capsys, "data", "build", "recipe.toml", "--force")[0] == 0
     assert typed(capsys, "data", "build", "recipe.toml", "executor.workers=2")[0] == 0
+
+
+def test_a_tokenizer_is_known_by_its_bytes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for vocabulary in (400, 410):
+        (place / f"{vocabulary}.model").write_bytes(train_sentencepiece(vocabulary, ()))
+    (place / "mine.model").write_bytes((place / "400.model").read_bytes())
+    given = ("data", "build", "recipe.toml", "tokenizer={file='mine.model'}")
+    assert typed(capsys, *given)[0] == 0
+    assert typed(capsys, "data", "build", "recipe.toml", "tokenizer={file='400.model'}")[0] == 0
+    (place / "mine.model").write_bytes((place / "410.model").read_bytes())
+    code, _, err = typed(capsys, *given)
+    assert code == 1
+    assert "of something else: the tokenizer is another one; replace it" in err
 
 
 def test_a_source_without_files_is_left_out_with_a_note(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

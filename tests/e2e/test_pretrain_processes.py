@@ -12,6 +12,8 @@ import pytest
 
 import corpora
 import llama2
+from commands import typed
+from llama2 import hub
 from llama2.data.shards import Split
 from texts import train_sentencepiece
 
@@ -73,6 +75,10 @@ def test_from_one_to_two_and_back(tmp_path: Path) -> None:
         for step, figures in alone.items():
             assert resumed[step] == pytest.approx(figures, rel=1e-4), (name, step)
             assert shared[step] == pytest.approx(figures, rel=1e-4), step
+    more = [pretrain(tmp_path, f"more-{n}", "start=runs/alone", "steps=3", processes=n) for n in (1, 2)]
+    assert more[0][1][0] < alone[1][0]  # which began from random weights
+    for step, figures in more[0].items():
+        assert more[1][step] == pytest.approx(figures, rel=1e-4), step
     weights = []
     for name in ("alone", "shared"):
         with llama2.load(tmp_path / "runs" / name) as model:
@@ -80,3 +86,18 @@ def test_from_one_to_two_and_back(tmp_path: Path) -> None:
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         np.testing.assert_allclose(weights[1][name], weight, rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_goes_on_from_a_model_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    first, begun = Path("runs/first"), ["steps=1", "save.every=1", "optimizer.warmup=1"]
+    assert typed(capsys, "pretrain", "recipe.toml", "--name", "first", *begun)[0] == 0
+    asked = []
+    monkeypatch.setattr(hub, "locate", lambda name: (asked.append(name), first)[1])
+    code, _, error = typed(capsys, "pretrain", "recipe.toml", "start=smollm2-135m-instruct", *begun)
+    assert code == 0, error
+    assert asked == ["smollm2-135m-instruct"]
+    assert f"goes on from {first}" in error

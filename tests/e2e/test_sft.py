@@ -15,8 +15,10 @@ import torch.nn.functional as F
 
 import llama2
 from commands import typed
-from llama2 import checkpoint
+from llama2 import checkpoint, hub
 from llama2.records import Run
+from llama2.train.lock import hold
+from llama2.train.processes import Processes
 from models import tiny_config, write_tiny_gguf
 from oracle_transformers import transformers_model
 
@@ -126,6 +128,9 @@ def test_what_is_left_out_is_told(place: Path, capsys: pytest.CaptureFixture[str
         (["data.file=x"], "mine.toml: data.file: unknown setting; did you mean data.files\\?"),
         (["start=nowhere"], "nowhere"),
         (["batch.rows=3", "batch.micro=2"], "batch.rows=3 is no multiple of batch.micro=2"),
+        (["epochs=1e300"], "steps: would be more than 1,000,000,000,000; choose fewer epochs"),
+        (["epochs=inf"], "epochs: .*finite number"),
+        (["epochs=nan"], "epochs: .*finite number"),
     ],
 )
 def test_errors_before_the_first_step(
@@ -180,6 +185,44 @@ def test_without_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert code == 0, error
     assert "\nwarning: 1 steps change little; steps=40 would change more\n" in error
     assert (place / "runs" / "other").is_dir()
+
+
+def test_begins_with_the_default_model(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(hub, "locate", lambda name: (asked.append(name), Path("tiny.gguf"))[1])
+    code, _, error = typed(capsys, "sft", "dialogs.jsonl", "steps=1")
+    assert code == 0, error
+    assert asked == ["smollm2-135m-instruct"]
+
+
+def test_another_process_has_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = place / "runs" / "mine"
+    with hold(folder, Processes(torch.device("cpu")), resume=False):
+        (folder / "checkpoints" / "step-00000001.part").mkdir(parents=True)
+        code, _, error = typed(capsys, "sft", "mine.toml", "steps=1")
+        assert (code, error.count("\n")) == (1, 1)
+        assert "mine: process " in error
+        assert (folder / "checkpoints" / "step-00000001.part").is_dir()
+
+
+@pytest.mark.parametrize("what", ["epochs", "dialogs"])
+def test_goes_on_by_the_same_schedule_alone(place: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    """What is fitted follows from the dialogs: with others the rate would jump."""
+    command = ["sft", "-m", "tiny.gguf", "dialogs.jsonl", "--out", "mine"]
+    assert typed(capsys, *command, "epochs=2")[0] == 0
+    before = {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()}
+    if what == "dialogs":
+        (place / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in DIALOGS * 20))
+    code, _, error = typed(capsys, *command, "epochs=2" if what == "dialogs" else "epochs=4", "--resume")
+    assert code == 1
+    changed = {
+        "epochs": "epochs = 2.0, and the recipe says 4.0",
+        "dialogs": "data.validation = 0, and the recipe says 4",
+    }
+    assert error.splitlines()[-1].startswith(f"llama2: error: runs/mine: the run was begun with {changed[what]}")
+    assert {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()} == before
 
 
 def test_a_recipe_by_either_way(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -345,3 +345,29 @@ def test_a_build_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     build(again)
     files = ["manifest.json", "train-00000.tokens", "train-00001.tokens", "card/card.json"]
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("what", ["a setting", "a text"])
+def test_a_build_that_was_stopped_begins_anew_when(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """… has changed: what earlier stages left was made of something else."""
+    for number, text in enumerate(ENGLISH):
+        (tmp_path / f"{number}.txt").write_text(text)
+    source: dict[str, Any] = {"files": ["*.txt"]}
+    settings: dict[str, Any] = {"dir": str(tmp_path), "sources": {"s": source}, "executor": {"tasks": 2, "workers": 1}}
+    settings |= {"tokenizer": {"vocabulary": 300}, "validation": 0}
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llama2.data.tokens.Mix.documents", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(BuildRecipe.model_validate({**settings, "output": str(tmp_path / "out")}))
+    if what == "a text":
+        (tmp_path / "0.txt").write_text(ENGLISH[0] + " And that was not all of it.")
+    else:
+        source["separator"] = "\\. "
+    for name in ("out", "anew"):
+        build(BuildRecipe.model_validate({**settings, "output": str(tmp_path / name)}))
+    for name in ("manifest.json", "train-00000.tokens", "card/card.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "anew" / name).read_bytes()

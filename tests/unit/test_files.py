@@ -154,3 +154,21 @@ def test_what_json_wrote_is_read(tmp_path: Path) -> None:
     values = {"a": [1, 2.5, None, True, "é😀"], "b": {"c": {}}}
     (tmp_path / "f.json").write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     assert files.load_json(tmp_path / "f.json") == values
+
+
+def test_what_is_written_follows_no_link(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.write_text("mine")
+    for name in ("a.part", "a", "b"):
+        (tmp_path / name).symlink_to(private)
+    with files.create(tmp_path / "a") as file:
+        file.write(b"new")
+    with pytest.raises(TokenizerError, match="b: cannot be written"):
+        files.append(tmp_path / "b", "more", error=TokenizerError)
+    os.mkfifo(tmp_path / "c")
+    with pytest.raises(TokenizerError, match="c: cannot be written"):
+        files.append(tmp_path / "c", "more", error=TokenizerError)
+    files.append(tmp_path / "d", "é")
+    files.append(tmp_path / "d", "!")
+    assert private.read_text() == "mine"
+    assert ((tmp_path / "a").read_bytes(), (tmp_path / "d").read_text()) == (b"new", "é!")

@@ -80,6 +80,15 @@ def test_gguf_round_trip(tmp_path: Path) -> None:
         assert read[name] == pytest.approx(mean, rel=1e-6)
 
 
+def test_writing_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "private").write_text("mine")
+    (tmp_path / "i.gguf.part").symlink_to(tmp_path / "private")
+    sums = {"output.weight": (np.ones(tiny_config().dim), 512)}
+    gguf_writer.write_imatrix(sums, tiny_config(), "text.txt", tmp_path / "i.gguf")
+    assert (tmp_path / "private").read_text() == "mine"
+    assert imatrix.read(tmp_path / "i.gguf", tiny_config()).keys() == sums.keys()
+
+
 def dat(values: list[float], name: bytes = b"blk.0.attn_q.weight", calls: int = 4) -> bytes:
     entry = struct.pack("<i", len(name)) + name + struct.pack(f"<ii{len(values)}f", calls, len(values), *values)
     return struct.pack("<i", 1) + entry + struct.pack("<ii", calls, 4) + b"text"

@@ -526,6 +526,18 @@ def test_each_source_is_validated(asked: Any, corpus: Path, tmp_path: Path) -> N
     assert f"| validation: web | {last['sources']['web']:.4g} |" in card
 
 
+def test_samples_follow_no_link_and_end_no_run(asked: Any, tmp_path: Path) -> None:
+    (tmp_path / "private").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples.jsonl").symlink_to(tmp_path / "private")
+    watch = Stop(-1)
+    settings = ("samples.prompts=['a']", "samples.tokens=1", "save.every=8")
+    pretrain(asked(*settings), tmp_path / "run", sample=lambda *_: ["ab"], watch=watch)
+    assert (tmp_path / "private").read_text() == "mine"
+    assert len(watch.notes) == 1
+    assert "samples.jsonl: cannot be written" in watch.notes[0]
+
+
 def test_samples_that_fail_end_no_run(asked: Any, tmp_path: Path) -> None:
     def sample(*_: Any) -> list[str]:
         raise ValueError("no\nroom")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from llama2 import plan, records
+from llama2 import files, plan, records
 from llama2.checkpoint import Checkpoint
 from llama2.config import ModelConfig
 from llama2.data.loader import IGNORED, Batch, Loader, Source
@@ -367,16 +367,20 @@ class Loop:
         if not self.here.first or self.checkpoints.failure:
             return
         lines: list[dict[str, Any]]
+        reason = ""
         try:
             texts = self.sample(self.checkpoints.path(step) / records.MODEL, prompts, self.recipe.samples.tokens)
             lines = [{"step": step, "text": text} for text in texts]
         except Exception as error:  # whatever it is, a run is worth more than its samples
             reason = " ".join(f"{error}".split())[:300] or type(error).__name__
             lines = [{"step": step, "note": reason}]
-            if self.watch:
-                self.watch.note(f"step {step}: no samples ({reason}); the run goes on")
-        with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        try:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            files.append(run.folder / "samples.jsonl", text, error=RunError)
+        except RunError as error:
+            reason = str(error)
+        if reason and self.watch:
+            self.watch.note(f"step {step}: no samples ({reason}); the run goes on")
 
 
 def refuse_longer(length: int, start: Checkpoint) -> None:
