@@ -193,11 +193,11 @@ def test_a_client_that_leaves_ends_the_work(path: Path) -> None:
         connection = server.open(V1, {"model": "tiny", "input": [[5 + i % 200] * 500 for i in range(290)]})
         server.wait_for_more("llama2_embeddings_total", 0, 60)
         connection.close()
+        assert "status=499" in server.line("route=/v1/embeddings")  # which is written when the request has ended
         server.wait_for("llama2_running", 0, 60)
         embedded = server.gauge("llama2_embeddings_total")
         assert server.post(V1, {"model": "tiny", "input": "a"})[0] == 200
         assert server.gauge("llama2_embeddings_total") == embedded + 1 < 290
-        assert "status=499" in server.line("route=/v1/embeddings")
 
 
 def test_a_busy_server_refuses_the_first_piece_alone(path: Path) -> None:
