@@ -19,9 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama2.serve.http.app import application
 from llama2.serve.http.guard import Guard
 from llama2.serve.http.paths import canonical
+from llama2.serve.models import Models, Source
 from llama2.serve.settings import Settings
+from llama2.serve.surfaces import wire
 from serving import Server, chat, serving, write_model
 
 CHAT = "/v1/chat/completions"
@@ -186,35 +189,12 @@ HUGE: dict[str, Any] = {
 }
 
 
-class Heartbeat:
-    """Asks for health again and again, over one connection, and knows how long the longest answer took."""
-
-    def __init__(self, server: Server) -> None:
-        self._server, self._end, self.longest = server, threading.Event(), 0.0
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while not self._end.wait(0.005):
-            begun = time.perf_counter()
-            self._server.get("/health")
-            self.longest = max(self.longest, time.perf_counter() - begun)
-
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-
 @pytest.mark.parametrize("what", HUGE)
 def test_lists_without_end_are_refused_at_the_first_error(open_server: Server, what: str) -> None:
     body = HUGE[what]
     path = CHAT if "messages" in body else "/v1/completions"
     before = memory(open_server, "VmHWM")
-    with Heartbeat(open_server):
-        status, _, answer = open_server.post(path, {"model": "tiny", **body})
+    status, _, answer = open_server.post(path, {"model": "tiny", **body})
     assert status == 400, answer
     assert len(json.dumps(answer)) < 1000
     assert memory(open_server, "VmHWM") - before < 64 * MEGABYTE
@@ -251,6 +231,46 @@ def test_a_large_body_is_read_as_a_small_one(open_server: Server) -> None:
             assert (status, answer["error"]["code"]) == (400, "invalid_json"), wrong
     deep = b'{"a":' * 50_000
     assert open_server.post(CHAT, deep + b" " * 300_000)[2]["error"]["code"] == "invalid_json"
+
+
+def test_health_is_answered_while_a_large_body_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here reading waits for that, which it would do in vain in the event loop's own thread."""
+    begun, answered = threading.Event(), threading.Event()
+    waited: list[bool] = []
+    read = wire.read
+
+    def waiting(*given: Any) -> Any:
+        begun.set()
+        waited.append(answered.wait(5))
+        return read(*given)
+
+    monkeypatch.setattr(wire, "read", waiting)
+    models = Models({"tiny": Source(lambda: pytest.fail("it is loaded"), lambda: None)}, Settings())
+    models.ready = True
+    served = application(models)
+
+    async def status(method: str, path: str, body: bytes = b"") -> int:
+        statuses: list[int] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: Any) -> None:
+            statuses.extend([message["status"]] if "status" in message else [])
+
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "state": {}}
+        await served({**scope, "headers": [(b"host", b"localhost")]}, receive, send)
+        return statuses[0]
+
+    async def both() -> tuple[int, int]:
+        large = asyncio.create_task(status("POST", CHAT, b" " * 100_000))
+        await asyncio.to_thread(begun.wait, 5)
+        health = await status("GET", "/health")
+        answered.set()
+        return health, await large
+
+    assert asyncio.run(both()) == (200, 400)
+    assert waited == [True]
 
 
 def test_counts_are_checked_before_anything_is_built(open_server: Server) -> None:

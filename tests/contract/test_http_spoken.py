@@ -20,6 +20,9 @@ from openai import AzureOpenAI, OpenAI
 from llama2.errors import Llama2Error
 from llama2.serve.http.address import origin_pattern
 from llama2.serve.http.paths import canonical
+from llama2.serve.http.server import serve
+from llama2.serve.models import Models
+from llama2.serve.settings import Settings
 from serving import Server, chat, events, serving, write_model
 
 CHAT = "/v1/chat/completions"
@@ -233,6 +236,21 @@ def test_idle_connections_are_told_how_long_they_stay(server: Server) -> None:
         time.sleep(1.5)  # and it is still open
     assert connection.sock.recv(1) == b""  # and then it is closed
     connection.close()
+
+
+def test_idle_connections_stay_for_75_seconds_by_default(guarded: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than proxies and clients keep them; uvicorn's own default would be five."""
+    assert guarded.get("/health")[1]["keep-alive"] == "timeout=75"
+    given: dict[str, Any] = {}
+
+    def configured(*_: Any, **options: Any) -> Any:
+        given.update(options)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("uvicorn.Config", configured)
+    with socket.socket() as listener, pytest.raises(RuntimeError, match="enough"):
+        serve(Models({}, Settings(max_connections=1)), listener)
+    assert given["timeout_keep_alive"] > 75
 
 
 def test_refused_names_and_origins_are_logged_in_one_line(server: Server) -> None:

@@ -102,6 +102,22 @@ def test_fields_that_are_wrong_or_not_supported(server: Server, field: str, valu
     assert error["message"].startswith(error["param"])
 
 
+@pytest.mark.parametrize(
+    ("route", "field", "most"),
+    [
+        (CHAT, "stop", 16),
+        ("/v1/completions", "stop", 16),
+        ("/completion", "stop", 64),
+        ("/v1/messages", "stop_sequences", 64),
+    ],
+)
+def test_too_many_stop_texts_are_told_how_many_may_be(server: Server, route: str, field: str, most: int) -> None:
+    asked = {**chat(), "prompt": "to be", field: ["zzz"] * (most + 1)}
+    status, _, answer = server.post(route, asked)
+    assert status == 400
+    assert f"at most {most} items" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize("bias", [{"320": 1}, {"-1": 1}, {"x": 1}, {"99999999999999999999": 1}])
 def test_biases_of_tokens_that_are_not_there(server: Server, bias: dict[str, int]) -> None:
     assert "logit_bias" in refused(server.post(CHAT, chat(logit_bias=bias)))["message"]

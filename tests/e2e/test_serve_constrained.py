@@ -318,6 +318,46 @@ def test_what_responses_refuse_by_name(caller: Server, fields: dict[str, Any], p
     assert answer["error"]["message"].startswith(param)
 
 
+DAYS = {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 3}
+HELD: Any = {"type": "object", "properties": {"days": DAYS}, "required": ["days"]}
+UNIQUE = {**HELD, "properties": {"days": {**DAYS, "uniqueItems": True}}}
+
+
+@pytest.mark.parametrize("strict", [{}, {"strict": False}], ids=["unsaid", "not strict"])
+@pytest.mark.parametrize("field", ["tools[0].function.parameters", "response_format.json_schema.schema"])
+def test_what_no_grammar_can_hold_is_dropped_with_one_warning_unless_strict(
+    caller: Server, field: str, strict: dict[str, bool]
+) -> None:
+    body = {"model": "caller", "messages": ASK, "seed": 1, "n": 2, "max_tokens": 300}
+    if field.startswith("tools"):
+        function = {"name": "weather", "parameters": UNIQUE, **strict}
+        body |= {"tools": [{"type": "function", "function": function}], "tool_choice": NAMED}
+        body |= {"parallel_tool_calls": False}
+    else:
+        schema = {"name": "days", "schema": UNIQUE, **strict}
+        body |= {"response_format": {"type": "json_schema", "json_schema": schema}}
+    status, headers, answer = caller.post("/v1/chat/completions", body)
+    assert status == 200, answer
+    assert headers["warning"] == f'299 llama2 "{field}: no grammar holds an answer to uniqueItems"'
+    for choice in answer["choices"]:
+        message = choice["message"]
+        text = message["tool_calls"][0]["function"]["arguments"] if "tools" in body else message["content"]
+        jsonschema.validate(json.loads(text), HELD)
+
+
+def test_what_no_grammar_can_hold_of_responses_is_dropped_with_one_warning(caller: Server) -> None:
+    format = {"type": "json_schema", "name": "days", "schema": UNIQUE}
+    function = {"type": "function", "name": "weather", "parameters": UNIQUE}
+    for field, fields in (
+        ("text.format.schema", {"text": {"format": format}}),
+        ("tools[0].parameters", {"tools": [function], "tool_choice": {"type": "function", "name": "weather"}}),
+    ):
+        body = {"model": "caller", "input": "Rom?", "seed": 1, "max_output_tokens": 300, **fields}
+        status, headers, answer = caller.post("/v1/responses", body)
+        assert status == 200, answer
+        assert headers["warning"] == f'299 llama2 "{field}: no grammar holds an answer to uniqueItems"'
+
+
 def test_a_grammar_that_would_take_for_ever(caller: Server) -> None:
     large = {"enum": [{"a": [i]} for i in range(10_000)]}
     schema = {"type": "json_schema", "json_schema": {"schema": large}}

@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from folders import Folder
 from serving import ENDLESS, Server, chat, events, serving, write_model
 
 CHAT, COMPLETE, RESPOND = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -68,6 +69,44 @@ def test_conversations_are_taken_by_every_route(server: Server, case: str) -> No
     if all(isinstance(message.get("content"), str) for message in messages):
         items = [{"type": "message", **message} for message in messages]
         assert server.post(RESPOND, {"model": "tiny", "input": items, "max_output_tokens": 2})[0] == 200
+
+
+THOUGHT = {"type": "reasoning", "id": "rs_1", "summary": [], "content": None, "encrypted_content": "gAAAAAB="}
+
+#: Instructions and items, what they are in Llama 2's format, and what a warning names.
+ITEMS: dict[str, tuple[str | None, list[dict[str, Any]], str, str | None]] = {
+    "instructions and a developer": (
+        "A",
+        turns(("developer", [{"type": "input_text", "text": "B"}]), USER),
+        "[INST] <<SYS>>\nA\n\nB\n<</SYS>>\n\nto be or not [/INST]",
+        None,
+    ),
+    "instructions and a system": (
+        "A",
+        turns(("system", "B"), USER),
+        "[INST] <<SYS>>\nA\n\nB\n<</SYS>>\n\nto be or not [/INST]",
+        None,
+    ),
+    "a thought": (
+        None,
+        [*turns(USER), THOUGHT, *turns(ANSWER)],
+        "[INST] to be or not [/INST] to be",
+        "input.encrypted_content",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ITEMS)
+def test_items_of_responses_as_codex_sends_them(server: Server, case: str) -> None:
+    instructions, items, written, warning = ITEMS[case]
+    options = {"model": "tiny", "temperature": 0, "logit_bias": ENDLESS}
+    raw = server.post(COMPLETE, {**options, "prompt": written, "max_tokens": 8})[2]
+    asked = {**options, "instructions": instructions, "input": items, "max_output_tokens": 8}
+    status, headers, answer = server.post(RESPOND, asked)
+    assert status == 200, answer
+    assert answer["usage"]["input_tokens"] == raw["usage"]["prompt_tokens"]
+    assert answer["output"][0]["content"][0]["text"].lstrip() == raw["choices"][0]["text"].lstrip()
+    assert (warning in headers["warning"]) if warning else "warning" not in headers
 
 
 def test_strict_turns_refuse_what_they_refused(tmp_path: Path) -> None:
@@ -137,6 +176,19 @@ def test_minus_one_is_no_limit_and_zero_is_no_token(server: Server) -> None:
     assert (status, answer["usage"]["completion_tokens"]) == (200, 0)
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["choices"][0]["message"]["content"] == ""
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETE])
+def test_llama_cpps_name_for_the_limit(server: Server, route: str) -> None:
+    """OpenAI's come first."""
+    asked = chat(n_predict=3)
+    if route == COMPLETE:
+        asked["prompt"] = asked.pop("messages")[0]["content"]
+    del asked["max_tokens"]
+    for fields, limit in (({}, 3), ({"max_tokens": 2}, 2)):
+        status, headers, answer = server.post(route, {**asked, **fields})
+        assert (status, "warning" in headers) == (200, False)
+        assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (limit, "length")
 
 
 REFUSED = [
@@ -217,3 +269,13 @@ def test_defaults_of_the_server(tmp_path: Path) -> None:
     with serving([write_model(tmp_path)]) as server:
         same = server.post(COMPLETE, {**body, "temperature": 0.6, "top_p": 0.9})[2]["choices"]
         assert server.post(COMPLETE, body)[2]["choices"] == same
+
+
+def test_defaults_of_a_folder(tmp_path: Path) -> None:
+    """Its generation_config.json, without what is out of range; the operator's choice comes first."""
+    published = {"temperature": 0.3, "top_p": 1.5, "top_k": 7, "min_p": 0.05, "repetition_penalty": None}
+    folder = Folder(files={"generation_config.json": json.dumps(published).encode()}).write(tmp_path / "published")
+    with serving([folder], "--temperature", "0.2") as server:
+        drawn = server.get("/props")[2]["default_generation_settings"]["params"]
+    expected = {"temperature": 0.2, "top_p": 0.9, "top_k": 7, "min_p": 0.05, "repeat_penalty": 1.0}
+    assert {name: drawn[name] for name in expected} == expected

@@ -22,6 +22,11 @@ NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+#: Who speaks in turn is counted without calls and their answers, as Mistral's own templates do it.
+IN_TURN = (
+    "{%- for m in messages if m.role != 'tool' and not m.tool_calls %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}{% endif %}{% endfor %}"
+) + MISTRAL
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
@@ -31,9 +36,13 @@ def said(*turns: str) -> list[dict[str, Any]]:
     return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
 
 
-def calling(arguments: str = '{"city": "Rom"}') -> dict[str, Any]:
-    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
-    return {"role": "assistant", "content": None, "tool_calls": [call]}
+def calling(*arguments: str) -> dict[str, Any]:
+    """Calls of `weather` with the ids c1, c2 and so on; by default, one for Rom."""
+    calls = [
+        {"id": f"c{i}", "type": "function", "function": {"name": "weather", "arguments": given}}
+        for i, given in enumerate(arguments or ('{"city": "Rom"}',), 1)
+    ]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
 
 
 def written(
@@ -203,3 +212,32 @@ def test_a_call_without_an_answer_is_kept() -> None:
     arranged = arrange(Dialog(messages, strict=False), MISTRAL, ours, [WEATHER])
     assert "never mind" in written(messages, MISTRAL, ours, [WEATHER])[0]
     assert arranged.tools == [WEATHER]
+
+
+SUN = {"role": "tool", "tool_call_id": "c1", "content": "sun"}
+OPEN_CALLS: dict[str, tuple[list[dict[str, Any]], str, tuple[str, ...]]] = {
+    "no answer": (
+        [*said("u one"), calling(), *said("u never mind")],
+        'weather({"city": "Rom"})</s>[INST] never mind[/INST]',
+        (),
+    ),
+    "cut": ([*said("u one"), calling('{"'), *said("u go on")], r'weather("{\"")</s>[INST] go on[/INST]', ()),
+    "one answer of two": (
+        [*said("u one"), calling("{}", "{}"), SUN, *said("u two")],
+        "weather({})\nweather({})</s>[INST] sun\n\ntwo[/INST]",
+        ("neighbouring user messages are joined",),
+    ),
+    "a late answer": (
+        [*said("u one"), calling("{}"), *said("u wait"), SUN],
+        "weather({})</s>[INST] wait\n\nsun[/INST]",
+        ("neighbouring user messages are joined",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPEN_CALLS)
+def test_an_open_call_that_a_template_refuses_is_written_as_text(case: str) -> None:
+    messages, expected, notes = OPEN_CALLS[case]
+    ours = bytes_and("[TOOL_CALLS]", "[INST]", "[/INST]")
+    notes = ("calls without an answer are written as text", *notes)
+    assert written(messages, IN_TURN, ours) == (f"<s>[INST] one[/INST] {expected}", notes)

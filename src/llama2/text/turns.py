@@ -138,7 +138,8 @@ def _open_calls(messages: Sequence[Message]) -> set[int]:
         if message.tool_calls:
             after = next((n for n in range(i + 1, len(messages)) if messages[n].role != "tool"), len(messages))
             if after < len(messages) and after - i - 1 < len(message.tool_calls):
-                found |= {*range(i, after)}
+                later = next((n for n in range(after, len(messages)) if messages[n].tool_calls), len(messages))
+                found |= {i, *(n for n in range(i + 1, later) if messages[n].role == "tool")}
     return found
 
 
