@@ -208,6 +208,13 @@ def test_too_many_answers_at_once(server: Server) -> None:
     [
         *(("background", True), ("previous_response_id", "r"), ("tools", [{}]), ("n", 2)),
         *(("input", [{"type": "function_call_output"}]), ("input", 5), ("text", {"format": {"type": "grammar"}})),
+        *(
+            ("max_tokens", 5),
+            ("n_predict", 5),
+            ("grammar", "root ::= [a]"),
+            ("response_format", {"type": "json_object"}),
+        ),
+        *(("guided_regex", "a"), ("json_schema", {"type": "object"}), ("structured_outputs", {"regex": "a"})),
     ],
 )
 def test_responses_fields(server: Server, field: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llama2.engine.request import Event
 from llama2.errors import DialogError, RequestError, TemplateError
-from llama2.serve.constrain.constraints import Constrainer, json_schema
+from llama2.serve.constrain.constraints import Constrainer, grammar, json_schema, regex
 from llama2.serve.constrain.tools import CallArguments, CallReader, CallStart, Piece, Text, Toolset
 from llama2.text import huggingface
 from llama2.text.bpe import LETTERS
@@ -613,6 +613,10 @@ def test_a_schema_and_tools_together(name: str) -> None:
             if "tool_calls" not in message:
                 jsonschema.validate(json.loads(message["content"]), schema)
     assert kinds == {True, False}
+    for other in (regex("a+", "guided_regex"), grammar("root ::= [a]", "grammar")):
+        assert Toolset(TOOLS, "none", None, *family(name), other).constraints == (other,)
+        with pytest.raises(RequestError, match=f"^{other.field}: an answer that may be a call cannot follow it too"):
+            Toolset(TOOLS, "auto", None, *family(name), other)
     with pytest.raises(RequestError, match=r"^response_format.json_schema.schema: keywords"):
         constrainer(name).processor(
             Toolset(TOOLS, None, None, *family(name), json_schema({"not": {}}, response.field)).constraints[0]

@@ -51,8 +51,9 @@ class Toolset:
     its own. With `tool_choice="none"`, or without tools, the model is told of none, and all of its answer is text. With
     `auto`, what begins as a call becomes a whole one of a declared function; `required` or a function's name makes the
     answer one. Several calls follow one another if the model knows that and `parallel` allows it. An answer that is no
-    call follows `response`, a JSON schema's constraint, if there is one. `flat` says that tools and a choice name their
-    function beside their type, as Responses have it, and not in an object `function`, as templates are told.
+    call follows `response`, if there is one; with `auto` that must be a JSON schema's constraint. `flat` says that
+    tools and a choice name their function beside their type, as Responses have it, and not in an object `function`, as
+    templates are told.
 
     Where the template knows no tools, calls are written in the `generic` format, if that is asked for.
 
@@ -95,7 +96,12 @@ class Toolset:
         )
         if choice != "auto":
             start = f"start: {_terms(self._format.opening, tokenizer)} calls"
-        elif response is not None and response.schema is not None:
+        elif response is not None:
+            if response.schema is None:
+                raise RequestError(
+                    f"{response.field}: an answer that may be a call cannot follow it too; leave out the tools, give "
+                    "tool_choice, or ask for a JSON schema"
+                )
             start = f"start: {_terms(self._format.opening, tokenizer)} calls | %json {response.schema}"
             parts = (response, *parts)
         else:

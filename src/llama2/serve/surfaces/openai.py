@@ -84,11 +84,7 @@ def _check_end(body: ChatRequest) -> None:
         ("add_generation_prompt", None if body.add_generation_prompt is None else not body.add_generation_prompt),
     ):
         if given is not None and given != continues and not (continues and field == "add_generation_prompt"):
-            what = (
-                "the last message is the assistant's, which is continued"
-                if continues
-                else "the last message is to be answered"
-            )
+            what = "the assistant's, which is continued" if continues else "to be answered"
             raise Refusal(400, f"{field}: the last message is {what}; leave it out", param=field, code="invalid_value")
 
 

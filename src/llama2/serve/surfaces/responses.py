@@ -98,6 +98,11 @@ class ResponsesRequest(Sampled):
         "moderation": (),
         "previous_response_id": (),
         "prompt": (),
+        # Other routes' names for `max_output_tokens` and `text.format`.
+        **dict.fromkeys(("max_tokens", "max_completion_tokens", "n_predict"), ()),
+        **dict.fromkeys(("grammar", "json_schema", "structured_outputs"), ()),
+        **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
+        "response_format": ({"type": "text"},),
     }
     #: Nothing is stored, cut or reasoned about, so these have no effect.
     HARMLESS: ClassVar[Values] = {
