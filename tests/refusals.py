@@ -29,7 +29,9 @@ before = peak()
 for path in sys.argv[1:]:
     start = time.process_time()  # of this process alone: the machine may be busy
     try:
-        llama2.checkpoint.open(path).check_finite()
+        model = llama2.checkpoint.open(path)
+        model.check_finite()
+        model.tokenizer
         reason = None
     except Llama2Error as error:
         reason = str(error)

@@ -404,6 +404,25 @@ def test_what_is_no_file_or_a_pointer(name: str, tmp_path: Path) -> None:
     assert f"{name}: is a pointer of Git LFS, not the file itself; run `git lfs pull` in {path}" in refusal(path)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"],
+)
+def test_a_tokenizer_that_is_no_file_or_a_pointer(name: str, tmp_path: Path) -> None:
+    model = checkpoint.open(Folder().write(tmp_path / "model"))
+    if name == "tokenizer.model":  # which is not needed beside the other
+        (model.path / "tokenizer.json").unlink()
+    (model.path / name).unlink(missing_ok=True)
+    os.mkfifo(model.path / name)
+    with pytest.raises(TokenizerError, match=rf"{re.escape(str(model.path / name))}: is not a regular file"):
+        model.tokenizer  # noqa: B018
+    (model.path / name).unlink()
+    (model.path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476838400\n")
+    with pytest.raises(TokenizerError, match="is a pointer of Git LFS, not the file itself"):
+        model.tokenizer  # noqa: B018
+
+
 @pytest.mark.parametrize("weight", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_numbers(weight: float, tmp_path: Path) -> None:
     folder = Folder()
@@ -445,6 +464,21 @@ def test_command(fault: str, options: list[str], tmp_path: Path) -> None:
     )
     assert (run.returncode, run.stdout) == (1, "")
     assert re.fullmatch(rf"llama2: error: {re.escape(str(path))}.*: .+\n", run.stderr)
+
+
+def test_time_and_memory_of_tokenizers(tmp_path: Path) -> None:
+    """As above; also with a tokenizer.model beside it, when tokenizer.json is read for its added tokens."""
+    lists, pieces = b"[" + b"[]," * 20_000_000 + b"[]]", {str(i): i for i in range(100_000)}
+    models = [{"merges": "@"}, {"vocab": "@"}, {"unk_token": "@"}, {"vocab": pieces}, {"vocab": {"x" * 200_000: 0}}]
+    paths = []
+    for i, model in enumerate(models):
+        folder = Folder()
+        folder.tokenizer["model"] |= model
+        folder.files["tokenizer.json"] = json.dumps(folder.tokenizer).encode().replace(b'"@"', lists)
+        if i % 2:
+            folder.files["tokenizer.model"] = b"\x0a"
+        paths.append(folder.write(tmp_path / str(i)))
+    assert_refused_cheaply(paths, [])
 
 
 def tokenizer_json(**values: Any) -> Edit:

@@ -95,15 +95,24 @@ def test_an_endless_file_is_no_prompt(capsys: pytest.CaptureFixture[str], model:
     assert (status, "@/dev/zero: larger than 64 MB" in error) == (1, True)
 
 
-@pytest.mark.parametrize("name", ["org/name", "smollm2-135m-instruct", "a\x1b]0;x\x07\u202e/b"])
+@pytest.mark.parametrize(
+    ("name", "adapters"),
+    [
+        ("org/name", []),
+        ("smollm2-135m-instruct", []),
+        ("a\x1b]0;x\x07\u202e/b", []),
+        ("here", ["org/lora:0.5"]),
+        ("here", ["here", "org/lora"]),
+    ],
+)
 def test_a_conversation_fetches_nothing_by_itself(
-    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, adapters: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llama2 import hub
 
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    Conversation(name, {}, messages).save(tmp_path / "talk")
-    monkeypatch.setattr(hub, "find", lambda name: None)
+    Conversation(name, {}, messages, adapters).save(tmp_path / "talk")
+    monkeypatch.setattr(hub, "find", lambda asked: tmp_path if asked == "here" else None)
     monkeypatch.setattr(hub, "locate", lambda *_, **__: pytest.fail("a download began"))
     status, out, error = typed(capsys, "chat", "hello", "--resume", tmp_path / "talk")
     assert (status, out, error.count("\n"), "which is not here; fetch it with -m" in error) == (1, "", 1, True)

@@ -1,4 +1,4 @@
-"""Random damage to .pth files, Meta's folders and llama2.c's files: they open, or one of our errors refuses them."""
+"""Random damage to .pth files, Meta's folders, vocabularies and llama2.c's files: they open, or our errors say why."""
 
 from __future__ import annotations
 
@@ -15,8 +15,21 @@ from damages import Damage, damages
 from llama2 import checkpoint
 from llama2.checkpoint import pth
 from llama2.errors import CheckpointError, ConfigError, TokenizerError
+from llama2.text.tokenizer import from_sentencepiece
 from llama2c_bytes import random_weights, tokenizer_bin, version_0, version_1, version_2
-from meta_bytes import EMPTY, REBUILD, PthBytes, numbers, random_tensors, storage, tensor, text, whole, write_folder
+from meta_bytes import (
+    EMPTY,
+    REBUILD,
+    PthBytes,
+    numbers,
+    random_tensors,
+    storage,
+    tensor,
+    text,
+    tokenizer_model,
+    whole,
+    write_folder,
+)
 from models import tiny_config
 
 fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -121,6 +134,21 @@ def test_any_damage_to_a_folder(folder: Path, name: str, data: st.DataObject) ->
         assert_harmless(lambda: use_model(folder))
     finally:
         (folder / name).write_bytes(whole_file)
+
+
+@fuzz
+@given(by=changes(12_000))
+def test_any_damage_to_a_sentencepiece_model(tmp_path: Path, by: list[Damage]) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(damaged(by, tokenizer_model()))
+
+    def use() -> None:
+        tokenizer = from_sentencepiece(path)
+        tokenizer.decode(tokenizer.encode("a b<tool>é"))
+        tokenizer.decode(range(tokenizer.vocab_size))
+        tokenizer.vocabulary()
+
+    assert_harmless(use)
 
 
 SMALL = tiny_config(n_layers=1, dim=16, n_heads=4, head_dim=4, hidden_dim=32, vocab_size=8, context_length=4)

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
+from llama2.checkpoint.checkpoint import read_tokenizer
 from llama2.errors import TokenizerError
 from llama2.text import huggingface, tiktoken
 from llama2.text.tokenizer import AddedTokens, Flags, from_sentencepiece, from_vocabulary
@@ -207,6 +208,49 @@ def test_tokens_that_stand_in_one_file_alone(tmp_path: Path) -> None:
     assert ours.token_bytes(len(PIECES) + 4) == b""  # a row that no token has
 
 
+@pytest.mark.parametrize("vocabulary", ["tokenizer.json", "tokenizer.model"])
+def test_an_added_token_that_is_too_long(vocabulary: str, tmp_path: Path) -> None:
+    """Where it stands alone: added_tokens.json or tokenizer_config.json."""
+    if vocabulary == "tokenizer.json":
+        folder(tmp_path, library())
+    else:
+        (tmp_path / vocabulary).write_bytes(train_sentencepiece())
+    size = huggingface.read(tmp_path).vocab_size
+    for length in (1024, 1025):
+        text = "x" * length
+        for name, entries in (
+            ("added_tokens.json", {text: size}),
+            ("tokenizer_config.json", {"added_tokens_decoder": {size: {"content": text, "special": True}}}),
+        ):
+            (tmp_path / name).write_text(json.dumps(entries))
+            if length == 1024:
+                assert huggingface.read(tmp_path).encode(text, special=True) == [size]
+            else:
+                with pytest.raises(TokenizerError, match=f"token {size} of the vocabulary has 1025 characters"):
+                    huggingface.read(tmp_path)
+            (tmp_path / name).unlink()
+
+
+def test_a_vocabulary_of_200_000_pieces(tmp_path: Path) -> None:
+    """Beside a tokenizer.model, and with a token that the model has no row for: not only the library reads the file."""
+    path = folder(tmp_path, library()) / "tokenizer.json"
+    made, size = json.loads(path.read_text()), 200_000
+    made["model"]["vocab"] |= {f"🙂{i}": i for i in range(len(PIECES), size)}
+    made["added_tokens"].append({**made["added_tokens"][0], "id": size, "content": "[PAD]"})
+    path.write_text(json.dumps(made, ensure_ascii=False))
+    path.with_name("tokenizer.model").write_bytes(train_sentencepiece())
+    ours = huggingface.read(tmp_path, size=size)
+    assert ours.encode("a b") == [SA, SB]
+    assert ours.notes == ("token '[PAD]' is left out, since the model has no row for it",)
+
+
+def test_settings_of_2_mb(tmp_path: Path) -> None:
+    """Those of a model with 30,000 added tokens have 6 MB."""
+    entry = {"content": "<more>", "special": False, "normalized": False}
+    path = folder(tmp_path, library(), added_tokens_decoder={str(len(PIECES)): entry}, note="x" * (2 << 20))
+    assert huggingface.read(path).encode("a<more>") == [SA, len(PIECES)]
+
+
 def test_an_end_token_that_the_vocabulary_lacks_is_refused(tmp_path: Path) -> None:
     path = folder(tmp_path, library(), eos_token="<|im_end|>")
     with pytest.raises(TokenizerError, match=r"eos_token '<\|im_end\|>' is not in the vocabulary; correct"):
@@ -258,11 +302,16 @@ def test_settings_of_a_tokenizer_model_alone(tmp_path: Path) -> None:
     assert ours.encode("a<tool>b")[2:] == plain.encode("ab")[-1:] or ours.decode(ours.encode("a<tool>b")) == "a<tool>b"
 
 
-def test_ranks_of_tiktoken(tmp_path: Path) -> None:
-    """All bytes, then three merged tokens; a whole word is a token whatever the merges say."""
-    tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"bc", b" abc"]
-    path = tmp_path / "tokenizer.model"
+def ranks(path: Path, *more: bytes) -> Path:
+    """All bytes, then three merged tokens, and `more`."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"bc", b" abc", *more]
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
+    return path
+
+
+def test_ranks_of_tiktoken(tmp_path: Path) -> None:
+    """A whole word is a token whatever the merges say."""
+    path = ranks(tmp_path / "tokenizer.model")
     ours = tiktoken.tokenizer(path, path.read_bytes(), 259 + 256)
     assert ours.encode("abc bc abc") == [256, ord("c"), ord(" "), 257, 258]
     assert (ours.bos_id, ours.control["<|eot_id|>"], ours.add_bos) == (259, 268, True)
@@ -271,6 +320,25 @@ def test_ranks_of_tiktoken(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(TokenizerError, match="is damaged"):
         tiktoken.tokenizer(path, path.read_bytes())
+
+
+def test_files_of_ranks_are_no_sentencepiece_models(tmp_path: Path) -> None:
+    """As Meta has them, as a folder of Hugging Face's has them, and beside a tokenizer.json, which counts."""
+    path = ranks(tmp_path / "tokenizer.model")
+    for ours in (read_tokenizer(path, 259 + 256), huggingface.read(tmp_path, size=259 + 256)):
+        assert ours.encode("abc bc abc") == [256, ord("c"), ord(" "), 257, 258]
+        assert ours.control["<|eot_id|>"] == 268
+    folder(tmp_path, library(), tokenizer_class="LlamaTokenizer", add_prefix_space=True)
+    ours = huggingface.read(tmp_path)
+    assert (ours.encode("a b"), ours.notes) == ([SA, SB], ())
+
+
+def test_ranks_of_more_bytes_than_a_token_may_have(tmp_path: Path) -> None:
+    path = ranks(tmp_path / "tokenizer.model", b"x" * 1024)
+    assert huggingface.read(tmp_path).token_bytes(259) == b"x" * 1024
+    ranks(path, b"x" * 1025)
+    with pytest.raises(TokenizerError, match=r"is damaged \(line 260 is not the next token"):
+        huggingface.read(tmp_path)
 
 
 def test_a_post_processor_with_another_token(tmp_path: Path) -> None:

@@ -3,19 +3,24 @@
 import io
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
 
-from llama2.cli import options
+from commands import typed
+from llama2.cli import options, terminal
 from llama2.cli.answer import Reply
 from llama2.cli.conversation import Conversation
 from llama2.cli.options import AnswerOptions
 from llama2.cli.output import one_line
 from llama2.console import stream
 from llama2.errors import Llama2Error
+from models import write_tiny_gguf
 
 
 @pytest.mark.parametrize(
@@ -220,3 +225,39 @@ def test_an_answer_cannot_steer_the_terminal(terminal: bool, shown: str, monkeyp
     monkeypatch.setattr("sys.stdout", output)
     stream("\x1b]0;x\x07 \t\né\x9b")
     assert output.getvalue() == shown
+
+
+#: A name that sets a terminal's title and turns the text behind it around; and how it is shown.
+HOSTILE, SHOWN = "a\x1b]0;x\x07\u202e", "a␛]0;x␇<U+202E>"
+
+
+def test_names_cannot_steer_the_terminal_of_a_chat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(_conversation(), model=f"org/{HOSTILE}", adapters=[HOSTILE]).save(tmp_path / HOSTILE)
+    lines = iter([f"/load {tmp_path / HOSTILE}", "/exit"])
+    monkeypatch.setattr(terminal, "_session", lambda: SimpleNamespace(prompt=lambda _: next(lines)))
+    for file in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(file, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    model: Any = SimpleNamespace(engine=SimpleNamespace(context=8))
+    terminal.Chat(model, replace(_conversation(), model=f"my/{HOSTILE}"), {}, neutralise=False).run()
+    assert capsys.readouterr() == (
+        f"Loaded 2 messages from {tmp_path}/{SHOWN}.\nThey are with org/{SHOWN} + {SHOWN}; my/{SHOWN} goes on.\n",
+        f"{SHOWN}, context of 8 tokens; /help shows what there is\n",
+    )
+
+
+def test_names_of_models_cannot_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    path = tmp_path / f"models--org--{HOSTILE}" / "snapshots" / "0" / f"{HOSTILE}.gguf"
+    path.parent.mkdir(parents=True)
+    write_tiny_gguf(path, edit=lambda writer: (writer.add_name(HOSTILE), writer.add_license(HOSTILE)))
+    _, listed, _ = typed(capsys, "list")
+    assert f"org/{SHOWN}:{SHOWN}@0 " in listed
+    _, shown, _ = typed(capsys, "show", path)
+    rows = dict(line.split(maxsplit=1) for line in shown.splitlines())
+    assert (rows["name"], rows["licence"], rows["path"]) == (SHOWN, SHOWN, str(path).replace(HOSTILE, SHOWN))
+    assert not {"\x1b", "\x07", "\u202e"} & {*listed, *shown}

@@ -252,6 +252,8 @@ def test_instruction_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_default_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLAMA2_THREADS", raising=False)
     assert 1 <= native.default_threads() <= (os.cpu_count() or 1)
+    monkeypatch.setattr(native, "processors", lambda: 3)  # as a container's quota may have it
+    assert native.default_threads() == 3
     monkeypatch.setenv("LLAMA2_THREADS", "7")
     assert native.default_threads() == 7
     for wrong in ("0", "-1", "1025", "two", "1.5", "²", "9" * 5000):

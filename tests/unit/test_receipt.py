@@ -323,3 +323,18 @@ def test_an_unused_token_that_a_text_yields() -> None:
     before, after = (tokenizers.from_pieces(pieces, scores, [2, 3, 3, 1, 1, 1, last]) for last in (5, 1))
     with pytest.raises(ParityError, match="the text 'zq' has other tokens"):
         receipt.tokenizer(before, after)
+
+
+@pytest.mark.parametrize(("kind", "token"), [(tokenizers.USER_DEFINED, "<tool>"), (tokenizers.NORMAL, "<s>")])
+def test_a_space_less_behind_an_added_token(kind: int, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabularies are the same; of <tool> text yields the token, of <s> a template alone."""
+    pieces, scores = (
+        ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "<tool>"],
+        [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, 0.0],
+    )
+    before, after = (tokenizers.from_pieces(pieces, scores, [2, 3, 3, 1, 1, 1, 1, kind]) for _ in range(2))
+    assert receipt.tokenizer(before, after)["vocabulary"] == 8
+    spaced = after._encode_plain
+    monkeypatch.setattr(after, "_encode_plain", lambda text, begins: spaced(text, begins)[0 if begins else 1 :])
+    with pytest.raises(ParityError, match=f"the text 'a{token}b {token} c' has other tokens"):
+        receipt.tokenizer(before, after)

@@ -1,13 +1,15 @@
 """Vocabularies that are damaged or hostile, texts that are too long or not Unicode, and where answers end."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from llama2.errors import TokenizerError
-from llama2.text import huggingface
+from llama2.text import huggingface, library, modelproto, splits
 from llama2.text import tokenizer as tokenizers
 from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_vocabulary
 from texts import train_bpe, train_sentencepiece
@@ -83,6 +85,44 @@ def test_sentencepiece_vocabulary_by_hand() -> None:
         "\ufffd",
     ]
     assert build(SENTENCEPIECE, prepend_scheme="never").encode("ab") == [260, 261]
+
+
+#: With contractions, digits, line ends, scripts, currency, and a mark without a letter before a space.
+TEXT = "I'LL don't 12345\r\n  camelCase_Привет はa漢 $5`=\n/ ½ x\u0301 \n"
+_MIDDLE, _LLAMA3_END = "\r\n¦ ¦ camelCase¦_Привет¦ はa漢¦ $¦5¦", "`=\n¦/¦ ¦½¦ x¦\u0301¦ \n"
+_DEEPSEEK = "I¦'¦LL¦ don¦'¦t¦ ¦{}¦\r¦\n¦ ¦ camelCase¦_¦Привет¦ ¦は¦a¦漢¦ $¦5¦`=¦\n¦/¦ ¦½¦ x¦"
+#: By the name of a pre-tokenizer in a GGUF file, the words of TEXT, worked out from its family's expressions by hand.
+WORDS = {
+    "starcoder": "I¦'¦LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦\r\n ¦ camelCase¦_¦Привет¦ はa漢¦ $¦5¦`=¦\n¦/¦ ¦½¦ x¦\u0301¦ \n",
+    "gpt-2": "I¦'¦LL¦ don¦'t¦ 12345¦\r\n ¦ camelCase¦_¦Привет¦ はa漢¦ $¦5¦`=¦\n¦/¦ ½¦ x¦\u0301¦ \n",
+    "pixtral": f"I¦'LL¦ don¦'t¦ ¦123¦45¦{_MIDDLE}{_LLAMA3_END}",
+    "smaug-bpe": f"I¦'LL¦ don¦'t¦ ¦123¦45¦{_MIDDLE}{_LLAMA3_END}",
+    "stablelm2": f"I¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦{_MIDDLE}{_LLAMA3_END}",
+    "tekken": "I¦'LL¦ don¦'t¦ ¦1¦2¦3¦4¦5¦\r\n¦ ¦ camel¦Case¦_Привет¦ はa漢¦ $¦5¦`=\n/¦ ¦½¦ x\u0301¦ \n",
+    "deepseek-llm": _DEEPSEEK.format("12345") + "\u0301¦ ¦\n",
+    "deepseek-coder": _DEEPSEEK.format("1¦2¦3¦4¦5") + "\u0301 ¦\n",
+    "deepseek-v3": "I¦'LL¦ don¦'t¦ ¦123¦45¦\r\n¦ ¦ camelCase¦_¦Привет¦ ¦は¦a¦漢¦ $¦5¦`=\n¦/¦ ¦½¦ x\u0301¦ \n",
+    "falcon": "I¦'¦LL¦ don¦'¦t¦ ¦123¦45¦\r\n ¦ camelCase¦_¦Привет¦ はa漢¦ ¦$¦5¦`=¦\n¦/¦ ½¦ x¦\u0301¦ \n",
+    "default": "I¦'¦LL¦ don¦'¦t¦ ¦123¦45¦\r\n ¦ camelCase¦_¦Привет¦ はa漢¦ ¦$¦5¦`¦=¦\n¦/¦ ¦½¦ x¦\u0301¦ \n",
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_of_byte_level_vocabularies(name: str) -> None:
+    rules = splits.pre_tokenizer(splits.PRE_TOKENIZERS[name])
+    assert [TEXT[start:end] for _, (start, end) in rules.pre_tokenize_str(TEXT)] == WORDS[name].split("¦")
+
+
+def test_every_way_to_split_text_is_known_by_its_rules() -> None:
+    """As tokenizer.json writes them; some have line ends themselves in their expressions, as DeepSeek V3's."""
+    assert {splits.PRE_TOKENIZERS[name] for name in WORDS} == {*splits.PRE_TOKENIZERS.values()} == {*splits.SPLITS}
+    for name, (_, ignores) in splits.SPLITS.items():
+        rules = library.state(splits.pre_tokenizer(name))
+        assert splits.find(rules, ignores) == name
+        spelt = json.dumps(rules).replace(r"\\r\\n", r"\r\n")
+        assert splits.find(json.loads(spelt), ignores) == name
+    for other in (None, {"type": "ByteLevel", "add_prefix_space": True}, {"type": "Whitespace"}):
+        assert splits.find(other, ignores=False) is None
 
 
 @pytest.mark.parametrize("text", ["<|im_start|>", "<|eot_id|>", "<｜User｜>", "<start_of_turn>", "</s>"])
@@ -177,6 +217,61 @@ def test_truncated_model_files_are_refused(tmp_path: Path) -> None:
             from_sentencepiece(path)
     with pytest.raises(TokenizerError, match="no such file"):
         from_sentencepiece(tmp_path / "missing.model")
+
+
+def model_of(*more: bytes) -> bytes:
+    """A SentencePiece model of 263 pieces, and `more`, each a SentencePiece as protobuf writes it."""
+    parts: list[Any] = [SENTENCEPIECE[name] for name in ("pieces", "scores", "types")]
+    model = modelproto.build(*parts, unk_id=0, bos_id=1, eos_id=2, byte_fallback=True, add_dummy_prefix=True)
+    return model + b"".join(b"\x0a" + bytes([len(piece)]) + piece for piece in more)
+
+
+@pytest.mark.parametrize("kind", [tokenizers.NORMAL, tokenizers.USER_DEFINED])
+def test_pieces_that_are_too_long_for_a_model_file(kind: int, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    for size in (1024, 1025):
+        long = "é" * size  # whose bytes are twice as many
+        path.write_bytes(model_of() + modelproto.pieces([(long, -9.0, kind)]))
+        whole = from_sentencepiece, path
+        path.with_name("added").write_bytes(model_of())
+        added = partial(from_sentencepiece, added=[(long, kind)]), path.with_name("added")
+        for read, file in (whole, added):
+            if size == 1024:
+                assert read(file).token_bytes(263) == long.encode()
+            else:
+                with pytest.raises(TokenizerError, match="token 263 of the vocabulary has 1025 characters"):
+                    read(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "type"),
+    [(b"", 1), (b"\x18\x04", 4), (b"\x18\xac\x02", 1), (b"\x1a\x01\x04", 1)],
+    ids=["normal", "user-defined", "type 300", "type that is text"],
+)
+@pytest.mark.parametrize("score", [b"\x10\x07", b"\x11" + bytes(8), b"\x12\x01x"], ids=["varint", "8 bytes", "text"])
+def test_a_score_that_is_no_float(score: bytes, kind: bytes, type: int, tmp_path: Path) -> None:
+    """It counts as one that is not there, as protobuf has it; so does a type that there is none of."""
+    model = model_of(b"\x0a\x02zz" + score + kind)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    ours, theirs = from_sentencepiece(tmp_path / "tokenizer.model"), SentencePieceProcessor(model_proto=model)
+    made = ours.vocabulary()
+    assert made.scores == [theirs.get_score(token) for token in range(264)]
+    assert (made.scores[-1], made.types[-1]) == (0, type)
+    assert ours.token_bytes(263) == b"zz"
+
+
+def test_damage_that_the_library_passes_over(tmp_path: Path) -> None:
+    """Pieces that are not UTF-8, and fields that are whole for protobuf alone: a group, or a trainer of four bytes."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model_of(b"\x0a\x02z\x80"))
+    with pytest.raises(TokenizerError, match=r"not a whole SentencePiece model \('utf-8' codec"):
+        from_sentencepiece(path)
+    for model in (model_of(b"\x0a\x02zz\x3b\x3c"), model_of() + b"\x15\0\0V\xc3"):
+        path.write_bytes(model)
+        ours = from_sentencepiece(path)
+        assert ours.encode("ab") == SentencePieceProcessor(model_proto=model).encode("ab")
+        with pytest.raises(TokenizerError, match=r"its SentencePiece model is damaged \(.*\); fetch it again"):
+            ours.vocabulary()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from llama2.text.tokenizer import CONTROL, SPACE, UNUSED, USER_DEFINED, PrependS
 
 _MAX_ID = 1 << 26
 _MAX_ADDED = 1 << 16  # rows of embeddings beyond a vocabulary
+_MAX_MEMORY = 1 << 29  # bytes that a tokenizer.json may need: with 256,000 pieces and 510,000 merges some 470 MB
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _AFFIX = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]')
 #: Classes of transformers that put BOS in front unless the settings say otherwise, whatever tokenizer.json says.
@@ -168,12 +169,14 @@ def _from_json(path: Path, around: _Folder, model: bytes | None) -> Tokenizer:
     from tokenizers import pre_tokenizers
 
     text = tokenizer.read(path)
+    if (needed := files.json_memory(text)) > _MAX_MEMORY:
+        raise TokenizerError(f"{path}: could need {needed >> 20} MB of memory as JSON; choose another model")
     if found := _AFFIX.search(text):  # with which the library panics on some vocabularies
         raise TokenizerError(f"{path}: sets {found[1].decode()}, which no Llama has; choose another model")
     made = _guarded(path, lambda: Library.from_str(text.decode()))
     dropped: list[str] = []
     if around.size is not None and any(token >= around.size for token in made.get_added_tokens_decoder()):
-        source = files.parse_json(path, text, error=TokenizerError)
+        source = files.parse_json(path, text, memory=_MAX_MEMORY, error=TokenizerError)
         dropped = [entry["content"] for entry in source["added_tokens"] if entry["id"] >= around.size]
         source["added_tokens"] = [entry for entry in source["added_tokens"] if entry["id"] < around.size]
         made = _guarded(path, lambda: Library.from_str(json.dumps(source)))
@@ -339,7 +342,7 @@ def _added(folder: Path, settings: Mapping[str, Any]) -> dict[int, _Added]:
     if listed := settings.get("added_tokens_decoder"):
         return {_id(token): _Added.parse(entry) for token, entry in listed.items()}
     if files.exists(folder / "tokenizer.model") and files.exists(folder / "tokenizer.json"):
-        entries = _object(folder / "tokenizer.json").get("added_tokens") or ()
+        entries = _object(folder / "tokenizer.json", memory=_MAX_MEMORY).get("added_tokens") or ()
         return {_id(entry["id"]): _Added.parse(entry) for entry in entries}
     special = set(map(_text_of, _named(settings)))
     texts = _object(folder / "added_tokens.json")
@@ -427,9 +430,9 @@ def _template_processing(source: Tokenizer, texts: Mapping[int, str]) -> dict[st
     return {"type": "TemplateProcessing", "single": one, "pair": [*one, *around("B", 1)], "special_tokens": tokens}
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path, *, memory: int = files.MAX_VALUES) -> dict[str, Any]:
     """The JSON object in a file; an empty one when there is no file."""
-    return files.load_json(path, error=TokenizerError) if files.exists(path) else {}
+    return files.load_json(path, memory=memory, error=TokenizerError) if files.exists(path) else {}
 
 
 def _guarded(path: Path, make: Callable[[], Any]) -> Any:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
 _TEXT, _SCORE, _TYPE = 1, 2, 3  # of SentencePiece
 _BPE = 2  # TrainerSpec.ModelType
-_NORMAL = 1  # SentencePiece.Type
+_NORMAL, _TYPES = 1, range(1, 7)  # SentencePiece.Type
 _SHORT = 256  # bytes of a piece's field
 
 
@@ -34,9 +34,8 @@ def read(model: bytes) -> Model:
     normalizer: dict[int, int] = {}
     for number, _, body, end in _fields(model):
         if number == _PIECES:
-            values = {field: model[start:stop] for field, _, start, stop in _fields(model, body, end)}
-            (score,), (kind,) = struct.unpack("<f", values.get(_SCORE, bytes(4))), values.get(_TYPE, b"\1")
-            vocabulary.append((values[_TEXT].decode(), score, kind))
+            text, score, kind = _parse(model, body, end)
+            vocabulary.append((text.decode(), score, kind))
         elif number in (_TRAINER, _NORMALIZER):
             facts = trainer if number == _TRAINER else normalizer
             for field, tag, start, stop in _fields(model, body, end):
@@ -81,8 +80,8 @@ def build(
 def retype(model: bytes, change: Callable[[int, str, int], int]) -> tuple[bytes, list[int]]:
     """`model` with the type of each piece replaced by `change(token, text, type)`, and all types.
 
-    Normal pieces that are short are not asked about. Raises ValueError, KeyError, IndexError or struct.error when the
-    model is not whole: the library itself takes one that was cut between two pieces.
+    Normal pieces that are short are not asked about. Raises ValueError, KeyError or IndexError when the model is not
+    whole: the library itself takes one that was cut between two pieces.
     """
     found: set[int] = set()
     changed: list[bytes] = []
@@ -93,17 +92,23 @@ def retype(model: bytes, change: Callable[[int, str, int], int]) -> tuple[bytes,
         if number == _PIECES:
             new = _NORMAL
             if _TYPE << 3 in field or len(field) > _SHORT:
-                values = {inner: model[first:last] for inner, _, first, last in _fields(model, body, end)}
-                kind, text = values.get(_TYPE, b"\1")[0], values[_TEXT]
+                text, score, kind = _parse(model, body, end)
                 new = change(len(types), text.decode(), kind)
                 if new != kind:
-                    (score,) = struct.unpack("<f", values.get(_SCORE, bytes(4)))
                     field = _piece(text, score, new)
             types.append(new)
         changed.append(field)
     if not {_PIECES, _TRAINER, _NORMALIZER} <= found:
         raise ValueError("pieces, trainer or normalizer are missing")
     return b"".join(changed), types
+
+
+def _parse(model: bytes, at: int, end: int) -> tuple[bytes, float, int]:
+    """Text, score and type of a piece. Like protobuf, it passes over a field of another kind, and an unknown type."""
+    values = {(field, model[tag] & 7): model[start:stop] for field, tag, start, stop in _fields(model, at, end)}
+    (score,) = struct.unpack("<f", values.get((_SCORE, 5), bytes(4)))
+    kind, _ = _read_varint(values.get((_TYPE, 0), b"\1"), 0)
+    return values[_TEXT, 2], score, kind if kind in _TYPES else _NORMAL
 
 
 def _piece(text: bytes, score: float, kind: int) -> bytes:

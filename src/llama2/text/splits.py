@@ -47,10 +47,10 @@ SPLITS: dict[str, tuple[list[str], bool]] = {
     "qwen2": ([_QWEN2], False),
     "tekken": ([_TEKKEN], True),
     "deepseek-llm": (
-        ["[\r\n]", f"\\s?[{_DEEPSEEK_LETTERS}]+", _DEEPSEEK_MARKS, r"\s+$", _EAST_ASIAN, r"\p{N}+"],
+        [r"[\r\n]", f"\\s?[{_DEEPSEEK_LETTERS}]+", _DEEPSEEK_MARKS, r"\s+$", _EAST_ASIAN, r"\p{N}+"],
         False,
     ),
-    "deepseek-coder": (["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, _DIGIT], False),
+    "deepseek-coder": ([r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, _DIGIT], False),
     "deepseek-v3": (
         [
             r"\p{N}{1,3}",
@@ -110,7 +110,7 @@ def _expressions(rules: Any) -> list[str] | None:
     for i, step in enumerate(steps):
         match step:
             case {"type": "Split", "pattern": {"Regex": str(each)}, "behavior": "Isolated", "invert": False}:
-                found.append(each)
+                found.append(each.replace("\r", r"\r").replace("\n", r"\n"))  # some files have line ends themselves
             case {"type": "Digits", "individual_digits": True}:
                 found.append(_DIGIT)
             case {"type": "ByteLevel", "add_prefix_space": False} if i == len(steps) - 1:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import math
 import re
-import struct
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter
@@ -412,7 +411,10 @@ class _SentencePiece(Tokenizer):
         return modelproto.retype(self._proto, lambda token, *_: types[token])[0]
 
     def vocabulary(self) -> Vocabulary:
-        model = modelproto.read(self.model_file())
+        try:
+            model = modelproto.read(self.model_file())
+        except (ValueError, KeyError, IndexError) as error:  # in parts that the library does not need
+            raise TokenizerError(f"its SentencePiece model is damaged ({one_line(error)}); fetch it again") from None
         if not model.plain:
             raise TokenizerError(
                 "its SentencePiece model is not BPE, or changes texts, which only a tokenizer.model can say"
@@ -513,7 +515,8 @@ def sentencepiece_model(
         if USER_DEFINED in types:
             model, _ = modelproto.retype(model, lambda token, text, _: _for_library(text, types[token]))
         library = SentencePieceProcessor(model_proto=model)
-    except (ValueError, KeyError, IndexError, RuntimeError, struct.error) as error:
+        library.id_to_piece([*range(len(types))])  # which raises where one is not UTF-8
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
         raise TokenizerError(f"{path}: not a whole SentencePiece model ({one_line(error)}); fetch it again") from None
     bos, eos = (token if token >= 0 else None for token in (library.bos_id(), library.eos_id()))
     defaults = {"bos_id": bos, "eos_id": eos, "add_bos": bos is not None, "add_eos": False}
