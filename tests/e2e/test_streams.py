@@ -115,7 +115,12 @@ def test_a_conversation_fetches_nothing_by_itself(
     monkeypatch.setattr(hub, "find", lambda asked: tmp_path if asked == "here" else None)
     monkeypatch.setattr(hub, "locate", lambda *_, **__: pytest.fail("a download began"))
     status, out, error = typed(capsys, "chat", "hello", "--resume", tmp_path / "talk")
-    assert (status, out, error.count("\n"), "which is not here; fetch it with -m" in error) == (1, "", 1, True)
+    assert (status, out, error.count("\n"), "which is not here; fetch it with `llama2 pull" in error) == (
+        1,
+        "",
+        1,
+        True,
+    )
     assert error.isprintable() or error[:-1].isprintable()
 
 

@@ -89,6 +89,6 @@ def _require_here(name: str, file: Path) -> None:
     if hub.find(name) is not None:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise HubError(f"{file}: is with the model {name}, which is not here; fetch it with -m {name}, or name another")
-    if not typer.confirm(f"{visible(file)} is with the model {visible(name)}, which is not here. Fetch it?", err=True):
+        raise HubError(f"{file}: is with {name}, which is not here; fetch it with `llama2 pull {name}`, or give -m")
+    if not typer.confirm(f"{visible(file)} is with {visible(name)}, which is not here. Fetch it?", err=True):
         raise typer.Exit(1)
