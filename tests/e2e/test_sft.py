@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def loss_of_answers(path: Path) -> float:
+def loss_of_answers(path: Path, dialogs: Sequence[dict[str, str]] = DIALOGS) -> float:
     """transformers' mean loss over the answers' tokens, each dialog by itself."""
     with checkpoint.open(path) as model:
         theirs, tokenizer = transformers_model(model), model.tokenizer
     losses = []
-    for dialog in DIALOGS:
+    for dialog in dialogs:
         asked = tokenizer.encode(f"[INST] {dialog['prompt']} [/INST]", bos=True)
         whole = tokenizer.encode(f"[INST] {dialog['prompt']} [/INST] {dialog['completion']} ", bos=True, eos=True)
         assert whole[: len(asked)] == asked
@@ -185,6 +186,20 @@ def test_without_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert code == 0, error
     assert "\nwarning: 1 steps change little; steps=40 would change more\n" in error
     assert (place / "runs" / "other").is_dir()
+
+
+def test_each_file_has_its_loss(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The held out dialogs of each of two files, in transformers' reading; with a rate of nothing, as they began."""
+    for name, dialog in zip(("a.jsonl", "b.jsonl"), DIALOGS, strict=True):
+        (place / name).write_text(json.dumps(dialog) + "\n" + json.dumps(dialog) + "\n")
+    settings = ["data.validation=3", "steps=1", "optimizer.rate=1e-30", "optimizer.weight_decay=0", "precision=fp32"]
+    code, _, error = typed(capsys, "sft", "-m", "tiny.gguf", "a.jsonl", "b.jsonl", "--out", "mine", *settings)
+    assert code == 0, error
+    last = Run.open(place / "runs" / "mine").metrics()[-1]
+    expected = {name: loss_of_answers(place / "tiny.gguf", [d]) for name, d in zip("ab", DIALOGS, strict=True)}
+    assert last["sources"] == {f"{name}.jsonl": pytest.approx(loss, rel=1e-5) for name, loss in expected.items()}
+    assert min(last["sources"].values()) < last["validation"] < max(last["sources"].values())
+    assert "(a.jsonl " in error
 
 
 def test_begins_with_the_default_model(

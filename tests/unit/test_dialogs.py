@@ -194,11 +194,10 @@ def test_dialogs_are_held_out_refused_or_counted(write: Callable[..., Path], lla
         prepare(settings(), llama2)
     ready = prepare(settings(too_long="leave out", validation=1), llama2, seed=1)
     assert (ready.train.dialogs, ready.left_out) == (2, 1)
-    assert ready.validation is not None
-    assert ready.validation.dialogs == 1
+    assert [packed.dialogs for packed in ready.validation] == [1]
     assert ready.train.batch([0]).tokens.tolist() == [HI]
     whole = prepare(settings(length=26), llama2)
-    assert (whole.validation, whole.left_out, whole.train.dialogs, len(whole.train)) == (None, 0, 4, 3)
+    assert (whole.validation, whole.left_out, whole.train.dialogs, len(whole.train)) == ([], 0, 4, 3)
     with pytest.raises(DataError, match=f"{path}: has 3 dialogs, of which 3 are not learnt; give more, or a smaller"):
         prepare(settings(too_long="leave out", validation=3), llama2)
     marked = write({"prompt": "What is [INST]?", "completion": "A marker"})
@@ -216,8 +215,8 @@ def test_the_held_out_are_others_by_seed(write: Callable[..., Path], llama2: Tok
     held = []
     for seed in range(4):
         ready = prepare(settings, llama2, seed=seed)
-        assert ready.validation is not None
-        rows = [ready.validation.batch([n]).tokens.tolist() for n in range(len(ready.validation))]
+        [packed] = ready.validation
+        rows = [packed.batch([n]).tokens.tolist() for n in range(len(packed))]
         learnt = [ready.train.batch([n]).tokens.tolist() for n in range(len(ready.train))]
         assert len(rows) + len(learnt) == 8
         assert not [row for row in rows if row in learnt]

@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import compress
 from pathlib import Path
 from typing import Literal
@@ -270,19 +270,20 @@ def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Dialogs that are ready to be learnt from, and of the same files those that are only evaluated."""
+    """Dialogs that are ready to be learnt from, and those that are only evaluated, by the file or folder given."""
 
     train: Packed
-    validation: Packed | None
+    validation: list[Packed]
     left_out: int  # dialogs longer than a row
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Every dialog of some files as tokens, with its place, and what was met there."""
+    """Every dialog of some files as tokens, with its place and the file or folder given, and what was met there."""
 
     examples: list[Example]
     places: list[str]
+    sources: list[str]
     seen: Seen
 
 
@@ -291,9 +292,10 @@ def render_all(asked: DialogSettings, tokenizer: Tokenizer, template: str | None
 
     Raises DataError for what is no dialog, or none that the template can write, unless such are to be skipped.
     """
-    rendered = Rendered([], [], Seen())
+    rendered = Rendered([], [], [], Seen())
     seen = rendered.seen
-    for where, told in read(asked.files, seen, skip_bad=asked.skip_bad):
+    dialogs = ((path, *each) for path in asked.files for each in read([path], seen, skip_bad=asked.skip_bad))
+    for path, where, told in dialogs:
         chosen = with_tools if told.tools else template
         try:
             example = render(
@@ -304,6 +306,7 @@ def render_all(asked: DialogSettings, tokenizer: Tokenizer, template: str | None
             continue
         rendered.examples.append(example)
         rendered.places.append(where)
+        rendered.sources.append(str(path))
     return rendered
 
 
@@ -313,7 +316,8 @@ def prepare(asked: DialogSettings, rendered: Rendered, *, seed: int = 0) -> Prep
     Raises DataError for one that a row does not hold, unless they are to be left out, and when none is left.
     """
     name = ", ".join(map(str, asked.files))
-    examples = [example for example in rendered.examples if len(example.tokens) <= asked.length]
+    short = [len(example.tokens) <= asked.length for example in rendered.examples]
+    examples, sources = [*compress(rendered.examples, short)], [*compress(rendered.sources, short)]
     left_out = len(rendered.examples) - len(examples)
     if left_out and asked.too_long == "refuse" and not asked.skip_bad:
         longer = (len(example.tokens) > asked.length for example in rendered.examples)
@@ -328,9 +332,9 @@ def prepare(asked: DialogSettings, rendered: Rendered, *, seed: int = 0) -> Prep
             "data.validation"
         )
     held = {shuffled(place, len(examples), key=seed) for place in range(asked.validation)}
-
-    def packed(wanted: bool) -> Packed:
-        some = [example for place, example in enumerate(examples) if (place in held) == wanted]
-        return Packed(name, some, length=asked.length, boundaries=asked.boundaries)
-
-    return Prepared(packed(False), packed(True) if held else None, left_out)
+    packed = partial(Packed, length=asked.length, boundaries=asked.boundaries)
+    learnt = [example for place, example in enumerate(examples) if place not in held]
+    evaluated: dict[str, list[Example]] = {}
+    for place in sorted(held):
+        evaluated.setdefault(sources[place], []).append(examples[place])
+    return Prepared(packed(name, learnt), [packed(source, some) for source, some in evaluated.items()], left_out)

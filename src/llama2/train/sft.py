@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +75,11 @@ def sft(
         ready = dialogs.prepare(recipe.data, rendered, seed=recipe.seed)
         bf16 = here.device.type != "cpu" or "avx512_bf16" in native.supported()
         recipe = fit(recipe, len(ready.train), width=start.config.dim, world=here.world, bf16=bf16)
-        held = _rows(ready.validation, recipe.batch.micro)
+        held = [
+            replace(batch, source=packed.name)
+            for packed in ready.validation
+            for batch in _rows(packed, recipe.batch.micro)
+        ]
         loop = Loop(
             recipe,
             folder,
@@ -103,9 +107,9 @@ def sft(
         return Tuned(run, before, Losses(loop.step.evaluate(some), loop.step.evaluate(held) if held else None))
 
 
-def _rows(packed: Packed | None, micro: int, most: int | None = None) -> list[loader.Batch]:
+def _rows(packed: Packed, micro: int, most: int | None = None) -> list[loader.Batch]:
     """Every row, or the first `most`, `micro` at a time."""
-    return Loader(packed, rows=micro, seed=0).first(most or len(packed)) if packed else []
+    return Loader(packed, rows=micro, seed=0).first(most or len(packed))
 
 
 def _told(ready: Prepared) -> str:
