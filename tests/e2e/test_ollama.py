@@ -32,13 +32,17 @@ _CHATML = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
+    """A folder with two models."""
+    folder = tmp_path_factory.mktemp("models")
+    write_model(folder)
+    write_model(folder, "Other", context_length=128)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     """Two models, of which only the first is loaded at the start."""
-    with serving([write_model(folder), write_model(folder, "Other", context_length=128)]) as server:
+    with serving([folder / "tiny.gguf", folder / "Other.gguf"]) as server:
         yield server
 
 
