@@ -44,8 +44,9 @@ MAX_ITEMS, MAX_ENTRIES = 16_384, 1024
 MAX_PROMPTS, MAX_TOKENS = 2048, 1 << 22
 
 
-#: Parts of a schema that hold no others.
+#: Parts of a schema that hold no others, and those that hold them by names of ours.
 _OPAQUE = frozenset({"cls", "config", "default", "function", "metadata", "serialization"})
+_NAMED = frozenset({"fields", "choices"})
 
 
 def _bounded(schema: Any) -> Any:
@@ -53,7 +54,14 @@ def _bounded(schema: Any) -> Any:
         return [_bounded(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    schema = {name: value if name in _OPAQUE else _bounded(value) for name, value in schema.items()}
+    schema = {
+        name: {ours: _bounded(each) for ours, each in value.items()}
+        if name in _NAMED and isinstance(value, dict)
+        else value
+        if name in _OPAQUE
+        else _bounded(value)
+        for name, value in schema.items()
+    }
     if schema.get("type") == "list":
         return {"max_length": MAX_ITEMS, **schema, "fail_fast": True}
     if schema.get("type") == "dict":
