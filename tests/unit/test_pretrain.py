@@ -29,6 +29,7 @@ from llama2.records import Run
 from llama2.train import checkpoints
 from llama2.train.loop import Line, flops_per_token, is_spike
 from llama2.train.pretrain import pretrain
+from llama2.train.processes import Processes
 from llama2.train.schedule import learning_rate
 from llama2.train.settings import PretrainRecipe, Spikes
 
@@ -524,6 +525,16 @@ def test_each_source_is_validated(asked: Any, corpus: Path, tmp_path: Path) -> N
     assert last["validation"] == pytest.approx(mean, rel=1e-6)
     card = (run.folder / "card.md").read_text()
     assert f"| validation: web | {last['sources']['web']:.4g} |" in card
+
+
+@pytest.mark.parametrize(("bf16", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_precision_is_the_processors(
+    asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool, precision: str
+) -> None:
+    monkeypatch.setattr(Processes, "bf16", bf16)
+    settings = asked("steps=1", "optimizer.warmup=1").model_dump(mode="json", exclude={"precision"}, exclude_unset=True)
+    run = pretrain(PretrainRecipe.model_validate(settings), tmp_path / "run")
+    assert run.recipe["precision"] == precision
 
 
 def test_samples_follow_no_link_and_end_no_run(asked: Any, tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def pretrain(
         stack.enter_context(hold(folder, here, resume=resume))
         start = stack.enter_context(checkpoint.open(locate(recipe.start))) if recipe.start else None
         length, boundaries = recipe.data.length, recipe.data.boundaries
+        if "precision" not in recipe.model_fields_set and not here.bf16:
+            recipe = recipe.model_copy(update={"precision": "fp32"})
         if start:
             refuse_longer(length, start)
         begin: list[str] = []

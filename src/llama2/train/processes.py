@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from llama2 import native
 from llama2.errors import RunError
 
 
@@ -35,6 +36,11 @@ class Processes:
     def devices(self) -> int:
         """How many there are in all."""
         return 1 if self.mesh is None else self.mesh.size()
+
+    @property
+    def bf16(self) -> bool:
+        """Whether there are instructions for bfloat16; a CPU without them imitates it, a hundred times as slowly."""
+        return self.device.type != "cpu" or "avx512_bf16" in native.supported()
 
 
 @contextmanager

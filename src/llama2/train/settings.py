@@ -132,7 +132,9 @@ class LoopSettings(Settings):
     seed: int = Field(0, ge=0, lt=1 << 32, description="of weights and of the rows' order")
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="of products, and of the model that is saved")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of products, and of the model that is saved; unless given, what the processor does"
+    )
     compile: bool = Field(True, description="torch.compile, for speed; without a C++ compiler the run goes on without")
     checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
     mesh: Mesh = Mesh()

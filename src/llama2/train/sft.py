@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from llama2 import checkpoint, native
+from llama2 import checkpoint
 from llama2.data import dialogs, loader
 from llama2.data.dialogs import Packed, Prepared
 from llama2.data.loader import Loader
@@ -73,8 +73,7 @@ def sft(
         sizes = [len(example.tokens) for example in rendered.examples]
         recipe = recipe.model_copy(update={"data": fit_rows(recipe.data, sizes, start.config.context_length)})
         ready = dialogs.prepare(recipe.data, rendered, seed=recipe.seed)
-        bf16 = here.device.type != "cpu" or "avx512_bf16" in native.supported()
-        recipe = fit(recipe, len(ready.train), width=start.config.dim, world=here.world, bf16=bf16)
+        recipe = fit(recipe, len(ready.train), width=start.config.dim, world=here.world, bf16=here.bf16)
         held = [
             replace(batch, source=packed.name)
             for packed in ready.validation
