@@ -142,6 +142,25 @@ def serving(
         process.wait()
 
 
+async def statuses(application: Any, scope: dict[str, Any], body: bytes = b"") -> list[int]:
+    """With what an ASGI application answers a request that no server stands around."""
+    found: list[int] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        found.extend([message["status"]] if "status" in message else [])
+
+    await application({"type": "http", **scope}, receive, send)
+    return found
+
+
+async def answers(scope: Any, receive: Any, send: Any) -> None:
+    """An ASGI application that answers anything with 200."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
 def chat(**fields: Any) -> dict[str, Any]:
     """A request for a short chat answer of the tiny model, always the same one."""
     message = {"role": "user", "content": "to be or not"}

@@ -156,9 +156,7 @@ def parse_json(
     with keys that stand twice and differ is a `Repeated`. Raises `error` for what is not an object, and for what could
     need more than `memory` bytes beside its own.
     """
-    needed = json_memory(text)
-    if needed > memory:
-        raise error(f"{path}: {what} could need {needed >> 20} MB of memory as JSON; choose another model")
+    refuse_memory(path, text, what, memory=memory, error=error)
     try:
         values = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError:
@@ -170,6 +168,12 @@ def parse_json(
     if not isinstance(values, dict):
         raise _damaged(path, f"{what} is not a JSON object", error)
     return values
+
+
+def refuse_memory(path: Path, text: bytes, what: str = "it", *, memory: int, error: type[Llama2Error]) -> None:
+    """Raise `error` for a JSON text that could need more than `memory` bytes beside its own."""
+    if (needed := json_memory(text)) > memory:
+        raise error(f"{path}: {what} could need {needed >> 20} MB of memory as JSON; choose another model")
 
 
 def json_memory(text: bytes) -> int:

@@ -19,7 +19,7 @@ import pytest
 
 from llama2.serve.http.guard import Guard
 from llama2.serve.settings import Settings
-from serving import ENDLESS, Server, chat, events, serving, write_model
+from serving import ENDLESS, Server, answers, chat, events, serving, statuses, write_model
 
 CHAT = "/v1/chat/completions"
 KEY = "correct-horse"
@@ -318,21 +318,10 @@ def test_keys_are_compared_in_the_same_time_whatever_they_have_in_common(monkeyp
     monkeypatch.setattr("hmac.compare_digest", lambda given, key: compared.append((given, key)) or given == key)
     keys = ("first-key", "second-key", "third")
     answered: list[int] = []
-
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        answered.append(200)
-
-    async def send(message: Any) -> None:
-        answered.extend([message["status"]] if "status" in message else [])
-
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b""}
-
-    guard = Guard(application, Settings(keys=keys), ())
+    guard = Guard(answers, Settings(keys=keys), ())
     for given in ("", "x", "first-kez", "second-kex", "a" * 10_000, *keys):
         head = [(b"host", b"localhost"), (b"x-api-key", given.encode())]
-        scope = {"type": "http", "method": "GET", "path": "/metrics", "headers": head}
-        asyncio.run(guard(scope, receive, send))
+        answered += asyncio.run(statuses(guard, {"method": "GET", "path": "/metrics", "headers": head}))
     assert answered == [401] * 5 + [200] * 3
     expected = [hashlib.sha256(key.encode()).digest() for key in keys]
     assert [key for _, key in compared] == expected * 8

@@ -321,53 +321,52 @@ def test_a_tokenizer_is_learnt_from_what_is_trained_on(tmp_path: Path) -> None:
     assert trainer.train(texts, 400, exact=False).model == (tmp_path / "out/tokenizer.model").read_bytes()
 
 
-def test_a_build_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stop(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildRecipe:
+    """The recipe of a build that was stopped when it began to mix."""
     for number, text in enumerate(ENGLISH):
         (tmp_path / f"{number}.txt").write_text(text)
     settings: dict[str, Any] = {"output": str(tmp_path / "out"), "dir": str(tmp_path)}
     settings |= {"sources": {"s": {"files": ["*.txt"]}}, "executor": {"tasks": 2, "workers": 1}}
     asked = BuildRecipe.model_validate(settings | {"tokenizer": {"vocabulary": 300}, "validation": 0})
-
-    def stop(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr("llama2.data.tokens.Mix.documents", stop)
         with pytest.raises(KeyboardInterrupt):
             build(asked)
     with pytest.raises(DataError, match="is no corpus"):
         Shards.open(tmp_path / "out", "train")
+    return asked
+
+
+def expect_the_same(asked: BuildRecipe, again: Path) -> None:
+    """What was built is, to the byte, what the recipe gives from nothing."""
+    build(BuildRecipe.model_validate({**asked.model_dump(), "output": str(again)}))
+    files = ["manifest.json", "train-00000.tokens", "train-00001.tokens", "card/card.json"]
+    assert all((asked.output / name).read_bytes() == (again / name).read_bytes() for name in files)
+
+
+def test_a_build_that_was_stopped_goes_on(
+    stopped: BuildRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("llama2.data.read.Read.documents", stop)  # what was read is not read again
-        build(asked)
+        build(stopped)
     assert Shards.open(tmp_path / "out", "train").documents == 4
-    again = BuildRecipe.model_validate({**asked.model_dump(), "output": str(tmp_path / "again")})
-    build(again)
-    files = ["manifest.json", "train-00000.tokens", "train-00001.tokens", "card/card.json"]
-    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    expect_the_same(stopped, tmp_path / "again")
 
 
 @pytest.mark.parametrize("what", ["a setting", "a text"])
-def test_a_build_that_was_stopped_begins_anew_when(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_was_stopped_begins_anew_when(what: str, stopped: BuildRecipe, tmp_path: Path) -> None:
     """… has changed: what earlier stages left was made of something else."""
-    for number, text in enumerate(ENGLISH):
-        (tmp_path / f"{number}.txt").write_text(text)
-    source: dict[str, Any] = {"files": ["*.txt"]}
-    settings: dict[str, Any] = {"dir": str(tmp_path), "sources": {"s": source}, "executor": {"tasks": 2, "workers": 1}}
-    settings |= {"tokenizer": {"vocabulary": 300}, "validation": 0}
-
-    def stop(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("llama2.data.tokens.Mix.documents", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build(BuildRecipe.model_validate({**settings, "output": str(tmp_path / "out")}))
+    asked = stopped
     if what == "a text":
         (tmp_path / "0.txt").write_text(ENGLISH[0] + " And that was not all of it.")
     else:
-        source["separator"] = "\\. "
-    for name in ("out", "anew"):
-        build(BuildRecipe.model_validate({**settings, "output": str(tmp_path / name)}))
-    for name in ("manifest.json", "train-00000.tokens", "card/card.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "anew" / name).read_bytes()
+        sources = {"s": {"files": ["*.txt"], "separator": "\\. "}}
+        asked = BuildRecipe.model_validate({**stopped.model_dump(), "sources": sources})
+    build(asked)
+    expect_the_same(asked, tmp_path / "again")

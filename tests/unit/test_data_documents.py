@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import random
+import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -23,10 +24,11 @@ from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from llama2.data import clean, compressed, extract, personal, quality, read
+from llama2.data import clean, compressed, dialog_table, extract, personal, quality, read
 from llama2.data.settings import BuildRecipe
 from llama2.data.words import Words
 from llama2.errors import DataError
+from llama2.text.worker import Worker
 
 
 def documents(
@@ -263,6 +265,24 @@ def test_sources_that_no_compiler_reads(tmp_path: Path) -> None:
     found, counts = documents(tmp_path, limit=1 << 22, format="docstrings")
     assert found == [("Good.", None)]
     assert counts["malformed"] + counts["took too much time or memory"] == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="no /proc here")
+@pytest.mark.parametrize("reader", [extract, dialog_table], ids=["documents", "dialogs"])
+def test_a_reader_has_a_limit_of_memory(reader: Any, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    asked: dict[str, Any] = {"place": str(tmp_path / "a.parquet"), "limit": 10}
+    if reader is extract:
+        asked |= {"form": "parquet", "names": ["text"], "seconds": 5}
+    worker = Worker(reader.__file__, DataError)
+    try:
+        assert "error" not in worker.ask(asked, 20)
+        assert worker.process is not None
+        limits = Path(f"/proc/{worker.process.pid}/limits").read_text()
+    finally:
+        worker.close()
+    [size] = re.findall(r"Max address space +(\d+)", limits)
+    assert int(size) == 1280 << 20
 
 
 def test_a_value_of_parquet_has_a_limit(tmp_path: Path) -> None:

@@ -333,8 +333,8 @@ def prepare(asked: DialogSettings, rendered: Rendered, *, seed: int = 0) -> Prep
         )
     held = {shuffled(place, len(examples), key=seed) for place in range(asked.validation)}
     packed = partial(Packed, length=asked.length, boundaries=asked.boundaries)
-    learnt = [example for place, example in enumerate(examples) if place not in held]
+    train = [example for place, example in enumerate(examples) if place not in held]
     evaluated: dict[str, list[Example]] = {}
     for place in sorted(held):
         evaluated.setdefault(sources[place], []).append(examples[place])
-    return Prepared(packed(name, learnt), [packed(source, some) for source, some in evaluated.items()], left_out)
+    return Prepared(packed(name, train), [packed(source, some) for source, some in evaluated.items()], left_out)

@@ -169,8 +169,7 @@ def _from_json(path: Path, around: _Folder, model: bytes | None) -> Tokenizer:
     from tokenizers import pre_tokenizers
 
     text = tokenizer.read(path)
-    if (needed := files.json_memory(text)) > _MAX_MEMORY:
-        raise TokenizerError(f"{path}: could need {needed >> 20} MB of memory as JSON; choose another model")
+    files.refuse_memory(path, text, memory=_MAX_MEMORY, error=TokenizerError)
     if found := _AFFIX.search(text):  # with which the library panics on some vocabularies
         raise TokenizerError(f"{path}: sets {found[1].decode()}, which no Llama has; choose another model")
     made = _guarded(path, lambda: Library.from_str(text.decode()))

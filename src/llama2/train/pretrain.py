@@ -28,7 +28,7 @@ from llama2.text.tokenizer import Tokenizer
 from llama2.train.lock import hold
 from llama2.train.loop import Loop, Sample, Watch, refuse_longer
 from llama2.train.processes import Processes, processes
-from llama2.train.settings import PretrainRecipe
+from llama2.train.settings import PretrainRecipe, precision_of
 
 #: Repetitions of a text up to which it teaches about as much as new text (Muennighoff et al. 2023).
 _MOST_EPOCHS = 4
@@ -60,8 +60,7 @@ def pretrain(
         stack.enter_context(hold(folder, here, resume=resume))
         start = stack.enter_context(checkpoint.open(locate(recipe.start))) if recipe.start else None
         length, boundaries = recipe.data.length, recipe.data.boundaries
-        if "precision" not in recipe.model_fields_set and not here.bf16:
-            recipe = recipe.model_copy(update={"precision": "fp32"})
+        recipe = recipe.model_copy(update={"precision": precision_of(recipe, here.bf16)})
         if start:
             refuse_longer(length, start)
         begin: list[str] = []

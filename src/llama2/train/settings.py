@@ -151,6 +151,11 @@ class LoopSettings(Settings):
         return self
 
 
+def precision_of(recipe: LoopSettings, bf16: bool) -> Literal["bf16", "fp32"]:
+    """The recipe's, or where it says none, what the processor does; `bf16`: it has instructions for bfloat16."""
+    return recipe.precision if bf16 or "precision" in recipe.model_fields_set else "fp32"
+
+
 def long_warmup(warmup: int, steps: float) -> str | None:
     """What is wrong with a warm-up that is longer than its run; None with any other."""
     if warmup <= steps:

@@ -124,8 +124,7 @@ def fit(recipe: SftRecipe, rows: int, *, width: int, world: int = 1, bf16: bool 
     }
     if "evaluate" not in recipe.model_fields_set:
         changed["evaluate"] = -(-steps // _EVALUATIONS)
-    if "precision" not in recipe.model_fields_set:
-        changed["precision"] = "bf16" if bf16 else "fp32"
+    changed["precision"] = settings.precision_of(recipe, bf16)
     if "compile" not in recipe.model_fields_set:
         changed["compile"] = steps * step * recipe.data.length >= _COMPILED
     return recipe.model_copy(update=changed)

@@ -99,8 +99,8 @@ class Toolset:
         elif response is not None:
             if response.schema is None:
                 raise RequestError(
-                    f"{response.field}: an answer that may be a call cannot follow it too; leave out the tools, give "
-                    "tool_choice, or ask for a JSON schema"
+                    f"{response.field}: an answer that may be a call cannot follow it too; leave out the tools, say "
+                    'tool_choice="none", or ask for a JSON schema'
                 )
             start = f"start: {_terms(self._format.opening, tokenizer)} calls | %json {response.schema}"
             parts = (response, *parts)

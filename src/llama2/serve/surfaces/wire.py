@@ -49,18 +49,16 @@ _OPAQUE = frozenset({"cls", "config", "default", "function", "metadata", "serial
 _NAMED = frozenset({"fields", "choices"})
 
 
-def _bounded(schema: Any) -> Any:
+def _bounded(schema: Any, *, named: bool = False) -> Any:
+    """A schema of pydantic's whose lists and objects have bounds; `named`: its keys are names of ours."""
     if isinstance(schema, list):
         return [_bounded(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
+    if named:
+        return {name: _bounded(value) for name, value in schema.items()}
     schema = {
-        name: {ours: _bounded(each) for ours, each in value.items()}
-        if name in _NAMED and isinstance(value, dict)
-        else value
-        if name in _OPAQUE
-        else _bounded(value)
-        for name, value in schema.items()
+        name: value if name in _OPAQUE else _bounded(value, named=name in _NAMED) for name, value in schema.items()
     }
     if schema.get("type") == "list":
         return {"max_length": MAX_ITEMS, **schema, "fail_fast": True}
