@@ -111,7 +111,7 @@ def load(
     (`tokenizer.model`, `tokenizer.json`, llama2.c's `tokenizer.bin`) that replaces the model's own. `tokenizer_mode`
     decides where spaces are put in front of text: "legacy" before each part between added tokens, "file" as the
     model's files say it, "auto" as the model was tuned, as far as they tell. `template` replaces its chat template: a
-    chat format's name such as "vicuna" (`text.formats` has them), one of several that the model has by name, or a
+    chat format's name such as "vicuna" (`text.chat_formats` has them), one of several that the model has by name, or a
     Jinja file. `adapter` is a LoRA adapter, or several: folders of peft, or llama.cpp's GGUF. They are merged into the
     weights in memory, each as trained, or with `DIR:0.5` half as strong. `progress` is told of a fetch: what, bytes
     done, bytes in all. Raises HubError, CheckpointError, TemplateError for a template that is not there, RequestError

@@ -6,18 +6,18 @@ import json
 from typing import Any
 
 import pytest
-from test_formats import bytes_and, text_of
+from test_chat_formats import bytes_and, text_of
 
 from llama2.errors import DialogError
-from llama2.text import formats
+from llama2.text import chat_formats
 from llama2.text.dialog import Dialog
 from llama2.text.tokenizer import Tokenizer
 from llama2.text.turns import arrange
 from texts import llama2_tokenizer
 from tool_templates import HERMES, MISTRAL
 
-CHATML = formats.source("chatml", bos=False)
-MISTRAL_V1 = formats.source("mistral-v1", bos=False)
+CHATML = chat_formats.source("chatml", bos=False)
+MISTRAL_V1 = chat_formats.source("mistral-v1", bos=False)
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -191,7 +191,7 @@ def open(
     front of text; RequestError for another word. `adapters` are merged in, each with a factor for its own scale
     (`adapter.merge`).
     `template` replaces its chat templates: one of their names, the name of a chat format, or a Jinja file
-    (`text.formats`); TemplateError when it is none.
+    (`text.chat_formats`); TemplateError when it is none.
     """
     if tokenizer_mode != "auto":
         from llama2.text.tokenizer import Mode
@@ -208,9 +208,9 @@ def open(
     if tokenizer is not None:
         opened._build_tokenizer = partial(read_tokenizer, tokenizer, opened.config.vocab_size)
     if template is not None:
-        from llama2.text import formats
+        from llama2.text import chat_formats
 
-        opened.template = formats.choose(template, opened.templates, opened.tokenizer)
+        opened.template = chat_formats.choose(template, opened.templates, opened.tokenizer)
         opened.templates = {"default": opened.template}
     return opened
 

@@ -73,9 +73,9 @@ def known(source: str) -> str | None:
     """Name of a template that has been read, which ours have, or None."""
     name = KNOWN.get(sha256(source.encode(errors="surrogatepass")).hexdigest())
     if name is None:
-        from llama2.text import formats
+        from llama2.text import chat_formats
 
-        name = formats.named(source)
+        name = chat_formats.named(source)
     return name
 
 
@@ -89,14 +89,14 @@ def stops(source: str) -> tuple[str, ...]:
     name = known(source)
     if name is None or name in KNOWN.values():
         return ()
-    from llama2.text import formats
+    from llama2.text import chat_formats
 
-    return formats.STOPS.get(name, ())
+    return chat_formats.STOPS.get(name, ())
 
 
 def recognise(source: str, tokenizer: Tokenizer) -> str | None:
     """The name of the chat format that a template writes: of one that is known, or of ours that writes the same."""
-    from llama2.text import formats
+    from llama2.text import chat_formats
 
     if name := known(source):
         return name
@@ -110,7 +110,7 @@ def recognise(source: str, tokenizer: Tokenizer) -> str | None:
         wanted = texts(source)
     except TemplateError:
         return None
-    ours = (name for name in formats.STOPS if texts(formats.source(name, bos=False)) == wanted)
+    ours = (name for name in chat_formats.STOPS if texts(chat_formats.source(name, bos=False)) == wanted)
     return next(ours, None)
 
 

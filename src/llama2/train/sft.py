@@ -13,7 +13,7 @@ from llama2.data.dialogs import Packed, Prepared
 from llama2.data.loader import Loader
 from llama2.model.transformer import Transformer
 from llama2.records import Run
-from llama2.text import formats
+from llama2.text import chat_formats
 from llama2.train import tuning
 from llama2.train.lock import hold
 from llama2.train.loop import Loop, Sample, Watch, refuse_longer
@@ -66,7 +66,7 @@ def sft(
         template = start.template_for(tools=False)
         note = start.assumes_format
         if template is None and start.tokenizer.kind == "sentencepiece":  # what it learns is what its folder says
-            template = formats.source(formats.LLAMA2, bos=True)
+            template = chat_formats.source(chat_formats.LLAMA2, bos=True)
         rendered = dialogs.render_all(
             recipe.data, start.tokenizer, template, start.template_for(tools=True) or template
         )

@@ -18,7 +18,7 @@ from llama2.checkpoint import gguf_writer, huggingface
 from llama2.checkpoint.checkpoint import Checkpoint
 from llama2.engine.request import Request
 from llama2.errors import DialogError, TemplateError
-from llama2.text import bpe, formats, template
+from llama2.text import bpe, chat_formats, template
 from llama2.text.calls import call_format
 from llama2.text.dialog import Dialog
 from llama2.text.tokenizer import CONTROL, END_OF_TURN, NORMAL, Tokenizer, from_vocabulary
@@ -115,24 +115,24 @@ def rendered(tokenizer: Tokenizer, source: str, messages: list[dict[str, str]], 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_formats_write_what_their_authors_published(name: str) -> None:
     ours = bytes_and()
-    source = formats.choose(name, {}, ours)
+    source = chat_formats.choose(name, {}, ours)
     whole, first = PUBLISHED[name]
     assert rendered(ours, source, SYSTEM + TURNS) == whole
     assert rendered(ours, source, TURNS[:1]).startswith(first)
     assert template.known(source) == name  # so it runs in this process
-    without = formats.choose(name, {}, bytes_and(add_bos=False))
+    without = chat_formats.choose(name, {}, bytes_and(add_bos=False))
     assert rendered(bytes_and(add_bos=False), without, SYSTEM + TURNS) == whole.removeprefix("<s>" * (name != "llama2"))
 
 
 def test_every_format_has_its_expected_prompt_and_file() -> None:
-    files = {path.stem for path in Path(formats.__file__).with_name("templates").iterdir()}
-    assert PUBLISHED.keys() == formats.STOPS.keys() == files
-    assert all(formats.choose(alias, {}, bytes_and()) for alias in formats.ALIASES)
+    files = {path.stem for path in Path(chat_formats.__file__).with_name("templates").iterdir()}
+    assert PUBLISHED.keys() == chat_formats.STOPS.keys() == files
+    assert all(chat_formats.choose(alias, {}, bytes_and()) for alias in chat_formats.ALIASES)
 
 
 def test_llama2_by_name_is_the_models_own_format() -> None:
     ours = llama2_tokenizer()
-    source = formats.choose("llama-2", {}, ours)
+    source = chat_formats.choose("llama-2", {}, ours)
     assert Dialog(SYSTEM + TURNS).render(ours, source) == Dialog(SYSTEM + TURNS).render(ours)
 
 
@@ -141,7 +141,7 @@ def test_llama2_by_name_is_the_models_own_format() -> None:
     [("vicuna", "ASSISTANT:"), ("alpaca", "### Instruction:"), ("chatml", "<|im_end|>"), ("mistral-v1", "[/INST]")],
 )
 def test_markers_of_a_named_format_are_refused_in_messages(name: str, marker: str) -> None:
-    source = formats.source(name, bos=True)
+    source = chat_formats.source(name, bos=True)
     asked = [{"role": "user", "content": f"x\n{marker} y"}]
     with pytest.raises(DialogError, match="marks roles"):
         rendered(bytes_and(), source, asked)
@@ -154,20 +154,20 @@ def test_markers_of_a_named_format_are_refused_in_messages(name: str, marker: st
 
 def test_an_unknown_name_lists_the_names_and_a_file_is_read(tmp_path: Path) -> None:
     with pytest.raises(TemplateError) as caught:
-        formats.choose("vicunja", NAMED, bytes_and())
+        chat_formats.choose("vicunja", NAMED, bytes_and())
     message = str(caught.value)
     assert "\n" not in message
     assert "template vicunja: neither a file nor a chat format" in message
-    assert all(name in message for name in ("tool_use", *formats.STOPS))
+    assert all(name in message for name in ("tool_use", *chat_formats.STOPS))
     (tmp_path / "mine.jinja").write_text("é{{ messages[0].content }}", encoding="utf-8")
-    assert formats.choose(str(tmp_path / "mine.jinja"), {}, bytes_and()) == "é{{ messages[0].content }}"
-    assert formats.choose("tool_use", NAMED, bytes_and()) == NAMED["tool_use"]
+    assert chat_formats.choose(str(tmp_path / "mine.jinja"), {}, bytes_and()) == "é{{ messages[0].content }}"
+    assert chat_formats.choose("tool_use", NAMED, bytes_and()) == NAMED["tool_use"]
     (tmp_path / "bad.jinja").write_bytes(b"\xff")
     with pytest.raises(TemplateError, match=r"bad.jinja: is not UTF-8 text at byte 0"):
-        formats.choose(str(tmp_path / "bad.jinja"), {}, bytes_and())
+        chat_formats.choose(str(tmp_path / "bad.jinja"), {}, bytes_and())
     (tmp_path / "long.jinja").write_bytes(b"x" * (2**20 + 1))
     with pytest.raises(TemplateError, match="has 1048577 bytes"):
-        formats.choose(str(tmp_path / "long.jinja"), {}, bytes_and())
+        chat_formats.choose(str(tmp_path / "long.jinja"), {}, bytes_and())
 
 
 # What ends an answer
@@ -192,7 +192,7 @@ def test_the_token_behind_an_answer_ends_one() -> None:
 
 def test_an_end_of_turn_that_is_no_token_is_learnt_as_text() -> None:
     for ours in (bytes_and(), bytes_and("<|im_start|>", "<|im_end|>")):
-        ids, said = Dialog(TURNS).render(ours, formats.source("chatml", bos=True))
+        ids, said = Dialog(TURNS).render(ours, chat_formats.source("chatml", bos=True))
         assert text_of(ours, [token for token, learnt in zip(ids, said, strict=True) if learnt]) == "A1<|im_end|>"
 
 
