@@ -8,8 +8,8 @@ Both do the same work, each in a folder and a cache of its own, and say the SHA-
 - a model converted to every format, and quantized to every one;
 - a corpus built from Python's own library, 20 steps of pretraining on it and 20 of tuning: every loss, and the weights.
 
-The table goes to stderr, one JSON object to stdout; exit code 1 if anything differs. Needs what the tests need. A setting
-that has another name in the other version is given by `--renamed NEW=OLD`.
+The table goes to stderr, one JSON object to stdout; exit code 1 if anything differs. Needs what the tests need. A
+setting that has another name in the other version is given by `--renamed NEW=OLD`.
 
     python bench/same_results.py OTHER/bin/python --renamed optimizer.lr=optimizer.rate > same_results.json
 """
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,9 @@ class Version:
     def run(self, *arguments: object, **environment: str) -> str:
         """What a program of this version prints. Raises CalledProcessError, after its errors were printed."""
         command = [self.python, *map(str, arguments)]
-        variables = {**os.environ, "LLAMA2_HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=self.folder, env={**variables, **environment}, stdout=subprocess.PIPE, text=True, check=True
-        )
+        home = {"LLAMA2_HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1"}
+        variables = {**os.environ, **home, **environment}
+        done = subprocess.run(command, cwd=self.folder, env=variables, stdout=subprocess.PIPE, text=True, check=True)
         return done.stdout
 
     def add_files(self, what: str, root: Path, pattern: str = "**/*") -> None:
@@ -166,17 +166,17 @@ def dialog(i: int) -> str:
 def models(folder: Path) -> Iterator[tuple[str, Path]]:
     """The default model, and tiny ones of several number formats: one set of files for both versions."""
     sys.path.insert(0, str(CLONE / "tests"))
-    from models import tiny_config, write_tiny_gguf
+    tiny = import_module("models")  # the tests' module, not bench/models.py
 
     from llama2 import hub
 
     yield "default", hub.locate(hub.DEFAULT)
     for format in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL"):
         path = folder / f"tiny-{format}.gguf"
-        write_tiny_gguf(path, format=format, config=tiny_config(format))
+        tiny.write_tiny_gguf(path, format=format, config=tiny.tiny_config(format))
         yield f"tiny {format}", path
     wide = folder / "wide-F32.gguf"
-    write_tiny_gguf(wide, config=tiny_config("Q4_K", context_length=4096))
+    tiny.write_tiny_gguf(wide, config=tiny.tiny_config("Q4_K", context_length=4096))
     yield "wide F32", wide
 
 
