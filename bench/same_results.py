@@ -65,7 +65,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def answers(model: str, runner: str) -> str:
+def answers(model: str, runner: Any) -> str:
     """The SHA-256 of a model's logits, tokens and log-probabilities over a greedy answer; run by each version."""
     import llama2
 
