@@ -19,7 +19,7 @@ from provenance import provenance
 
 import llama2
 from llama2 import checkpoint, hub, recipe
-from llama2.cli.pretrain import Shown
+from llama2.cli.training import ConsoleReporter
 from llama2.engine.agreement import log_softmax, logits, windows
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.scheduler import blocks_for
@@ -71,7 +71,7 @@ def main() -> None:
         asked = recipe.make({}, SftRecipe, settings, where="own_data")
         with TemporaryDirectory() as folder:
             begun = time.perf_counter()
-            tuned = sft(asked, Path(folder) / "run", locate=hub.locate, watch=Shown())
+            tuned = sft(asked, Path(folder) / "run", locate=hub.locate, watch=ConsoleReporter())
             seconds = time.perf_counter() - begun
             used = tuned.run.recipe
             fitted = {name: used[name] for name in ("steps", "epochs", "batch", "optimizer", "precision", "compile")}

@@ -424,7 +424,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_serving_never_imports_torch() -> None:
-    script = "import sys, llama2.cli.serve, llama2.serve.http.server\nprint(*sys.modules)"
+    script = "import sys, llama2.cli.commands.serve, llama2.serve.http.server\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
     loaded = set(done.stdout.split())
     assert "llama2.serve.http.app" in loaded

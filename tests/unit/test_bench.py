@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import llama2
 from llama2.api import Model
-from llama2.cli import bench
+from llama2.cli.commands import bench
 from llama2.engine.runner import Batch
 from llama2.errors import ContextError, EngineError
 from models import tiny_config, write_tiny_gguf

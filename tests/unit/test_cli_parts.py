@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import typer
 
 from commands import typed
-from llama2.cli import options, terminal
+from llama2.cli import commands, options, terminal
 from llama2.cli.answer import Reply
 from llama2.cli.conversation import Conversation
 from llama2.cli.options import AnswerOptions
@@ -261,3 +262,12 @@ def test_names_of_models_cannot_steer_the_terminal(
     rows = dict(line.split(maxsplit=1) for line in shown.splitlines())
     assert (rows["name"], rows["licence"], rows["path"]) == (SHOWN, SHOWN, str(path).replace(HOSTILE, SHOWN))
     assert not {"\x1b", "\x07", "\u202e"} & {*listed, *shown}
+
+
+def test_every_file_of_the_folder_is_a_command() -> None:
+    files = {file.stem for file in Path(commands.__file__).parent.glob("[!_]*.py")}
+    assert set(commands.names()) == files
+    assert commands.names()[:3] == ["chat", "generate", "embed"]
+    for name in files:
+        module = import_module(f"llama2.cli.commands.{name}")
+        assert hasattr(module, "group") or (callable(module.command) and module.EXAMPLE.startswith("Example: llama2 "))

@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from commands import typed
-from llama2.cli.runs import axis, smooth
+from llama2.cli.commands.runs import axis, smooth
 from llama2.records import Run, commit
 from llama2.train import card
 

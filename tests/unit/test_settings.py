@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from commands import typed
-from llama2.cli.settings import COMMANDS, page, recipe_of
+from llama2.cli.settings import page, recipes
 from llama2.recipe import settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
@@ -17,9 +17,9 @@ def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text() == "\n".join(page()) + "\n", "python -m llama2.cli.settings > docs/settings.md"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", recipes())
 def test_every_setting_has_a_meaning(command: str) -> None:
-    assert [each.name for each in settings(recipe_of(command)) if not each.meaning] == []
+    assert [each.name for each in settings(recipes()[command]) if not each.meaning] == []
 
 
 @pytest.mark.parametrize(

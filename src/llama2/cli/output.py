@@ -32,3 +32,10 @@ def one_line(message: object) -> str:
     else:
         text = str(message)
     return visible(" ".join(text.split()))
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    from rich.filesize import decimal
+
+    return decimal(count)

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from pkgutil import resolve_name
 
+from llama2.cli import commands
 from llama2.console import data, say
 from llama2.recipe import Setting, Settings, settings
-
-#: Commands that take a recipe, by their last word, and where its class is.
-COMMANDS = {
-    "pretrain": ("llama2 pretrain", "llama2.train.settings", "PretrainRecipe"),
-    "sft": ("llama2 sft", "llama2.train.tuning", "SftRecipe"),
-    "build": ("llama2 data build", "llama2.data.settings", "BuildRecipe"),
-}
 
 _HEAD = """# Settings of recipes
 
@@ -31,16 +26,16 @@ anything is done. NAME stands for a name of yours. What may differ when a run is
 _RULE = "| --- | --- | --- | --- |"
 
 
-def recipe_of(command: str) -> type[Settings]:
-    """The class of a command's recipes."""
-    _, module, name = COMMANDS[command]
-    kind: type[Settings] = getattr(import_module(module), name)
-    return kind
+def recipes() -> dict[str, type[Settings]]:
+    """The settings class of each command that takes a recipe."""
+    modules = (import_module(f"llama2.cli.commands.{name}") for name in commands.names())
+    declared = {name: where for module in modules for name, where in getattr(module, "RECIPES", {}).items()}
+    return {name: resolve_name(where) for name, where in declared.items()}
 
 
 def show(command: str) -> None:
     """Print the settings of a command's recipes."""
-    for setting in settings(recipe_of(command)):
+    for setting in settings(recipes()[command]):
         value = ": required" if setting.required else f" = {setting.default}"
         say(f"{setting.name}{value}   ({setting.kind})\n    {setting.meaning}")
 
@@ -48,15 +43,15 @@ def show(command: str) -> None:
 def page() -> Iterator[str]:
     """The lines of docs/settings.md."""
     yield from _HEAD.splitlines()
-    for command, (words, _, _) in COMMANDS.items():
+    for command, recipe in recipes().items():
         yield from (
             "",
-            f"## `{words}`",
+            f"## `{command}`",
             "",
             "| setting | default | type and bounds | meaning |",
             "| --- | --- | --- | --- |",
         )
-        yield from map(_row, settings(recipe_of(command)))
+        yield from map(_row, settings(recipe))
 
 
 def _row(setting: Setting) -> str:

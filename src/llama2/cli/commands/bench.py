@@ -27,7 +27,7 @@ EXAMPLE = "Example: llama2 bench -m smollm2-135m-instruct --prompt 512 --generat
 _SECONDS = 0.25  # for each of the machine's limits, in each repeat
 
 
-def bench(
+def command(
     *,
     model: ModelOptions,
     prompt: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt that prefill reads.")] = 512,

@@ -11,15 +11,17 @@ from llama2 import files
 from llama2.cli.options import RecipeSettings, ShowSettings
 from llama2.console import data, say, visible
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Build a corpus to train on.")
+RECIPES = {"llama2 data build": "llama2.data.settings:BuildRecipe"}
+
+group = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Build a corpus to train on.")
 
 
-@app.callback(epilog="Example: llama2 data build texts")
+@group.callback(epilog="Example: llama2 data build texts")
 def _data() -> None:
     """Build a corpus to train on."""
 
 
-@app.command(epilog="Example: llama2 data build texts output=corpora/mine tokenizer.vocabulary=8192")
+@group.command(epilog="Example: llama2 data build texts output=corpora/mine tokenizer.vocabulary=8192")
 def build(
     recipe: Annotated[
         Path, typer.Argument(metavar="FOLDER|RECIPE", help="Documents, or a TOML file such as recipes/data/nano.toml.")

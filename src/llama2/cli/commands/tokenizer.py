@@ -9,19 +9,19 @@ from typing import Annotated
 
 import typer
 
-from llama2.cli.options import read_text
+from llama2.cli.options import Json, read_text
 from llama2.cli.output import warn
 from llama2.console import data, say
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+group = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 
 
-@app.callback(epilog="Example: llama2 tokenizer train book.txt --vocabulary 4096")
+@group.callback(epilog="Example: llama2 tokenizer train book.txt --vocabulary 4096")
 def _tokenizer() -> None:
     """Learn a vocabulary."""
 
 
-@app.command(epilog="Example: llama2 tokenizer train *.txt --vocabulary 4096 --output tokenizer.model")
+@group.command(epilog="Example: llama2 tokenizer train *.txt --vocabulary 4096 --output tokenizer.model")
 def train(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="UTF-8 text.")],
     vocabulary: Annotated[
@@ -33,7 +33,7 @@ def train(
     sample: Annotated[int, typer.Option(min=101, help="Lines to learn from at most, chosen at random.")] = 2_000_000,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads that compute.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Learn a SentencePiece vocabulary with Llama 2's settings: byte-pair merges, bytes for the rest, single digits."""
     from llama2.errors import TokenizerError

@@ -8,18 +8,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llama2.cli.bench import Work, decode, prefill
-from llama2.cli.convert import ending_by_signals
-from llama2.cli.models import Json, Name, adapters_here, here, size
-from llama2.cli.options import Adapter, Threads, Tokenizer, TokenizerMode, read_text
-from llama2.cli.output import one_line, warn
+from llama2.cli.commands.bench import Work, decode, prefill
+from llama2.cli.local_models import Name, local_adapters, local_path
+from llama2.cli.options import Adapter, Json, Threads, Tokenizer, TokenizerMode, read_text
+from llama2.cli.output import one_line, size, warn
+from llama2.cli.signals import exit_on_signals
 from llama2.console import data, say
 
 EXAMPLE = "Example: llama2 quantize org/model model-Q4_K_M.gguf --format Q4_K_M --calibrate text.txt"
 _PROMPT, _ANSWER = 256, 32  # tokens that the speed is measured with
 
 
-def quantize(
+def command(
     *,
     source: Name,
     target: Annotated[Path, typer.Argument(metavar="DST", help="The GGUF file to write.")],
@@ -68,7 +68,7 @@ def quantize(
     format = format.upper()
     if format not in quantising.FORMATS:
         raise typer.BadParameter(f"--format {format} is not one of {', '.join(quantising.FORMATS)}")
-    path, adapters = here(source), adapters_here(adapter)
+    path, adapters = local_path(source), local_adapters(adapter)
     own: Any = {"tokenizer": tokenizer, "tokenizer_mode": tokenizer_mode, "adapters": adapters}
     importance = None
     if imatrix is not None:
@@ -81,7 +81,7 @@ def quantize(
         if save_imatrix is not None:
             with open_checkpoint(path, adapters=adapters) as model:
                 gguf_writer.write_imatrix(sums, model.config, calibrate.name, save_imatrix)
-    with ending_by_signals():
+    with exit_on_signals():
         written = quantising.quantize(
             path,
             target,

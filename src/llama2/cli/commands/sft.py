@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama2 import files
-from llama2.cli.options import Resume, RunsFolder, ShowSettings, Template
-from llama2.cli.pretrain import Shown
+from llama2.cli.options import Template
+from llama2.cli.training import RunOptions, run
 from llama2.console import say
 
 if TYPE_CHECKING:
     from llama2.train.sft import Tuned
 
 EXAMPLE = "Example: llama2 sft -m smollm2-135m-instruct dialogs.jsonl --out mine"
+RECIPES = {"llama2 sft": "llama2.train.tuning:SftRecipe"}
 
 _OVERRIDE = re.compile(r"[A-Za-z_]+(\.[A-Za-z_]+)*=")
 
 
-def sft(
+def command(
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -46,37 +47,29 @@ def sft(
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A TOML file, such as recipes/nano-sft.toml.")
     ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--out", "--name", metavar="NAME", help="The run's name.", show_default="the recipe's, or the data's"
-        ),
-    ] = None,
-    runs: RunsFolder = Path("runs"),
-    resume: Resume = False,
+    options: RunOptions,
     template: Template = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out and count rows that are no dialogs, or too long.")
+        bool, typer.Option("--skip-bad", help="Leave out and count rows that are not dialogs, or too long.")
     ] = False,
     full: Annotated[
         bool,
         typer.Option("--full", help="Train every weight, also of a model above a billion parameters."),
     ] = False,
-    show_settings: ShowSettings = False,
 ) -> None:
-    """Tune a model on dialogs, with loss on what the assistant says alone.
+    """Tune a model on dialogs, with loss on the assistant's messages alone.
 
-    Dialogs are JSON lines, a JSON array, CSV or Parquet, in OpenAI's form (messages), ShareGPT's (conversations), TRL's
-    (prompt and completion), Alpaca's or Dolly's, as question and answer, or as text with [INST] or ChatML in it.
+    Dialogs are JSON lines, a JSON array, CSV or Parquet. Their form is OpenAI's (messages), ShareGPT's (conversations),
+    TRL's (prompt and completion), Alpaca's or Dolly's, question and answer, or text with [INST] or ChatML in it.
 
-    How many steps, how long, at what rate: fitted to the data, and shown before the first step. KEY=VALUE changes it,
+    Steps, length and learning rate are fitted to the data, and shown before the first step. KEY=VALUE changes them,
     such as epochs=3 or optimizer.rate=1e-4.
 
     The run is a folder in runs/. It opens like any model: llama2 chat -m runs/NAME.
     """
     from llama2 import hub
     from llama2 import recipe as recipes
-    from llama2.train.sft import sft as run
+    from llama2.train.sft import sft
     from llama2.train.tuning import SftRecipe
 
     given = [*(words or ())]
@@ -87,19 +80,19 @@ def sft(
     if recipe is None and not data and not any(setting.startswith("data.files=") for setting in settings):
         raise typer.BadParameter("give files of dialogs, or a recipe", param_hint="DATA")
     start = model or (None if recipe else hub.DEFAULT)
-    chosen: dict[str, Any] = {"start": start, "data.files": data or None, "template": template}
-    chosen |= {"data.skip_bad": skip_bad or None, "full": full or None}
-    settings += [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
-    asked = recipes.load(recipe, SftRecipe, settings) if recipe else recipes.make({}, SftRecipe, settings, where="sft")
-    folder = runs / (name or (recipe or asked.data.files[0].absolute()).stem)
-    _tell(run(asked, folder, locate=hub.locate, resume=resume, sample=sample, watch=Shown()), folder)
+    flags: dict[str, Any] = {"start": start, "data.files": data or None, "template": template}
+    flags |= {"data.skip_bad": skip_bad or None, "full": full or None}
+    settings += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    chosen = recipes.load(recipe, SftRecipe, settings) if recipe else recipes.make({}, SftRecipe, settings, where="sft")
+    folder = options.folder(recipe or chosen.data.files[0])
+    _summary(run(sft, chosen, folder, options, sample=answers), folder)
 
 
-def _tell(tuned: Tuned, folder: Path) -> None:
-    """What was learnt, and what to type next."""
+def _summary(tuned: Tuned, folder: Path) -> None:
+    """Print losses before and after, and what to type next."""
     before, after = tuned.before, tuned.after
-    _tell_loss("held out", before and before.validation, after.validation)
-    _tell_loss("learnt", before and before.train, after.train)
+    _losses("held out", before and before.validation, after.validation)
+    _losses("trained on", before and before.train, after.train)
     if before and (before.validation or 0) < (after.validation or 0):
         say("what is held out became less likely: try fewer epochs=, a lower optimizer.rate=, or more dialogs")
     say(f"{folder}: done; talk with it: llama2 chat -m {folder}")
@@ -107,13 +100,14 @@ def _tell(tuned: Tuned, folder: Path) -> None:
     say(f"for transformers: llama2 convert {folder} {folder.name}-hf --to hf")
 
 
-def _tell_loss(what: str, before: float | None, after: float | None) -> None:
+def _losses(dialogs: str, before: float | None, after: float | None) -> None:
     if after is not None:
-        say(f"loss of answers in dialogs {what}: {'' if before is None else f'{before:.3f} before, '}{after:.3f} after")
+        change = "" if before is None else f"{before:.3f} before, "
+        say(f"loss of answers in dialogs {dialogs}: {change}{after:.3f} after")
 
 
-def sample(model: Path, prompts: Sequence[str], tokens: int) -> list[str]:
-    """Questions with the answers that the engine people will use gives."""
+def answers(model: Path, prompts: Sequence[str], tokens: int) -> list[str]:
+    """Questions with answers, by the engine that people will use the model with."""
     import llama2
 
     with llama2.load(model) as loaded:

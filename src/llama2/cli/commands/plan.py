@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from llama2 import plan as planning
+from llama2.cli.options import Json
 from llama2.cli.output import one_line
 from llama2.config import ModelConfig
 from llama2.console import data, say
@@ -100,7 +101,7 @@ class TrainingOptions:
     ] = None
 
 
-def plan(
+def command(
     *,
     model: Annotated[
         str | None, typer.Argument(help=f"A size ({', '.join(planning.NAMED)}), or a model that is here.")
@@ -113,7 +114,7 @@ def plan(
     train: Annotated[bool, typer.Option("--train", help="Plan a training run, not generation.")] = False,
     training: TrainingOptions,
     paper: Annotated[bool, typer.Option("--paper", help="Show the paper's GPU-hours and carbon beside ours.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Plan memory, FLOPs, time, cost, energy and carbon.
 
@@ -259,10 +260,10 @@ def _model(name: str) -> tuple[ModelConfig, Mapping[str, str] | None]:
     if config := sizes.get(name.lower()):
         return config, None
     from llama2 import checkpoint
-    from llama2.cli.models import here
+    from llama2.cli.local_models import local_path
 
     try:
-        path = here(name)
+        path = local_path(name)
     except HubError as error:
         raise PlanError(f"{error}; or a size: {', '.join(planning.NAMED)}") from error
     with checkpoint.open(path) as model:

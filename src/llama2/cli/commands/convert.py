@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from llama2.cli.local_models import local_adapters, local_path
 from llama2.cli.options import Adapter, Tokenizer, TokenizerMode
 from llama2.cli.output import one_line, warn
+from llama2.cli.signals import exit_on_signals
 from llama2.console import data, say
 
 EXAMPLE = "Example: llama2 convert Llama-2-7b-chat-hf llama-2-7b-chat.gguf --to gguf --format Q8_0"
 
 
-def convert(
+def command(
     *,
     source: Annotated[str, typer.Argument(metavar="SRC", help="A model that is here: name, file or folder.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The file or folder to make.")],
@@ -51,19 +49,18 @@ def convert(
     The receipt, JSON beside DST or in its folder, compares every number, both tokenizers and chat templates, and what
     both models answer. If anything is out of bounds, nothing is left at DST.
     """
-    from llama2.cli.models import adapters_here, here
     from llama2.convert import convert as run
     from llama2.convert.receipt import lost
 
-    with ending_by_signals():
+    with exit_on_signals():
         facts = run(
-            here(source),
+            local_path(source),
             target,
             to,
             format=format.upper() if format else None,
             tokenizer=tokenizer,
             tokenizer_mode=tokenizer_mode,
-            adapters=adapters_here(adapter),
+            adapters=local_adapters(adapter),
             shards=shards,
             run=receipt == "full",
             force=force,
@@ -71,22 +68,6 @@ def convert(
     for words in lost(facts):
         warn(f"{target}: {to} has no place for {words}")
     data(json.dumps(facts)) if as_json else say(_summary(target, facts))
-
-
-@contextmanager
-def ending_by_signals() -> Iterator[None]:
-    """A signal to end is an exception meanwhile, so that what was begun is removed."""
-
-    def end(number: int, _: object) -> None:
-        sys.exit(128 + number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _summary(target: Path, facts: dict[str, Any]) -> str:

@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from llama2.cli.answer import print_answer, seeded
-from llama2.cli.options import AnswerOptions, ModelOptions, Words, prompt
+from llama2.cli.options import AnswerOptions, Json, ModelOptions, Words, prompt
 from llama2.engine.request import Request
 
 EXAMPLE = "Example: llama2 generate 'Once upon a time' --max-tokens 64 --temperature 0 --json"
 
 
-def generate(
+def command(
     *,
     model: ModelOptions,
     options: AnswerOptions,
@@ -22,7 +22,7 @@ def generate(
         int | None, typer.Option(min=0, metavar="N", help="With --json: log-probabilities, and N alternatives each.")
     ] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Begin the text with the prompt.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Continue a text, without a chat format.
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from llama2 import files
+from llama2.cli.options import Json
 from llama2.cli.output import one_line, warn
 from llama2.console import data, say
 from llama2.errors import RunError
@@ -30,7 +31,7 @@ _FORMATS = (".png", ".svg", ".pdf")
 _AXES = {"tokens": "tokens", "step": "steps", "hours": "hours of steps"}
 
 
-def runs(
+def command(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="NAME", help="Runs, by default all of the folder.", show_default=False)
     ] = None,
@@ -42,7 +43,7 @@ def runs(
     against: Annotated[Literal["tokens", "step", "hours"], typer.Option(help="The drawing's horizontal axis.")] = (
         "tokens"
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List training runs, and draw them side by side.
 

@@ -22,7 +22,7 @@ EXAMPLE = "Example: llama2 serve -m smollm2-135m-instruct --port 8080"
 _DRAWN = "the model's generation_config.json, else as in chat"
 
 
-def serve(
+def command(
     *,
     model: Annotated[
         list[str] | None,

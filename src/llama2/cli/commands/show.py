@@ -1,56 +1,23 @@
-"""`llama2 pull`, `list`, `show`, `rm`: the models of this machine."""
+"""`llama2 show`: what a model is."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llama2.cli.options import Adapter, Template, TokenizerMode
-from llama2.cli.output import one_line
-from llama2.console import data, say, visible
+from llama2.cli.local_models import Name, local_adapters, local_path
+from llama2.cli.options import Adapter, Json, Template, TokenizerMode
+from llama2.cli.output import one_line, size
+from llama2.console import data, say
 
-app = typer.Typer(rich_markup_mode=None)
-
-Name = Annotated[str, typer.Argument(help="smollm2-135m-instruct, a path, org/name, org/name:Q4_K_M, each @revision.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+EXAMPLE = "Example: llama2 show smollm2-135m-instruct"
 
 
-@app.command(epilog="Example: llama2 pull TheBloke/Llama-2-7B-Chat-GGUF:Q4_K_M")
-def pull(name: Name, as_json: Json = False) -> None:
-    """Fetch a model, or bring it up to date, and verify it. An interrupted download goes on where it stopped."""
-    from llama2 import hub
-
-    path = str(hub.pull(name))
-    data(json.dumps({"name": name, "path": path}) if as_json else path)
-
-
-@app.command("list", epilog="Example: llama2 list --json")
-def list_(as_json: Json = False) -> None:
-    """List the models that are here: fetched ones, and those in the Hugging Face cache."""
-    from llama2 import hub
-
-    models = list(hub.local())
-    if as_json:
-        rows = [m._asdict() | {"path": str(m.path), "modified": _time(m.modified)} for m in models]
-        data(json.dumps({"models": rows}))
-    elif not models:
-        say(f"No models yet; `llama2 pull {hub.DEFAULT}` fetches one.")
-    else:
-        names = [one_line(m.name) for m in models]
-        width = max(map(len, names))
-        say(f"{'NAME':{width}}  {'SIZE':>9}  {'FORMAT':11}  MODIFIED")
-        for name, m in zip(names, models, strict=True):
-            say(f"{name:{width}}  {size(m.size):>9}  {m.format:11}  {_time(m.modified)}")
-
-
-@app.command(epilog="Example: llama2 show smollm2-135m-instruct")
-def show(
+def command(
     name: Name,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin, instead of its own.")
@@ -64,7 +31,7 @@ def show(
     from llama2 import checkpoint
 
     options: Any = {"tokenizer": tokenizer, "tokenizer_mode": tokenizer_mode, "template": template}
-    with checkpoint.open(here(name), adapters=adapters_here(adapter), **options) as model:
+    with checkpoint.open(local_path(name), adapters=local_adapters(adapter), **options) as model:
         facts = _describe(model)
     if as_json:
         data(json.dumps(facts))
@@ -88,41 +55,6 @@ def show(
         rows["adapters"] = "; ".join(map(_adapter, facts["adapters"]))
     for title, value in [*rows.items(), *(("note", note) for note in facts["notes"])]:
         say(f"{title:13} {one_line(value)}")
-
-
-@app.command(epilog="Example: llama2 rm smollm2-135m-instruct --yes")
-def rm(
-    name: Name,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Delete a model that was fetched, and its repacked weights. Files of your own are never touched."""
-    from llama2 import hub
-
-    if not yes and not sys.stdin.isatty():
-        raise typer.BadParameter("nobody is here to be asked; --yes deletes without asking")
-    if not yes and not typer.confirm(f"Delete {visible(name)}?", err=True):
-        raise typer.Exit(1)
-    freed = hub.remove(name)
-    data(json.dumps({"name": name, "freed": freed})) if as_json else say(f"{name}: deleted, {size(freed)} freed")
-
-
-def here(name: str) -> Path:
-    """The model's file or folder. Raises HubError when it would have to be fetched."""
-    from llama2 import hub
-    from llama2.errors import HubError
-
-    path = hub.find(name)
-    if path is None:
-        raise HubError(f"{name}: not here; `llama2 pull {name}` fetches it")
-    return path
-
-
-def adapters_here(words: list[str] | None) -> list[tuple[Path, float]]:
-    """Where the adapters of `--adapter` lie, and their scales. Raises HubError for one that is not here."""
-    from llama2 import api
-
-    return api.located(words or (), here)
 
 
 def _adapter(facts: dict[str, Any]) -> str:
@@ -210,14 +142,3 @@ def _ends(chat: dict[str, Any]) -> str:
     """What ends an answer, in words."""
     before = f"; before {', '.join(chat['stops'])}" if chat["stops"] else ""
     return ("at " + ", ".join(chat["end_tokens"]) if chat["end_tokens"] else "at no token") + before
-
-
-def size(count: int) -> str:
-    """Bytes in words."""
-    from rich.filesize import decimal
-
-    return decimal(count)
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "minutes")

@@ -11,7 +11,7 @@ import typer
 
 from llama2.cli.answer import print_answer, seeded
 from llama2.cli.conversation import Conversation
-from llama2.cli.options import AnswerOptions, ModelOptions, Template, Words, prompt
+from llama2.cli.options import AnswerOptions, Json, ModelOptions, Template, Words, prompt
 from llama2.cli.output import warn
 from llama2.console import visible
 from llama2.engine.request import Request
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: llama2 chat 'Summarise this in one sentence:' @notes.txt --temperature 0"
 
 
-def chat(
+def command(
     *,
     model: ModelOptions,
     options: AnswerOptions,
@@ -36,7 +36,7 @@ def chat(
     neutralise: Annotated[
         bool, typer.Option("--neutralise", help="Defuse marks of the chat format in messages instead of refusing them.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Answer a question, or converse at a terminal.
 

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from llama2.cli.options import ModelOptions, prompt, read_text
+from llama2.cli.options import Json, ModelOptions, prompt, read_text
 from llama2.console import data
 from llama2.engine.request import Pooling
 
 EXAMPLE = "Example: llama2 embed 'The sky is blue.' 'Grass is green.' --pooling mean --json"
 
 
-def embed(
+def command(
     *,
     model: ModelOptions,
     texts: Annotated[
@@ -26,7 +26,7 @@ def embed(
     normalise: Annotated[
         bool, typer.Option("--normalise/--no-normalise", help="Make each vector 1 long, or leave it as it is.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Embed texts: a vector of each, from the model's hidden states after the final norm.
 
