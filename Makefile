@@ -3,6 +3,7 @@
 #   make chat                              talk with the default model; the first time, build and fetch it
 #   make chat CHAT='"Why is it?" --seed 1' what follows `llama2 chat`
 #   make test TESTS=tests/unit             what follows `pytest`
+#   make docs                              the documentation as a site, in build/site
 #   make ... PYTHON=python3.12             the interpreter that .venv is made from
 
 PYTHON = python3
@@ -14,7 +15,7 @@ PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 NATIVE = src/llama2/native/*.h src/llama2/native/*.cpp
 CPP_FILES = $(NATIVE) tests/native/*.cpp bench/*.c
 
-.PHONY: chat test lint format build clean
+.PHONY: chat test lint docs format build clean
 
 chat: .venv/installed
 	@$(BIN)/llama2 chat $(CHAT)
@@ -28,6 +29,9 @@ lint: .venv/testing
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+docs: .venv/documenting
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: .venv/testing
 	@$(BIN)/ruff check --fix --quiet
@@ -63,4 +67,8 @@ clean:
 	@echo "Installing what the tests need, PyTorch among it, which takes some minutes" >&2
 	@$(PIP) install 'torch==2.13.0' </dev/null >&2
 	@$(PIP) install 'whole-llama[test]' </dev/null >&2
+	@touch $@
+
+.venv/documenting: .venv/installed
+	@$(PIP) install 'whole-llama[docs]' </dev/null >&2
 	@touch $@
