@@ -47,7 +47,7 @@ from typing import Any
 import numpy as np
 from provenance import provenance
 
-from llama2 import Model, checkpoint
+from llama2 import Model, Runtime, checkpoint
 from llama2.checkpoint import gguf
 from llama2.errors import Llama2Error
 from llama2.text.tokenizer import Tokenizer
@@ -251,7 +251,7 @@ def compare_ids(
 
 def compare_greedy(row: Row, path: Path, theirs: LlamaCpp) -> None:
     """Tokens after each prompt, by the float32 runner in NumPy."""
-    with Model(checkpoint.open(path), runner="numpy", context=256) as model:
+    with Model(checkpoint.open(path), Runtime(runner="numpy", context=256)) as model:
         for prompt in PROMPTS:
             ids = model.encode(prompt)
             expected = theirs.greedy(ids, GREEDY)

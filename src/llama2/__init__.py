@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llama2.engine.request import Event as Event
     from llama2.engine.request import Request as Request
     from llama2.engine.request import Sampling as Sampling
+    from llama2.engine.runtime import Runtime as Runtime
     from llama2.errors import Llama2Error as Llama2Error
     from llama2.reference import Llama as Llama
     from llama2.text.dialog import Dialog as Dialog
@@ -43,6 +44,7 @@ _HOMES = {
     "Message": "text.dialog",
     "Model": "api",
     "Request": "engine.request",
+    "Runtime": "engine.runtime",
     "Sampling": "engine.request",
     "load": "api",
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from llama2 import checkpoint, hub
 from llama2.checkpoint import Checkpoint
 from llama2.engine.embedding import normalised, pieces
-from llama2.engine.engine import Engine
 from llama2.engine.protocol import EngineProtocol
 from llama2.engine.request import (
     Event,
@@ -29,12 +28,9 @@ from llama2.engine.request import (
     Sampling,
     answer_limit,
     flag,
-    index,
     shown,
-    whole,
 )
-from llama2.engine.runner import BLOCK, Runner
-from llama2.engine.scheduler import blocks_for
+from llama2.engine.runtime import Runtime, start
 from llama2.errors import ContextError, DialogError, EngineError, RequestError
 from llama2.hub import store
 from llama2.text import template as templates
@@ -87,42 +83,41 @@ class Answer:
 
 def load(
     name_or_path: str | PathLike[str] = hub.DEFAULT,
+    runtime: Runtime | None = None,
     *,
-    threads: int | None = None,
-    runner: Literal["native", "numpy", "torch"] = "native",
-    compile: bool = False,
-    context: int | None = None,
-    sequences: int = 1,
-    cache_bytes: int | None = None,
     tokenizer: str | PathLike[str] | None = None,
     template: str | PathLike[str] | None = None,
     tokenizer_mode: Mode = "auto",
     adapter: Adapters = (),
-    engine: Literal["llama2", "vllm"] = "llama2",
-    tensor_parallel: int = 1,
-    pipeline_parallel: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
+    **settings: Any,
 ) -> Model:
     """Open a model by name, path, or repository of the Hugging Face Hub; it is fetched first if it is not here.
 
-    `context` is how many tokens prompt and answer may have together, by default as many as the model was made for; a
-    shorter one saves memory. The cache holds `sequences` requests of the whole context at once, or more that are
-    shorter; `cache_bytes` bounds it, but one whole context fits in any case. `tokenizer` is a file
-    (`tokenizer.model`, `tokenizer.json`, llama2.c's `tokenizer.bin`) that replaces the model's own. `tokenizer_mode`
-    decides where spaces are put in front of text: "legacy" before each part between added tokens, "file" as the
-    model's files say it, "auto" as the model was tuned, as far as they tell. `template` replaces its chat template: a
-    chat format's name such as "vicuna" (`text.chat_formats` has them), one of several that the model has by name, or a
-    Jinja file. `adapter` is a LoRA adapter, or several: folders of peft, or llama.cpp's GGUF. They are merged into the
-    weights in memory, each as trained, or with `DIR:0.5` half as strong. `progress` is told of a fetch: what, bytes
-    done, bytes in all. Raises HubError, CheckpointError, TemplateError for a template that is not there, RequestError
-    for a mode that is none, and what Model raises.
+    `settings` are fields of `Runtime`, such as `threads=4` or `context=2048`. A whole `Runtime` does as well; settings
+    then replace its fields.
 
-    The torch runner takes the GPU if there is one, and with `compile` is faster after its first steps. In a program
-    that torchrun started, it shares the model among the processes: this returns in the first, the others end here.
+    `tokenizer` is a file that replaces the model's own: `tokenizer.model`, `tokenizer.json`, or llama2.c's
+    `tokenizer.bin`. `tokenizer_mode` decides where spaces are put in front of text: "legacy" before each part between
+    added tokens, "file" as the model's files say, "auto" as the model was tuned, where that is known.
 
-    With `engine="vllm"`, vLLM answers in processes of its own, if it is installed: `tensor_parallel` of them share each
-    layer, and `pipeline_parallel` such groups the layers. `engine/cluster.py` says what differs.
+    `template` replaces the chat template. It is a chat format's name such as "vicuna" (`text.chat_formats` has them),
+    one of several that the model has by name, or a Jinja file.
+
+    `adapter` is a LoRA adapter, or several: folders of peft, or llama.cpp's GGUF. They are merged into the weights in
+    memory, each as trained, or with `DIR:0.5` half as strong.
+
+    `progress` is called during a fetch with a name, the bytes done and the bytes in all.
+
+    In a program that torchrun started, the torch runner divides the model among the processes. This returns in the
+    first of them, and the others end here.
+
+    Raises HubError, CheckpointError, TemplateError for a template that is not there, RequestError for an unknown
+    setting or one out of range, and what `Model` raises.
     """
+    for name in settings.keys() - Runtime.__annotations__.keys():
+        raise RequestError(unknown("setting", name, [*Runtime.__annotations__]))
+    runtime = replace(runtime or Runtime(), **settings)
     opened = open_checkpoint(
         name_or_path,
         tokenizer=tokenizer,
@@ -131,18 +126,7 @@ def load(
         adapter=adapter,
         progress=progress,
     )
-    return Model(
-        opened,
-        threads=threads,
-        runner=runner,
-        compile=compile,
-        context=context,
-        sequences=sequences,
-        cache_bytes=cache_bytes,
-        engine=engine,
-        tensor_parallel=tensor_parallel,
-        pipeline_parallel=pipeline_parallel,
-    )
+    return Model(opened, runtime)
 
 
 def open_checkpoint(
@@ -199,7 +183,7 @@ class Prompt(NamedTuple):
 
 
 class Model:
-    """A checkpoint, and the engine that runs it. Close it, or use it in `with`, to let go of the file.
+    """A checkpoint, and the engine that runs it. Close it, or use it in `with`, to release the file.
 
     The cache holds `sequences` requests of the whole context at once, or more that are shorter; when it is full, those
     that came last wait. What nobody needs of it keeps prompts and answers, so that a prompt which begins like one of
@@ -207,65 +191,13 @@ class Model:
     their requests share the steps of its engine.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        threads: int | None = None,
-        runner: Literal["native", "numpy", "torch"] = "native",
-        compile: bool = False,
-        context: int | None = None,
-        sequences: int = 1,
-        cache_bytes: int | None = None,
-        engine: Literal["llama2", "vllm"] = "llama2",
-        tensor_parallel: int = 1,
-        pipeline_parallel: int = 1,
-    ) -> None:
-        """Raises ContextError for a context that the model has not, RequestError for other values out of range, and
-        EngineError where what runner or engine needs is not installed, or does not start.
-        """
-        longest, asked = checkpoint.config.context_length, context
-        context = longest if context is None else index(context)
-        if context is None or not 1 <= context <= longest:
-            raise ContextError(f"context={shown(asked)} must be from 1 to {longest}, which this model was made for")
-        sequences = whole("sequences", sequences, 1, 1 << 30)
-        cache_bytes = None if cache_bytes is None else whole("cache_bytes", cache_bytes, 0, 1 << 62)
-        threads = None if threads is None else whole("threads", threads, 1, 1024)
-        flag("compile", compile)
+    def __init__(self, checkpoint: Checkpoint, runtime: Runtime | None = None) -> None:
+        """Raises ContextError for a context beyond the model's, EngineError where a library is missing or fails."""
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
         self._warned = False  # that it names no chat format
-        self.engine: EngineProtocol
-        if engine == "vllm":
-            if checkpoint.adapters:
-                raise EngineError(
-                    "vLLM reads the base's own files; write the merged model first, with `llama2 convert BASE FOLDER "
-                    "--to hf --adapter DIR`, and give that"
-                )
-            if runner != "native" or compile or threads is not None:
-                raise RequestError("runner, compile and threads are for our own engine; vLLM has settings of its own")
-            from llama2.engine.cluster import ClusterEngine
-
-            self.engine = ClusterEngine(
-                checkpoint,
-                context=context,
-                sequences=sequences,
-                cache_bytes=cache_bytes,
-                tensor_parallel=tensor_parallel,
-                pipeline_parallel=pipeline_parallel,
-            )
-            return
-        if engine != "llama2":
-            raise RequestError(f"engine={engine!r} must be llama2 or vllm")
-        if (tensor_parallel, pipeline_parallel) != (1, 1):
-            raise RequestError('tensor_parallel and pipeline_parallel need engine="vllm"')
-        least = blocks_for(context)  # of one request
-        blocks = sequences * least
-        if cache_bytes is not None:
-            blocks = min(blocks, max(least, cache_bytes // self.config.cache_bytes(BLOCK)))
-        arithmetic = _runner(runner, checkpoint, blocks, threads, compile)
-        self.engine = Engine(arithmetic, self.tokenizer, context=context)
+        self.engine: EngineProtocol = start(checkpoint, runtime or Runtime())
 
     def __enter__(self) -> Model:
         return self
@@ -274,7 +206,7 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """End the engine, and let go of the model's file."""
+        """End the engine, and release the model's file."""
         self.engine.close()
         self.checkpoint.close()
 
@@ -434,12 +366,17 @@ class Model:
         )
 
 
+def unknown(kind: str, name: str, names: Sequence[str]) -> str:
+    """A message about a name that is not one of `names`, with the nearest of them."""
+    near = difflib.get_close_matches(name, names, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"{name}: unknown {kind}; {advice}"
+
+
 def _request(prompt: Sequence[int], options: Options, *, continues: bool = False) -> Request:
     for name in options:
         if name not in Options.__annotations__:
-            near = difflib.get_close_matches(name, Options.__annotations__, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(Options.__annotations__)}"
-            raise RequestError(f"{name}: unknown option; {advice}")
+            raise RequestError(unknown("option", name, [*Options.__annotations__]))
     stop = options.get("stop", ())
     if not isinstance(stop, (str, list, tuple)):
         raise RequestError(f"stop={shown(stop)} must be a text or a list of texts")
@@ -456,29 +393,3 @@ def _request(prompt: Sequence[int], options: Options, *, continues: bool = False
         continues=continues,
         lookup=options.get("lookup", 0),
     )
-
-
-def _runner(kind: str, checkpoint: Checkpoint, n_blocks: int, threads: int | None, compile: bool) -> Runner:
-    if compile and kind != "torch":
-        raise RequestError(f"compile is for the torch runner, not for {kind}; choose that one, or leave it out")
-    if threads is not None and kind in ("numpy", "torch"):
-        raise RequestError(f"threads: the {kind} runner leaves them to its library; set OMP_NUM_THREADS instead")
-    if kind == "native":
-        from llama2.engine.runner_native import NativeRunner
-
-        return NativeRunner(checkpoint, n_blocks, threads=threads)
-    if kind == "numpy":
-        from llama2.engine.runner_numpy import NumpyRunner
-
-        return NumpyRunner(checkpoint, n_blocks)
-    if kind == "torch":
-        try:
-            from llama2.engine.runner_torch import start
-        except ModuleNotFoundError as error:
-            if error.name != "torch":
-                raise
-            raise EngineError(
-                "the torch runner needs PyTorch, which is not installed; `pip install 'whole-llama[train]'` brings it"
-            ) from None
-        return start(checkpoint, n_blocks, compile=compile)
-    raise RequestError(f"runner={kind!r} must be native, numpy or torch")

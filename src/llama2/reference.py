@@ -13,6 +13,7 @@ from typing import Literal, TypedDict
 from llama2 import checkpoint, hub
 from llama2.api import Model, path_text
 from llama2.engine.request import Request, Sampling, flag, shown, token_ids, whole
+from llama2.engine.runtime import Runtime
 from llama2.errors import ContextError, EngineError, RequestError, TokenizerError
 from llama2.text import tokenizer as tokenizers
 from llama2.text.dialog import SPECIAL_TAGS, UNSAFE_ERROR, Dialog, Message
@@ -71,7 +72,7 @@ class Llama:
                     "leave tokenizer_path out to use the model's own"
                 )
             opened.tokenizer = tokenizer
-        return Llama(Model(opened, context=max_seq_len, sequences=max_batch_size), max_batch_size, seed)
+        return Llama(Model(opened, Runtime(context=max_seq_len, sequences=max_batch_size)), max_batch_size, seed)
 
     def __init__(self, model: Model, max_batch_size: int, seed: int) -> None:
         self.model = model

@@ -18,6 +18,7 @@ import typer
 
 from llama2.cli.output import warn
 from llama2.engine.request import Request, Sampling
+from llama2.engine.runtime import Runtime
 from llama2.errors import Llama2Error, RequestError
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ Adapter = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads that compute.", show_default="every core")]
-Context = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of prompt and answer.", show_default="the model's own")
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help=Runtime.meaning("threads"), show_default="every core")
 ]
+Context = Annotated[int | None, typer.Option(min=1, help=Runtime.meaning("context"), show_default="the model's own")]
 
 Template = Annotated[
     str | None,
@@ -95,12 +96,8 @@ class ModelOptions:
     tokenizer_mode: TokenizerMode = "auto"
     adapter: Adapter = None
     threads: Threads = None
-    runner: Annotated[
-        Literal["native", "numpy", "torch"], typer.Option(help="Who does the arithmetic; torch uses a GPU.")
-    ] = "native"
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Let the torch runner compile itself: slow at first, then faster.")
-    ] = False
+    runner: Annotated[Literal["native", "numpy", "torch"], typer.Option(help=Runtime.meaning("runner"))] = "native"
+    compile: Annotated[bool, typer.Option("--compile", help=Runtime.meaning("compile"))] = False
     context: Context = None
 
     @property
@@ -118,11 +115,13 @@ class ModelOptions:
 
         loaded = api.load(
             self.name,
-            threads=self.threads,
-            runner=self.runner,
-            compile=self.compile,
-            context=self.context,
-            sequences=sequences,
+            Runtime(
+                threads=self.threads,
+                runner=self.runner,
+                compile=self.compile,
+                context=self.context,
+                sequences=sequences,
+            ),
             tokenizer=self.tokenizer,
             template=template,
             tokenizer_mode=self.tokenizer_mode,

@@ -14,6 +14,7 @@ from llama2.cli.options import Adapter, Json, Threads, Tokenizer, TokenizerMode,
 from llama2.cli.output import one_line, size, warn
 from llama2.cli.signals import exit_on_signals
 from llama2.console import data, say
+from llama2.engine.runtime import Runtime
 
 EXAMPLE = "Example: llama2 quantize org/model model-Q4_K_M.gguf --format Q4_K_M --calibrate text.txt"
 _PROMPT, _ANSWER = 256, 32  # tokens that the speed is measured with
@@ -128,7 +129,7 @@ def _speed(path: Path, threads: int | None, **options: Any) -> dict[str, float]:
     from llama2 import api
 
     context = _PROMPT + _ANSWER
-    with api.load(path, threads=threads, **options) as model:
+    with api.load(path, Runtime(threads=threads), **options) as model:
         context = min(context, model.config.context_length)
         work = Work(prompt=max(1, context - _ANSWER), generate=max(1, min(_ANSWER, context - 2)))
         prefill(model, work)

@@ -1,0 +1,58 @@
+"""How a model runs: settings that exclude each other, and what they are in words."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import llama2
+from llama2 import Runtime
+from llama2.errors import RequestError
+from models import write_tiny_gguf
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_tiny_gguf(path)
+    return path
+
+
+def test_a_runtime_and_keyword_arguments_are_the_same(path: Path) -> None:
+    given = Runtime(runner="numpy", context=32, sequences=2)
+    with (
+        llama2.load(path, given) as model,
+        llama2.load(path, runner="numpy", context=32, sequences=2) as same,
+        llama2.load(path, given, context=16) as shorter,
+    ):
+        assert (model.engine.context, same.engine.context, shorter.engine.context) == (32, 32, 16)
+        assert model.engine.load.blocks == same.engine.load.blocks == 2  # of 32 positions each
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"thread": 2}, "thread: unknown setting; did you mean threads?"),
+        ({"colour": 2}, "colour: unknown setting; there are engine, runner, "),
+        ({"engine": "vllm", "runner": "torch"}, "vLLM has settings of its own"),
+        ({"engine": "other"}, "engine='other' must be llama2 or vllm"),
+        ({"pipeline_parallel": 2}, 'need engine="vllm"'),
+        ({"sequences": None}, "sequences=None must be a whole number"),
+    ],
+)
+def test_settings_that_are_refused_before_a_file_is_opened(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError) as error:
+        llama2.load("no such model", **settings)
+    assert reason in str(error.value)
+
+
+def test_whole_numbers_of_numpy_are_pythons() -> None:
+    assert type(Runtime(threads=np.int64(3)).threads) is int  # type: ignore[arg-type]
+
+
+def test_every_field_has_a_meaning() -> None:
+    assert all(Runtime.meaning(field.name).endswith(".") for field in fields(Runtime))
