@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from llama2 import errors as errors
     from llama2 import hub as hub
     from llama2 import text as text
-    from llama2.api import Answer as Answer
     from llama2.api import Model as Model
     from llama2.api import load as load
+    from llama2.engine.answer import Answer as Answer
     from llama2.engine.request import Event as Event
     from llama2.engine.request import Request as Request
     from llama2.engine.request import Sampling as Sampling
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _ROOMS = ("checkpoint", "convert", "engine", "errors", "hub", "text")
 _HOMES = {
-    "Answer": "api",
+    "Answer": "engine.answer",
     "Dialog": "text.dialog",
     "Event": "engine.request",
     "Llama": "reference",

@@ -6,7 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from llama2 import checkpoint, hub
 from llama2.checkpoint import Checkpoint
+from llama2.engine.answer import Answer, collect
 from llama2.engine.embedding import normalised, pieces
 from llama2.engine.protocol import EngineProtocol
 from llama2.engine.request import (
     Event,
-    FinishReason,
-    Logprob,
     Pooling,
     Request,
     Sampling,
@@ -63,22 +62,6 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     seed: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A finished answer. `token_ids` are all that were drawn, also the end token and those of a stop string.
-
-    Of `drafted_tokens`, which `lookup` proposed, `accepted_tokens` were drawn.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    logprobs: list[Logprob] | None  # one a token, if asked
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
 
 
 def load(
@@ -302,10 +285,10 @@ class Model:
         vectors = np.empty((len(requests), self.config.dim), np.float32)
         done = 0
         for piece in pieces(requests):
-            for event in sorted(self.engine.run(*piece), key=lambda event: event.request):
-                if event.embedding is None:
-                    raise EngineError(event.error or "the embedding was cancelled")
-                vectors[done] = normalised(event.embedding) if normalise else event.embedding
+            for answer in collect(self.engine.run(*piece), piece):
+                if answer.embedding is None:
+                    raise EngineError("the embedding was cancelled")
+                vectors[done] = normalised(answer.embedding) if normalise else answer.embedding
                 done += 1
         return vectors
 
@@ -352,18 +335,8 @@ class Model:
         return _request(self.encode(prompt) if isinstance(prompt, str) else prompt, options, continues=True)
 
     def _answer(self, request: Request) -> Answer:
-        events = list(self.engine.run(request))
-        if events[-1].error is not None:
-            raise EngineError(events[-1].error)
-        return Answer(
-            text="".join(event.text for event in events),
-            token_ids=[event.token for event in events if event.token is not None],
-            finish_reason=events[-1].finish or "stop",
-            prompt_tokens=len(request.prompt),
-            logprobs=None if request.logprobs is None else [e.logprob for e in events if e.logprob is not None],
-            drafted_tokens=events[-1].drafted_tokens,
-            accepted_tokens=events[-1].accepted_tokens,
-        )
+        (answer,) = collect(self.engine.run(request), [request])
+        return answer
 
 
 def unknown(kind: str, name: str, names: Sequence[str]) -> str:

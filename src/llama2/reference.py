@@ -12,9 +12,10 @@ from typing import Literal, TypedDict
 
 from llama2 import checkpoint, hub
 from llama2.api import Model, path_text
+from llama2.engine.answer import collect
 from llama2.engine.request import Request, Sampling, flag, shown, token_ids, whole
 from llama2.engine.runtime import Runtime
-from llama2.errors import ContextError, EngineError, RequestError, TokenizerError
+from llama2.errors import ContextError, RequestError, TokenizerError
 from llama2.text import tokenizer as tokenizers
 from llama2.text.dialog import SPECIAL_TAGS, UNSAFE_ERROR, Dialog, Message
 
@@ -105,21 +106,14 @@ class Llama:
         if len(prompt_tokens) > self.max_batch_size:
             raise RequestError(f"{len(prompt_tokens)} prompts are more than max_batch_size={self.max_batch_size}")
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=self.seed)
-        streams = [
-            self.model.engine.run(self._request(prompt, max_gen_len, sampling, logprobs, echo))
-            for prompt in prompt_tokens
-        ]
-        answers = [[next(stream)] for stream in streams]  # all begin before the first is followed: one batch
+        requests = [self._request(prompt, max_gen_len, sampling, logprobs, echo) for prompt in prompt_tokens]
         rows, scores = [], []
-        for prompt, answer, stream in zip(prompt_tokens, answers, streams, strict=True):
-            answer.extend(stream)
-            if answer[-1].error is not None:
-                raise EngineError(answer[-1].error)
-            tokens = [event.token for event in answer if event.token is not None]
-            values = [event.logprob.logprob for event in answer if event.logprob is not None]
+        for prompt, answer in zip(prompt_tokens, collect(self.model.engine.run(*requests), requests), strict=True):
+            tokens = answer.token_ids
+            values = [x.logprob for x in answer.logprobs or ()]
             if echo:
                 tokens = [*prompt, *tokens]
-                values = [0.0, *(x.logprob for x in answer[0].prompt_logprobs or ()), *values]
+                values = [0.0, *(x.logprob for x in answer.prompt_logprobs or ()), *values]
             end = next((i for i, token in enumerate(tokens) if token in self.tokenizer.stop_ids), len(tokens))
             rows.append(tokens[:end])
             scores.append(values[:end])

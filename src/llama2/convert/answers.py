@@ -19,6 +19,7 @@ from llama2.checkpoint.quantize import FORMATS
 from llama2.convert.bounds import DIVERGENCE
 from llama2.convert.samples import PROMPT
 from llama2.engine import agreement
+from llama2.engine.answer import collect
 from llama2.engine.engine import Engine
 from llama2.engine.request import Request, Sampling
 from llama2.engine.runner_native import NativeRunner
@@ -101,9 +102,10 @@ class _Answer:
         context = len(prompt) + count
         engine = Engine(NativeRunner(model, blocks_for(context)), model.tokenizer, context=context)
         request = Request(tuple(prompt), count, Sampling(temperature=0), processors=(self._process,))
-        events = list(engine.run(request))
-        if events[-1].error is not None:
-            raise EngineError(f"{model.path}: {events[-1].error}")
+        try:
+            collect(engine.run(request), [request])
+        except EngineError as error:
+            raise EngineError(f"{model.path}: {error}") from None
         self.tokens = tokens or self.preferred
 
     def _process(self, logits: Row, history: NDArray[np.int32], prompt_length: int) -> None:

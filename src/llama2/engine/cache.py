@@ -95,6 +95,13 @@ class BlockCache:
                 else:
                     self._free.append(block)
 
+    def clear(self) -> None:
+        """Forget every published block, so that none is found again. Those that are held stay held."""
+        self._free += reversed(self._kept)  # the least recently used is handed out first
+        self._blocks.clear()
+        self._keys.clear()
+        self._kept.clear()
+
     def _evict(self) -> int:
         block, _ = self._kept.popitem(last=False)
         del self._blocks[self._keys.pop(block)]

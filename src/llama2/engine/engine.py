@@ -21,11 +21,11 @@ from llama2.engine.embedding import Pool
 from llama2.engine.lookup import Lookup
 from llama2.engine.protocol import EngineProtocol
 from llama2.engine.request import Event, FinishReason, Load, Logprob, Request, answer_limit
-from llama2.engine.runner import BLOCK, Batch, Runner
+from llama2.engine.runner import BLOCK, Batch, LiveRunner, Runner
 from llama2.engine.sampling import Sampler
 from llama2.engine.scheduler import MAX_PREFILL_TOKENS, MAX_SEQUENCES, Scheduler, Sequence, blocks_for
 from llama2.engine.stop import AnswerText
-from llama2.errors import Llama2Error
+from llama2.errors import EngineError, Llama2Error
 from llama2.text.tokenizer import Tokenizer
 
 
@@ -160,6 +160,22 @@ class Engine(EngineProtocol):
                 for event in told:
                     self._mail.get(event.request, rest).append(event)
                 return rest
+
+    def weights_changed(self) -> None:
+        """Use the weights as they are now: no key or value of those before is found again.
+
+        Call it after every change of a live network, between answers. Raises EngineError while requests are there,
+        whose cache is of the weights before, and for a runner over a checkpoint, whose weights do not change.
+        """
+        if not isinstance(self.runner, LiveRunner):
+            raise EngineError(
+                f"{type(self.runner).__name__} runs a checkpoint, whose weights do not change; use a live runner"
+            )
+        with section, self._stepping, self._lock:
+            if count := len(self._active):
+                raise EngineError(f"{count} requests run with the weights before; finish or cancel them first")
+            self.scheduler.cache.clear()
+            self.runner.weights_changed()
 
     def _prepare(self, request: Request) -> Generation:
         length = len(request.prompt)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,15 @@ class Runner(Protocol):
         A token reads no position after its own, and a position that comes again is written anew; so tokens that turn
         out wrong leave no trace.
         """
+        ...
+
+
+@runtime_checkable
+class LiveRunner(Runner, Protocol):
+    """A Runner over weights that somebody else changes in place between steps, such as a training step."""
+
+    def weights_changed(self) -> None:
+        """Renew what was derived from the weights. Called between steps, after every change."""
         ...
 
 

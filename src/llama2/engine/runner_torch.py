@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint
+from llama2.config import ModelConfig
 from llama2.ending import EndsInSection, section
 from llama2.engine.runner import BLOCK, Batch, cache_too_large
 from llama2.errors import EngineError
@@ -100,21 +101,33 @@ class TorchRunner(EndsInSection):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         """Raises EngineError when weights or cache do not fit into memory, or cannot be shared evenly."""
-        self.config = checkpoint.config
-        self.n_blocks = n_blocks
-        self._process = os.getpid()
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         try:
             if group is None:
-                self.model = Transformer.load(checkpoint, dtype=dtype, device=self.device)
+                model = Transformer.load(checkpoint, dtype=dtype, device=where)
             else:
-                self.model = parallel.load(checkpoint, group.rank(), group.size(), dtype=dtype, device=self.device)
+                model = parallel.load(checkpoint, group.rank(), group.size(), dtype=dtype, device=where)
         except torch.OutOfMemoryError:
             raise EngineError(
-                f"the weights do not fit into the memory of {self.device}; share them among more devices by torchrun"
+                f"the weights do not fit into the memory of {where}; share them among more devices by torchrun"
             ) from None
-        c = self.model.config
+        self._allocate(model, checkpoint.config, n_blocks, compile=compile, group=group)
+
+    def _allocate(
+        self,
+        model: Transformer,
+        config: ModelConfig,
+        n_blocks: int,
+        *,
+        compile: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Make the cache, of the weights' device and number format. `config` is the whole network's."""
+        self.model, self.config, self.n_blocks = model, config, n_blocks
+        self.device, dtype = model.norm.weight.device, model.norm.weight.dtype
+        self._process = os.getpid()
+        c = model.config  # of the part that is here
         try:
             self.keys, self.values = (
                 [
@@ -155,6 +168,17 @@ class TorchRunner(EndsInSection):
         features = self._compiled if len(step.groups) == 1 else self.model.features
         x: Tensor = features(step.tokens[None], step)  # (1, N, D)
         return x[0]
+
+
+class LiveTorchRunner(TorchRunner):
+    """Runs a network that somebody else changes in place between steps, on its own device and in its number format."""
+
+    def __init__(self, model: Transformer, n_blocks: int, *, compile: bool = False) -> None:
+        """Raises EngineError when the cache does not fit into memory."""
+        self._allocate(model, model.config, n_blocks, compile=compile)
+
+    def weights_changed(self) -> None:
+        """The network's parameters are read in place."""
 
 
 _used_in: int | None = None  # the process that ran a network

@@ -9,6 +9,7 @@
 
 #include <chrono>
 #include <thread>
+#include <unordered_map>
 
 #include "machine.h"
 #include "model.h"
@@ -70,7 +71,7 @@ public:
     void set(const std::string& name, const std::string& format, In<uint8_t, 1> data, int64_t rows, int64_t columns) {
         const Format f = format_named(format);
         model_.set(name, weight_of(f, data, rows, columns, name == "tok_embeddings.weight"));
-        kept_.push_back(std::move(data));
+        arrays_.insert_or_assign(name, std::move(data));
     }
 
     void forward(const In<int32_t, 1>& tokens, const In<int32_t, 1>& positions, const In<int32_t, 1>& sequences,
@@ -130,7 +131,7 @@ private:
     int64_t dim_, vocab_, observed_;
     Model model_;
     Out<double, 1> sums_;
-    std::vector<In<uint8_t, 1>> kept_;
+    std::unordered_map<std::string, In<uint8_t, 1>> arrays_;  // by tensor: who sets one again releases the one before
 };
 
 // data: rows in their stored format; x: (N, columns); y: (N, rows).
