@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -59,3 +60,18 @@ def _words(path: Path, separator: str | None = None) -> list[str]:
         return path.read_text(encoding="utf-8", errors="replace").split(separator)
     except OSError:
         return []
+
+
+def peak_memory() -> int | None:
+    """Bytes of the largest resident set that this process has had; None on Windows, which counts otherwise."""
+    try:
+        with open("/proc/self/status") as status:  # Linux's getrusage also counts the process that started this one
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

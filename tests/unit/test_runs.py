@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from commands import typed
-from llama2.cli.commands.runs import axis, smooth
+from llama2.curves import places, smooth
 from llama2.records import Run, commit
 from llama2.train import card
 
@@ -115,10 +115,10 @@ def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_curve_and_its_axes(folder: Path) -> None:
     lines = Run(folder / "first").curve()
     assert [(each["step"], each["loss"]) for each in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert axis(lines, "tokens") == [100, 200, 300]
-    assert axis(lines, "step") == [1, 2, 3]
+    assert places(lines, "tokens") == [100, 200, 300]
+    assert places(lines, "step") == [1, 2, 3]
     timed = [each | {"seconds": seconds} for each, seconds in zip(lines, (36, 72, 0), strict=True)]
-    assert axis(timed, "hours") == pytest.approx([0.01, 0.03, 0.03])
+    assert places(timed, "hours") == pytest.approx([0.01, 0.03, 0.03])
 
 
 def test_a_mean_whose_weights_halve_every_twenty_steps() -> None:

@@ -17,10 +17,10 @@ from llama2.config import ModelConfig
 from llama2.console import data, say
 from llama2.errors import HubError, PlanError
 from llama2.plan import GPUS, Machine
+from llama2.speed import LIMIT_SECONDS
 
 EXAMPLE = "Example: llama2 plan 70B --train --gpus 2048 --price 2"
 _HERE = "here"
-_SECONDS = 0.25  # for each of the machine's limits, as in `llama2 bench`
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _machine(on: MachineOptions, default: str, *, integers: bool) -> Machine:
         if name not in given:
             from llama2 import native
 
-            given[name] = getattr(native.module(), rate)(native.default_threads(), _SECONDS)
+            given[name] = getattr(native.module(), rate)(native.default_threads(), LIMIT_SECONDS)
     return Machine("this machine", **given, overhead=planning.PROCESS)
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from llama2.cli.commands.bench import Work, decode, prefill
 from llama2.cli.local_models import Name, local_adapters, local_path
 from llama2.cli.options import Adapter, Json, Threads, Tokenizer, TokenizerMode, read_text
 from llama2.cli.output import one_line, size, warn
 from llama2.cli.signals import exit_on_signals
 from llama2.console import data, say
 from llama2.engine.runtime import Runtime
+from llama2.speed import Workload, decode, prefill
+
+if TYPE_CHECKING:
+    from llama2.engine.engine import Engine
 
 EXAMPLE = "Example: llama2 quantize org/model model-Q4_K_M.gguf --format Q4_K_M --calibrate text.txt"
 _PROMPT, _ANSWER = 256, 32  # tokens that the speed is measured with
@@ -131,11 +134,12 @@ def _speed(path: Path, threads: int | None, **options: Any) -> dict[str, float]:
     context = _PROMPT + _ANSWER
     with api.load(path, Runtime(threads=threads), **options) as model:
         context = min(context, model.config.context_length)
-        work = Work(prompt=max(1, context - _ANSWER), generate=max(1, min(_ANSWER, context - 2)))
-        prefill(model, work)
+        work = Workload(prompt=max(1, context - _ANSWER), generate=max(1, min(_ANSWER, context - 2)))
+        checkpoint, engine = model.checkpoint, cast("Engine", model.engine)
+        prefill(checkpoint, engine, work)
         return {
-            "prefill_tokens_per_second": prefill(model, work),
-            "decode_tokens_per_second": decode(model, work),
+            "prefill_tokens_per_second": prefill(checkpoint, engine, work),
+            "decode_tokens_per_second": decode(checkpoint, engine, work),
         }
 
 

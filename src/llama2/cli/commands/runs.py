@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -16,19 +15,15 @@ from llama2 import files
 from llama2.cli.options import Json
 from llama2.cli.output import one_line, warn
 from llama2.console import data, say
+from llama2.curves import FORMATS, Axis, draw
 from llama2.errors import RunError
 from llama2.records import ORIGIN, Run
 from llama2.train.card import LAST, perplexity
 
 EXAMPLE = "Example: llama2 runs first second --plot curves.png"
 
-#: Half-life in steps of a curve's mean.
-_HALF_LIFE = 20
 #: Where a number gets an exponent, letters of a text in the table, and names of runs in a message.
 _WIDE, _WIDEST, _NAMES = 10**15, 60, 20
-
-_FORMATS = (".png", ".svg", ".pdf")
-_AXES = {"tokens": "tokens", "step": "steps", "hours": "hours of steps"}
 
 
 def command(
@@ -40,9 +35,7 @@ def command(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw loss and validation loss: a .png, .svg or .pdf.")
     ] = None,
-    against: Annotated[Literal["tokens", "step", "hours"], typer.Option(help="The drawing's horizontal axis.")] = (
-        "tokens"
-    ),
+    against: Annotated[Axis, typer.Option(help="The drawing's horizontal axis.")] = "tokens",
     as_json: Json = False,
 ) -> None:
     """List training runs, and draw them side by side.
@@ -51,8 +44,8 @@ def command(
     the last that was measured, and each source's is in --json; PPL is its perplexity. A dash stands for what a run has
     no figures of, or only damaged ones.
     """
-    if plot is not None and plot.suffix not in _FORMATS:
-        raise typer.BadParameter(f"--plot {plot}: the name must end in one of {', '.join(_FORMATS)}")
+    if plot is not None and plot.suffix not in FORMATS:
+        raise typer.BadParameter(f"--plot {plot}: the name must end in one of {', '.join(FORMATS)}")
     chosen = {name: _find(folder, name) for name in names} if names else _all(folder)
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, Any]]] = {}
@@ -176,63 +169,3 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         shown(row["mfu"], ".1%"),
         text(row["begun"] or "-"),
     )
-
-
-def draw(curves: dict[str, list[dict[str, Any]]], against: Literal["tokens", "step", "hours"], file: Path) -> None:
-    """Draw loss, each step's and their mean with a half-life of 20 steps, and beside it validation loss, if any.
-
-    Raises RunError when no run has figures, or matplotlib is missing.
-    """
-    if not any(curves.values()):
-        raise RunError("no run has figures to draw; let one do a step")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RunError("drawing needs matplotlib: pip install 'whole-llama[train]'") from None
-    validated = any(line.get("validation") is not None for lines in curves.values() for line in lines)
-    figure = Figure(figsize=(12 if validated else 7, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
-    for number, (name, lines) in enumerate(curves.items()):
-        places = axis(lines, against)
-        losses = [math.nan if line.get("loss") is None else line["loss"] for line in lines]
-        colour, label = f"C{number % 10}", _label(name)
-        panels[0].plot(places, losses, color=colour, alpha=0.25, linewidth=0.7)
-        panels[0].plot(places, smooth(losses), color=colour, label=label)
-        if validated:
-            points = [
-                (x, y) for x, line in zip(places, lines, strict=True) if (y := line.get("validation")) is not None
-            ]
-            panels[1].plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, label=label)
-    for panel, title in zip(panels, ("training loss", "validation loss"), strict=False):
-        panel.set(title=title, xlabel=_AXES[against], ylabel="nats a token")
-        panel.grid(alpha=0.3)
-        panel.legend()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name may have letters that the font lacks
-        figure.savefig(file, dpi=150)
-
-
-def _label(name: str) -> str:
-    """A run's name, in which matplotlib is to see no formula, and nothing that has no UTF-8."""
-    return one_line(name).encode("utf-8", "replace").decode().replace("$", r"\$")
-
-
-def axis(lines: list[dict[str, Any]], against: Literal["tokens", "step", "hours"]) -> list[float]:
-    """Where a run's steps stand on the horizontal axis."""
-    if against != "hours":
-        return [line.get(against) or 0 for line in lines]
-    total = 0.0
-    return [(total := total + (line.get("seconds") or 0) / 3600) for line in lines]
-
-
-def smooth(losses: list[float]) -> list[float]:
-    """Mean of the losses up to each, whose weights halve every 20 steps; what is no number weighs nothing."""
-    keep = 0.5 ** (1 / _HALF_LIFE)
-    total = weight = 0.0
-    means = []
-    for loss in losses:
-        total, weight = total * keep, weight * keep
-        if math.isfinite(loss):
-            total, weight = total + loss, weight + 1
-        means.append(total / weight if weight else math.nan)
-    return means
