@@ -32,7 +32,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
                 folder = ROOT / "docs" / pattern[:-2]
                 pages = (path.relative_to(ROOT / "docs").as_posix() for path in sorted(folder.rglob("*.md")))
                 at = entries.index(pattern)
-                entries[at : at + 1] = [page for page in pages if page not in entries]
+                there = [value for entry in entries if isinstance(entry, dict) for value in entry.values()]
+                entries[at : at + 1] = [page for page in pages if page not in there]
     return config
 
 
@@ -53,6 +54,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _relinked(
         markdown.replace("<!-- commands -->", _commands() if uri == "commands.md" else ""), f"docs/{uri}", uri
     )
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Name what a screen reader lists: the search, and the parts of a page's own contents."""
+    output = output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+    return re.sub(r'(<nav class="md-nav" aria-label=")(?!Navigation)([^"]*)(">)', r"\1\2, on this page\3", output)
 
 
 def _relinked(text: str, source: str, page: str) -> str:
