@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llama2.errors import DialogError, TemplateError
-from llama2.text import huggingface
 from llama2.text import template as templates
+from llama2.text import tokenizer_folder
 from llama2.text.dialog import Dialog, Message
 from llama2.text.tokenizer import Tokenizer
 from texts import llama2_tokenizer, train_bpe
@@ -24,7 +24,7 @@ CHATML = (
 @cache
 def bpe() -> Tokenizer:
     with TemporaryDirectory() as folder:
-        return huggingface.read(train_bpe("llama-bpe", Path(folder, "tokenizer.json")).parent)
+        return tokenizer_folder.read(train_bpe("llama-bpe", Path(folder, "tokenizer.json")).parent)
 
 
 def ask(*contents: str) -> Dialog:

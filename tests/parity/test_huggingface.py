@@ -26,7 +26,7 @@ from llama2.engine.runner import Batch, Runner
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
 from llama2.errors import CheckpointError, TokenizerError
-from llama2.text import huggingface as tokenizer_files
+from llama2.text import tokenizer_folder
 from llama2.text.tokenizer import from_pieces, from_sentencepiece
 from texts import strings, train_bpe, train_sentencepiece
 
@@ -446,13 +446,15 @@ def test_tokenizers_that_transformers_loads(kind: str, without: str, tmp_path: P
         (source / "tokenizer.model").write_bytes(sentencepiece_model())
     else:
         train_bpe(kind, source / "tokenizer.json")
-    ours = tokenizer_files.read(source)
-    for name, content in tokenizer_files.written(ours, {"default": "{{ bos_token }}{{ messages[0].content }}"}).items():
+    ours = tokenizer_folder.read(source)
+    for name, content in tokenizer_folder.written(
+        ours, {"default": "{{ bos_token }}{{ messages[0].content }}"}
+    ).items():
         if name != without:
             (written / name).write_bytes(content)
     ignores = json.loads((written / "tokenizer.json").read_text())["model"]["ignore_merges"]
     assert ignores == (kind == "llama-bpe")  # Llama 3 takes a word that is a token before its merges
-    theirs, again = AutoTokenizer.from_pretrained(written), tokenizer_files.read(written)
+    theirs, again = AutoTokenizer.from_pretrained(written), tokenizer_folder.read(written)
     assert again.vocabulary().pieces == ours.vocabulary().pieces
     assert (again.bos_id, again.eos_id, again.add_bos) == (ours.bos_id, ours.eos_id, ours.add_bos)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
@@ -476,11 +478,11 @@ def test_runs_of_spaces(equal: bool, tmp_path: Path) -> None:
         if not piece.strip("▁"):
             scores[i] = -1e9 if equal else -500.0 - len(piece)
     ours = from_pieces(pieces, scores, types)
-    for name, content in tokenizer_files.written(ours, {}).items():
+    for name, content in tokenizer_folder.written(ours, {}).items():
         (tmp_path / name).write_bytes(content)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
-    again = tokenizer_files.read(tmp_path)
+    again = tokenizer_folder.read(tmp_path)
     texts = [f"{' ' * n}{end}" for n in range(70) for end in ("", "a", "b", "b  a", "xab")]
     for text in texts:
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text) == again.encode(text), text
@@ -493,10 +495,10 @@ def test_vocabulary_that_transformers_saved(tmp_path: Path) -> None:
     from transformers import LlamaTokenizer
 
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
-    ours = tokenizer_files.read(tmp_path)
+    ours = tokenizer_folder.read(tmp_path)
     theirs = LlamaTokenizer.from_pretrained(tmp_path, add_bos_token=True)
     theirs.save_pretrained(tmp_path / "saved")
-    again = tokenizer_files.read(tmp_path / "saved")
+    again = tokenizer_folder.read(tmp_path / "saved")
     assert (again.bos_id, again.eos_id, again.add_bos, again.vocab_size) == (1, 2, True, 700)
     for text in TEXTS:
         if text[:1] not in (" ", "▁") and "<tool>" not in text:
@@ -511,14 +513,14 @@ def test_tokens_that_the_post_processor_adds(settings: dict[str, bool], eos: boo
 
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     ours = from_sentencepiece(tmp_path / "tokenizer.model", add_eos=eos)
-    for name, content in tokenizer_files.written(ours, {}).items():
+    for name, content in tokenizer_folder.written(ours, {}).items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "tokenizer.model").unlink()
     one, two = (ours.encode(text, bos=True, eos=eos) for text in "ab")
     assert AutoTokenizer.from_pretrained(tmp_path).encode("a", "b") == one + two
     ends = {"bos_token": "<s>", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(ends | settings))
-    again = tokenizer_files.read(tmp_path)
+    again = tokenizer_folder.read(tmp_path)
     assert (again.add_bos, again.add_eos) == (not settings, eos and not settings)
 
 
@@ -529,7 +531,7 @@ def test_added_tokens(tmp_path: Path) -> None:
     settings = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "add_bos_token": False}
     settings["additional_special_tokens"] = ["<tool>", "<|im_end|>"]  # others: in changed text
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours = tokenizer_files.read(tmp_path, size=704)
+    ours = tokenizer_folder.read(tmp_path, size=704)
     assert (ours.vocab_size, ours.eos_id, ours.bos_id, ours.add_bos) == (704, 701, 1, False)
     assert ours.control == {"<s>": 1, "</s>": 2, "<tool>": 700, "<|im_end|>": 701}
     assert ours.encode("<tool><|im_end|>", special=True)[-2:] == [700, 701]
@@ -538,12 +540,12 @@ def test_added_tokens(tmp_path: Path) -> None:
     assert ours.vocabulary().types[700:] == [3, 3, 5, 5]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<pad>"}))
     with pytest.raises(TokenizerError, match="eos_token '<pad>' is not in the vocabulary"):
-        tokenizer_files.read(tmp_path, size=704)  # it is beyond the embeddings
-    assert tokenizer_files.read(tmp_path).eos_id == 704
+        tokenizer_folder.read(tmp_path, size=704)  # it is beyond the embeddings
+    assert tokenizer_folder.read(tmp_path).eos_id == 704
     plain = {"special": False, "normalized": False}
     decoder = {"700": {"content": "<a>", "special": True}, "702": {"content": "<b>", **plain}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
-    ours = tokenizer_files.read(tmp_path)
+    ours = tokenizer_folder.read(tmp_path)
     assert ours.vocabulary().pieces[700:] == ["<a>", "[PAD701]", "<b>"]
     assert ours.vocabulary().types[700:] == [3, 5, 4]
 

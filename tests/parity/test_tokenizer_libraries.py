@@ -9,7 +9,7 @@ import sentencepiece
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, pre_tokenizers
 
-from llama2.text import huggingface, tokenizer
+from llama2.text import tokenizer, tokenizer_folder
 from llama2.text.dialog import Dialog, Message
 from llama2.text.template import known
 from llama2.text.tokenizer import Tokenizer, from_pieces, from_sentencepiece
@@ -59,7 +59,7 @@ def _from_gguf_parts(library: sentencepiece.SentencePieceProcessor) -> Tokenizer
 @pytest.mark.parametrize("pre", ["gpt2", "smollm", "llama-bpe"])
 def test_byte_level_bpe(pre: str, tmp_path: Path) -> None:
     path = train_bpe(pre, tmp_path / "tokenizer.json")
-    library, ours = Library.from_file(str(path)), huggingface.read(path.parent)
+    library, ours = Library.from_file(str(path)), tokenizer_folder.read(path.parent)
     plain = Library.from_file(str(path))
     plain.encode_special_tokens = True
     assert (ours.pre, ours.vocab_size, ours.bos_id, ours.eos_id) == (pre, library.get_vocab_size(), 0, 1)
@@ -124,7 +124,7 @@ def test_chat_templates_against_transformers(name: str, tmp_path: Path) -> None:
     path = train_bpe("llama-bpe", tmp_path / "tokenizer.json")
     special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(path), **special)  # type: ignore[no-untyped-call]
-    ours = huggingface.read(path.parent)
+    ours = tokenizer_folder.read(path.parent)
     assert (known(TEMPLATES[name]) or "a stranger's") == name
     _assert_same_ids(theirs, ours, TEMPLATES[name])
 
@@ -140,7 +140,7 @@ def _assert_same_ids(theirs: Any, ours: Tokenizer, template: str) -> None:
 @pytest.mark.parametrize("pre", ["gpt2", "smollm", "llama-bpe"])
 def test_long_texts_are_cut_between_words_only(pre: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = train_bpe(pre, tmp_path / "tokenizer.json")
-    plain, ours = Library.from_file(str(path)), huggingface.read(path.parent)
+    plain, ours = Library.from_file(str(path)), tokenizer_folder.read(path.parent)
     plain.encode_special_tokens = True
     monkeypatch.setattr(tokenizer, "_CHUNK", 1)  # cut wherever it is allowed
     text = "".join(strings(3000, seed=3, words=1)).replace("<tool>", "")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama2.serve.constrain.constraints import Constrainer, Constraint, json_object, json_schema, regex
-from llama2.text import huggingface
+from llama2.text import tokenizer_folder
 from llama2.text.tokenizer import Tokenizer, from_sentencepiece
 from texts import train_bpe, train_sentencepiece
 
@@ -25,7 +25,7 @@ KINDS = ("sentencepiece", "bpe")
 def tokenizer(kind: str) -> Tokenizer:
     with TemporaryDirectory() as folder:
         if kind == "bpe":
-            return huggingface.read(train_bpe("llama-bpe", Path(folder, "tokenizer.json")).parent)
+            return tokenizer_folder.read(train_bpe("llama-bpe", Path(folder, "tokenizer.json")).parent)
         path = Path(folder, "tokenizer.model")
         path.write_bytes(train_sentencepiece())
         return from_sentencepiece(path)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama2.text import huggingface
+from llama2.text import tokenizer_folder
 from llama2.text.tokenizer import Tokenizer, from_sentencepiece
 from texts import train_bpe, train_sentencepiece
 
@@ -20,7 +20,7 @@ KINDS = pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
 def tokenizer(kind: str) -> Tokenizer:
     with TemporaryDirectory() as folder:
         if kind == "bpe":
-            return huggingface.read(train_bpe("smollm", Path(folder, "tokenizer.json")).parent)
+            return tokenizer_folder.read(train_bpe("smollm", Path(folder, "tokenizer.json")).parent)
         Path(folder, "tokenizer.model").write_bytes(train_sentencepiece())
         return from_sentencepiece(Path(folder, "tokenizer.model"))
 

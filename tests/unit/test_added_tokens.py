@@ -11,9 +11,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
-from llama2.checkpoint.checkpoint import read_tokenizer
 from llama2.errors import TokenizerError
-from llama2.text import huggingface, tiktoken
+from llama2.text import files, tiktoken, tokenizer_folder
 from llama2.text.tokenizer import AddedTokens, Flags, from_sentencepiece, from_vocabulary
 from texts import train_sentencepiece
 
@@ -164,7 +163,7 @@ def library(*, first: bool = False, merges: list[tuple[str, str]] = MERGES) -> L
 def test_a_tokenizer_json_is_read_as_the_library_reads_it(first: bool, flags: dict[str, bool], tmp_path: Path) -> None:
     made = library(first=first)
     made.add_tokens([AddedToken("<tool>", special=False, **{"normalized": False, **flags})])
-    ours = huggingface.read(folder(tmp_path, made, bos_token="<s>", eos_token="</s>"))
+    ours = tokenizer_folder.read(folder(tmp_path, made, bos_token="<s>", eos_token="</s>"))
     assert (ours.bos_id, ours.eos_id, ours.vocab_size, ours.kind) == (1, 2, len(PIECES) + 1, "sentencepiece")
     assert ours.prepend_scheme == ("first" if first else "always")
     for text in TEXTS:
@@ -187,7 +186,7 @@ def test_a_tokenizer_json_is_read_as_the_library_reads_it(first: bool, flags: di
 def test_legacy_rules_of_a_model_that_was_tuned_with_them(tmp_path: Path) -> None:
     """transformers 5 writes Metaspace whatever there was; `legacy` still tells with what the model was tuned."""
     told = folder(tmp_path, library(first=True), legacy=True, bos_token="<s>")
-    ours = huggingface.read(told)
+    ours = tokenizer_folder.read(told)
     assert ours.encode("a</s>b", special=True) == [SA, 2, SB]
     assert ours.encode(" a") == [S, SA]  # as sentencepiece does it
     assert "legacy" in ours.mode
@@ -202,7 +201,7 @@ def test_tokens_that_stand_in_one_file_alone(tmp_path: Path) -> None:
     entry = {"content": "<more>", "special": False, "normalized": False}
     settings = {"added_tokens_decoder": {str(len(PIECES) + 2): entry}, "eos_token": "<|im_end|>"}
     (folder(tmp_path, made, **settings) / "tokenizer.model").write_bytes(train_sentencepiece())
-    ours = huggingface.read(tmp_path, size=len(PIECES) + 5)
+    ours = tokenizer_folder.read(tmp_path, size=len(PIECES) + 5)
     assert ours.eos_id == len(PIECES)
     assert ours.encode("a<tool>b<more>") == [SA, len(PIECES) + 1, SB, len(PIECES) + 2]
     assert ours.token_bytes(len(PIECES) + 4) == b""  # a row that no token has
@@ -215,7 +214,7 @@ def test_an_added_token_that_is_too_long(vocabulary: str, tmp_path: Path) -> Non
         folder(tmp_path, library())
     else:
         (tmp_path / vocabulary).write_bytes(train_sentencepiece())
-    size = huggingface.read(tmp_path).vocab_size
+    size = tokenizer_folder.read(tmp_path).vocab_size
     for length in (1024, 1025):
         text = "x" * length
         for name, entries in (
@@ -224,10 +223,10 @@ def test_an_added_token_that_is_too_long(vocabulary: str, tmp_path: Path) -> Non
         ):
             (tmp_path / name).write_text(json.dumps(entries))
             if length == 1024:
-                assert huggingface.read(tmp_path).encode(text, special=True) == [size]
+                assert tokenizer_folder.read(tmp_path).encode(text, special=True) == [size]
             else:
                 with pytest.raises(TokenizerError, match=f"token {size} of the vocabulary has 1025 characters"):
-                    huggingface.read(tmp_path)
+                    tokenizer_folder.read(tmp_path)
             (tmp_path / name).unlink()
 
 
@@ -239,7 +238,7 @@ def test_a_vocabulary_of_200_000_pieces(tmp_path: Path) -> None:
     made["added_tokens"].append({**made["added_tokens"][0], "id": size, "content": "[PAD]"})
     path.write_text(json.dumps(made, ensure_ascii=False))
     path.with_name("tokenizer.model").write_bytes(train_sentencepiece())
-    ours = huggingface.read(tmp_path, size=size)
+    ours = tokenizer_folder.read(tmp_path, size=size)
     assert ours.encode("a b") == [SA, SB]
     assert ours.notes == ("token '[PAD]' is left out, since the model has no row for it",)
 
@@ -248,19 +247,19 @@ def test_settings_of_2_mb(tmp_path: Path) -> None:
     """Those of a model with 30,000 added tokens have 6 MB."""
     entry = {"content": "<more>", "special": False, "normalized": False}
     path = folder(tmp_path, library(), added_tokens_decoder={str(len(PIECES)): entry}, note="x" * (2 << 20))
-    assert huggingface.read(path).encode("a<more>") == [SA, len(PIECES)]
+    assert tokenizer_folder.read(path).encode("a<more>") == [SA, len(PIECES)]
 
 
 def test_an_end_token_that_the_vocabulary_lacks_is_refused(tmp_path: Path) -> None:
     path = folder(tmp_path, library(), eos_token="<|im_end|>")
     with pytest.raises(TokenizerError, match=r"eos_token '<\|im_end\|>' is not in the vocabulary; correct"):
-        huggingface.read(path, size=len(PIECES), eos_id=2)
-    assert huggingface.read(path, size=len(PIECES) + 1).eos_id == len(PIECES)  # as transformers adds it
+        tokenizer_folder.read(path, size=len(PIECES), eos_id=2)
+    assert tokenizer_folder.read(path, size=len(PIECES) + 1).eos_id == len(PIECES)  # as transformers adds it
 
 
 def test_a_token_without_a_row_is_left_out_with_a_note(tmp_path: Path) -> None:
     path = folder(tmp_path, library(), bos_token="<s>", pad_token="[PAD]")
-    ours = huggingface.read(path, size=len(PIECES))
+    ours = tokenizer_folder.read(path, size=len(PIECES))
     assert "[PAD]" not in {**ours.control, **ours.user}
     assert ours.notes == ("token '[PAD]' is left out, since the model has no row for it",)
 
@@ -271,7 +270,7 @@ def test_merges_that_no_scores_can_say(tmp_path: Path) -> None:
     made = Library(models.BPE(pieces, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     base = library()
     made.normalizer, made.decoder = base.normalizer, base.decoder
-    ours = huggingface.read(folder(tmp_path, made))
+    ours = tokenizer_folder.read(folder(tmp_path, made))
     assert ours.encode("ab") == made.encode("ab").ids == [SA, B]
     with pytest.raises(TokenizerError, match="which scores cannot say; choose hf"):
         ours.vocabulary()
@@ -280,7 +279,7 @@ def test_merges_that_no_scores_can_say(tmp_path: Path) -> None:
 def test_flags_that_no_other_format_can_say(tmp_path: Path) -> None:
     made = library()
     made.add_tokens([AddedToken("<tool>", rstrip=True, normalized=False)])
-    ours = huggingface.read(folder(tmp_path, made))
+    ours = tokenizer_folder.read(folder(tmp_path, made))
     with pytest.raises(TokenizerError, match=r"'<tool>' has rstrip, which only a tokenizer\.json can say"):
         ours.vocabulary()
 
@@ -292,11 +291,11 @@ def test_settings_of_a_tokenizer_model_alone(tmp_path: Path) -> None:
     assert "<tool>" in plain.user
     settings: dict[str, Any] = {"model_max_length": 10**30, "additional_special_tokens": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours = huggingface.read(tmp_path)
+    ours = tokenizer_folder.read(tmp_path)
     assert (ours.add_bos, ours.prepend_scheme) == (True, "always")
     assert ours.encode("a<tool>b") == [*plain.encode("a"), plain.user["<tool>"], *plain.encode("b")]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "legacy": False, "add_bos_token": False}))
-    ours = huggingface.read(tmp_path)
+    ours = tokenizer_folder.read(tmp_path)
     assert (ours.add_bos, ours.prepend_scheme) == (False, "first")
     assert ours.encode("a<tool>b")[:2] == plain.encode("a<tool>b")[:2]
     assert ours.encode("a<tool>b")[2:] == plain.encode("ab")[-1:] or ours.decode(ours.encode("a<tool>b")) == "a<tool>b"
@@ -325,28 +324,28 @@ def test_ranks_of_tiktoken(tmp_path: Path) -> None:
 def test_files_of_ranks_are_no_sentencepiece_models(tmp_path: Path) -> None:
     """As Meta has them, as a folder of Hugging Face's has them, and beside a tokenizer.json, which counts."""
     path = ranks(tmp_path / "tokenizer.model")
-    for ours in (read_tokenizer(path, 259 + 256), huggingface.read(tmp_path, size=259 + 256)):
+    for ours in (files.read(path, 259 + 256), tokenizer_folder.read(tmp_path, size=259 + 256)):
         assert ours.encode("abc bc abc") == [256, ord("c"), ord(" "), 257, 258]
         assert ours.control["<|eot_id|>"] == 268
     folder(tmp_path, library(), tokenizer_class="LlamaTokenizer", add_prefix_space=True)
-    ours = huggingface.read(tmp_path)
+    ours = tokenizer_folder.read(tmp_path)
     assert (ours.encode("a b"), ours.notes) == ([SA, SB], ())
 
 
 def test_ranks_of_more_bytes_than_a_token_may_have(tmp_path: Path) -> None:
     path = ranks(tmp_path / "tokenizer.model", b"x" * 1024)
-    assert huggingface.read(tmp_path).token_bytes(259) == b"x" * 1024
+    assert tokenizer_folder.read(tmp_path).token_bytes(259) == b"x" * 1024
     ranks(path, b"x" * 1025)
     with pytest.raises(TokenizerError, match=r"is damaged \(line 260 is not the next token"):
-        huggingface.read(tmp_path)
+        tokenizer_folder.read(tmp_path)
 
 
 def test_a_post_processor_with_another_token(tmp_path: Path) -> None:
     made = library()
     made.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    assert huggingface.read(folder(tmp_path, made)).bos_id == 2
+    assert tokenizer_folder.read(folder(tmp_path, made)).bos_id == 2
     with pytest.raises(TokenizerError, match="puts '</s>' around a text, which is not its bos_token"):
-        huggingface.read(folder(tmp_path, made, bos_token="<s>"))
+        tokenizer_folder.read(folder(tmp_path, made, bos_token="<s>"))
 
 
 def test_a_panic_of_the_library_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -356,7 +355,7 @@ def test_a_panic_of_the_library_is_one_line(tmp_path: Path, capfd: pytest.Captur
     for changes in ({"vocab": {k: v for k, v in IDS.items() if k != "▁a"}}, {"continuing_subword_prefix": "▁▁▁▁▁▁"}):
         path.write_text(json.dumps({**good, "model": good["model"] | changes}))
         with pytest.raises(TokenizerError) as caught:
-            huggingface.read(tmp_path)
+            tokenizer_folder.read(tmp_path)
         assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
@@ -369,7 +368,7 @@ def test_merges_make_no_control_token_of_text(tmp_path: Path) -> None:
     base = library()
     made.normalizer, made.decoder = base.normalizer, base.decoder
     made.add_special_tokens([AddedToken("▁ab", normalized=False)])
-    ours = huggingface.read(folder(tmp_path, made))
+    ours = tokenizer_folder.read(folder(tmp_path, made))
     assert ours.encode("ab ab") == [S, pieces["ab"], S, pieces["ab"]]
     assert ours.encode("a▁ab", special=True) == [S, A, pieces["▁ab"]]
 
@@ -387,7 +386,7 @@ def test_ids_of_the_vocabulary_count(tmp_path: Path) -> None:
         **told,
         added_tokens_decoder={str(S): {"content": "<tool>", "normalized": False, "special": False}},
     )
-    ours = huggingface.read(path)
+    ours = tokenizer_folder.read(path)
     expected = AutoTokenizer.from_pretrained(path).encode("a<tool>b", add_special_tokens=False)
     assert expected == [SA, made.token_to_id("<tool>"), SB]
     assert ours.encode("a<tool>b") == expected

@@ -9,7 +9,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from llama2.errors import TokenizerError
-from llama2.text import huggingface, library, modelproto, splits
+from llama2.text import library, modelproto, splits, tokenizer_folder
 from llama2.text import tokenizer as tokenizers
 from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_vocabulary
 from texts import train_bpe, train_sentencepiece
@@ -310,7 +310,7 @@ def test_damaged_tokenizer_json_is_refused(tmp_path: Path) -> None:
     for text in [json.dumps(b) for b in bad] + ["{", "[" * 10**5, "\x00"]:
         path.write_text(text)
         with pytest.raises(TokenizerError) as caught:
-            huggingface.read(path.parent)
+            tokenizer_folder.read(path.parent)
         assert "\n" not in str(caught.value)
 
 

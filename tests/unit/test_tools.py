@@ -18,7 +18,7 @@ from llama2.engine.request import Event
 from llama2.errors import DialogError, RequestError, TemplateError
 from llama2.serve.constrain.constraints import Constrainer, grammar, json_schema, regex
 from llama2.serve.constrain.tools import CallArguments, CallReader, CallStart, Piece, Text, Toolset
-from llama2.text import huggingface
+from llama2.text import tokenizer_folder
 from llama2.text.bpe import LETTERS
 from llama2.text.calls import ID, CallFormat, call_format
 from llama2.text.dialog import Dialog
@@ -60,7 +60,7 @@ def family(name: str) -> tuple[str, Tokenizer]:
         return HERMES, ours
     with TemporaryDirectory() as folder:
         if name == "llama3":
-            return LLAMA3, huggingface.read(train_bpe("llama-bpe", Path(folder, "tokenizer.json")).parent)
+            return LLAMA3, tokenizer_folder.read(train_bpe("llama-bpe", Path(folder, "tokenizer.json")).parent)
         path = Path(folder, "tokenizer.model")
         path.write_bytes(train_sentencepiece())
         return MISTRAL, from_sentencepiece(path, added=[(text, CONTROL) for text in MISTRAL_TOKENS])

@@ -334,13 +334,13 @@ def _tokenizer(folder: Path, size: int, base: Checkpoint) -> Tokenizer:
     One that has a token of padding alone beyond the `size` rows of embeddings gives its ends, and the base's does the
     rest. Raises TokenizerError, or CheckpointError for other tokens beyond them.
     """
-    from llama2.text import huggingface as texts
+    from llama2.text import tokenizer_folder
 
     own = base.tokenizer
-    tokenizer = texts.read(folder, bos_id=own.bos_id, eos_id=own.eos_id)
+    tokenizer = tokenizer_folder.read(folder, bos_id=own.bos_id, eos_id=own.eos_id)
     if tokenizer.vocab_size <= size:
         if tokenizer.vocab_size < size:
-            tokenizer = texts.read(folder, size=size, bos_id=own.bos_id, eos_id=own.eos_id)
+            tokenizer = tokenizer_folder.read(folder, size=size, bos_id=own.bos_id, eos_id=own.eos_id)
         tokenizer.stop_ids |= own.stop_ids
         return tokenizer
     pad = huggingface.read_object(folder, "tokenizer_config.json").get("pad_token")

@@ -187,7 +187,7 @@ def open(
     """Open a model file or folder, whichever format it has. Raises CheckpointError with the reason when it cannot.
 
     `vocabulary` is where what was derived from the model's vocabulary is kept, so that the next start is quick.
-    `tokenizer` is a file that replaces the model's own (`read_tokenizer`), and `tokenizer_mode` how spaces are put in
+    `tokenizer` is a file that replaces the model's own (`text.files.read`), and `tokenizer_mode` how spaces are put in
     front of text; RequestError for another word. `adapters` are merged in, each with a factor for its own scale
     (`adapter.merge`).
     `template` replaces its chat templates: one of their names, the name of a chat format, or a Jinja file
@@ -206,7 +206,9 @@ def open(
 
         opened = adapter.merge(opened, adapters)
     if tokenizer is not None:
-        opened._build_tokenizer = partial(read_tokenizer, tokenizer, opened.config.vocab_size)
+        from llama2.text import files as tokenizer_files
+
+        opened._build_tokenizer = partial(tokenizer_files.read, tokenizer, opened.config.vocab_size)
     if template is not None:
         from llama2.text import chat_formats
 
@@ -269,30 +271,3 @@ def _newest(path: Path) -> Path:
     found = (path / records.CHECKPOINTS).glob(f"step-*/{records.MODEL}")
     steps = {int(step[1]): model for model in found if (step := re.fullmatch(records.STATE, model.parent.name))}
     return steps[max(steps)] if steps else path
-
-
-def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in a file of its own: `tokenizer.model` of SentencePiece or of Llama 3, `tokenizer.json`, or
-    llama2.c's `tokenizer.bin`.
-
-    Raises TokenizerError or CheckpointError when there is none, it is damaged, or it has not `vocab_size` tokens.
-    """
-    from llama2.checkpoint import llama2c
-    from llama2.text import huggingface, tiktoken
-    from llama2.text import tokenizer as tokenizers
-
-    if not files.exists(path):
-        raise TokenizerError(f"no tokenizer in {path}; give its file with --tokenizer")
-    if llama2c.is_tokenizer(path):
-        tokenizer = llama2c.read_tokenizer(path, vocab_size)
-    elif path.name == "tokenizer.json":
-        tokenizer = huggingface.read(path.parent, size=vocab_size)
-    elif tiktoken.matches(data := tokenizers.read(path)):
-        tokenizer = tiktoken.tokenizer(path, data, vocab_size)
-    else:
-        tokenizer = tokenizers.sentencepiece_model(path, data)
-    if tokenizer.vocab_size != vocab_size:
-        raise TokenizerError(
-            f"{path}: has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the model's own tokenizer"
-        )
-    return tokenizer

@@ -554,10 +554,10 @@ def _tokenizer(folder: Path, config: ModelConfig, metadata: Metadata, generation
     stops = {*ends, *_ids(generation, "eos_token_id", config)}
 
     def build() -> Tokenizer:
-        from llama2.text import huggingface
+        from llama2.text import tokenizer_folder
 
         ids = {"bos_id": next(iter(begins), None), "eos_id": next(iter(ends), None)}
-        tokenizer = huggingface.read(folder, size=config.vocab_size, **ids)
+        tokenizer = tokenizer_folder.read(folder, size=config.vocab_size, **ids)
         tokenizer.stop_ids |= stops
         return tokenizer
 
@@ -584,13 +584,13 @@ def write(checkpoint: Checkpoint, folder: Path, *, shard: int = _SHARD) -> None:
     """Write a model to `folder`, with one tensor in memory at a time. A file has at least one, and up to `shard` bytes.
 
     Floats keep their format; quantised weights become F32. Raises CheckpointError for rotary scaling that config.json
-    cannot express, and when the file system does not allow it; TokenizerError as `text.huggingface.written` does.
+    cannot express, and when the file system does not allow it; TokenizerError as `text.tokenizer_folder.written` does.
     """
-    from llama2.text import huggingface
+    from llama2.text import tokenizer_folder
 
     config = checkpoint.config
     with checkpoint.naming():
-        texts = huggingface.written(checkpoint.tokenizer, checkpoint.templates)
+        texts = tokenizer_folder.written(checkpoint.tokenizer, checkpoint.templates)
     texts |= {name: _json(value) for name, value in _configurations(checkpoint).items()}
     if checkpoint.licence is not None:
         texts["README.md"] = f"---\nlicense: {checkpoint.licence}\n---\n".encode()

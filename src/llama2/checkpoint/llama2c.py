@@ -1,4 +1,4 @@
-"""llama2.c's `.bin` files, versions 0, 1 and 2, and its `tokenizer.bin` ⇄ Checkpoint (spec 1.4d; its export.py, run.c).
+"""llama2.c's `.bin` files, versions 0, 1 and 2 ⇄ Checkpoint (spec 1.4d; its export.py, run.c).
 
 A model is a header of seven sizes and, without gaps, the tensors in an order that the version fixes: 0 and 1 in
 float32, 2 with matrices in groups of 8-bit integers that share a float32 scale. What the header does not tell is what
@@ -8,27 +8,23 @@ run.c has built in: norm_eps 1e-5, rotary base 10000, <s> and </s> at 1 and 2. R
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.checkpoint import read_tokenizer as tokenizer_in
 from llama2.checkpoint.mapped import MappedFile, damaged, start_of
 from llama2.config import ModelConfig
-from llama2.errors import CheckpointError, ConfigError, TokenizerError
+from llama2.errors import CheckpointError, ConfigError
 from llama2.files import create
-
-if TYPE_CHECKING:
-    from llama2.text.tokenizer import Tokenizer
+from llama2.text import files as tokenizer_files
+from llama2.text import tokenizer_bin
 
 Bytes = NDArray[np.uint8]
 
@@ -36,11 +32,9 @@ _MAGIC = 0x616B3432.to_bytes(4, "little")  # "ak42", backwards
 _SIZES = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, context_length
 _HEADER = struct.Struct("<4si7iBi")  # magic, version, sizes, whether the output head is tied, group
 _HEADER_BYTES = 256
-_TOKEN = struct.Struct("<fI")  # score, length
 _GROUP, _CHUNK = 64, 1 << 12  # weights that share a scale; groups, or positions, that are computed at a time
 _EPS, _THETA = 1e-5, 10000.0
 _TOKENIZER = "tokenizer.bin"
-_MARKS = ("<unk>", "\n<s>\n", "\n</s>\n")  # how tokens 0, 1 and 2 stand in a tokenizer.bin
 _TABLES = "freqs"  # cosine and sine of each position's angles, in version 0; run.c, too, skips them
 
 _ATTENTION = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
@@ -158,7 +152,7 @@ def read(path: Path) -> Checkpoint:
         tensors={name: tensors[name] for name in config.tensor_shapes()},
         metadata=MappingProxyType({"version": layout.version, "group_size": layout.group}),
         name=path.stem,
-        _build_tokenizer=partial(tokenizer_in, path.with_name(_TOKENIZER), config.vocab_size),
+        _build_tokenizer=partial(tokenizer_files.read, path.with_name(_TOKENIZER), config.vocab_size),
     )
 
 
@@ -225,44 +219,6 @@ def _to_groups(values: NDArray[np.float32], group: int) -> tuple[NDArray[np.int8
     return q, scales
 
 
-def is_tokenizer(path: Path) -> bool:
-    """Whether a file is a `tokenizer.bin`: its longest token has less than 2^16 bytes, and no SentencePiece model
-    has zeros there.
-    """
-    return start_of(path, 4)[2:] == b"\0\0"
-
-
-def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of so many tokens in a `tokenizer.bin`.
-
-    A file is: length of the longest token, then score, length and bytes of each, with spaces for U+2581. It does not
-    tell the types of tokens, but these have their places: unknown, beginning and end of text, then bytes and others.
-    Raises CheckpointError when the file ends early, TokenizerError when its tokens are not a Llama's.
-    """
-    from llama2.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, from_pieces
-
-    file = MappedFile(path)
-    pieces: list[bytes] = []
-    scores: list[float] = []
-    at = 4
-    for token in range(vocab_size):
-        file.check(at, _TOKEN.size, f"token {token}")
-        score, length = _TOKEN.unpack_from(file.buffer, at)
-        at += _TOKEN.size
-        pieces.append(file.view(at, length, f"token {token}").tobytes())
-        scores.append(score)
-        at += length
-    if at != file.size:
-        raise TokenizerError(f"{path}: has more than the model's {vocab_size} tokens; give the model's own tokenizer")
-    for token, mark in enumerate(_MARKS):
-        if pieces[token : token + 1] != [mark.encode()]:
-            raise TokenizerError(f"{path}: its token {token} is not {mark.strip()}; give the model's own tokenizer")
-    pieces[: len(_MARKS)] = [mark.strip().encode() for mark in _MARKS]
-    types = [BYTE if re.fullmatch(rb"<0x[0-9A-F]{2}>", piece) else NORMAL for piece in pieces]
-    types[: len(_MARKS)] = UNKNOWN, CONTROL, CONTROL
-    return from_pieces([piece.replace(b" ", "▁".encode()) for piece in pieces], scores, types)
-
-
 def vocabulary(checkpoint: Checkpoint) -> bytes:
     """The `tokenizer.bin` of a checkpoint."""
     tokenizer = checkpoint.tokenizer
@@ -273,7 +229,4 @@ def vocabulary(checkpoint: Checkpoint) -> bytes:
             f"{checkpoint.path}: llama2.c needs a SentencePiece vocabulary with <unk>, <s> and </s> at 0, 1 and 2; "
             "choose gguf or hf"
         )
-    pieces = [piece.replace("▁", " ").encode() for piece in v.pieces]
-    pieces[: len(_MARKS)] = [mark.encode() for mark in _MARKS]
-    tokens = (_TOKEN.pack(score, len(piece)) + piece for score, piece in zip(v.scores, pieces, strict=True))
-    return struct.pack("<I", max(map(len, pieces))) + b"".join(tokens)
+    return tokenizer_bin.pack(v)

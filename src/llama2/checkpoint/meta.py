@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 
 from llama2 import files as model_files
 from llama2.checkpoint import pth, safetensors
-from llama2.checkpoint.checkpoint import Checkpoint, Tensor, read_tokenizer
+from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.mapped import damaged, quote, start_of
 from llama2.checkpoint.metadata import Metadata
 from llama2.config import ModelConfig, RopeScaling
 from llama2.errors import CheckpointError, ConfigError
 from llama2.files import create
+from llama2.text import files as tokenizer_files
 
 Bytes = NDArray[np.uint8]
 
@@ -96,7 +97,7 @@ def read(path: Path) -> Checkpoint:
         metadata=MappingProxyType(params),
         name=path.resolve().name,
         notes=tuple(notes),
-        _build_tokenizer=partial(read_tokenizer, tokenizer_file(path), config.vocab_size),
+        _build_tokenizer=partial(tokenizer_files.read, tokenizer_file(path), config.vocab_size),
     )
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from llama2 import files as safely
 from llama2.errors import DataError
-from llama2.text import huggingface
+from llama2.text import tokenizer_folder
 from llama2.text.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -272,7 +272,7 @@ class Shards:
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens. Raises TokenizerError."""
         own = self.manifest.tokenizer
-        return huggingface.read(self.folder, size=own.vocabulary, bos_id=own.bos_id, eos_id=own.eos_id)
+        return tokenizer_folder.read(self.folder, size=own.vocabulary, bos_id=own.bos_id, eos_id=own.eos_id)
 
     def check_tokenizer(self, path: Path) -> None:
         """Raise DataError unless the file at `path` is the tokenizer that made these tokens."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama2.errors import DataError, TokenizerError
-from llama2.text import huggingface, tokenizer
+from llama2.text import tokenizer, tokenizer_folder
 from llama2.text.tokenizer import NORMAL, Tokenizer
 
 #: So many words of up to so many characters are remembered.
@@ -21,7 +21,7 @@ def open_tokenizer(file: Path) -> Tokenizer:
     elif file.with_name("tokenizer.model").exists():
         raise DataError(f"{file}: tokenizer.model, which stands beside it, says more; use that")
     else:
-        opened = huggingface.read(file.parent)
+        opened = tokenizer_folder.read(file.parent)
     if opened.eos_id is None:
         raise DataError(f"{file}: has no EOS token, which ends every document; use another")
     return opened

@@ -1,7 +1,7 @@
 """One Tokenizer over SentencePiece models and byte-level BPE (paper 2.2, spec 2.1–2.2).
 
 The libraries sentencepiece and tokenizers do the work, but for byte-level merges (bpe.py). A vocabulary comes from a
-SentencePiece `tokenizer.model`, a GGUF file's metadata, or a `tokenizer.json` (library.py and huggingface.py).
+SentencePiece `tokenizer.model`, a GGUF file's metadata, or a `tokenizer.json` (library.py and tokenizer_folder.py).
 
 Text is cut at added tokens first. What lies between is encoded alone, and may get a space in front (`PrependScheme`).
 """

@@ -23,7 +23,7 @@ from llama2.data.shards import Shards
 from llama2.errors import DataError, RecipeError, RunError
 from llama2.model.transformer import Transformer
 from llama2.records import Run
-from llama2.text import huggingface
+from llama2.text import tokenizer_folder
 from llama2.text.tokenizer import Tokenizer
 from llama2.train.lock import hold
 from llama2.train.loop import Loop, Sample, Watch, refuse_longer
@@ -160,7 +160,7 @@ class _Corpus:
 
     def _tokenizer(self, start: Checkpoint) -> Path:
         """The model's tokenizer as a file, which a GGUF has not."""
-        written = huggingface.written(start.tokenizer, {})
+        written = tokenizer_folder.written(start.tokenizer, {})
         if model := written.get("tokenizer.model"):
             written = {"tokenizer.model": model}
         place = self._run / "tokenizer"
