@@ -1,5 +1,6 @@
 """Chat templates of strangers: what they write, what they may not do, and what user text never becomes by them."""
 
+import re
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -7,6 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llama2.errors import DialogError, TemplateError
 from llama2.text import template as templates
@@ -239,3 +242,19 @@ def test_product_of_markers_at_every_edge() -> None:
         broken = templates._break_tokens(before + after, "\ue000", ours)
         assert broken.replace("\ue000", "") == before + after
         assert not any(token in broken for token in ours.control)
+
+
+@given(
+    st.sets(st.text("aAbıiIİsSſßẞéÉ| ", min_size=1, max_size=5), max_size=9), st.text("aAbıiIİsSſßẞéÉ| ", max_size=30)
+)
+def test_spelled_tokens_are_found_as_a_regular_expression_finds_them(tokens: set[str], text: str) -> None:
+    long = "|".join(map(re.escape, sorted(token for token in tokens if len(token) > 1))) or "(?!)"
+    wanted = {match.start() for match in re.finditer(f"(?={long})", text, re.IGNORECASE)}
+    assert wanted <= {*templates._Spellings(tokens).starts(text)}
+
+
+@pytest.mark.timeout(20)
+def test_many_control_tokens_are_found_in_a_long_text() -> None:
+    spelled = templates._Spellings([f"<|reserved_{i}|>" for i in range(100_000)])
+    text = "".join(f"<|RESERVED_{i}|> <|reserved_x|> " for i in range(99_000, 100_000))
+    assert len([*spelled.starts(text * 4)]) == 4000

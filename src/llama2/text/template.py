@@ -8,8 +8,9 @@ template then writes is split at its own control tokens, and that character is d
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from itertools import chain, islice, pairwise
@@ -190,49 +191,21 @@ def render(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a dialog as the template `source` writes it, and which of them the assistant said.
 
-    The prompt for an answer is added unless the last message is the assistant's; with `continue_final` that one is cut
-    off where its text ends, white space at its end included. What the assistant said begins
-    where the prompt for an answer ends, and ends with the end-of-turn token; a second rendering, with marks around the
-    answers, tells where. Where the assistant called tools, what is written of the messages up to an answer tells it. If
-    a template does more with an answer than trim it, or writes earlier messages otherwise once there are later
-    ones, that cannot be told: then no token of a dialog that ends with a question is marked, and one that ends with the
-    assistant is refused.
+    The prompt for an answer is added unless the last message is the assistant's. With `continue_final` that one is cut
+    off where its text ends, white space at its end included. What the assistant said begins where the prompt for an
+    answer ends, and ends with the end-of-turn token. A second rendering, with edges around the answers, shows where;
+    for answers that call tools, renderings of the messages up to each. If the template rewrites answers, that fails:
+    then no token of a dialog that ends with a question is marked, and one that ends with the assistant is refused.
 
-    A template that nobody has read could cut and join a message's letters to a control token all the same. So it
-    renders once more, with the marker around each letter, and must write the same control tokens.
+    An unknown template could still join a message's letters to a control token. So it renders once more, with the
+    marker around each letter, and must write the same control tokens.
 
     Raises TemplateError for a template that fails or exceeds its limits, DialogError for a message that it makes a
     control token of.
     """
-    for name, value in variables.items():
-        if name in RESERVED:
-            raise TemplateError(f"template variable {name!r} is the template's own; it cannot be set")
-        if not isinstance(value, (str, int, float, type(None))):
-            raise TemplateError(f"template variable {name!r} must be text, a number, true, false or null")
+    _check_variables(variables)
     marker, edge = _unused_characters(source, *tokenizer.control, *texts_of([messages, variables, tools]))
-
-    def gently(text: str) -> str:
-        return _break_tokens(text, marker, tokenizer)
-
-    def edged(text: str) -> str:
-        broken = gently(text)
-        core = broken.strip()
-        return broken.replace(core, edge + core + edge, 1)
-
-    def everywhere(text: str) -> str:
-        return text and marker + "".join(letter + marker for letter in text)  # a template may ask whether there is any
-
-    def job(
-        breaks: Callable[[str], str], prefixes: Sequence[tuple[int, bool]], marked: Container[int] = ()
-    ) -> dict[str, Any]:
-        def message(i: int, m: Mapping[str, Any]) -> dict[str, Any]:
-            says = edged if i in marked else breaks
-            rest = {name: each_text(value, breaks) for name, value in m.items() if name in ("name", "tool_calls")}
-            return {**m, **rest, "content": m["content"] and says(m["content"])}
-
-        given = {**each_text(dict(variables), breaks, keys=False), "tools": each_text(tools, breaks)}
-        return _job([message(i, m) for i, m in enumerate(messages)], prefixes, _variables(tokenizer) | given)
-
+    dialog = _Marked(messages, variables, tools, tokenizer, marker, edge)
     asks = messages[-1]["role"] != "assistant"
     calls = any("tool_calls" in m for m in messages)
     whole = [(len(messages), asks)]
@@ -240,10 +213,10 @@ def render(
     question = [(i, flag) for i in answers[:1] for flag in (False, True)]
     resumed = continue_final and not asks
     jobs = [
-        job(gently, whole),
-        job(gently, whole, answers[-1:] if resumed else answers),
-        job(gently, question),
-        job(everywhere, whole),
+        dialog.job(dialog.gently, whole),
+        dialog.job(dialog.gently, whole, answers[-1:] if resumed else answers),
+        dialog.job(dialog.gently, question),
+        dialog.job(dialog.everywhere, whole),
     ]
     texts, marked, asked, *check = _run(source, jobs[: 3 if known(source) else 4])
     text = "".join(texts or ())
@@ -260,11 +233,56 @@ def render(
         spans = _spans(parts, prompt, tokenizer, ends(source, tokenizer), stops(source))
     elif asks:
         spans = []
-    elif calls and (called := _spans_of_calls(source, job(gently, _around(answers)), text, tokenizer)):
-        spans = called
-    else:
-        raise TemplateError("the chat template rewrites the assistant's messages, so what it said cannot be told")
+    elif not (calls and (spans := _spans_of_calls(source, dialog, answers, text))):
+        raise TemplateError("the chat template rewrites the assistant's messages, so what it said cannot be told apart")
     return _encode(text, spans, marker, tokenizer)
+
+
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    for name, value in variables.items():
+        if name in RESERVED:
+            raise TemplateError(f"template variable {name!r} is the template's own; it cannot be set")
+        if not isinstance(value, (str, int, float, type(None))):
+            raise TemplateError(f"template variable {name!r} must be text, a number, true, false or null")
+
+
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """A dialog as a template is given it: with a `marker` in what spells control tokens, an `edge` around answers."""
+
+    messages: Sequence[Mapping[str, Any]]
+    variables: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]] | None
+    tokenizer: Tokenizer
+    marker: str
+    edge: str
+
+    def gently(self, text: str) -> str:
+        """`text` with the marker in every control token."""
+        return _break_tokens(text, self.marker, self.tokenizer)
+
+    def everywhere(self, text: str) -> str:
+        """`text` with the marker around each letter; an empty one stays so, since a template may ask for that."""
+        return text and self.marker + "".join(letter + self.marker for letter in text)
+
+    def job(
+        self, breaks: Callable[[str], str], prefixes: Sequence[tuple[int, bool]], edged: Container[int] = ()
+    ) -> dict[str, Any]:
+        """The job of writing `prefixes` of the dialog, its texts changed by `breaks`, those of some messages edged."""
+
+        def message(i: int, m: Mapping[str, Any]) -> dict[str, Any]:
+            says = self._edged if i in edged else breaks
+            rest = {name: each_text(value, breaks) for name, value in m.items() if name in ("name", "tool_calls")}
+            return {**m, **rest, "content": m["content"] and says(m["content"])}
+
+        given = {**each_text(dict(self.variables), breaks, keys=False), "tools": each_text(self.tools, breaks)}
+        messages = [message(i, m) for i, m in enumerate(self.messages)]
+        return _job(messages, prefixes, _variables(self.tokenizer) | given)
+
+    def _edged(self, text: str) -> str:
+        broken = self.gently(text)
+        core = broken.strip()
+        return broken.replace(core, self.edge + core + self.edge, 1)
 
 
 def each_text(value: Any, change: Callable[[str], str], *, keys: bool = True, deep: int = _DEEPEST) -> Any:
@@ -354,25 +372,21 @@ def _spans(
     return spans
 
 
-def _around(answers: Iterable[int]) -> list[tuple[int, bool]]:
-    """The prefixes of a dialog that end with the prompt for each of its answers, and with that answer."""
-    return [prefix for i in answers for prefix in ((i, True), (i + 1, False))]
+def _spans_of_calls(source: str, dialog: _Marked, answers: Iterable[int], text: str) -> list[tuple[int, int]]:
+    """Where answers are in `text`, by what the template writes up to the prompt for each, and up to its end.
 
-
-def _spans_of_calls(source: str, job: dict[str, Any], text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Where answers stand in `text`, by what the template writes `_around` each; none where it is not what `text` says.
-
-    An answer ends with its end-of-turn token.
+    An answer ends with its end-of-turn token. There are none where the template writes something else than `text`.
     """
-    (prefixes,) = _run(source, [job])
+    prefixes = [prefix for i in answers for prefix in ((i, True), (i + 1, False))]
+    (written,) = _run(source, [dialog.job(dialog.gently, prefixes)])
     spans = []
-    for before, through in zip(*[iter(prefixes or ())] * 2, strict=True):
+    for before, through in zip(*[iter(written or ())] * 2, strict=True):
         if not (through.startswith(before) and text.startswith(through)):
             return []
         end = len(before)
-        for part, token in tokenizer.split(through[len(before) :]):
+        for part, token in dialog.tokenizer.split(through[len(before) :]):
             end += len(part)
-            if token in ends(source, tokenizer):
+            if token in ends(source, dialog.tokenizer):
                 break
         spans.append((len(before), end))
     return spans
@@ -397,32 +411,62 @@ def _unused_characters(*texts: str) -> tuple[str, str]:
     return unused[0], unused[1]
 
 
-@lru_cache(maxsize=8)
-def _places(tokenizer: Tokenizer) -> tuple[re.Pattern[str], list[str], list[str]]:
-    """What to break in a text: a whole control token in it, the first part of one at its end, the last at its start.
+class _Spellings:
+    """Where a text spells a control token, whatever the case of its letters, or half of one at an edge."""
 
-    Control tokens stand in order, and so do their letters backwards.
-    """
-    tokens = sorted(text for text in tokenizer.control if len(text) > 1)
-    whole = "|".join(map(re.escape, tokens)) or "(?!)"
-    return re.compile(f"(?={whole})", re.IGNORECASE), tokens, sorted(text[::-1] for text in tokens)  # any case
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._tokens = sorted(text for text in texts if len(text) > 1)
+        self._backwards = sorted(text[::-1] for text in self._tokens)
+        self._folded: list[str] = []  # sorted, without those that begin with another
+        for text in sorted(map(_fold, self._tokens)):
+            if not self._folded or not text.startswith(self._folded[-1]):
+                self._folded.append(text)
+        self._longest = max(map(len, self._tokens), default=0)
+        firsts = {letter for text in self._tokens for letter in (text[0], _fold(text[0]))}
+        self._first = re.compile(f"[{re.escape(''.join(sorted(firsts)))}]" if firsts else "(?!)", re.IGNORECASE)
+
+    def starts(self, text: str) -> Iterator[int]:
+        """Where a token begins in `text`. Of sorted texts, none of which begins another, it is the last that sorts
+        before what is there: the time does not depend on how many there are.
+        """
+        folded = _fold(text) if self._first.search(text) else ""
+        for match in self._first.finditer(text) if folded else ():
+            at = match.start()
+            i = bisect_right(self._folded, folded[at : at + self._longest])
+            if i and folded.startswith(self._folded[i - 1], at):
+                yield at
+
+    def halves(self, text: str) -> Iterator[int]:
+        """The edges of `text`, trimmed or not, where a token could begin before it or end behind it."""
+        for end in (len(text), len(text.rstrip())):
+            if _ends_as_one_begins(text[max(0, end - self._longest) : end], self._tokens):
+                yield end
+        for start in (0, len(text) - len(text.lstrip())):
+            if _ends_as_one_begins(text[start : start + self._longest][::-1], self._backwards):
+                yield start
+
+
+@lru_cache(maxsize=8)
+def _spellings(tokenizer: Tokenizer) -> _Spellings:
+    return _Spellings(tokenizer.control)
+
+
+def _fold(text: str) -> str:
+    """`text` in one case, as long as it was: what `re.IGNORECASE` holds for equal, and what a template may change."""
+    return text.lower() if text.isascii() else "".join(letter.lower().upper().lower()[0] for letter in text)
 
 
 def _break_tokens(text: str, marker: str, tokenizer: Tokenizer) -> str:
     """`text` with `marker` within every control token, and at an edge where half of one stands, trimmed or not."""
-    whole, tokens, backwards = _places(tokenizer)
-    cuts = {match.start() + 1 for match in whole.finditer(text)}
-    cuts |= {end for end in (len(text), len(text.rstrip())) if _ends_as_one_begins(text[:end], tokens)}
-    starts = (0, len(text) - len(text.lstrip()))
-    cuts |= {start for start in starts if _ends_as_one_begins(text[start:][::-1], backwards)}
+    spelled = _spellings(tokenizer)
+    cuts = {at + 1 for at in spelled.starts(text)} | {*spelled.halves(text)}
     edges = [0, *sorted(cuts), len(text)]
     return marker.join(text[start:end] for start, end in pairwise(edges)) if cuts else text
 
 
 def _ends_as_one_begins(text: str, tokens: Sequence[str]) -> bool:
     """Whether an end of `text` is a beginning of one of the sorted `tokens`."""
-    longest = max(map(len, tokens), default=0)
-    for size in range(1, min(longest, len(text)) + 1):
+    for size in range(1, len(text) + 1):
         at = bisect_left(tokens, text[-size:])
         if at < len(tokens) and tokens[at].startswith(text[-size:]):
             return True
