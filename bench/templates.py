@@ -92,19 +92,8 @@ def vocabulary(template: str) -> tokenizer.Tokenizer:
     """A byte a token, and the control tokens that the template spells."""
     control = [BOS, EOS, *sorted({*CONTROL.findall(template)} - {BOS, EOS})]
     pieces = [*control, *bpe.BYTES]
-    return tokenizer.from_vocabulary(
-        "bpe",
-        pieces,
-        scores=None,
-        types=[tokenizer.CONTROL] * len(control) + [tokenizer.NORMAL] * len(bpe.BYTES),
-        merges=[],
-        pre="gpt2",
-        bos_id=0,
-        eos_id=1,
-        unk_id=None,
-        add_bos=False,
-        add_eos=False,
-    )
+    types = [tokenizer.CONTROL] * len(control) + [tokenizer.NORMAL] * len(bpe.BYTES)
+    return tokenizer.from_merges(pieces, types, [], "gpt2", tokenizer.Ends(0, 1))
 
 
 def ours(template: str, messages: list[dict[str, Any]], tools: Any) -> str:

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama2.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Tokenizer, from_pieces
+from llama2.text.tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    Ends,
+    Tokenizer,
+    from_merges,
+    from_pieces,
+    from_scores,
+)
 
 _WORDS = """
     the of and to in is it that Hello World don't we'LL I'm it's he'd they've naïve café über señor Привет мир 日本語
@@ -137,3 +148,15 @@ def llama2_tokenizer() -> Tokenizer:
         pieces[int(token)], types[int(token)] = piece, NORMAL
     scores = [0.0 if i < 259 else -1e9 if not piece.strip("▁") else 259.0 - i for i, piece in enumerate(pieces)]
     return from_pieces(pieces, scores, types)
+
+
+def from_parts(kind: str, pieces: Sequence[str], **parts: Any) -> Tokenizer:
+    """A tokenizer of a `Vocabulary`'s fields and those of `Ends`, by name."""
+    named = {name: parts.get(name) for name in ("types", "scores", "merges", "pre", "unk_id")}
+    ends = Ends(**{name: value for name, value in parts.items() if name in Ends.__slots__})
+    if kind == "bpe":
+        return from_merges(pieces, named["types"], named["merges"], named["pre"], ends)
+    scheme = parts.get("prepend_scheme", "never")
+    return from_scores(
+        pieces, named["scores"] or (), named["types"], ends, unk_id=named["unk_id"], prepend_scheme=scheme
+    )

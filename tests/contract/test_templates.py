@@ -80,14 +80,18 @@ def test_hostile_templates_end(template: str, reason: str) -> None:
 
 def test_one_process_serves_until_it_is_killed() -> None:
     rendered("{{ messages[0].content }}", "a")
-    first = templates._worker.process
+    worker = bpe().sandbox
+    first = worker.process
     assert first is not None
     rendered("{{ messages[0].content }}b", "a")
-    assert templates._worker.process is first
+    assert worker.process is first
     first.kill()
     first.wait()
     assert rendered("{{ messages[0].content }}", "a") == "a"
-    assert templates._worker.process is not first
+    assert worker.process not in (first, None)
+    bpe().close()
+    assert worker.process is None
+    assert rendered("{{ messages[0].content }}", "a") == "a"
 
 
 def test_conventions_of_hugging_face_templates() -> None:

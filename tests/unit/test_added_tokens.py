@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as Library
 
 from llama2.errors import TokenizerError
 from llama2.text import files, tiktoken, tokenizer_folder
-from llama2.text.tokenizer import AddedTokens, Flags, from_sentencepiece, from_vocabulary
-from texts import train_sentencepiece
+from llama2.text.tokenizer import AddedTokens, Flags, from_sentencepiece
+from texts import from_parts, train_sentencepiece
 
 SPACE = "▁"
 PIECES = [
@@ -54,7 +54,7 @@ def sentencepiece(**changes: Any) -> Any:
         **{"merges": None, "pre": None, "bos_id": 1, "eos_id": 2, "unk_id": 0, "add_bos": True, "add_eos": False},
         "prepend_scheme": "always",
     }
-    return from_vocabulary("sentencepiece", **{**parts, **changes})
+    return from_parts("sentencepiece", **{**parts, **changes})
 
 
 def test_a_space_is_put_before_each_part_between_added_tokens() -> None:

@@ -21,7 +21,7 @@ from llama2.errors import DialogError, TemplateError
 from llama2.text import bpe, chat_formats, template
 from llama2.text.calls import call_format
 from llama2.text.dialog import Dialog
-from llama2.text.tokenizer import CONTROL, END_OF_TURN, NORMAL, Tokenizer, from_vocabulary
+from llama2.text.tokenizer import CONTROL, END_OF_TURN, NORMAL, Ends, Tokenizer, from_merges
 from models import write_tiny_gguf
 from texts import llama2_tokenizer
 
@@ -99,8 +99,7 @@ def bytes_and(*control: str, add_bos: bool = True) -> Tokenizer:
     """A byte a token, BOS, EOS and `control` tokens."""
     pieces = ["<s>", "</s>", *control, *bpe.BYTES]
     types = [CONTROL] * (2 + len(control)) + [NORMAL] * len(bpe.BYTES)
-    rest: dict[str, Any] = {"scores": None, "merges": [], "pre": "gpt2", "unk_id": None}
-    return from_vocabulary("bpe", pieces, types=types, bos_id=0, eos_id=1, add_bos=add_bos, add_eos=False, **rest)
+    return from_merges(pieces, types, [], "gpt2", Ends(0, 1, add_bos))
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -327,8 +326,9 @@ def test_a_lone_surrogate_in_a_template_or_beside_it(tmp_path: Path) -> None:
 
 def test_long_control_tokens_take_little_memory() -> None:
     ours = bytes_and(*(f"<|{chr(97 + i) * 1000}" for i in range(20)))
-    places = template._places(ours)
-    assert sum(map(len, (*places[1], *places[2]))) < 100_000  # and not a beginning for each letter
+    spelled = template._spellings(ours)
+    texts = (*spelled._tokens, *spelled._backwards, *spelled._folded)
+    assert sum(map(len, texts)) < 100_000  # and not a beginning for each letter
     assert template._break_tokens("z <|" + "c" * 500, "\ue000", ours) == "z <|" + "c" * 500 + "\ue000"
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from llama2.data import clean, compressed, dialog_table, extract, personal, quality, read
+from llama2.data import clean, compressed, extract, personal, quality, read
 from llama2.data.settings import BuildRecipe
 from llama2.data.words import Words
 from llama2.errors import DataError
@@ -268,19 +268,15 @@ def test_sources_that_no_compiler_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="no /proc here")
-@pytest.mark.parametrize("reader", [extract, dialog_table], ids=["documents", "dialogs"])
-def test_a_reader_has_a_limit_of_memory(reader: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["parquet", "rows"])
+def test_a_reader_has_a_limit_of_memory(form: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    asked: dict[str, Any] = {"place": str(tmp_path / "a.parquet"), "limit": 10}
-    if reader is extract:
-        asked |= {"form": "parquet", "names": ["text"], "seconds": 5}
-    worker = Worker(reader.__file__, DataError)
-    try:
+    place = str(tmp_path / "a.parquet")
+    asked = {"place": place, "form": form, "names": ["text"], "limit": 10, "seconds": 5}
+    with Worker(extract.__file__, DataError) as worker:
         assert "error" not in worker.ask(asked, 20)
         assert worker.process is not None
         limits = Path(f"/proc/{worker.process.pid}/limits").read_text()
-    finally:
-        worker.close()
     [size] = re.findall(r"Max address space +(\d+)", limits)
     assert int(size) == 1280 << 20
 

@@ -1,5 +1,6 @@
 """The GGUF reader on files written by the `gguf` package."""
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from llama2 import checkpoint
 from llama2.checkpoint import gguf as reader
 from llama2.config import ModelConfig, RopeScaling
 from llama2.errors import CheckpointError
+from llama2.text.tokenizer import Ends
 from models import TokenizerKind, tiny_config, write_tiny_gguf
 
 FORMATS = [
@@ -141,10 +143,10 @@ def test_versions(version: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "pre", "expected"),
     [
-        ("sentencepiece", "", {"pre": None, "unk_id": 0, "add_bos": True, "prepend_scheme": "always"}),
-        ("bpe", "smollm", {"pre": "smollm", "unk_id": None, "add_bos": False, "prepend_scheme": "never"}),
+        ("sentencepiece", "", {"unk_id": 0, "ends": Ends(1, 2, add_bos=True), "prepend_scheme": "always"}),
+        ("bpe", "smollm", {"pre": "smollm", "ends": Ends(1, 2)}),
         ("bpe", "gpt-2", {"pre": "gpt2"}),
-        ("bpe", "llama-v3", {"pre": "llama-bpe", "add_bos": True}),
+        ("bpe", "llama-v3", {"pre": "llama-bpe", "ends": Ends(1, 2, add_bos=True)}),
     ],
 )
 def test_what_the_tokenizer_is_built_from(
@@ -156,18 +158,21 @@ def test_what_the_tokenizer_is_built_from(
 
     made = SimpleNamespace(stop_ids=frozenset(), notes=())
 
-    def record(kind: str, pieces: Any, **options: Any) -> SimpleNamespace:
-        calls.append({"kind": kind, "pieces": pieces, **options})
-        return made
+    def recorded(function: Any) -> Any:
+        def record(*given: Any, **named: Any) -> SimpleNamespace:
+            calls.append(inspect.signature(function).bind(*given, **named).arguments)
+            return made
 
-    monkeypatch.setattr(llama2.text.tokenizer, "from_vocabulary", record)
+        return record
+
+    name = "from_merges" if tokenizer == "bpe" else "from_scores"
+    monkeypatch.setattr(llama2.text.tokenizer, name, recorded(getattr(llama2.text.tokenizer, name)))
     model = checkpoint.open(path)
     assert not calls  # built on first use
     assert model.tokenizer is model.tokenizer is made
     (call,) = calls
     fields = gguf.GGUFReader(path).fields
-    assert call.items() >= {"kind": tokenizer, "bos_id": 1, "eos_id": 2, "eot_id": None}.items()
-    assert call.items() >= {"add_eos": False, **expected}.items()
+    assert {name: call[name] for name in expected} == expected
     assert list(call["pieces"]) == fields["tokenizer.ggml.tokens"].contents()
     assert call["types"] == fields["tokenizer.ggml.token_type"].contents()
     if tokenizer == "bpe":

@@ -20,6 +20,7 @@ from llama2.convert import answers, convert, receipt
 from llama2.errors import EngineError, ParityError
 from llama2.text import tokenizer as tokenizers
 from meta_bytes import CONFIG
+from texts import from_parts
 
 Patch = pytest.MonkeyPatch
 
@@ -102,7 +103,7 @@ def vocabulary(**changes: Callable[[Any], Any]) -> Callable[[Checkpoint], Checkp
         parts = {name: getattr(made, name) for name in made.__slots__}
         parts |= {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "add_bos", "add_eos")}
         parts |= {name: make(parts[name]) for name, make in changes.items()}
-        return replace(model, _build_tokenizer=lambda: tokenizers.from_vocabulary(**parts))
+        return replace(model, _build_tokenizer=lambda: from_parts(**parts))
 
     return change
 

@@ -11,8 +11,8 @@ from sentencepiece import SentencePieceProcessor
 from llama2.errors import TokenizerError
 from llama2.text import library, modelproto, splits, tokenizer_folder
 from llama2.text import tokenizer as tokenizers
-from llama2.text.tokenizer import Tokenizer, from_sentencepiece, from_vocabulary
-from texts import train_bpe, train_sentencepiece
+from llama2.text.tokenizer import Tokenizer, from_sentencepiece
+from texts import from_parts, train_bpe, train_sentencepiece
 
 # A byte-level vocabulary by hand: three control tokens, printable ASCII and space, two merges, one user-defined token.
 ASCII = [chr(byte) for byte in range(0x21, 0x7F)] + ["Ġ"]
@@ -45,7 +45,7 @@ SENTENCEPIECE: dict[str, Any] = {
 
 
 def build(base: dict[str, Any], **changes: Any) -> Tokenizer:
-    return from_vocabulary(**{**base, **changes})
+    return from_parts(**{**base, **changes})
 
 
 def changed(values: list[Any], at: int, value: Any) -> list[Any]:

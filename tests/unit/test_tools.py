@@ -22,7 +22,7 @@ from llama2.text import tokenizer_folder
 from llama2.text.bpe import LETTERS
 from llama2.text.calls import ID, CallFormat, call_format
 from llama2.text.dialog import Dialog
-from llama2.text.tokenizer import CONTROL, NORMAL, Tokenizer, from_sentencepiece, from_vocabulary
+from llama2.text.tokenizer import CONTROL, NORMAL, Ends, Tokenizer, from_merges, from_sentencepiece
 from texts import train_bpe, train_sentencepiece
 from tool_templates import HERMES, LLAMA3, MISTRAL
 
@@ -53,11 +53,7 @@ def family(name: str) -> tuple[str, Tokenizer]:
     if name == "hermes":
         pieces = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, "<tool_call>", "</tool_call>"]
         types = [CONTROL] * 3 + [NORMAL] * 256 + [4, 4]
-        ours = from_vocabulary(
-            "bpe", pieces, scores=None, types=types, merges=[], pre="smollm", bos_id=None, eos_id=2, unk_id=None,
-            add_bos=False, add_eos=False, prepend_scheme="never",
-        )  # fmt: skip
-        return HERMES, ours
+        return HERMES, from_merges(pieces, types, [], "smollm", Ends(eos_id=2))
     with TemporaryDirectory() as folder:
         if name == "llama3":
             return LLAMA3, tokenizer_folder.read(train_bpe("llama-bpe", Path(folder, "tokenizer.json")).parent)

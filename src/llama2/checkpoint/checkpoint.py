@@ -169,8 +169,10 @@ class Checkpoint:
                 )
 
     def close(self) -> None:
-        """Let go of the mapping. Views that are still in use keep their pages until they die."""
+        """Release the mapping, and end the tokenizer's process. Views still in use keep their pages until they die."""
         self.tensors = {}
+        if "tokenizer" in self.__dict__:
+            self.tokenizer.close()
         if self.base is not None:
             self.base.close()
 

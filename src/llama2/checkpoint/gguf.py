@@ -603,23 +603,16 @@ def _tokenizer(
     def build() -> Tokenizer:
         from llama2.text import tokenizer
 
-        made = tokenizer.from_vocabulary(
-            "bpe" if bpe else "sentencepiece",
-            pieces,
-            scores=None if scores is None else scores.tolist(),
-            types=_types(pieces, types, {*ids.values()}, bpe),
-            merges=merges,
-            pre=pre,
-            bos_id=ids["bos"],
-            eos_id=ids["eos"],
-            unk_id=ids.get("unknown"),
-            add_bos=add_bos,
-            add_eos=flag("add_eos_token", False),
-            prepend_scheme=cast(PrependScheme | None, scheme)
-            or ("always" if flag("add_space_prefix", not bpe) else "never"),
-            eot_id=ids["eot"],
-            keep=keep,
-        )
+        kinds = _types(pieces, types, {*ids.values()}, bpe)
+        ends = tokenizer.Ends(ids["bos"], ids["eos"], add_bos, flag("add_eos_token", False), ids["eot"])
+        if merges is not None:
+            made = tokenizer.from_merges(pieces, kinds, merges, str(pre), ends, memoise=keep)
+        else:
+            own = cast(PrependScheme | None, scheme) or ("always" if flag("add_space_prefix", True) else "never")
+            values = [] if scores is None else scores.tolist()
+            made = tokenizer.from_scores(
+                pieces, values, kinds, ends, unk_id=ids["unknown"], prepend_scheme=own, memoise=keep
+            )
         if ids["eom"] is not None:
             made.stop_ids |= {ids["eom"]}
         made.notes += tuple(notes)

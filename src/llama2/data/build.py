@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,13 @@ def build(
     toxicity: describe.Scorer = describe.word_list,
     announce: Callable[[str], None] | None = None,
     note: Callable[[str], None] | None = None,
+    files: list[File] | None = None,
 ) -> Manifest | None:
     """Make the corpus that a recipe describes, and return its manifest; None when a cluster's queue was given the work.
 
     `toxicity` scores lines for the corpus card. On this machine `announce` is told each stage's name when it begins.
     `note` is told, in a line each, what was not done as one might expect: what was left out, what was converted.
+    `files` are the sources' files, where the caller has them from `read.find`.
 
     Raises DataError or TokenizerError before anything is done for sources that are missing and a tokenizer that cannot
     be used, and later when a source has nothing to use. A corpus that is there already and was built from the same
@@ -58,7 +60,7 @@ def build(
     """
     output = recipe.output.resolve()  # since tasks may run elsewhere, and libraries remember relative folders
     note = note or (lambda _: None)
-    files = read.find(recipe)
+    files = read.find(recipe) if files is None else files
     if recipe.tokenizer.file:
         open_tokenizer(recipe.tokenizer.file)
     now = origin.facts(recipe, files)
@@ -91,14 +93,14 @@ def build(
     return manifest
 
 
-def differences(recipe: BuildRecipe) -> list[str] | None:
+def differences(recipe: BuildRecipe, files: Sequence[File]) -> list[str] | None:
     """What a recipe's corpus was built from that is another now, in words. None: there is no corpus.
 
-    Raises DataError for sources that are missing.
+    `files` are the sources' files, from `read.find`.
     """
     if not (recipe.output / shards.MANIFEST).exists():
         return None
-    return origin.differences(recipe.output, origin.facts(recipe, read.find(recipe)))
+    return origin.differences(recipe.output, origin.facts(recipe, files))
 
 
 def notes(recipe: BuildRecipe, manifest: Manifest) -> Iterator[str]:

@@ -172,90 +172,77 @@ def _contamination(recipe: BuildRecipe, samples: Sequence[int], before: Coverage
 
 def markdown(facts: Mapping[str, Any]) -> str:
     """The card as a page."""
-    lines = ["# Corpus card", ""]
-    lines += _table(
-        ["source", "licence", "documents read", "kept", "MB kept", "training tokens", "validation tokens"],
-        [
-            [
-                name,
-                source["licence"],
-                f"{source['steps'].get('read', 0):,}",
-                f"{source['steps']['kept']:,}",
-                f"{source['bytes']['kept'] / 1e6:.2f}",
-                f"{source['corpus']['train']['tokens']:,}",
-                f"{source['corpus']['validation']['tokens']:,}",
-            ]
-            for name, source in facts["sources"].items()
-        ],
-    )
-    lines += ["## What happened to documents", ""]
-    lines += _table(
-        ["source", "step", "documents"],
-        _counted(facts, "steps"),
-    )
+    lines = ["# Corpus card", "", *_sources_section(facts)]
+    lines += ["## What happened to documents", "", *_table(["source", "step", "documents"], _counted(facts, "steps"))]
     lines += ["## Files that were left out", "", "Each from the first place on that could not be used.", ""]
     lines += _table(["source", "file", "reason"], [list(each) for each in facts["left_out"]])
     lines += ["## Encodings that were converted", ""]
-    lines += _table(
-        ["source", "encoding", "documents or files"],
-        _counted(facts, "converted"),
-    )
+    lines += _table(["source", "encoding", "documents or files"], _counted(facts, "converted"))
     lines += ["## Personal information that was replaced", ""]
-    lines += _table(
-        ["source", "kind", "times"],
-        [[name, kind, f"{n:,}"] for name, source in facts["sources"].items() for kind, n in source["personal"].items()],
-    )
-    lines += [
-        "## Languages",
-        "",
-        "By a document's beginning and middle; unknown is what is less than half certain.",
-        "",
+    lines += _table(["source", "kind", "times"], _counted(facts, "personal"))
+    lines += [*_language_sections(facts), *_toxicity_section(facts["toxicity"])]
+    lines += _contamination_section(facts["contamination"])
+    lines += [f"![{name}]({name}.svg)" for name in _PLOTS]
+    return "\n".join(lines) + "\n"
+
+
+def _sources_section(facts: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            source["licence"],
+            f"{source['steps'].get('read', 0):,}",
+            f"{source['steps']['kept']:,}",
+            f"{source['bytes']['kept'] / 1e6:.2f}",
+            f"{source['corpus']['train']['tokens']:,}",
+            f"{source['corpus']['validation']['tokens']:,}",
+        ]
+        for name, source in facts["sources"].items()
     ]
+    return _table(
+        ["source", "licence", "documents read", "kept", "MB kept", "training tokens", "validation tokens"], rows
+    )
+
+
+def _language_sections(facts: Mapping[str, Any]) -> list[str]:
+    lines = ["## Languages", "", "By a document's beginning and middle; unknown is what is less than half certain.", ""]
     lines += _table(["language", "documents"], [[name, _percent(share)] for name, share in facts["languages"].items()])
     lines += ["## Pronouns and identities", "", f"Shares of the {facts['english_documents']:,} English documents.", ""]
     lines += _table(["pronouns", "documents"], [[group, _percent(share)] for group, share in facts["pronouns"].items()])
-    lines += _table(
-        ["axis", "documents", "of those, the commonest terms"],
+    rows = [
         [
-            [
-                axis,
-                _percent(entry["share"]),
-                ", ".join(f"{term} {_percent(share)}" for term, share in entry["terms"].items()),
-            ]
-            for axis, entry in facts["identities"].items()
-        ],
-    )
-    toxicity = facts["toxicity"]
-    lines += ["## Toxicity", ""]
+            axis,
+            _percent(entry["share"]),
+            ", ".join(f"{term} {_percent(share)}" for term, share in entry["terms"].items()),
+        ]
+        for axis, entry in facts["identities"].items()
+    ]
+    return lines + _table(["axis", "documents", "of those, the commonest terms"], rows)
+
+
+def _toxicity_section(found: Mapping[str, Any]) -> list[str]:
+    line = "No document was scored."
+    if found["scored"]:
+        share = _percent(found["at_least_half"])
+        line = f"{share} of {found['scored']:,} scored English documents have 0.5 or more."
+    return ["## Toxicity", "", line, ""]
+
+
+def _contamination_section(found: Mapping[str, Any]) -> list[str]:
+    lines = ["## Contamination", ""]
+    if not found["benchmarks"]:
+        return [*lines, "No benchmark was looked for.", ""]
     lines += [
-        f"{_percent(toxicity['at_least_half'])} of {toxicity['scored']:,} scored English documents have 0.5 or more."
-        if toxicity["scored"]
-        else "No document was scored.",
+        f"Runs of at least {found['length']} tokens, of which {found['skips']} may differ after the first ten. "
+        f"{found['cut']['tokens']:,} tokens were cut out of {found['cut']['documents']:,} documents.",
         "",
     ]
-    found = facts["contamination"]
-    lines += ["## Contamination", ""]
-    if found["benchmarks"]:
-        lines += [
-            f"Runs of at least {found['length']} tokens, of which {found['skips']} may differ after the first ten. "
-            f"{found['cut']['tokens']:,} tokens were cut out of {found['cut']['documents']:,} documents.",
-            "",
-        ]
-        lines += _table(
-            ["benchmark", "samples", "not clean before", "dirty before", "not clean after", "dirty after"],
-            [
-                [
-                    name,
-                    *(f"{entry['samples']:,}",),
-                    *(f"{entry[when][subset]:,}" for when in ("before", "after") for subset in ("not clean", "dirty")),
-                ]
-                for name, entry in found["benchmarks"].items()
-            ],
-        )
-    else:
-        lines += ["No benchmark was looked for.", ""]
-    lines += [f"![{name}]({name}.svg)" for name in _PLOTS]
-    return "\n".join(lines) + "\n"
+    subsets = [(when, subset) for when in ("before", "after") for subset in ("not clean", "dirty")]
+    rows = [
+        [name, f"{entry['samples']:,}", *(f"{entry[when][subset]:,}" for when, subset in subsets)]
+        for name, entry in found["benchmarks"].items()
+    ]
+    return lines + _table(["benchmark", "samples", *(f"{subset} {when}" for when, subset in subsets)], rows)
 
 
 def _percent(share: float) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llama2 import files
-from llama2.data import compressed, dialog_table
+from llama2.data import compressed, extract
 from llama2.errors import DataError, DialogError
 from llama2.text.worker import Worker
 
@@ -178,22 +178,20 @@ def _rows(path: Path, file: IO[bytes], separator: str) -> Iterator[tuple[str, Ra
 
 def _parquet(path: Path) -> Iterator[tuple[str, Raw]]:
     """Rows, from a process that can be killed. Places count rows, because there are no lines."""
-    worker = Worker(dialog_table.__file__, _failure)
     number = 0
-    try:
-        answer = worker.ask({"place": str(path), "limit": LONGEST}, dialog_table.SECONDS)
-        while rows := answer.get("rows"):
-            for row in rows:
-                number += 1
-                yield f"{path}:{number}", row and row.encode()
-            answer = worker.ask({}, dialog_table.SECONDS)
-        if "error" in answer:
-            raise _failure(answer["error"])
-    except DataError as error:
-        raise DataError(f"{path}: cannot be read as Parquet after row {number}: {error}; write it anew") from None
-    finally:
-        worker.close()
-
-
-def _failure(reason: str) -> DataError:
-    return DataError(reason)
+    seconds = extract.SECONDS_OF_RECORDS
+    asked: dict[str, Any] = {"place": str(path), "form": "rows", "names": [], "limit": LONGEST}
+    with Worker(extract.__file__, DataError) as worker:
+        try:
+            while True:
+                answer = worker.ask({**asked, "seconds": seconds}, extract.PATIENCE * seconds)
+                if "error" in answer:
+                    raise DataError(answer["error"])
+                asked = {"next": True}
+                if answer.get("records") == []:
+                    return
+                for reason, text, _ in answer.get("records", ()):
+                    number += 1
+                    yield f"{path}:{number}", None if reason else text.encode()
+        except DataError as error:
+            raise DataError(f"{path}: cannot be read as Parquet after row {number}: {error}; write it anew") from None

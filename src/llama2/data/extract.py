@@ -1,4 +1,4 @@
-"""Text out of pages and Python sources, records out of WARC and Parquet: a program that its parent can kill.
+"""Text from pages and Python sources, records from WARC and Parquet: a program that its parent can kill.
 
 Libraries read these. Their time grows with the square of how deep a page is nested, the compiler's memory with how deep
 an expression is, a value of Parquet is unpacked before anybody can ask for its size, and what nobody foresaw may end
@@ -8,10 +8,11 @@ the process. Here all of that has a limit. The parent is text/worker.py.
 from __future__ import annotations
 
 import ast
+import json
 import signal
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 #: Address space of the process in bytes, a third of which it needs to start.
 MEMORY = 1280 << 20
@@ -22,11 +23,13 @@ SECONDS_OF_RECORDS = 20.0
 #: The parent waits so many times as long, since a machine may be busy and a corpus must not depend on that.
 PATIENCE = 10
 
-_BATCH = 64  # records of Parquet that are unpacked at once
+_BATCH, _ROWS = 64, 16  # values of Parquet that are unpacked at once, and whole rows
 _SENT = 1 << 20  # characters of an answer with records, at most one record more
 
-#: Why a record has no text, text or a page, and its address.
+#: Why a record does not have a text, its text or page, and its address.
 Record = tuple[str | None, str, str | None]
+#: What a file of many documents is: WARC, one column of Parquet, or whole rows of Parquet as JSON.
+Form = Literal["warc", "parquet", "rows"]
 
 
 def page(data: bytes, charset: str) -> str:
@@ -56,14 +59,15 @@ class Records:
 
     columns: list[str]  # of a table
 
-    def __init__(self, place: str, form: str, names: list[str], limit: int) -> None:
-        """Open the file at a path or address. Of a table's `names`, the first that is a column has the text."""
+    def __init__(self, place: str, form: Form, names: list[str], limit: int) -> None:
+        """Open the file at a path or address. Of `names`, the first that is a column of Parquet has the text."""
         import fsspec
 
-        self._file = fsspec.open(place, "rb", compression=None).open()
+        remote = "://" in place
+        self._file = fsspec.open(place, "rb", compression=None).open() if remote else open(place, "rb")  # noqa: SIM115
         self._limit = limit
         self.columns = []
-        self._records = self._table(names) if form == "parquet" else self._archive()
+        self._records = self._archive() if form == "warc" else self._table(names) if form == "parquet" else self._rows()
 
     def next(self) -> list[Any]:
         """The next records, none at the end."""
@@ -75,16 +79,26 @@ class Records:
                 break
         return some
 
-    def _table(self, names: list[str]) -> Iterator[Record]:
+    def _open_table(self) -> Any:
         from pyarrow.parquet import ParquetFile
 
-        table = ParquetFile(self._file, pre_buffer=False)
+        return ParquetFile(self._file, pre_buffer=False)
+
+    def _rows(self) -> Iterator[Record]:
+        """Each row as a JSON object."""
+        for batch in self._open_table().iter_batches(_ROWS, use_threads=False):
+            for row in batch.to_pylist():
+                text = json.dumps(without_nulls(row), default=str)
+                yield (None, text, None) if len(text) <= self._limit else ("too long", "", None)
+
+    def _table(self, names: list[str]) -> Iterator[Record]:
+        table = self._open_table()
         there = table.schema_arrow.names
         self.columns = there[:8]
         name = next((name for name in names if name in there), None)
-        return self._rows(table, name, [each for each in (name, "url") if each and each in there])
+        return self._texts(table, name, [each for each in (name, "url") if each and each in there])
 
-    def _rows(self, table: Any, name: str | None, columns: list[str]) -> Iterator[Record]:
+    def _texts(self, table: Any, name: str | None, columns: list[str]) -> Iterator[Record]:
         from pyarrow import compute, types
 
         for batch in table.iter_batches(_BATCH, columns=columns, use_threads=False):
@@ -119,6 +133,15 @@ class Records:
                 continue
             kind = f"page {record.http_charset or ''}" if is_page else "text"
             yield kind, data.decode("latin-1"), record.headers.get("WARC-Target-URI")
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of Parquet, whose structures have every field of any row, without those that are null."""
+    if isinstance(value, dict):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_nulls(inner) for inner in value]
+    return value
 
 
 class Extract:

@@ -26,6 +26,7 @@ from llama2.text.tokenizer import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    Ends,
     Flags,
     Mode,
     PrependScheme,
@@ -50,7 +51,7 @@ class LibraryTokenizer(Tokenizer):
     the same pieces, if there is one: it has scores, which the library does without.
     """
 
-    def __init__(self, library: Any, size: int, model: bytes | None = None, **options: Any) -> None:
+    def __init__(self, library: Any, size: int, ends: Ends, model: bytes | None = None) -> None:
         self._algorithm = type(library.model).__name__
         self._moved: str | None = None  # an added token that is looked for in text that was changed
         if self._algorithm not in ("BPE", "Unigram"):
@@ -70,7 +71,7 @@ class LibraryTokenizer(Tokenizer):
         user = {e.content: token for token, e in added.items() if not e.special and e.content != self.unknown}
         flags = {e.content: Flags(e.lstrip, e.rstrip, e.single_word) for e in added.values()}
         changing = {text: each for text, each in flags.items() if each != Flags()}
-        super().__init__(size, control, user, flags=changing, **options)
+        super().__init__(size, control, user, ends, changing)
 
         self._library, self._model, self._lock = library, model, Lock()
         self._size = library.get_vocab_size(with_added_tokens=True)

@@ -19,7 +19,6 @@ from typing import Any
 from llama2.errors import DialogError, TemplateError
 from llama2.text import sandbox
 from llama2.text.tokenizer import Tokenizer
-from llama2.text.worker import Worker
 
 #: Templates that have been read: sha256 of their source. Any other but ours renders in a process of its own.
 KNOWN = {
@@ -105,7 +104,7 @@ def recognise(source: str, tokenizer: Tokenizer) -> str | None:
     jobs = [_job(p, [(len(p), True)], _variables(tokenizer)) for p in (_PROBE[1:], _PROBE)]
 
     def texts(source: str) -> list[str | None]:
-        return [None if text is None else "".join(text).removeprefix(bos) for text in _run(source, jobs)]
+        return [None if text is None else "".join(text).removeprefix(bos) for text in _run(source, jobs, tokenizer)]
 
     try:
         wanted = texts(source)
@@ -135,7 +134,7 @@ def role_markers(source: str, tokenizer: Tokenizer, system: bool) -> frozenset[s
     Looked for in the source, and in what it writes for a small dialog, with a `system` message or without.
     """
     probe = _PROBE if system else _PROBE[1:]
-    (texts,) = _run(source, [_job(probe, [(len(probe), True)], _variables(tokenizer))])
+    (texts,) = _run(source, [_job(probe, [(len(probe), True)], _variables(tokenizer))], tokenizer)
     text = "".join(texts or ())
     found = {*_BRACKETED.findall(source), *_BRACKETED.findall(text), *_HEADING.findall(text)}
     markers = found - set(tokenizer.control) | {text for text in tokenizer.control if len(text) == 1}
@@ -149,7 +148,7 @@ def ends(source: str, tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens that end an answer: the tokenizer's, and the one that the template writes behind an answer."""
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": _SAID}]
     try:
-        (texts,) = _run(source, [_job(messages, [(len(messages), False)], _variables(tokenizer))])
+        (texts,) = _run(source, [_job(messages, [(len(messages), False)], _variables(tokenizer))], tokenizer)
     except TemplateError:
         return tokenizer.stop_ids
     _, _, after = "".join(texts or ()).rpartition(_SAID)
@@ -165,7 +164,7 @@ def text(
 ) -> str:
     """What the template writes for `messages`, which are our own. Raises TemplateError."""
     job = _job(messages, [(len(messages), False)], {**_variables(tokenizer), "tools": tools})
-    (texts,) = _run(source, [job])
+    (texts,) = _run(source, [job], tokenizer)
     return "".join(texts or ())
 
 
@@ -177,7 +176,7 @@ def written(
     The messages and tools are our own. Raises TemplateError.
     """
     variables = {**_variables(tokenizer), "tools": tools}
-    (texts,) = _run(source, [_job(messages, [(1, True), (len(messages), False)], variables)])
+    (texts,) = _run(source, [_job(messages, [(1, True), (len(messages), False)], variables)], tokenizer)
     return texts or []
 
 
@@ -218,7 +217,7 @@ def render(
         dialog.job(dialog.gently, question),
         dialog.job(dialog.everywhere, whole),
     ]
-    texts, marked, asked, *check = _run(source, jobs[: 3 if known(source) else 4])
+    texts, marked, asked, *check = _run(source, jobs[: 3 if known(source) else 4], tokenizer)
     text = "".join(texts or ())
     if any(_control_tokens("".join(again or ()), tokenizer) != _control_tokens(text, tokenizer) for again in check):
         raise DialogError("the chat template turns a message's text into a control token; reword the message")
@@ -378,7 +377,7 @@ def _spans_of_calls(source: str, dialog: _Marked, answers: Iterable[int], text: 
     An answer ends with its end-of-turn token. There are none where the template writes something else than `text`.
     """
     prefixes = [prefix for i in answers for prefix in ((i, True), (i + 1, False))]
-    (written,) = _run(source, [dialog.job(dialog.gently, prefixes)])
+    (written,) = _run(source, [dialog.job(dialog.gently, prefixes)], dialog.tokenizer)
     spans = []
     for before, through in zip(*[iter(written or ())] * 2, strict=True):
         if not (through.startswith(before) and text.startswith(through)):
@@ -482,32 +481,28 @@ def _job(
     return {"messages": messages, "prefixes": prefixes, "variables": variables, "limit": limit}
 
 
-def _run(source: str, jobs: Sequence[dict[str, Any]]) -> list[list[str] | None]:
+def _run(source: str, jobs: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[list[str] | None]:
     """What the template writes for each of `jobs`, None where it fails; raises TemplateError if the first one does.
 
     A template that goes through `tools` without asking whether there are any fails where there are none, as it does in
     transformers. It is then given an empty list.
     """
     check(source)
-    results = _attempt(source, jobs)
+    results = _attempt(source, jobs, tokenizer)
     if "NoneType" in results[0].get("error", "") and jobs[0]["variables"].get("tools") is None and knows_tools(source):
-        empty = _attempt(source, [{**job, "variables": {**job["variables"], "tools": []}} for job in jobs])
+        given = [{**job, "variables": {**job["variables"], "tools": []}} for job in jobs]
+        empty = _attempt(source, given, tokenizer)
         results = results if "error" in empty[0] else empty
     if "error" in results[0]:
         raise TemplateError(f"chat template: {results[0]['error']}")
     return [result.get("texts") for result in results]
 
 
-def _attempt(source: str, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Texts or error of each job; raises TemplateError when it takes too long."""
+def _attempt(source: str, jobs: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Texts or error of each job, an unknown template's by the tokenizer's process. Raises TemplateError when it takes
+    too long.
+    """
     if known(source):
         return [sandbox.attempt(source, job) for job in jobs]
-    results: list[dict[str, Any]] = _worker.ask({"source": source, "jobs": jobs}, SECONDS)
+    results: list[dict[str, Any]] = tokenizer.sandbox.ask({"source": source, "jobs": jobs}, SECONDS)
     return results
-
-
-def _failure(reason: str) -> TemplateError:
-    return TemplateError(f"chat template: {reason}")
-
-
-_worker = Worker(sandbox.__file__, _failure)

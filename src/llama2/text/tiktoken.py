@@ -16,7 +16,7 @@ from llama2 import files
 from llama2.errors import TokenizerError
 from llama2.text import bpe, library
 from llama2.text.library import LibraryTokenizer
-from llama2.text.tokenizer import CONTROL, MAX_PIECE, NORMAL, Tokenizer, Vocabulary
+from llama2.text.tokenizer import CONTROL, MAX_PIECE, NORMAL, Ends, Tokenizer, Vocabulary
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _MAX_RANKS = 1 << 19
@@ -57,15 +57,8 @@ def tokenizer(path: Path, data: bytes, size: int | None = None) -> Tokenizer:
     types = [NORMAL] * len(ranks) + [CONTROL] * (size - len(ranks))
     parts = Vocabulary("bpe", pieces, None, types, _merges(ranks), "llama-bpe", None, "never")
     begin, end = len(ranks), len(ranks) + 1
-    known = size > end
-    return LibraryTokenizer(
-        library.from_parts(parts),
-        size,
-        bos_id=begin if known else None,
-        eos_id=end if known else None,
-        add_bos=known,
-        add_eos=False,
-    )
+    ends = Ends(begin, end, add_bos=True) if size > end else Ends()
+    return LibraryTokenizer(library.from_parts(parts), size, ends)
 
 
 def _ranks(path: Path, data: bytes) -> dict[bytes, int]:

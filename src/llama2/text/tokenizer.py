@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from llama2 import files
 from llama2.ending import section
-from llama2.errors import TokenizerError
-from llama2.text import bpe, modelproto, splits
+from llama2.errors import TemplateError, TokenizerError
+from llama2.text import bpe, modelproto, sandbox, splits
 from llama2.text.splits import PRE_TOKENIZERS
+from llama2.text.worker import Worker
 
 #: What stands for a space in SentencePiece's pieces.
 SPACE = "▁"
@@ -113,6 +114,10 @@ class AddedTokens:
             yield text[end:], None
 
 
+def _template_failure(reason: str) -> TemplateError:
+    return TemplateError(f"chat template: {reason}")
+
+
 def refuse_surrogates(text: str) -> None:
     """Raise TokenizerError for half of a surrogate pair, which is no text."""
     try:
@@ -140,8 +145,19 @@ def _is_space(letter: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Ends:
+    """The tokens that begin and end a text, and whether a raw prompt gets them; `eot_id` ends an answer too."""
+
+    bos_id: int | None = None
+    eos_id: int | None = None
+    add_bos: bool = False
+    add_eos: bool = False
+    eot_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a tokenizer is made of: the arguments of `from_vocabulary` that a Tokenizer does not hold itself."""
+    """What a tokenizer is made of besides its `Ends`: the arguments of `from_scores` and `from_merges`."""
 
     kind: Literal["sentencepiece", "bpe"]
     pieces: list[str]
@@ -169,26 +185,31 @@ class Tokenizer(ABC):
         vocab_size: int,
         control: dict[str, int],
         user: Mapping[str, int],
-        *,
-        bos_id: int | None,
-        eos_id: int | None,
-        add_bos: bool,
-        add_eos: bool,
-        eot_id: int | None = None,
+        ends: Ends,
         flags: Mapping[str, Flags] | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.control = control  # control tokens by their text
         self.user = user  # added tokens that text yields, by their text
         self.flags = flags or {}
-        self.bos_id = bos_id
-        self.eos_id = eos_id
-        self.add_bos = add_bos  # whether a raw prompt starts with BOS
-        self.add_eos = add_eos
-        ends = {eos_id, eot_id, *(control.get(text) for text in END_OF_TURN)}
-        self.stop_ids = frozenset(token for token in ends if token is not None)  # EOS and every end-of-turn token
+        self.bos_id = ends.bos_id
+        self.eos_id = ends.eos_id
+        self.add_bos = ends.add_bos  # whether a raw prompt starts with BOS
+        self.add_eos = ends.add_eos
+        stops = {ends.eos_id, ends.eot_id, *(control.get(text) for text in END_OF_TURN)}
+        self.stop_ids = frozenset(token for token in stops if token is not None)  # EOS and every end-of-turn token
         self._control_ids = frozenset(control.values())
         self._known_bytes: dict[int, bytes] = {}  # of tokens that were asked for
+
+    @cached_property
+    def sandbox(self) -> Worker:
+        """The process in which unknown chat templates render for this tokenizer's model. It starts when one does."""
+        return Worker(sandbox.__file__, _template_failure)
+
+    def close(self) -> None:
+        """End that process, if it runs. It starts again when it is needed."""
+        if "sandbox" in self.__dict__:
+            self.sandbox.close()
 
     @cached_property
     def _control_tokens(self) -> AddedTokens:
@@ -346,7 +367,7 @@ class _SentencePiece(Tokenizer):
     kind = "sentencepiece"
 
     def __init__(
-        self, model: bytes, types: NDArray[np.uint8], prepend_scheme: PrependScheme | None = None, **options: Any
+        self, model: bytes, types: NDArray[np.uint8], ends: Ends, prepend_scheme: PrependScheme | None = None
     ) -> None:
         self._errors = register_errors()
         self._model, self._types = _processor(model), types
@@ -358,7 +379,7 @@ class _SentencePiece(Tokenizer):
             {self._model.id_to_piece(token): token for token in np.flatnonzero(types == kind).tolist()}
             for kind in (CONTROL, USER_DEFINED)
         )
-        super().__init__(size, control, user, **options)
+        super().__init__(size, control, user, ends)
         self._adds_space = self._model.normalize("a").startswith(SPACE)
         own: PrependScheme = "always" if self._adds_space else "never"
         self.prepend_scheme = self._own_scheme = own if prepend_scheme is None else prepend_scheme
@@ -439,13 +460,13 @@ def _processor(model: bytes) -> Any:
 class _ByteLevelBpe(Tokenizer):
     kind = "bpe"
 
-    def __init__(self, arrays: Arrays, pre: str, **options: Any) -> None:
+    def __init__(self, arrays: Arrays, pre: str, ends: Ends) -> None:
         self._merges = bpe.Merges(arrays)
         control, user = (
             {self._merges.piece(token): token for token in np.flatnonzero(arrays["types"] == kind).tolist()}
             for kind in (CONTROL, USER_DEFINED)
         )
-        super().__init__(len(self._merges), control, user, **options)
+        super().__init__(len(self._merges), control, user, ends)
         self.pre = pre
         self._types = arrays["types"]
         self._user_ids = frozenset(user.values())
@@ -483,13 +504,15 @@ def byte_level(piece: str) -> bytes:
     return b"".join(bpe.BYTES.get(letter) or letter.encode() for letter in piece)
 
 
-def from_sentencepiece(path: str | Path, added: Sequence[tuple[str, int]] = (), **options: Any) -> Tokenizer:
+def from_sentencepiece(
+    path: str | Path, added: Sequence[tuple[str, int]] = (), prepend_scheme: PrependScheme | None = None, **ends: Any
+) -> Tokenizer:
     """The tokenizer of a SentencePiece `tokenizer.model`. Raises TokenizerError when it is truncated or damaged.
 
-    `added` tokens, each a text and its type, follow those of the file. `options` are those of Tokenizer, where they
-    differ from what the file says.
+    `added` tokens, each a text and its type, follow those of the file. `prepend_scheme` and `ends`, fields of `Ends`,
+    are given where they differ from what the file says.
     """
-    return sentencepiece_model(path, read(path), added, **options)
+    return sentencepiece_model(path, read(path), added, prepend_scheme, **ends)
 
 
 def is_sentencepiece(data: bytes) -> bool:
@@ -498,7 +521,11 @@ def is_sentencepiece(data: bytes) -> bool:
 
 
 def sentencepiece_model(
-    path: str | Path, data: bytes, added: Sequence[tuple[str, int]] = (), **options: Any
+    path: str | Path,
+    data: bytes,
+    added: Sequence[tuple[str, int]] = (),
+    prepend_scheme: PrependScheme | None = None,
+    **ends: Any,
 ) -> _SentencePiece:
     """As `from_sentencepiece`, of the bytes that were read from `path`."""
     from sentencepiece import SentencePieceProcessor
@@ -519,80 +546,90 @@ def sentencepiece_model(
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         raise TokenizerError(f"{path}: not a whole SentencePiece model ({one_line(error)}); fetch it again") from None
     bos, eos = (token if token >= 0 else None for token in (library.bos_id(), library.eos_id()))
-    defaults = {"bos_id": bos, "eos_id": eos, "add_bos": bos is not None, "add_eos": False}
-    return _SentencePiece(model, np.array(types, np.uint8), **{**defaults, **options})
+    own = replace(Ends(bos, eos, add_bos=bos is not None), **ends)
+    return _SentencePiece(model, np.array(types, np.uint8), own, prepend_scheme)
 
 
-def from_vocabulary(
-    kind: Literal["sentencepiece", "bpe"],
+#: Given what checks a vocabulary and makes its arrays, returns those or, from an earlier time, equals.
+Memoise = Callable[[Callable[[], Arrays]], Arrays]
+
+
+def from_merges(
     pieces: Sequence[str | bytes],
-    *,
-    scores: Sequence[float] | None,
     types: Sequence[int],
-    merges: Sequence[str] | None,
-    pre: str | None,
-    bos_id: int | None,
-    eos_id: int | None,
-    unk_id: int | None,
-    add_bos: bool,
-    add_eos: bool,
-    prepend_scheme: PrependScheme = "never",
-    eot_id: int | None = None,
-    keep: Callable[[Callable[[], Arrays]], Arrays] = lambda make: make(),
+    merges: Sequence[str],
+    pre: str,
+    ends: Ends,
+    *,
+    memoise: Memoise = lambda make: make(),
 ) -> Tokenizer:
-    """The tokenizer that a GGUF file's metadata describes. Raises TokenizerError when its parts do not fit together.
+    """The byte-level BPE tokenizer of a GGUF file's metadata. Raises TokenizerError when its parts do not fit together.
 
-    `keep` is given what checks the vocabulary and makes its arrays, and returns those or, from an earlier time, equals.
+    `pre` is one of PRE_TOKENIZERS.
     """
-    if kind == "bpe" and pre not in PRE_TOKENIZERS:
+    if pre not in PRE_TOKENIZERS:
         raise TokenizerError(f"pre-tokenizer {pre!r} is not supported; known: {', '.join(PRE_TOKENIZERS)}")
 
     def make() -> Arrays:
-        texts = _texts(pieces)
-        kinds = [UNUSED if not piece else kind for piece, kind in zip(pieces, types, strict=False)]
-        _check_ids(len(texts), bos_id=bos_id, eos_id=eos_id, eot_id=eot_id, unk_id=unk_id)
-        if len(types) != len(texts) or not TYPES.issuperset(kinds):
-            raise TokenizerError(f"the vocabulary of {len(texts)} tokens needs as many token types, each from 1 to 6")
-        safe = list(map(safe_type, texts, kinds))
-        if kind == "bpe":
-            words = {text: i for i, text in enumerate(texts) if safe[i] in (NORMAL, BYTE)}
-            return {**bpe.arrange(texts, words, merges or ()), "types": np.array(safe, np.uint8)}
+        texts, safe = _checked(pieces, types, ends)
+        words = {text: i for i, text in enumerate(texts) if safe[i] in (NORMAL, BYTE)}
+        return {**bpe.arrange(texts, words, merges), "types": np.array(safe, np.uint8)}
+
+    return _ByteLevelBpe(memoise(make), PRE_TOKENIZERS[pre], ends)
+
+
+def from_scores(
+    pieces: Sequence[str | bytes],
+    scores: Sequence[float],
+    types: Sequence[int],
+    ends: Ends,
+    *,
+    unk_id: int | None,
+    prepend_scheme: PrependScheme,
+    memoise: Memoise = lambda make: make(),
+) -> Tokenizer:
+    """The SentencePiece tokenizer of a GGUF file's metadata. Raises as `from_merges` does."""
+
+    def make() -> Arrays:
+        texts, safe = _checked(pieces, types, ends, unk_id)
         spaced = prepend_scheme != "never"
-        model = _model_proto(texts, scores, safe, unk_id=unk_id, bos_id=bos_id, eos_id=eos_id, add_dummy_prefix=spaced)
+        model = _model_proto(texts, scores, safe, ends, unk_id=unk_id, add_dummy_prefix=spaced)
         return {"model": np.frombuffer(model, np.uint8), "types": np.array(safe, np.uint8)}
 
-    arrays = keep(make)
-    options = {"bos_id": bos_id, "eos_id": eos_id, "eot_id": eot_id, "add_bos": add_bos, "add_eos": add_eos}
-    if kind == "bpe":
-        return _ByteLevelBpe(arrays, PRE_TOKENIZERS[str(pre)], **options)
-    return _SentencePiece(arrays["model"].tobytes(), arrays["types"], prepend_scheme, **options)
+    arrays = memoise(make)
+    return _SentencePiece(arrays["model"].tobytes(), arrays["types"], ends, prepend_scheme)
 
 
 def from_pieces(pieces: Sequence[str | bytes], scores: Sequence[float], types: Sequence[int]) -> Tokenizer:
     """A SentencePiece vocabulary with Llama 2's settings: <unk>, BOS and EOS are its first three tokens, a prompt
-    begins with BOS, and a text with a space. Raises as `from_vocabulary` does.
+    begins with BOS, and a text with a space. Raises as `from_scores` does.
     """
-    return from_vocabulary(
-        "sentencepiece",
-        pieces,
-        scores=scores,
-        types=types,
-        merges=None,
-        pre=None,
-        bos_id=1,
-        eos_id=2,
-        unk_id=0,
-        add_bos=True,
-        add_eos=False,
-        prepend_scheme="always",
-    )
+    return from_scores(pieces, scores, types, Ends(1, 2, add_bos=True), unk_id=0, prepend_scheme="always")
+
+
+def _checked(
+    pieces: Sequence[str | bytes], types: Sequence[int], ends: Ends, unk_id: int | None = None
+) -> tuple[list[str], list[int]]:
+    """Text and safe type of each token."""
+    texts = _texts(pieces)
+    kinds = [UNUSED if not piece else kind for piece, kind in zip(pieces, types, strict=False)]
+    _check_ids(len(texts), bos_id=ends.bos_id, eos_id=ends.eos_id, eot_id=ends.eot_id, unk_id=unk_id)
+    if len(types) != len(texts) or not TYPES.issuperset(kinds):
+        raise TokenizerError(f"the vocabulary of {len(texts)} tokens needs as many token types, each from 1 to 6")
+    return texts, list(map(safe_type, texts, kinds))
 
 
 def _model_proto(
-    texts: Sequence[str], scores: Sequence[float] | None, types: list[int], *, unk_id: int | None, **options: Any
+    texts: Sequence[str],
+    scores: Sequence[float],
+    types: list[int],
+    ends: Ends,
+    *,
+    unk_id: int | None,
+    add_dummy_prefix: bool,
 ) -> bytes:
-    """The SentencePiece model of a vocabulary, with other `options` of modelproto.build."""
-    if scores is None or len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+    """The SentencePiece model of a vocabulary, of whose `types` some are changed."""
+    if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
         raise TokenizerError(f"a SentencePiece vocabulary of {len(texts)} tokens needs as many finite scores")
     values = {text for text, kind in zip(texts, types, strict=True) if kind == BYTE}
     if values and values != {f"<0x{value:02X}>" for value in range(256)}:
@@ -603,7 +640,16 @@ def _model_proto(
     for token, kind in enumerate(types):  # some converters pad with unknown tokens, or call the one a control token
         types[token] = UNKNOWN if token == unk_id else UNUSED if kind == UNKNOWN else kind
     kinds = list(map(_for_library, texts, types))
-    return modelproto.build(texts, scores, kinds, unk_id=unk_id, byte_fallback=bool(values), **options)
+    return modelproto.build(
+        texts,
+        scores,
+        kinds,
+        unk_id=unk_id,
+        bos_id=ends.bos_id,
+        eos_id=ends.eos_id,
+        byte_fallback=bool(values),
+        add_dummy_prefix=add_dummy_prefix,
+    )
 
 
 def _cuts(text: str) -> Iterator[int]:

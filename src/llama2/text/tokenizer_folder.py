@@ -21,7 +21,7 @@ from llama2 import files
 from llama2.errors import TokenizerError
 from llama2.text import library, tokenizer
 from llama2.text.library import LibraryTokenizer
-from llama2.text.tokenizer import CONTROL, SPACE, UNUSED, USER_DEFINED, PrependScheme, Tokenizer
+from llama2.text.tokenizer import CONTROL, SPACE, UNUSED, USER_DEFINED, Ends, PrependScheme, Tokenizer
 
 _MAX_ID = 1 << 26
 _MAX_ADDED = 1 << 16  # rows of embeddings beyond a vocabulary
@@ -227,7 +227,7 @@ def _finish(
                 f"{path}: puts {files.quote(text)} around a text, which is not its {role}_token; correct either"
             )
     scores = model if model and tokenizer.is_sentencepiece(model) else None
-    opened = LibraryTokenizer(made, size, scores, **ids, **adds)
+    opened = LibraryTokenizer(made, size, Ends(**ids, **adds), scores)
     opened.notes = notes
     if (library.state(made.pre_tokenizer) or {}).get("type") == "Metaspace" and around.settings.get("legacy") is True:
         opened.choose("legacy")
@@ -279,7 +279,7 @@ def _from_model(path: Path, data: bytes, around: _Folder) -> Tokenizer:
     settings, size = around.settings, around.size
     legacy = settings.get("legacy") is not False
     scheme: PrependScheme = "never" if settings.get("add_prefix_space") is False else "always" if legacy else "first"
-    plain = tokenizer.sentencepiece_model(path, data, prepend_scheme=scheme)
+    plain = tokenizer.sentencepiece_model(path, data, (), scheme)
     known = {**plain.control, **plain.user}
     listed = [token for i, token in sorted(around.added.items()) if size is None or i < size]
     more = [token for token in (*listed, *around.named()) if token.content and token.content not in known]
@@ -302,10 +302,10 @@ def _from_model(path: Path, data: bytes, around: _Folder) -> Tokenizer:
             ids[token.content] = i
     if unknown := _text_of(settings.get("unk_token")):
         ids.setdefault(unknown, 0)
-    options: dict[str, Any] = dict(around.ends(ids, plain.bos_id, plain.eos_id))
+    ends: dict[str, Any] = dict(around.ends(ids, plain.bos_id, plain.eos_id))
     for role, default in (("bos", True), ("eos", False)):
-        options[f"add_{role}"] = options[f"{role}_id"] is not None and around.adds(role, default)
-    opened = tokenizer.sentencepiece_model(path, data, rows, prepend_scheme=scheme, **options)
+        ends[f"add_{role}"] = ends[f"{role}_id"] is not None and around.adds(role, default)
+    opened = tokenizer.sentencepiece_model(path, data, rows, scheme, **ends)
     opened.mode = "legacy" if scheme == "always" else "file"
     opened.notes = _left_out([text for text in beyond if text not in ids])
     return opened

@@ -175,7 +175,8 @@ class _Corpus:
         from llama2.data.build import build, differences
         from llama2.data.read import find
 
-        changed = differences(asked)
+        found = find(asked)
+        changed = differences(asked, found)
         if changed and self._own:
             self._note(f"{asked.output}: is built anew, because {'; '.join(changed)}")
         elif changed:
@@ -185,7 +186,6 @@ class _Corpus:
             )
         elif changed is not None:
             return
-        found = find(asked)
         size, length = sum(file.size for file in found), self._data.length
         packed = any(file.path.endswith(_PACKED) for file in found)
         if self._data.validation and not packed and max(asked.validation, 0.1) * size + 2 * len(found) <= length:
@@ -193,7 +193,7 @@ class _Corpus:
                 f"{asked.dir}: {size:,} bytes of documents are too few to hold out a row of {length} tokens for "
                 "validation; give more text, a smaller data.length, or data.validation=0"
             )
-        if build(asked, force=bool(changed), note=self._note) is None:
+        if build(asked, force=bool(changed), note=self._note, files=found) is None:
             raise RunError(f"{asked.output}: is being built by {asked.executor.kind}; begin again when it is whole")
 
 
