@@ -510,7 +510,7 @@ def test_merges_that_stand_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (merged("a a", "aa a", "a b", "a aa"), "merges to 'aaa' do not stand together"),
+        (merged("a a", "aa a", "a b", "a aa"), "merges to 'aaa' are not neighbours"),
         (merged("a a", "aa a", "a b"), "'aaa' is not made by all 2 merges"),
         (bpe(merges=[]), "'▁a' is not made by all 1 merges, which scores cannot say; choose hf"),
         (

@@ -19,7 +19,7 @@ Bytes = NDArray[np.uint8]
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level pieces: itself if it is printable, else one from U+0100 on."""
+    """The letter that represents each byte in byte-level pieces: itself if it is printable, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_in = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(stand_in)) for byte in range(256)]
@@ -65,7 +65,7 @@ class Merges:
 
     `text` has all pieces in UTF-8, `ends` where each ends in it. `words` are the ids of those that text can become, in
     the order of their pieces; `letters` the id of each byte, or −1. `pairs` are neighbours that become one, as
-    left << 32 | right in ascending order; `ranks` and `merged` tell which comes first, and what it becomes.
+    left << 32 | right in ascending order; `ranks` and `merged` say which comes first, and what it becomes.
     """
 
     def __init__(self, arrays: Mapping[str, Bytes]) -> None:

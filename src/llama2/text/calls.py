@@ -1,8 +1,8 @@
 """How a model writes calls of functions, as its chat template shows it.
 
 A template that knows tools writes what an assistant called earlier in a dialog, and the model was trained to write the
-same. So a dialog with a call of our own tells the format, whatever the model's family: what stands before the
-function's name, between name and arguments, after these, and between one call and the next.
+same. So a dialog with a call of our own shows the format, whatever the model's family: the text before the
+function's name, between name and arguments, behind these, and between two calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llama2.errors import TemplateError
 from llama2.text import template as templates
 from llama2.text.tokenizer import Tokenizer
 
-#: Stands in a CallFormat for the id of a call, which is of so many letters and digits.
+#: The placeholder in a CallFormat for the id of a call, which is of so many letters and digits.
 ID = "\0"
 ID_LENGTH = 9
 
@@ -46,9 +46,9 @@ _TOOLS = [
 class CallFormat:
     """An answer with calls: opening, name, middle, arguments as JSON, then closing; or joint, and the next name.
 
-    Control tokens stand in these texts by their own text, and ID for an id. `joint` is None where a model calls one
-    function at a time. `marker` is what distinguishes a call from text: the beginning of `opening` that is not JSON;
-    empty where a call is an answer that begins as one.
+    Control tokens are in these texts by their own text, and ID for an id. `joint` is None where a model calls one
+    function at a time. `marker` distinguishes a call from text: it is the beginning of `opening` that is not JSON. It
+    is empty where a call is an answer that begins as one.
     """
 
     opening: str
@@ -60,28 +60,28 @@ class CallFormat:
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How a template is told of a call: what a message without text says, and whether arguments are JSON text."""
+    """How a template is given a call: what a message without text says, and whether arguments are JSON text."""
 
     silence: str | None = ""
     as_text: bool = False
 
     def message(self, content: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """An assistant's message with `calls`, each of an `id`, a `name` and `arguments`."""
-        told = []
+        functions = []
         for call in calls:
             arguments = call["arguments"]
             if self.as_text and not isinstance(arguments, str):
                 arguments = json.dumps(arguments, ensure_ascii=False)
             function = {"name": call["name"], "arguments": arguments}
-            told.append({"id": call["id"], "type": "function", "function": function})
-        return {"role": "assistant", "content": content or self.silence, "tool_calls": told}
+            functions.append({"id": call["id"], "type": "function", "function": function})
+        return {"role": "assistant", "content": content or self.silence, "tool_calls": functions}
 
 
 _FORMS = (CallForm(), CallForm(None), CallForm(as_text=True), CallForm(None, as_text=True))
 
 
 def generic_format(tokenizer: Tokenizer) -> CallFormat:
-    """How calls are written for a model whose template knows none: as text that is no control token of it."""
+    """How calls are written for a model whose template knows none: as text that is not a control token of it."""
     left, right = ("<", ">") if "<tool_call>" not in tokenizer.control else ("[", "]")
     begin, end = f"{left}tool_call{right}", f"{left}/tool_call{right}"
     opening, closing = f'{begin}\n{{"name": "', f"}}\n{end}"
@@ -142,7 +142,7 @@ def _answer(source: str, tokenizer: Tokenizer, count: int, form: CallForm) -> st
 
 
 def _split(text: str, which: int) -> tuple[str, str, str] | None:
-    """What stands before a probe's name, between it and its arguments, and after these."""
+    """The text before a probe's name, between it and its arguments, and behind these."""
     (name, value), *_ = _ARGUMENTS[which].items()
     place = re.search(rf'^(.*?)\b{_NAMES[which]}\b(.*?)\{{\s*"{name}"\s*:\s*"{value}"\s*\}}(.*)$', text, re.DOTALL)
     return (place[1], place[2], place[3]) if place else None

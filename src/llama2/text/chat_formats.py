@@ -1,8 +1,8 @@
 """Chat formats by name, for models whose files bring none: Jinja sources of our own, and what ends an answer in them.
 
-The files in `templates/` write a dialog as the formats' authors published it, without the token that begins a text: it
-is put in front where the vocabulary begins a text with one, as FastChat and llama.cpp do. Their names are llama.cpp's
-or FastChat's. Llama 2's own format begins each turn so, and says it itself.
+The files in `templates/` write a dialog as the formats' authors published it, without the token that begins a text.
+That is put in front where the vocabulary begins a text with one, as FastChat and llama.cpp do. Their names are
+llama.cpp's or FastChat's. Llama 2's own format begins each turn so, and says it itself.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ def named(template: str) -> str | None:
     return _names().get(template)
 
 
-def choose(asked: str, own: Mapping[str, str], tokenizer: Tokenizer) -> str:
-    """The template that is `asked` for: by its name among the model's `own`, by one in STOPS, or a Jinja file.
+def choose(wanted: str, own: Mapping[str, str], tokenizer: Tokenizer) -> str:
+    """The template that is `wanted`: by its name among the model's `own`, by one in STOPS, or a Jinja file.
 
-    Raises TemplateError when there is no such name and no such file, or the file is no text.
+    Raises TemplateError when there is no such name and no such file, or the file is not text.
     """
-    if asked in own:
-        return own[asked]
-    name = ALIASES.get(asked, asked)
+    if wanted in own:
+        return own[wanted]
+    name = ALIASES.get(wanted, wanted)
     if name in STOPS:
         return source(name, bos=tokenizer.add_bos)
-    path = Path(asked).expanduser()
+    path = Path(wanted).expanduser()
     if not path.is_file():
         there = ", ".join([*(other for other in own if other != "default"), *STOPS])
-        raise TemplateError(f"template {asked}: neither a file nor a chat format; these are: {there}")
+        raise TemplateError(f"template {wanted}: neither a file nor a chat format; these are: {there}")
     try:
         return files.read(path, limit=_LONGEST, error=TemplateError).decode()
     except UnicodeDecodeError as error:

@@ -47,7 +47,7 @@ class Message:
     """One turn of a dialog: who speaks (one of ROLES), and what.
 
     An assistant may call tools, and then need not say anything. A tool's message answers the first call without an
-    answer that has its `tool_call_id` and calls the function `name`; None stands for any.
+    answer that has its `tool_call_id` and calls the function `name`; None means any.
     """
 
     role: str
@@ -62,8 +62,8 @@ class Dialog:
 
     After an assistant's message that calls tools come the tools' answers, one to each call. Takes each message as a
     Message or as a mapping of OpenAI's form. Raises DialogError that names the one that is out of order, empty, or of
-    an unknown role. Unless `strict`, any order and empty texts are taken, calls may stay without an answer, and their
-    arguments need not be JSON; `turns.arrange` makes of these what a template can write.
+    an unknown role. Unless `strict`, any order and empty texts are taken. Calls may then be without an answer,
+    and their arguments need not be JSON. `turns.arrange` makes of these what a template can write.
     """
 
     def __init__(self, messages: Iterable[Message | Mapping[str, Any]], *, strict: bool = True) -> None:
@@ -102,14 +102,14 @@ class Dialog:
     ) -> tuple[list[int], list[bool]]:
         """Token ids, and for each whether the assistant said it, its end-of-turn token included.
 
-        A dialog that ends with the assistant is whole, as in training; with `continue_final` the tokens end within its
-        last message, which the model goes on writing. Any other asks for an answer. `template` is the checkpoint's
+        A dialog that ends with the assistant is whole, as in training. With `continue_final` the tokens end within its
+        last message, which the model continues. Any other requests an answer. `template` is the checkpoint's
         Jinja source and `variables` what else it may use. A SentencePiece vocabulary without a template, or with
         Llama 2's, has Llama 2's own format. `tools` are declarations of functions in OpenAI's form, for templates that
         know tools; others refuse them, and messages that call or answer.
 
-        A message that contains a role marker written in ordinary text is refused by DialogError, or with `neutralise`
-        the marker is broken by a space: `[ INST]`. Raises TemplateError when the template fails or exceeds its limits.
+        A message that contains a role marker in ordinary text is refused by DialogError. With `neutralise` the marker
+        is broken by a space: `[ INST]`. Raises TemplateError when the template fails or exceeds its limits.
         """
         if (tools or self.uses_tools) and not (template and templates.knows_tools(template)):
             raise DialogError(
@@ -121,8 +121,8 @@ class Dialog:
             if variables:
                 raise TemplateError(f"Llama 2's chat format has no template variable {next(iter(variables))!r}")
             pattern = _any_of(SPECIAL_TAGS)
-            told = [cleared(f"message {i}", m.content, pattern, neutralise) for i, m in enumerate(self.messages)]
-            return _llama2(told, self.messages[0].role == "system", tokenizer, continue_final)
+            texts = [cleared(f"message {i}", m.content, pattern, neutralise) for i, m in enumerate(self.messages)]
+            return _llama2(texts, self.messages[0].role == "system", tokenizer, continue_final)
         markers = templates.role_markers(template, tokenizer, system=self.messages[0].role == "system")
         for name, value in (variables or {}).items():
             if isinstance(value, str) and _any_of(markers).search(value):
@@ -145,7 +145,7 @@ class Dialog:
         `write` makes an assistant's message of its text and its calls. These are numbered through the dialog, in nine
         digits, as Mistral's templates demand it of an id.
         """
-        told: list[dict[str, Any]] = []
+        messages: list[dict[str, Any]] = []
         count = 0
         calls: list[dict[str, Any]] = []  # of the latest message that has any
         for i, message in enumerate(self.messages):
@@ -159,8 +159,8 @@ class Dialog:
             elif message.role == "tool":
                 call = calls[self._answered[i]]
                 entry |= {"tool_call_id": call["id"], "name": call["name"]}
-            told.append(entry)
-        return told
+            messages.append(entry)
+        return messages
 
 
 def _answered(messages: Sequence[Message], strict: bool) -> dict[int, int]:

@@ -1,7 +1,7 @@
 """A `tokenizer.json` as the tokenizers library understands it: byte-level BPE, or BPE over SentencePiece's pieces.
 
-The library does all that the file says: it normalises, splits, merges, and finds added tokens. This module tells it
-which tokens text must not yield, and reads off its decoder what its pieces stand for.
+The library does all that the file says: it normalises, splits, merges, and finds added tokens. This module says
+which tokens text must not yield, and reads off its decoder what its pieces represent.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class LibraryTokenizer(Tokenizer):
         """Ids, and where each ends in `text`."""
         if _BEFORE in text:
             raise TokenizerError(
-                "text: has U+10FFFE, U+10FFFF and U+10FFFE in a row, which are no characters; remove it"
+                "text: has U+10FFFE, U+10FFFF and U+10FFFE in a row, which are not characters; remove them"
             )
         before = _BEFORE if self._asks_for_beginning and not begins else ""
         with section, self._lock:
@@ -291,7 +291,7 @@ def scores(pieces: Sequence[str], types: Sequence[int], merges: Sequence[str]) -
     """Scores in the order of `merges`. Raises TokenizerError when no scores have that order.
 
     SentencePiece joins any two pieces whose text together is a piece, the best first, and of equals the leftmost. So
-    every way to cut a piece into two must be among the merges, and the merges that make a piece must stand together.
+    every way to cut a piece into two must be among the merges, and the merges that make a piece must be neighbours.
     Llama 2's runs of spaces are all equally good; a run grows from the left where the longest left part comes first.
     """
     normal = {text for text, kind in zip(pieces, types, strict=True) if kind == NORMAL}
@@ -305,7 +305,7 @@ def scores(pieces: Sequence[str], types: Sequence[int], merges: Sequence[str]) -
         piece = SPACE if left + right in equals else left + right
         if piece != last and piece in ranks:
             raise TokenizerError(
-                f"merges to {files.quote(piece)} do not stand together, which scores cannot say; choose hf"
+                f"merges to {files.quote(piece)} are not neighbours, which scores cannot express; choose hf"
             )
         last = piece
         ranks.setdefault(piece, len(ranks))
@@ -314,7 +314,7 @@ def scores(pieces: Sequence[str], types: Sequence[int], merges: Sequence[str]) -
         count = sum(piece[:i] in normal and piece[i:] in normal for i in range(1, len(piece)))
         if count != made[piece]:
             raise TokenizerError(
-                f"{files.quote(piece)} is not made by all {count} merges, which scores cannot say; choose hf"
+                f"{files.quote(piece)} is not made by all {count} merges, which scores cannot express; choose hf"
             )
     places = (ranks.get(SPACE if piece in equals else piece, len(ranks)) for piece in pieces)
     return [-float(place) if kind == NORMAL else 0.0 for place, kind in zip(places, types, strict=True)]

@@ -18,7 +18,7 @@ _NORMAL, _TYPES = 1, range(1, 7)  # SentencePiece.Type
 _SHORT = 256  # bytes of a piece's field
 
 
-class Model(NamedTuple):
+class ParsedModel(NamedTuple):
     """A model that was read. `plain`: BPE that changes nothing in a text but spaces to U+2581, as `build` makes it."""
 
     pieces: list[tuple[str, float, int]]  # text, score, type
@@ -27,7 +27,7 @@ class Model(NamedTuple):
     plain: bool
 
 
-def read(model: bytes) -> Model:
+def read(model: bytes) -> ParsedModel:
     """What a whole model says, with protobuf's defaults where it is silent."""
     vocabulary = []
     trainer: dict[int, int] = {}  # by field: a number, or the length of anything else
@@ -42,7 +42,7 @@ def read(model: bytes) -> Model:
                 facts[field] = stop - start if model[tag] & 7 else _read_varint(model, start)[0]
     bpe = trainer.get(3, 1) == _BPE and not trainer.get(24, False)  # and spaces before words, not behind
     unchanged = not normalizer.get(2, 0) and not normalizer.get(4, True) and bool(normalizer.get(5, True))
-    return Model(vocabulary, trainer.get(40, 0), bool(normalizer.get(3, True)), bpe and unchanged)
+    return ParsedModel(vocabulary, trainer.get(40, 0), bool(normalizer.get(3, True)), bpe and unchanged)
 
 
 def pieces(added: Iterable[tuple[str, float, int]]) -> bytes:
@@ -80,7 +80,7 @@ def build(
 def retype(model: bytes, change: Callable[[int, str, int], int]) -> tuple[bytes, list[int]]:
     """`model` with the type of each piece replaced by `change(token, text, type)`, and all types.
 
-    Normal pieces that are short are not asked about. Raises ValueError, KeyError or IndexError when the model is not
+    Normal pieces that are short are not passed to it. Raises ValueError, KeyError or IndexError when the model is not
     whole: the library itself takes one that was cut between two pieces.
     """
     found: set[int] = set()

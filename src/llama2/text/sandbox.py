@@ -1,7 +1,8 @@
 """Renders a chat template in Jinja's sandbox; as a program, does so for a parent that can kill it.
 
-The sandbox keeps a template from Python's internals, but not from time and memory. So a template that nobody has read
-runs in this file as a process of its own: one JSON request a line on stdin, one JSON answer a line on stdout. It
+The sandbox keeps a template from Python's internals, but not from time and memory. So an unknown template
+runs in this file as a process of its own. It takes one JSON request a line on stdin, and writes one JSON answer a line
+on stdout. It
 imports nothing of the package, to start quickly.
 """
 
@@ -27,8 +28,8 @@ def compile_template(source: str) -> Any:
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):
-        """`{% generation %}…{% endgeneration %}` marks an answer for training; it renders as what is inside."""
+    class GenerationTag(Extension):
+        """`{% generation %}…{% endgeneration %}` is around an answer for training; it renders as what is inside."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -46,7 +47,7 @@ def compile_template(source: str) -> Any:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
@@ -61,15 +62,15 @@ def render(
     variables: Mapping[str, Any],
     limit: int,
 ) -> list[str]:
-    """What the template `source` writes for each of `prefixes`: so many messages, and whether an answer is asked for.
+    """What the template `source` writes for each of `prefixes`: so many messages, and whether an answer is requested.
 
     Raises ValueError with the reason when it is malformed, forbidden, refuses, or writes more than `limit` characters.
     """
     try:
         template = compile_template(source)
         texts = []
-        for count, asks in prefixes:
-            context = {**variables, "messages": messages[:count], "add_generation_prompt": asks}
+        for count, prompts in prefixes:
+            context = {**variables, "messages": messages[:count], "add_generation_prompt": prompts}
             texts.append("".join(_bounded(template.generate(context), limit)))
         return texts
     except (MemoryError, RecursionError) as error:
@@ -95,7 +96,7 @@ def _bounded(parts: Iterator[str], limit: int) -> Iterator[str]:
 
 
 def serve(answer: Callable[[Any], Any], memory: int, seconds: int = ALARM) -> None:
-    """Say `ready`, then give the `answer` to each line of JSON until stdin ends, in an address space of `memory` bytes.
+    """Print `ready`, then the `answer` to each line of JSON until stdin ends, in an address space of `memory` bytes.
 
     `answer` must have imported what it needs, because the parent's clock runs from the first line on. The process ends
     itself after so many `seconds` of one request.

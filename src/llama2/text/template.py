@@ -1,7 +1,7 @@
 """A checkpoint's own chat template: Jinja source to token ids, with limits, and with user text kept what it is.
 
 A template is a program of a stranger, and what it writes is text in which control tokens are recognised. So before
-rendering, every place where a message spells a control token is broken by a character that no text has; what the
+rendering, every place where a message spells a control token is broken by a character that no text has. What the
 template then writes is split at its own control tokens, and that character is dropped from the text between.
 """
 
@@ -20,7 +20,7 @@ from llama2.errors import DialogError, TemplateError
 from llama2.text import sandbox
 from llama2.text.tokenizer import Tokenizer
 
-#: Templates that have been read: sha256 of their source. Any other but ours renders in a process of its own.
+#: Templates that were reviewed: sha256 of their source. Any other but ours renders in a process of its own.
 KNOWN = {
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788": "SmolLM2",
     "de9cde7d1b0ca0cc87459a6673e0d12fb89c070bdb24e4a30b6e4d187b226221": "SmolLM2",
@@ -43,7 +43,7 @@ RESERVED = frozenset(
     | {"loop", "self", "caller", "varargs", "kwargs"}
 )
 
-#: Words of functions' declarations and calls that templates look for; they are no one's text, and stay as they are.
+#: Words of functions' declarations and calls that templates look for: not anyone's text, so not changed.
 _DECLARING = frozenset(
     {"type", "function", "id", "name", "description", "parameters", "arguments", "properties", "required", "items"}
     | {"enum", "additionalProperties", "anyOf", "object", "array", "string", "number", "integer", "boolean", "null"}
@@ -55,7 +55,7 @@ SECONDS = 0.6
 _LONGEST_SOURCE = 1 << 20
 _MOST_MARKERS = 1 << 10
 
-#: How chat formats write roles. What has this shape and is no control token marks roles in ordinary text.
+#: How chat formats write roles. What has this shape and is not a control token marks roles in ordinary text.
 _BRACKETED = re.compile(
     r"\[/?[A-Z][A-Z_]+\]|<</?[A-Z]+>>|<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_turn>|</?s>|</?tools?(?:_[a-z]+)?>"
 )
@@ -70,7 +70,7 @@ def knows_tools(source: str) -> bool:
 
 
 def known(source: str) -> str | None:
-    """Name of a template that has been read, which ours have, or None."""
+    """Name of a template that was reviewed, which ours have, or None."""
     name = KNOWN.get(sha256(source.encode(errors="surrogatepass")).hexdigest())
     if name is None:
         from llama2.text import chat_formats
@@ -115,7 +115,7 @@ def recognise(source: str, tokenizer: Tokenizer) -> str | None:
 
 
 def check(source: str) -> None:
-    """Raise TemplateError for a template that is too long, or no text that UTF-8 can write."""
+    """Raise TemplateError for a template that is too long, or not text that UTF-8 can write."""
     if len(source) > _LONGEST_SOURCE:
         raise TemplateError(f"chat template: its {len(source)} characters are more than the limit of {_LONGEST_SOURCE}")
     try:
@@ -129,7 +129,7 @@ def check(source: str) -> None:
 
 @lru_cache(maxsize=16)
 def role_markers(source: str, tokenizer: Tokenizer, system: bool) -> frozenset[str]:
-    """What marks a role or a turn in the template's text without being a control token that can be told from text.
+    """What marks a role or a turn in the template's text, besides the control tokens.
 
     Looked for in the source, and in what it writes for a small dialog, with a `system` message or without.
     """
@@ -193,8 +193,8 @@ def render(
     The prompt for an answer is added unless the last message is the assistant's. With `continue_final` that one is cut
     off where its text ends, white space at its end included. What the assistant said begins where the prompt for an
     answer ends, and ends with the end-of-turn token. A second rendering, with edges around the answers, shows where;
-    for answers that call tools, renderings of the messages up to each. If the template rewrites answers, that fails:
-    then no token of a dialog that ends with a question is marked, and one that ends with the assistant is refused.
+    for answers that call tools, renderings of the messages up to each. If the template rewrites answers, that fails.
+    Then no token of a dialog that ends with a question is marked. One that ends with the assistant is refused.
 
     An unknown template could still join a message's letters to a control token. So it renders once more, with the
     marker around each letter, and must write the same control tokens.
@@ -205,19 +205,19 @@ def render(
     _check_variables(variables)
     marker, edge = _unused_characters(source, *tokenizer.control, *texts_of([messages, variables, tools]))
     dialog = _Marked(messages, variables, tools, tokenizer, marker, edge)
-    asks = messages[-1]["role"] != "assistant"
+    prompts = messages[-1]["role"] != "assistant"
     calls = any("tool_calls" in m for m in messages)
-    whole = [(len(messages), asks)]
+    whole = [(len(messages), prompts)]
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     question = [(i, flag) for i in answers[:1] for flag in (False, True)]
-    resumed = continue_final and not asks
+    resumed = continue_final and not prompts
     jobs = [
         dialog.job(dialog.gently, whole),
         dialog.job(dialog.gently, whole, answers[-1:] if resumed else answers),
         dialog.job(dialog.gently, question),
         dialog.job(dialog.everywhere, whole),
     ]
-    texts, marked, asked, *check = _run(source, jobs[: 3 if known(source) else 4], tokenizer)
+    texts, marked, prefixes, *check = _run(source, jobs[: 3 if known(source) else 4], tokenizer)
     text = "".join(texts or ())
     if any(_control_tokens("".join(again or ()), tokenizer) != _control_tokens(text, tokenizer) for again in check):
         raise DialogError("the chat template turns a message's text into a control token; reword the message")
@@ -228,12 +228,12 @@ def render(
         content = messages[-1]["content"]
         return _encode(parts[0] + parts[1] + content[len(content.rstrip()) :], [], marker, tokenizer)
     if "".join(parts) == text and len(parts) == 1 + 2 * len(answers):
-        prompt = asked[1].removeprefix(asked[0]) if asked else ""
+        prompt = prefixes[1].removeprefix(prefixes[0]) if prefixes else ""
         spans = _spans(parts, prompt, tokenizer, ends(source, tokenizer), stops(source))
-    elif asks:
+    elif prompts:
         spans = []
     elif not (calls and (spans := _spans_of_calls(source, dialog, answers, text))):
-        raise TemplateError("the chat template rewrites the assistant's messages, so what it said cannot be told apart")
+        raise TemplateError("the chat template rewrites the assistant's messages, so its answers cannot be found")
     return _encode(text, spans, marker, tokenizer)
 
 
@@ -261,7 +261,7 @@ class _Marked:
         return _break_tokens(text, self.marker, self.tokenizer)
 
     def everywhere(self, text: str) -> str:
-        """`text` with the marker around each letter; an empty one stays so, since a template may ask for that."""
+        """`text` with the marker around each letter; an empty one remains empty, since a template may check that."""
         return text and self.marker + "".join(letter + self.marker for letter in text)
 
     def job(
@@ -328,16 +328,16 @@ def _encode(
     at = 0
     for part, token in tokenizer.split(text):
         end = at + len(part)
-        here = [(max(start, at) - at, min(stop, end) - at) for start, stop in spans if start < end and at < stop]
+        inside = [(max(start, at) - at, min(stop, end) - at) for start, stop in spans if start < end and at < stop]
         if token is None:
             literal = part.replace(marker, "")
             new, ends = tokenizer.encode_with_ends(literal, begins=at == 0)
-            places = [(len(part[:a].replace(marker, "")), len(part[:b].replace(marker, ""))) for a, b in here]
+            places = [(len(part[:a].replace(marker, "")), len(part[:b].replace(marker, ""))) for a, b in inside]
             ids += new
             mask += said(ends, places)
         else:
             ids.append(token)
-            mask.append(bool(here))
+            mask.append(bool(inside))
         at = end
     return ids, mask
 
@@ -345,10 +345,10 @@ def _encode(
 def _spans(
     parts: Sequence[str], prompt: str, tokenizer: Tokenizer, ends: frozenset[int], stops: Sequence[str]
 ) -> list[tuple[int, int]]:
-    """Where answers stand in the joined `parts`, of which every second is an answer without what belongs to it.
+    """Where answers are in the joined `parts`, of which every second is an answer without what belongs to it.
 
-    White space between the `prompt` for an answer and the answer belongs to it, and so does what follows up to a token
-    of `ends`, or a text of `stops` that comes next.
+    White space between the `prompt` for an answer and the answer belongs to it. So does what follows up to a token of
+    `ends`, or a text of `stops` that comes next.
     """
     spans = []
     at = 0
@@ -425,8 +425,10 @@ class _Spellings:
         self._first = re.compile(f"[{re.escape(''.join(sorted(firsts)))}]" if firsts else "(?!)", re.IGNORECASE)
 
     def starts(self, text: str) -> Iterator[int]:
-        """Where a token begins in `text`. Of sorted texts, none of which begins another, it is the last that sorts
-        before what is there: the time does not depend on how many there are.
+        """Where a token begins in `text`.
+
+        None of the sorted texts begins another. So the only candidate at a place is the last one that does not sort
+        behind the text there, and the time does not depend on how many there are.
         """
         folded = _fold(text) if self._first.search(text) else ""
         for match in self._first.finditer(text) if folded else ():
@@ -456,7 +458,7 @@ def _fold(text: str) -> str:
 
 
 def _break_tokens(text: str, marker: str, tokenizer: Tokenizer) -> str:
-    """`text` with `marker` within every control token, and at an edge where half of one stands, trimmed or not."""
+    """`text` with `marker` within every control token, and at an edge with half of one, trimmed or not."""
     spelled = _spellings(tokenizer)
     cuts = {at + 1 for at in spelled.starts(text)} | {*spelled.halves(text)}
     edges = [0, *sorted(cuts), len(text)]

@@ -31,7 +31,7 @@ from llama2.text import bpe, modelproto, sandbox, splits
 from llama2.text.splits import PRE_TOKENIZERS
 from llama2.text.worker import Worker
 
-#: What stands for a space in SentencePiece's pieces.
+#: What represents a space in SentencePiece's pieces.
 SPACE = "▁"
 
 #: Token types as SentencePiece and GGUF number them.
@@ -58,12 +58,12 @@ MAX_PIECE = 1024
 #: A vocabulary that was checked, as arrays that a file can hold.
 Arrays = Mapping[str, NDArray[np.uint8]]
 
-#: Which parts of a text, cut at its added tokens, get a space in front: each one, as SentencePiece's dummy prefix does
-#: it; only the one that begins the text, if it has no space already, as Metaspace's "first"; or none.
+#: Which parts of a text, cut at its added tokens, get a space in front. "always": each one, as SentencePiece's dummy
+#: prefix does it. "first": the one that begins the text, if it has no space already, as Metaspace does it.
 PrependScheme = Literal["always", "first", "never"]
 
-#: How the space in front is chosen: as the file says it, before each part, or the one that the model was tuned with as
-#: far as the file tells.
+#: How the space in front is chosen. "file": as the file says it. "legacy": before each part. "auto": the one that the
+#: model was trained with, as far as the file says it.
 Mode = Literal["auto", "file", "legacy"]
 
 
@@ -119,7 +119,7 @@ def _template_failure(reason: str) -> TemplateError:
 
 
 def refuse_surrogates(text: str) -> None:
-    """Raise TokenizerError for half of a surrogate pair, which is no text."""
+    """Raise TokenizerError for half of a surrogate pair, which is not text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -128,7 +128,7 @@ def refuse_surrogates(text: str) -> None:
 
 
 def _continues(letter: str) -> bool:
-    """Whether a word can go on with this character behind a letter."""
+    """Whether a word can continue with this character behind a letter."""
     if letter.isalpha():
         return True
     import unicodedata
@@ -199,7 +199,7 @@ class Tokenizer(ABC):
         stops = {ends.eos_id, ends.eot_id, *(control.get(text) for text in END_OF_TURN)}
         self.stop_ids = frozenset(token for token in stops if token is not None)  # EOS and every end-of-turn token
         self._control_ids = frozenset(control.values())
-        self._known_bytes: dict[int, bytes] = {}  # of tokens that were asked for
+        self._known_bytes: dict[int, bytes] = {}  # of tokens that were looked up
 
     @cached_property
     def sandbox(self) -> Worker:
@@ -228,8 +228,8 @@ class Tokenizer(ABC):
         return AddedTokens(self.user, self.flags)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
-        """Token ids of `text`; `special`: control tokens in it are recognised, and what lies between is encoded alone;
-        so is the token for what has none.
+        """Token ids of `text`. With `special`, control tokens in it are recognised, and so is the unknown token. What
+        is between them is encoded alone.
 
         Raises TokenizerError for a lone surrogate, and for BOS or EOS where the vocabulary has none.
         """
@@ -260,7 +260,7 @@ class Tokenizer(ABC):
     def encode_with_ends(self, text: str, *, begins: bool = True) -> tuple[list[int], list[int]]:
         """Token ids of `text`, and how many characters of it are covered up to the end of each token.
 
-        A token that ends within a character covers it. `begins`: whether nothing stands before the text. Raises
+        A token that ends within a character covers it. `begins`: whether nothing is before the text. Raises
         TokenizerError as `encode` does.
         """
         refuse_surrogates(text)
@@ -293,7 +293,7 @@ class Tokenizer(ABC):
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for in the middle of a text; empty for a control token."""
+        """The bytes that a token represents in the middle of a text; empty for a control token."""
         if not 0 <= token < self.vocab_size:
             raise TokenizerError(f"token id {token} is outside the vocabulary of {self.vocab_size} tokens")
         found = self._known_bytes.get(token)
@@ -500,7 +500,7 @@ class _ByteLevelBpe(Tokenizer):
 
 
 def byte_level(piece: str) -> bytes:
-    """The bytes that a byte-level piece stands for."""
+    """The bytes that a byte-level piece represents."""
     return b"".join(bpe.BYTES.get(letter) or letter.encode() for letter in piece)
 
 
@@ -601,8 +601,9 @@ def from_scores(
 
 
 def from_pieces(pieces: Sequence[str | bytes], scores: Sequence[float], types: Sequence[int]) -> Tokenizer:
-    """A SentencePiece vocabulary with Llama 2's settings: <unk>, BOS and EOS are its first three tokens, a prompt
-    begins with BOS, and a text with a space. Raises as `from_scores` does.
+    """A SentencePiece vocabulary with Llama 2's settings. Raises as `from_scores` does.
+
+    Its first three tokens are <unk>, BOS and EOS. A prompt begins with BOS, and a text with a space.
     """
     return from_scores(pieces, scores, types, Ends(1, 2, add_bos=True), unk_id=0, prepend_scheme="always")
 
@@ -655,7 +656,7 @@ def _model_proto(
 def _cuts(text: str) -> Iterator[int]:
     """Offsets that cut `text` into chunks, first 0 and last its length, so that memory stays bounded.
 
-    A cut stands between a letter and something else that is no mark, which no word of any pre-tokenizer spans. Raises
+    A cut is between a letter and something else, not a combining mark, which no word of any pre-tokenizer spans. Raises
     TokenizerError for a text without such a place.
     """
     start = 0
@@ -732,6 +733,6 @@ def _replace_each_byte(error: Any) -> tuple[str, int]:
 
 
 def one_line(error: BaseException) -> str:
-    """A library's reason as it may stand in a message."""
+    """A library's reason, on one line, for a message."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)

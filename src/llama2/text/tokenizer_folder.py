@@ -1,7 +1,7 @@
 """Hugging Face's tokenizer files ⇄ Tokenizer, with the ids that transformers 4.57 gives.
 
 `tokenizer.json` is what the tokenizers library reads, `tokenizer.model` a SentencePiece model or Llama 3's tiktoken
-ranks. `tokenizer_config.json` beside them tells which tokens begin and end a text, and which were added after training.
+ranks. `tokenizer_config.json` beside them says which tokens begin and end a text, and which were added after training.
 How the files are weighed against each other is in docs/decisions/0017-the-tokenizer-is-the-files.md.
 """
 
@@ -63,7 +63,7 @@ class _Added:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """What stands beside a vocabulary: settings, added tokens by their ids, and the size of the model's embeddings."""
+    """What is beside a vocabulary: settings, added tokens by their ids, and the size of the model's embeddings."""
 
     path: Path
     settings: Mapping[str, Any]
@@ -84,8 +84,8 @@ class _Folder:
 
     def adds(self, role: str, default: bool) -> bool:
         """Whether a text gets this token, `bos` or `eos`: as the settings say, else by `default`."""
-        asked = self.settings.get(f"add_{role}_token")
-        return bool(default if asked is None else asked)
+        given = self.settings.get(f"add_{role}_token")
+        return bool(default if given is None else given)
 
     def ends(self, ids: Mapping[str, int], own_bos: int | None, own_eos: int | None) -> dict[str, int | None]:
         """BOS and EOS: by the settings' names, else the vocabulary's own, else the model's."""
@@ -371,8 +371,8 @@ def _text_of(token: Any) -> str | None:
 def written(source: Tokenizer, templates: Mapping[str, str]) -> dict[str, bytes]:
     """Files with which transformers has the same tokens and chat templates, by name.
 
-    Raises TokenizerError as `vocabulary` does, and for a user-defined piece with a space, which they cannot say, and
-    TemplateError for a template that is no text.
+    Raises TokenizerError as `vocabulary` does, and for a user-defined piece with a space, which they cannot express.
+    Raises TemplateError for a template that is not text.
     """
     from llama2.text.template import check
 
@@ -430,7 +430,7 @@ def _template_processing(source: Tokenizer, texts: Mapping[int, str]) -> dict[st
 
 
 def _object(path: Path, *, memory: int = files.MAX_VALUES) -> dict[str, Any]:
-    """The JSON object in a file; an empty one when there is no file."""
+    """The JSON object in a file; an empty one without a file."""
     return files.load_json(path, memory=memory, error=TokenizerError) if files.exists(path) else {}
 
 
@@ -439,7 +439,7 @@ def _guarded(path: Path, make: Callable[[], Any]) -> Any:
     try:
         with _without_panics():
             return make()
-    except BaseException as error:  # the library raises nothing narrower, and its panics are no Exceptions
+    except BaseException as error:  # the library raises nothing narrower, and its panics are not Exceptions
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise TokenizerError(f"{path}: is malformed ({tokenizer.one_line(error)})") from None
         raise

@@ -1,4 +1,4 @@
-"""Learn a SentencePiece BPE vocabulary with the settings that Llama 2's own file states (spec 2.1)."""
+"""Train a SentencePiece BPE vocabulary with the settings that Llama 2's own file states (spec 2.1)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from llama2.errors import TokenizerError
 from llama2.text.tokenizer import one_line
 
-#: Bytes of the longest line that is learnt from, as Llama 2 had it.
+#: Bytes of the longest line that is trained on, as Llama 2 had it.
 LONGEST_LINE = 4192
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A `tokenizer.model` as bytes, how many lines it was learnt from, and how many were too long for that."""
+    """A `tokenizer.model` as bytes, how many lines it was trained on, and how many were too long for that."""
 
     model: bytes
     lines: int
@@ -25,12 +25,12 @@ class Trained:
 def train(
     texts: Iterable[str], vocabulary: int, *, exact: bool = True, sample: int = 2_000_000, threads: int = 1
 ) -> Trained:
-    """A vocabulary of so many tokens, three control tokens and 256 bytes among them, that is learnt from lines of text.
+    """A vocabulary of so many tokens, three control tokens and 256 bytes among them, trained on lines of text.
 
-    Of more than `sample` lines, a random choice of so many is learnt from, always the same one, which bounds memory.
-    Digits stand alone, a text gets a space in front and is not changed otherwise, and what has no token is bytes.
-    Raises TokenizerError when the text is too little for the vocabulary, or none; too little is as many tokens as it
-    has where they need not be `exact`.
+    Of more than `sample` lines, it is trained on a random choice of so many, always the same one, which bounds memory.
+    Each digit is a token, a text gets a space in front and is not changed otherwise, and what has no token is bytes.
+    Raises TokenizerError without text, or when it is too little for `exact` so many tokens. Otherwise, little text
+    gives fewer tokens.
     """
     from sentencepiece import SentencePieceTrainer, set_random_generator_seed
 
@@ -68,7 +68,7 @@ def train(
         )
     except (RuntimeError, OSError) as error:
         raise TokenizerError(
-            f"no vocabulary of {vocabulary} tokens can be learnt from {counted.lines} lines "
+            f"no vocabulary of {vocabulary} tokens can be trained on {counted.lines} lines "
             f"({one_line(error)}); give more text or a smaller vocabulary"
         ) from None
     return Trained(model.getvalue(), counted.lines, counted.too_long)

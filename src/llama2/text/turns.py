@@ -2,7 +2,7 @@
 
 What a template can write is left as it is. Where it cannot, neighbours of one role are joined, and where it knows no
 tools, declarations, calls and their answers become text (docs/decisions/0018-take-what-has-one-meaning.md). Each such
-change is a note, for whoever asked should know of it.
+change is a note for the caller.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ROLES = {"s": "system", "u": "user", "a": "assistant", "c": "assistant"}
 
 
 class Arranged(NamedTuple):
-    """A dialog that its template can write, the tools that the template is told of, and what was changed."""
+    """A dialog that its template can write, the tools that the template is given, and what was changed."""
 
     dialog: Dialog
     tools: Sequence[Mapping[str, Any]] | None
@@ -42,7 +42,7 @@ def arrange(
     *,
     neutralise: bool = False,
 ) -> Arranged:
-    """What the template can write of a dialog in any order. One that is in order, without tools, stays as it is.
+    """What the template can write of a dialog in any order. One that is in order, without tools, is not changed.
 
     Raises DialogError where a text spells a mark by which calls are written, unless it is to be neutralised.
     """
@@ -132,7 +132,7 @@ def _joined(messages: Sequence[Message], role: str) -> tuple[Message, ...]:
 
 
 def _open_calls(messages: Sequence[Message]) -> set[int]:
-    """Numbers of messages whose calls have not all an answer before the conversation goes on, and of their answers."""
+    """Numbers of messages with calls that lack an answer when the conversation continues, and of their answers."""
     found: set[int] = set()
     for i, message in enumerate(messages):
         if message.tool_calls:
@@ -156,13 +156,13 @@ def _calls_as_words(messages: Sequence[Message], which: set[int]) -> tuple[Messa
 def _tools_as_text(
     messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] | None, neutralise: bool
 ) -> tuple[Message, ...]:
-    """Tools told in the system message, calls in the assistant's, and their answers in the user's."""
+    """Tools declared in the system message, calls in the assistant's, and their answers in the user's."""
     from llama2.text.calls import generic_format
 
     format = generic_format(tokenizer)
     call_end = format.closing.split()[-1]
     begin, end = (mark.replace("call", "response") for mark in (format.marker, call_end))
-    marks = re.compile("|".join(map(re.escape, (format.marker, call_end, begin, end))))
+    markers = re.compile("|".join(map(re.escape, (format.marker, call_end, begin, end))))
     written: list[Message] = []
     for i, message in enumerate(messages):
         if message.role == "assistant":
@@ -172,21 +172,21 @@ def _tools_as_text(
             text = f"{format.opening}{calls}{format.closing}" if calls else ""
             written.append(Message("assistant", "\n".join(filter(None, (message.content, text)))))
         else:
-            text = cleared(f"message {i}", message.content, marks, neutralise)
+            text = cleared(f"message {i}", message.content, markers, neutralise)
             answer = Message("user", f"{begin}\n{text}\n{end}")
             written.append(answer if message.role == "tool" else replace(message, content=text))
     if tools:
         declared = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
         introduction = (
             "You can call these functions, one JSON object a line:\n"
-            f"{cleared('tools', declared, marks, neutralise)}\n"
+            f"{cleared('tools', declared, markers, neutralise)}\n"
             "To call one, answer with its name and its arguments:\n"
             f"{format.opening}NAME{format.middle}{{...}}{format.closing}\n"
             f"Its result comes back between {begin} and {end}. Call a function only where it helps."
         )
         first, *rest = written
-        told = Message("system", introduction)
-        written = [_join(first, told), *rest] if first.role == "system" else [told, *written]
+        rules = Message("system", introduction)
+        written = [_join(first, rules), *rest] if first.role == "system" else [rules, *written]
     return tuple(written)
 
 
