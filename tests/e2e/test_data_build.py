@@ -181,7 +181,7 @@ def test_a_folder_without_documents_is_one_line(place: Path, capsys: pytest.Capt
     (place / "empty/a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
     code, _, err = typed(capsys, "data", "build", "empty")
     assert code == 1
-    assert "sources.documents: none of its documents was kept (1 no text); mend it, or leave it out" in err
+    assert "sources.documents: none of its documents was kept (1 no text); fix it, or leave it out" in err
     assert err.count("\n") == 1
 
 
@@ -214,10 +214,10 @@ def test_no_link_in_the_folder_is_followed(place: Path, capsys: pytest.CaptureFi
     (place / "corpus" / name).symlink_to(victim)
     code, _, err = typed(capsys, "data", "build", "recipe.toml")
     assert code == 1
-    assert f"{name}: is no part of a corpus; choose another output folder" in err
+    assert f"{name}: is not part of a corpus; choose another output folder" in err
     (place / "corpus" / name).unlink()
     (place / "corpus/notes.txt").write_text("mine")
-    assert "notes.txt: is no part of a corpus" in typed(capsys, "data", "build", "recipe.toml")[2]
+    assert "notes.txt: is not part of a corpus" in typed(capsys, "data", "build", "recipe.toml")[2]
     assert not list(victim.iterdir()) if name == "card" else victim.read_text() == "precious"
 
 
@@ -228,7 +228,7 @@ def test_no_link_in_the_folder_is_followed(place: Path, capsys: pytest.CaptureFi
             ["sources.notes.fiels=[]"],
             "recipe.toml: sources.notes.fiels: unknown setting; did you mean sources.notes.files?",
         ),
-        (["sources={a={files=['*.tex', '*.bib']}}"], "texts: no file in it matches *.tex, *.bib; mend the sources'"),
+        (["sources={a={files=['*.tex', '*.bib']}}"], "texts: no file in it matches *.tex, *.bib; fix the sources'"),
         (["sources.pages={files=['*.x'], weight=1}", "sources.notes.weight=1"], "sources.pages: no file in texts"),
         (["dir=none"], "none: no such folder; give the folder of the documents as dir="),
         (["tokenizer.file=a"], "tokenizer: needs either file or vocabulary"),
@@ -238,7 +238,7 @@ def test_no_link_in_the_folder_is_followed(place: Path, capsys: pytest.CaptureFi
         (["sources.notes.languages=['de']"], "sources.notes: none of its documents was kept (6 read, "),
         (
             ["decontamination.benchmarks.b={files=['none']}"],
-            "decontamination.benchmarks.b: no file matches none; mend files",
+            "decontamination.benchmarks.b: no file matches none; fix files",
         ),
         (["sources.notes.weight=1"], "sources.pages.weight: is missing; give every source a weight, or none"),
     ],
@@ -326,7 +326,7 @@ def test_slurm_is_given_each_stage_after_the_one_before(
         "llama2-data-cluster --dependency=afterok:2",
         "llama2-data-hold --dependency=afterok:3",
         "llama2-data-learn --dependency=afterok:4",
-        "llama2-data-tokenise --dependency=afterok:5",
+        "llama2-data-tokenize --dependency=afterok:5",
         "llama2-data-mix --dependency=afterok:6",
         "llama2-data-finish --dependency=afterok:7",
     ]

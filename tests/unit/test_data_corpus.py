@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llama2 import recipe as recipes
 from llama2.data import compressed, contamination, dedup
 from llama2.data.build import build
-from llama2.data.contamination import Coverage, Matcher, Run
+from llama2.data.contamination import Coverage, Matcher, SharedRun
 from llama2.data.settings import Benchmark, BuildRecipe, Decontamination
 from llama2.data.shards import Shards
 from llama2.data.tokens import epochs
@@ -35,11 +35,11 @@ def sample(length: int, first: int = 0) -> Any:
 
 
 def test_ten_tokens_are_a_run_and_nine_are_not() -> None:
-    for shared, found in ((10, [Run(0, 5, 2, 10)]), (9, [])):
+    for shared, found in ((10, [SharedRun(0, 5, 2, 10)]), (9, [])):
         document = np.concatenate([ids(900, 901), sample(shared, 5), ids(902)])
         assert list(Matcher([sample(30)]).runs(document)) == found
     eleven = np.concatenate([ids(900), sample(11, 5), ids(902)])
-    assert list(Matcher([sample(30)], length=11).runs(eleven)) == [Run(0, 5, 1, 11)]
+    assert list(Matcher([sample(30)], length=11).runs(eleven)) == [SharedRun(0, 5, 1, 11)]
     assert not list(Matcher([sample(30)], length=12).runs(eleven))
 
 
@@ -61,12 +61,12 @@ def changed(document: Any, *places: int) -> Any:
     ],
 )
 def test_places_that_may_differ(places: tuple[int, ...], length: int) -> None:
-    assert next(Matcher([sample(30)]).runs(changed(sample(30), *places))) == Run(0, 0, 0, length)
+    assert next(Matcher([sample(30)]).runs(changed(sample(30), *places))) == SharedRun(0, 0, 0, length)
 
 
 def test_no_difference_within_the_first_ten() -> None:
     assert list(Matcher([sample(19)]).runs(changed(sample(19), 9))) == []
-    assert list(Matcher([sample(20)]).runs(changed(sample(20), 9))) == [Run(0, 10, 10, 10)]
+    assert list(Matcher([sample(20)]).runs(changed(sample(20), 9))) == [SharedRun(0, 10, 10, 10)]
 
 
 @given(st.data())
@@ -93,11 +93,11 @@ def test_runs_are_those_of_the_definition(data: st.DataObject) -> None:
 
 def test_subsets_overlap_as_in_the_paper(tmp_path: Path) -> None:
     coverage = Coverage([sample(10), sample(10), sample(10), sample(3)])
-    coverage.add(Run(1, 0, 0, 2))
-    coverage.add(Run(2, 1, 0, 8))
+    coverage.add(SharedRun(1, 0, 0, 2))
+    coverage.add(SharedRun(2, 1, 0, 8))
     coverage.save(tmp_path / "a.npy")
     again = Coverage([sample(10), sample(10), sample(10), sample(3)])
-    again.add(Run(2, 0, 0, 1))
+    again.add(SharedRun(2, 0, 0, 1))
     again.load(tmp_path / "a.npy")
     assert again.shares().tolist() == [0.0, 0.2, 0.9, 0.0]
     assert {name: mask.tolist() for name, mask in contamination.subsets(coverage.shares()).items()} == {
@@ -137,7 +137,7 @@ def test_benchmark_files(tmp_path: Path) -> None:
     assert samples("d.txt") == ["one", "two"]
     with pytest.raises(DataError, match=r"decontamination.benchmarks.b: no file matches none"):
         samples("none")
-    with pytest.raises(DataError, match=r"a.jsonl: has not the fields \['x'\]"):
+    with pytest.raises(DataError, match=r"a.jsonl: does not have the fields \['x'\]"):
         samples("a.jsonl", "x")
 
 
@@ -145,8 +145,8 @@ def test_hostile_benchmark_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compressed, "FREE", 1 << 16)
     monkeypatch.setattr(contamination, "_LONGEST", 1 << 20)
     files = {
-        "deep.json": (b"[" * 100_000, "has not the fields"),
-        "none.jsonl": (b"5\n", "has not the fields"),
+        "deep.json": (b"[" * 100_000, "does not have the fields"),
+        "none.jsonl": (b"5\n", "does not have the fields"),
         "bomb.txt.gz": (gzip.compress(bytes(1 << 25)), "has more than 1 MB"),
         "cut.txt.gz": (gzip.compress(b"a line\n")[:-9], "cannot be read"),
         "long.txt": (bytes((1 << 20) + 1), "has more than 1 MB, which no benchmark has"),
@@ -337,7 +337,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildRecipe:
         patch.setattr("llama2.data.tokens.Mix.documents", stop)
         with pytest.raises(KeyboardInterrupt):
             build(asked)
-    with pytest.raises(DataError, match="is no corpus"):
+    with pytest.raises(DataError, match="is not a corpus"):
         Shards.open(tmp_path / "out", "train")
     return asked
 

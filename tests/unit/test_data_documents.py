@@ -156,7 +156,7 @@ def test_damaged_files_are_left_out_by_name_and_others_stay(tmp_path: Path) -> N
 def test_a_file_that_the_system_refuses_ends_the_build(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.txt").chmod(0)
-    with pytest.raises(DataError, match=r"a.txt: cannot be read \(.*\); mend it or exclude it"):
+    with pytest.raises(DataError, match=r"a.txt: cannot be read \(.*\); fix it or exclude it"):
         documents(tmp_path)
 
 

@@ -307,7 +307,7 @@ CUT = gzip.compress(lines([{"text": "a"}]), mtime=0)[:-9]
         ("a.json", b"[" + PAIR + b",\n{]", r"a.json:2: is not JSON \(.*\); write one object a line; --skip-bad"),
         ("a.json", b"[" + PAIR + b"]\n3", r"a.json:2: a record has messages"),
         ("a.json", PAIR + b"\n3\n", r"a.json:2: a record has messages"),
-        ("a.csv", b"a,b\n1,2,3\n", r"a.csv:2: has 3 cells, and the first line names 2; mend the row"),
+        ("a.csv", b"a,b\n1,2,3\n", r"a.csv:2: has 3 cells, and the first line names 2; fix the row"),
         ("a.csv", b'prompt,completion\n"' + b"x" * 200_000 + b'",y\n', r"a.csv:2: is not CSV \(field larger than"),
         ("a.csv", b"prompt,completion\n\xff,y\n", r"a.csv:2: is not UTF-8, at byte 0; save the file as UTF-8"),
         ("a.csv", b"x,y\n1,2\n", r"a.csv:2: a record has messages"),

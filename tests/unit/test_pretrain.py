@@ -375,7 +375,7 @@ def test_losses_that_are_no_numbers_change_nothing_and_end_the_run(asked: Any, t
         (["batch.rows=5"], RecipeError, "batch.rows=5 is no multiple of batch.micro=2 rows on each of 1 processes"),
         (["model.dim=15"], Llama2Error, "head_dim=7 must be even"),
         (["model.size=7B"], RecipeError, "has size and also dim"),
-        (["data.corpus=nowhere"], DataError, "nowhere: is no corpus"),
+        (["data.corpus=nowhere"], DataError, "nowhere: is not a corpus"),
         (["data.length=100000"], DataError, "too few for a row of 100000"),
         (["data.recipe=some.toml"], RecipeError, "needs a corpus, or what to build one from (recipe, dir)"),
         (["mesh.tensor=2"], RunError, "mesh.tensor=2 does not divide 1 processes"),

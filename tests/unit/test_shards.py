@@ -149,7 +149,7 @@ def test_hashes_can_be_left_unread(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no corpus"):
+    with pytest.raises(DataError, match="is not a corpus"):
         Shards.open(tmp_path, "train")
     folder = build(tmp_path / "c", [[[1, 2]]])
     with pytest.raises(DataError, match=r"no tokens for validation \(it has: train\)"):

@@ -1,15 +1,15 @@
 """From sources to a corpus: the stages of `llama2 data build`, each a pipeline of datatrove's.
 
-    read → clean → sign      a task's files → its documents, and signatures of them
+    read → clean → sign      a task's files → its documents, and MinHash signatures of them
     pair → cluster           equal signatures → documents to leave out
     hold                     what small sources hold out for validation
-    learn                    a tokenizer, where none is given
-    tokenise                 documents → token ids, by source and split
+    train-tokenizer          a tokenizer, where none is given
+    tokenize                 documents → token ids, by source and split
     mix                      sources by their weights → shards
     finish                   the manifest and the corpus card
 
-Between stages, files stand in `work` in the output folder, and a build that was stopped goes on where it stopped. The
-last stage writes the manifest, and without one a folder is no corpus.
+Between stages, files are in `work` in the output folder, and a build that was stopped continues where it stopped. The
+last stage writes the manifest, and without one a folder is not a corpus.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llama2.data.read import File
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Manifest
 from llama2.data.stage import Stage, counts
-from llama2.data.tokens import SPLITS, Mix, Tokenise, written
+from llama2.data.tokens import SPLITS, Mix, Tokenize, written
 from llama2.data.vocabulary import open_tokenizer
 from llama2.errors import DataError
 from llama2.text import trainer
@@ -49,13 +49,13 @@ def build(
 ) -> Manifest | None:
     """Make the corpus that a recipe describes, and return its manifest; None when a cluster's queue was given the work.
 
-    `toxicity` scores lines for the corpus card. On this machine `announce` is told each stage's name when it begins.
-    `note` is told, in a line each, what was not done as one might expect: what was left out, what was converted.
+    `toxicity` scores lines for the corpus card. On this machine `announce` is called with each stage's name when it
+    begins, and `note` with a line for each thing that was left out, converted, or otherwise not as expected.
     `files` are the sources' files, where the caller has them from `read.find`.
 
-    Raises DataError or TokenizerError before anything is done for sources that are missing and a tokenizer that cannot
-    be used, and later when a source has nothing to use. A corpus that is there already and was built from the same
-    stays; one that was built from something else is a DataError without `force`. With more than one worker, a script
+    Raises DataError or TokenizerError before anything is done, for sources that are missing and a tokenizer that cannot
+    be used. Raises DataError later when a source has nothing to use. A corpus that was built from the same is not
+    changed. One that was built from something else is a DataError without `force`. With more than one worker, a script
     that calls this must do so behind `if __name__ == "__main__"`, since workers import it.
     """
     output = recipe.output.resolve()  # since tasks may run elsewhere, and libraries remember relative folders
@@ -94,7 +94,7 @@ def build(
 
 
 def differences(recipe: BuildRecipe, files: Sequence[File]) -> list[str] | None:
-    """What a recipe's corpus was built from that is another now, in words. None: there is no corpus.
+    """What a recipe's corpus was built from that has changed since, in words. None: there is no corpus.
 
     `files` are the sources' files, from `read.find`.
     """
@@ -113,11 +113,11 @@ def notes(recipe: BuildRecipe, manifest: Manifest) -> Iterator[str]:
         if lost:
             named = [f"{path} ({reason})" for where, path, reason in facts["left_out"] if where == name]
             first = f"; first {named[0]}" if named else ""
-            told = ", ".join(f"{count:,} {what}" for what, count in lost.items())
-            yield f"sources.{name}: left out: {told}{first}; {recipe.output / 'card' / 'README.md'} says more"
-    asked = recipe.tokenizer.vocabulary
-    if asked and manifest.tokenizer.vocabulary < asked:
-        yield f"the vocabulary has {manifest.tokenizer.vocabulary:,} tokens, not {asked:,}: so little text has no more"
+            counted = ", ".join(f"{count:,} {what}" for what, count in lost.items())
+            yield f"sources.{name}: left out: {counted}{first}; {recipe.output / 'card' / 'README.md'} says more"
+    wanted = recipe.tokenizer.vocabulary
+    if wanted and manifest.tokenizer.vocabulary < wanted:
+        yield f"the vocabulary has {manifest.tokenizer.vocabulary:,} tokens, not {wanted:,}: so little text has no more"
 
 
 def _belongs(path: Path) -> bool:
@@ -127,10 +127,10 @@ def _belongs(path: Path) -> bool:
 
 
 def _check_folder(output: Path) -> None:
-    """Raise DataError when the folder has anything in it that is no part of a corpus, such as a link."""
+    """Raise DataError when the folder has anything in it that is not part of a corpus, such as a link."""
     for path in output.rglob("*"):
         if path.is_symlink() or (path.parent == output and not _belongs(path)):
-            raise DataError(f"{path}: is no part of a corpus; choose another output folder")
+            raise DataError(f"{path}: is not part of a corpus; choose another output folder")
 
 
 def _stages(
@@ -148,10 +148,16 @@ def _stages(
     tokenizer = recipe.tokenizer.file.resolve() if recipe.tokenizer.file else work / "tokenizer.model"
     signatures, pairs, removed = work / "signatures", work / "pairs", work / "removed"
     bands = dedup.bands(recipe.dedup)
-    sign = [dedup.Sign(recipe.dedup, signatures)] if bands else []
+    sign = [dedup.MinhashSignatures(recipe.dedup, signatures)] if bands else []
     unique = [dedup.Unique(recipe.dedup, pairs, removed)] if bands else []
     listed, held, left_out = work / "listed", work / "held.json", work / "left_out"
-    documents = [read.Read(recipe, files, left_out), Clean(recipe, toxicity), *sign, heldout.List(listed), Write(clean)]
+    documents = [
+        read.Read(recipe, files, left_out),
+        Clean(recipe, toxicity),
+        *sign,
+        heldout.List(listed),
+        WriteDocuments(clean),
+    ]
     stages: list[tuple[str, list[PipelineStep], int]] = [
         ("clean", documents, tasks),
     ]
@@ -162,17 +168,17 @@ def _stages(
         ]
     stages.append(("hold", [heldout.HoldOut(recipe, listed, removed, logs / "clean", held)], 1))
     if recipe.tokenizer.vocabulary:
-        stages.append(("learn", [Learn(recipe, recipe.tokenizer.vocabulary, clean, unique, held, tokenizer)], 1))
+        stages.append(("train-tokenizer", [TrainTokenizer(recipe, clean, unique, held, tokenizer)], 1))
     samples = work / "samples.npz" if recipe.decontamination.benchmarks else None
     if samples:
         stages.append(("prepare", [contamination.Prepare(recipe, tokenizer, samples)], 1))
     stages += [
         (
-            "tokenise",
-            [Load(clean), *unique, card.Describe(), Tokenise(recipe, samples, tokenizer, held, tokens)],
+            "tokenize",
+            [ReadDocuments(clean), *unique, card.Describe(), Tokenize(recipe, samples, tokenizer, held, tokens)],
             tasks,
         ),
-        ("mix", [Mix(recipe, tokenizer, tokens, logs / "tokenise", work / "mixed")], tasks),
+        ("mix", [Mix(recipe, tokenizer, tokens, logs / "tokenize", work / "mixed")], tasks),
         ("finish", [Finish(recipe, now, samples, tokenizer, work)], 1),
     ]
     last = None
@@ -181,10 +187,10 @@ def _stages(
     return last
 
 
-class Write(Stage):
-    """Keeps a task's documents in a file."""
+class WriteDocuments(Stage):
+    """Writes a task's documents to a file."""
 
-    name = "write"
+    name = "write documents"
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -198,10 +204,10 @@ class Write(Stage):
         yield from ()
 
 
-class Load(Stage):
-    """A task's documents, as `Write` kept them."""
+class ReadDocuments(Stage):
+    """A task's documents, as `WriteDocuments` wrote them."""
 
-    name = "load"
+    name = "read documents"
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -214,24 +220,21 @@ class Load(Stage):
                 yield Document(text, key, metadata=metadata)
 
 
-class Learn(Stage):
-    """Learns the tokenizer from all tasks' documents for training, each once."""
+class TrainTokenizer(Stage):
+    """Trains the tokenizer on all tasks' documents of the training split, each once."""
 
-    name = "learn"
+    name = "train tokenizer"
 
-    def __init__(
-        self, recipe: BuildRecipe, vocabulary: int, folder: Path, unique: list[dedup.Unique], held: Path, file: Path
-    ) -> None:
+    def __init__(self, recipe: BuildRecipe, folder: Path, unique: list[dedup.Unique], held: Path, file: Path) -> None:
         super().__init__()
         self.recipe = recipe
-        self.vocabulary = vocabulary
         self.folder = folder
-        self.unique = unique  # where the recipe asks for it
+        self.unique = unique  # where the recipe wants it
         self.held = held
         self.file = file
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
-        trained = trainer.train(self._texts(), self.vocabulary, exact=False)
+        trained = trainer.train(self._texts(), self.recipe.tokenizer.vocabulary or 0, exact=False)
         self.file.write_bytes(trained.model)
         self.count("tokenizer", "lines", trained.lines)
         self.count("tokenizer", "lines too long", trained.too_long)
@@ -240,14 +243,14 @@ class Learn(Stage):
     def _texts(self) -> Iterator[str]:
         tasks, held = self.recipe.executor.tasks, heldout.HeldOut(self.recipe, self.held)
         for task in range(tasks):
-            documents = Load(self.folder).documents(iter(()), task, tasks)
+            documents = ReadDocuments(self.folder).documents(iter(()), task, tasks)
             for step in self.unique:
                 documents = step.documents(documents, task, tasks)
             yield from (text for each in documents for split, text in held.parts(each) if split == "train")
 
 
 class Finish(Stage):
-    """Writes what says that the corpus is whole."""
+    """Writes the manifest, which says that the corpus is whole."""
 
     name = "finish"
 
@@ -263,7 +266,7 @@ class Finish(Stage):
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
         opened = open_tokenizer(self.tokenizer)
-        mixed, kept = counts(self.work / "logs" / "mix"), counts(self.work / "logs" / "tokenise")
+        mixed, kept = counts(self.work / "logs" / "mix"), counts(self.work / "logs" / "tokenize")
         output = self.recipe.output
         manifest = shards.Manifest.of(
             self.tokenizer,
@@ -282,7 +285,7 @@ class Finish(Stage):
         for when, coverage in (("before", before), ("after", after)):
             for path in sorted((self.work / "tokens").glob(f"{when}-*.npy")):
                 coverage.load(path)
-        (output / shards.MANIFEST).unlink(missing_ok=True)  # from here on the corpus that was there is none
+        (output / shards.MANIFEST).unlink(missing_ok=True)  # from here on the corpus that was there does not count
         for path in output.iterdir():
             if path.name.startswith(("train-", "validation-", "tokenizer.")):
                 path.unlink()

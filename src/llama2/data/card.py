@@ -43,8 +43,8 @@ class Describe(Stage):
             self.count(name, f"language: {facts['language']}")
             length = next((bound for bound in _LENGTHS if len(document.text) <= bound), _LENGTHS[-1] * 2)
             self.count(name, f"length: {length}")
-            for mark in facts.get("marks", ()):
-                self.count(name, f"mark: {mark}")
+            for tag in facts.get("tags", ()):
+                self.count(name, f"tag: {tag}")
             if "toxicity" in facts:
                 self.count(name, f"toxicity: {min(int(10 * facts['toxicity']), 9)}")
                 self.count(name, "toxic", facts["toxicity"] >= 0.5)
@@ -74,9 +74,11 @@ def facts(
     after: Coverage,
     left_out: Sequence[Sequence[str]] = (),
 ) -> dict[str, Any]:
-    """Everything the card says. `cleaned` and `kept` are the counts up to deduplication and after it, `samples` the
-    number of each benchmark's samples, `before` and `after` what of them the corpus held, and holds. `left_out` has
-    source, path and reason of files that were.
+    """Everything the card says.
+
+    `cleaned` and `kept` are the counts up to deduplication and after it. `samples` is the number of each benchmark's
+    samples; `before` and `after` are what of them the corpus had, and has. `left_out` has source, path and reason of
+    files that were.
     """
     total = sum((Counter(counts) for counts in kept.values()), Counter[str]())
     english = total["language: en"]
@@ -119,7 +121,7 @@ def _part(counts: Mapping[str, float], prefix: str) -> dict[str, int]:
     return {key.removeprefix(prefix): int(value) for key, value in counts.items() if key.startswith(prefix)}
 
 
-#: What cannot be read, and what went beyond a limit: told on the screen too.
+#: What cannot be read, and what went beyond a limit: printed on the screen too.
 LOST = (
     *("no text", "not UTF-8", "damaged", "malformed"),
     *("too long", "took too much time or memory", "unpacks to too much"),
@@ -135,21 +137,21 @@ def _steps(cleaned: Mapping[str, float], kept: Mapping[str, float]) -> dict[str,
     """Documents at each step: unusable ones by reason, those read, those left out by reason, those kept."""
     unusable, dropped = ({what: int(cleaned.get(what, 0)) for what in each} for each in _DROPS)
     quality = {key: int(value) for key, value in sorted(cleaned.items()) if key.startswith("quality: ")}
-    twins = {what: int(kept.get(what, 0)) for what in ("exact duplicate", "near duplicate")}
-    steps = {**unusable, "read": int(cleaned.get("read", 0)), **dropped, **quality, **twins}
+    duplicates = {what: int(kept.get(what, 0)) for what in ("exact duplicate", "near duplicate")}
+    steps = {**unusable, "read": int(cleaned.get("read", 0)), **dropped, **quality, **duplicates}
     return {what: count for what, count in steps.items() if count} | {"kept": int(kept.get("kept", 0))}
 
 
 def _pronouns(total: Mapping[str, float], english: float) -> dict[str, float]:
-    return {group: total.get(f"mark: pronoun: {group}", 0) / english if english else 0.0 for group in describe.PRONOUNS}
+    return {group: total.get(f"tag: pronoun: {group}", 0) / english if english else 0.0 for group in describe.PRONOUNS}
 
 
 def _identities(total: Mapping[str, float], english: float) -> dict[str, Any]:
     """Share of English documents with a term of each axis, and among those the share of each of the five commonest."""
     table = {}
     for axis in describe.IDENTITIES:
-        mentions = total.get(f"mark: identity: {axis}", 0)
-        terms = Counter(_part(total, f"mark: term: {axis}: ")).most_common(5)
+        mentions = total.get(f"tag: identity: {axis}", 0)
+        terms = Counter(_part(total, f"tag: term: {axis}: ")).most_common(5)
         table[axis] = {
             "share": mentions / english if english else 0.0,
             "terms": {term: count / mentions for term, count in terms},

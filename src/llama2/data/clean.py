@@ -12,13 +12,13 @@ from llama2.data.settings import BuildRecipe
 from llama2.data.stage import Stage
 from llama2.data.words import Words
 
-#: Characters by which a language is told, half from the beginning and half from the middle, and the least certainty
-#: (spec 8.2).
+#: Characters by which a language is identified, half from the beginning and half from the middle, and the least
+#: certainty (spec 8.2).
 _SAMPLE, _CERTAIN = 240, 0.5
 
 
 class Clean(Stage):
-    """Leaves out and mends a task's documents, and notes in their metadata what the corpus card counts."""
+    """Leaves out and cleans a task's documents, and notes in their metadata what the corpus card counts."""
 
     name = "clean"
 

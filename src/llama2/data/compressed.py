@@ -72,7 +72,7 @@ class _Bounded(io.RawIOBase):
 
 
 class _Xz:
-    """An xz file whose decoder has a limit to its memory, which Python's own reader has not."""
+    """An xz file whose decoder has a limit to its memory, which Python's own reader does not have."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

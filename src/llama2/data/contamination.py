@@ -1,4 +1,4 @@
-"""Which tokens of benchmark samples stand in a corpus, by the paper's method (A.6, spec 9.9), and their removal.
+"""Which tokens of benchmark samples are in a corpus, by the paper's method (A.6, spec 9.9), and their removal.
 
 A sample's token is contaminated if it lies in a run of at least `length` tokens that sample and corpus share. A run
 begins with ten equal tokens, may differ in up to `skips` places after them, and ends with an equal token. A sample of
@@ -43,7 +43,7 @@ _BITS = 26  # of a hash, by which most places of a document are ruled out at onc
 
 
 @dataclass(frozen=True)
-class Run:
+class SharedRun:
     """Tokens that a sample and a document share, but for some of them."""
 
     sample: int
@@ -69,7 +69,7 @@ class Matcher:
         self._known = np.zeros(1 << _BITS, bool)
         self._known[_low(flat)] = True
 
-    def runs(self, document: Ids) -> Iterator[Run]:
+    def runs(self, document: Ids) -> Iterator[SharedRun]:
         """The longest run that begins at each place of a sample and the document, but for ends of longer ones."""
         keys = _keys(document, self._seed)
         maybe = np.flatnonzero(self._known[_low(keys)])
@@ -83,7 +83,7 @@ class Matcher:
                     continue  # the end of a run that begins one earlier
                 length = self._extend(sample[start:], document[at:])
                 if length >= self.length:
-                    yield Run(number, start, at, length)
+                    yield SharedRun(number, start, at, length)
 
     def _equal(self, sample: Ids, start: int, document: Ids, at: int) -> bool:
         return bool((sample[start : start + self._seed] == document[at : at + self._seed]).all())
@@ -114,7 +114,7 @@ class Coverage:
     def __init__(self, samples: Sequence[Ids]) -> None:
         self.masks = [np.zeros(len(sample), bool) for sample in samples]
 
-    def add(self, run: Run) -> None:
+    def add(self, run: SharedRun) -> None:
         """Count a run's tokens. All of it counts, differing tokens too, as a run is what they lie in."""
         self.masks[run.sample][run.in_sample : run.in_sample + run.length] = True
 
@@ -123,11 +123,11 @@ class Coverage:
         return np.array([np.count_nonzero(mask) / max(len(mask), 1) for mask in self.masks])
 
     def save(self, file: Path) -> None:
-        """Keep what was counted."""
+        """Write what was counted to a file."""
         np.save(file, np.packbits(np.concatenate([*self.masks, np.zeros(0, bool)])))
 
     def load(self, file: Path) -> None:
-        """Add what was kept, of the same samples."""
+        """Add what `save` wrote, of the same samples."""
         bits = np.unpackbits(np.load(file)).astype(bool)
         ends = np.cumsum([len(mask) for mask in self.masks])
         for mask, end in zip(self.masks, ends.tolist(), strict=True):
@@ -144,7 +144,7 @@ def subsets(shares: NDArray[np.float64]) -> dict[str, NDArray[np.bool_]]:
     }
 
 
-def cut(document: Ids, runs: Sequence[Run], samples: Sequence[Ids], settings: Decontamination) -> list[Ids]:
+def cut(document: Ids, runs: Sequence[SharedRun], samples: Sequence[Ids], settings: Decontamination) -> list[Ids]:
     """What is left of a document's tokens without the runs of samples that it makes not clean, in one part or more.
 
     A run goes with `margin` tokens on either side, and a part of no more than so many tokens goes too.
@@ -169,7 +169,7 @@ def find(folder: str, name: str, benchmark: Benchmark) -> list[str]:
     place = get_datafolder(folder)
     paths = sorted({str(path) for pattern in benchmark.files for path in place.glob(pattern)})
     if not paths:
-        raise DataError(f"decontamination.benchmarks.{name}: no file matches {', '.join(benchmark.files)}; mend files")
+        raise DataError(f"decontamination.benchmarks.{name}: no file matches {', '.join(benchmark.files)}; fix files")
     return paths
 
 
@@ -182,14 +182,14 @@ def read_samples(folder: str, name: str, benchmark: Benchmark) -> list[str]:
             with place.open(path, "rb", compression=None) as file:
                 data = compressed.unpacked(file, path, place.size(path)).read(_LONGEST + 1)
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-            raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}); mend the file") from None
+            raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}); fix the file") from None
         if len(data) > _LONGEST:
-            raise DataError(f"{path}: has more than {_LONGEST >> 20} MB, which no benchmark has; mend files")
+            raise DataError(f"{path}: has more than {_LONGEST >> 20} MB, which no benchmark has; fix files")
         try:
             records = list(_records(str(path), data.decode("utf-8-sig")))
             found = [_verbalise(record, benchmark.fields) for record in records]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{path}: has not the fields {benchmark.fields} ({error}); mend fields") from None
+            raise DataError(f"{path}: does not have the fields {benchmark.fields} ({error}); fix fields") from None
         texts += [text for text in found if text.strip()]
     return texts
 
@@ -221,7 +221,7 @@ def _verbalise(record: Any, fields: Sequence[str]) -> str:
 
 
 class Prepare(Stage):
-    """Keeps benchmarks' samples as token ids, as they stand in a prompt: without BOS."""
+    """Writes benchmarks' samples as token ids, as they are in a prompt: without BOS."""
 
     name = "prepare"
 
@@ -246,6 +246,6 @@ class Prepare(Stage):
 
 
 def load(file: Path) -> tuple[list[Ids], list[int]]:
-    """What `Prepare` kept: all samples, and how many of them are of each benchmark."""
-    with np.load(file) as kept:
-        return np.split(kept["ids"], np.cumsum(kept["lengths"])[:-1].astype(np.int64)), kept["numbers"].tolist()
+    """What `Prepare` wrote: all samples, and how many of them are of each benchmark."""
+    with np.load(file) as saved:
+        return np.split(saved["ids"], np.cumsum(saved["lengths"])[:-1].astype(np.int64)), saved["numbers"].tolist()

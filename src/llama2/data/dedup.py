@@ -1,7 +1,7 @@
 """Exact and near duplicates: signatures of documents, in the files that datatrove's MinHash stages compare.
 
-A near duplicate shares most of its 5-grams of words: 14 bands of 8 minimal hashes find one of similarity s with
-probability 1 - (1 - s⁸)¹⁴, which is 0.92 at s = 0.8 and 0.05 at s = 0.5 (Broder 1997; bands as in FineWeb). An exact
+A near duplicate shares most of its 5-grams of words. 14 bands of 8 minimal hashes find one of similarity s with
+probability 1 - (1 - s⁸)¹⁴ (Broder 1997; bands as in FineWeb). That is 0.92 at s = 0.8 and 0.05 at s = 0.5. An exact
 duplicate is found by a hash of the whole text, which is one band more. Documents that are equal in a band are one
 cluster, and one document of each cluster stays.
 """
@@ -46,10 +46,10 @@ def minhash(shingles: Hashes, count: int) -> NDArray[np.uint32]:
     return least
 
 
-class Sign(Stage):
-    """Keeps the signatures of a task's documents, and passes the documents on."""
+class MinhashSignatures(Stage):
+    """Writes the signatures of a task's documents, and passes the documents on."""
 
-    name = "sign"
+    name = "minhash signatures"
 
     def __init__(self, settings: Dedup, folder: Path) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ class Sign(Stage):
         self.folder = folder
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
-        kept: list[list[bytes]] = [[] for _ in range(bands(self.settings))]
+        signatures: list[list[bytes]] = [[] for _ in range(bands(self.settings))]
         for number, document in enumerate(data):
             for band, signature in enumerate(self._signatures(document)):
                 if signature is not None:
-                    kept[band].append(signature + number.to_bytes(4, "little"))
+                    signatures[band].append(signature + number.to_bytes(4, "little"))
             yield document
-        for band, records in enumerate(kept):
+        for band, records in enumerate(signatures):
             place = self.folder / f"bucket_{band:03d}"
             place.mkdir(parents=True, exist_ok=True)
             table = np.frombuffer(b"".join(records), _RECORD)
@@ -104,7 +104,7 @@ def duplicates(removed: Path, rank: int) -> set[int]:
 
 
 class Unique(Stage):
-    """Leaves out a task's duplicates, and counts which of them have an exact twin."""
+    """Leaves out a task's duplicates, and counts which of them are exact."""
 
     name = "unique"
 
@@ -116,12 +116,12 @@ class Unique(Stage):
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
         removed = duplicates(self.removed, rank)
-        twins: set[int] = set()
+        exact: set[int] = set()
         if self.settings.exact:
             table = np.fromfile(self.pairs / f"{bands(self.settings) - 1:05d}_00.dups", "<u4").reshape(-1, 2, 2)
-            twins = set(table[table[:, :, 0] == rank][:, 1].tolist())
+            exact = set(table[table[:, :, 0] == rank][:, 1].tolist())
         for number, document in enumerate(data):
             if number in removed:
-                self.count(document.metadata["source"], "exact duplicate" if number in twins else "near duplicate")
+                self.count(document.metadata["source"], "exact duplicate" if number in exact else "near duplicate")
             else:
                 yield document

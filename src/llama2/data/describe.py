@@ -36,7 +36,7 @@ IDENTITIES = {
     "race and ethnicity": "european african asian latin indigenous hispanic latino latina caucasian arab",
     "religion": "christian religious spiritual catholic jewish muslim buddhist hindu protestant atheist",
 }
-#: A first, rough idea of toxicity: words that insult. Whoever has a classifier passes it in.
+#: A first, rough idea of toxicity: words that insult. A caller with a classifier passes it in.
 INSULTS = """arse arsehole ass asshole bastard bitch bitches bloody bollocks bullshit cock crap cunt damn dick dickhead
     dumbass fuck fucked fucker fucking goddamn idiot idiots imbecile jackass moron morons motherfucker piss prick pussy
     retard retarded scum shit shitty slut sluts stupid twat wanker whore whores"""
@@ -63,15 +63,16 @@ def word_list(lines: Sequence[str]) -> list[float]:
 
 
 def describe(document: Document, words: Words, toxicity: Scorer, card: Card) -> dict[str, Any]:
-    """`marks`, the groups of terms that are in an English document, and for a sample of those their `toxicity`, the
-    mean over its lines that are not empty.
+    """`tags`, the groups of terms that are in an English document, and for a sample of those documents `toxicity`.
+
+    That is the mean over the lines that are not empty.
     """
     if document.metadata["language"] != "en":
         return {}
     places = np.searchsorted(_ALL, words.hashes).clip(max=len(_ALL) - 1)
     present = np.zeros(len(_ALL), bool)
     present[places[_ALL[places] == words.hashes]] = True
-    facts: dict[str, Any] = {"marks": _NAMES[_MEMBERS @ present].tolist()}
+    facts: dict[str, Any] = {"tags": _NAMES[_MEMBERS @ present].tolist()}
     if fraction(document.id, "toxicity") < card.sample:
         lines = [line for line in document.text.split("\n") if line.strip()]
         facts["toxicity"] = float(np.mean(toxicity(lines))) if lines else 0.0

@@ -1,8 +1,7 @@
 """Files of dialogs → records, each with its place, `FILE:LINE`: JSON lines, JSON, CSV, Parquet.
 
 Files come from strangers: regular ones alone are opened, and no more than a record's limit is held of what has none.
-A record is told apart from its neighbours before it is parsed, so that a bad one is known by its place, and can be left
-out.
+A record is separated from its neighbours before it is parsed. So a bad one is known by its place, and can be left out.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from llama2.text.worker import Worker
 #: What a record is before it is parsed: JSON text, or a row by its columns; None: longer than LONGEST.
 Raw = bytes | Mapping[str, Any] | None
 
-#: The most bytes of a record, and of a JSON file that is no JSON lines.
+#: The most bytes of a record, and of a JSON file that is not JSON lines.
 LONGEST, LARGEST = 1 << 24, 1 << 28
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
-_MARKS = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[\[\]{},\n]')
+_STRUCTURE = re.compile(rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|[\[\]{},\n]')
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
@@ -58,7 +57,7 @@ def find(paths: Sequence[Path]) -> list[Path]:
 
 
 def records(path: Path) -> Iterator[tuple[str, Raw]]:
-    """What is in a file, by its suffix; without one that is known, JSON lines. Blank lines are no records.
+    """What is in a file, by its suffix; without one that is known, JSON lines. Blank lines are not records.
 
     Raises DataError for a file that cannot be read.
     """
@@ -83,7 +82,7 @@ def records(path: Path) -> Iterator[tuple[str, Raw]]:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that tells a file's format, its compression's left out."""
+    """The suffix that says a file's format, its compression's left out."""
     return Path(compressed.bare(path.name.lower())).suffix
 
 
@@ -99,7 +98,7 @@ def parse(text: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         raise DialogError(f"is not JSON ({error}); write one object a line") from None
     if b"\\u" in text and re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
-        raise DialogError("holds half of a surrogate pair, which is no character; mend or remove the line")
+        raise DialogError("holds half of a surrogate pair, which is not a character; fix or remove the line")
     return value
 
 
@@ -122,23 +121,23 @@ def _values(path: Path, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
             blank = text[: len(text) - len(text.lstrip())].count(b"\n")
             yield f"{path}:{begun + blank}", text.strip()
 
-    for match in _MARKS.finditer(data):
-        mark, at = match[0], match.start()
-        if mark == ends and depth == level:
+    for match in _STRUCTURE.finditer(data):
+        symbol, at = match[0], match.start()
+        if symbol == ends and depth == level:
             yield from value(at)
-            start, begun = at + 1, line + (mark == b"\n")
-        elif mark in (b"[", b"{"):
+            start, begun = at + 1, line + (symbol == b"\n")
+        elif symbol in (b"[", b"{"):
             depth += 1
             if array and depth == 1:
                 start, begun = at + 1, line
-        elif mark in (b"]", b"}"):
+        elif symbol in (b"]", b"}"):
             depth = max(0, depth - 1)
             if array and depth == 0:
                 yield from value(at)
                 start, begun, level = at + 1, line, -1
                 break
-        line += mark == b"\n"
-    yield from value(len(data))  # what follows an array is no value, as whoever parses it will find
+        line += symbol == b"\n"
+    yield from value(len(data))  # what follows an array is not a value, as the parser will find
     if array and level != -1:
         raise DataError(f"{path}: ends before its array does; the file is cut short")
 
@@ -169,25 +168,25 @@ def _rows(path: Path, file: IO[bytes], separator: str) -> Iterator[tuple[str, Ra
         for row in rows:
             where, begins = f"{path}:{begins}", line + 1
             if len(row) > len(names):
-                raise DataError(f"{where}: has {len(row)} cells, and the first line names {len(names)}; mend the row")
+                raise DataError(f"{where}: has {len(row)} cells, and the first line names {len(names)}; fix the row")
             if cells := {name.strip(): cell for name, cell in zip(names, row, strict=False) if cell.strip()}:
                 yield where, cells
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: is not CSV ({error}); mend the row") from None
+        raise DataError(f"{path}:{line}: is not CSV ({error}); fix the row") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Raw]]:
     """Rows, from a process that can be killed. Places count rows, because there are no lines."""
     number = 0
     seconds = extract.SECONDS_OF_RECORDS
-    asked: dict[str, Any] = {"place": str(path), "form": "rows", "names": [], "limit": LONGEST}
+    request: dict[str, Any] = {"place": str(path), "form": "rows", "names": [], "limit": LONGEST}
     with Worker(extract.__file__, DataError) as worker:
         try:
             while True:
-                answer = worker.ask({**asked, "seconds": seconds}, extract.PATIENCE * seconds)
+                answer = worker.ask({**request, "seconds": seconds}, extract.PATIENCE * seconds)
                 if "error" in answer:
                     raise DataError(answer["error"])
-                asked = {"next": True}
+                request = {"next": True}
                 if answer.get("records") == []:
                     return
                 for reason, text, _ in answer.get("records", ()):

@@ -231,7 +231,7 @@ def _inst(text: str) -> list[_Turn]:
     for part in parts:
         question, *answers = part.split("[/INST]")
         if len(answers) != 1:
-            raise DialogError("text has an [INST] without its one [/INST]; mend it")
+            raise DialogError("text has an [INST] without its one [/INST]; fix it")
         rules = _RULES.fullmatch(question.strip()) if not turns else None
         if rules:
             turns.append(_Turn({"role": "system", "content": rules[1].strip()}))

@@ -7,14 +7,14 @@ import io
 import re
 from typing import IO, Any
 
-_SAMPLE = 1 << 16  # bytes by which a file's encoding is told
+_SAMPLE = 1 << 16  # bytes by which a file's encoding is found
 _BOMS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, with whose byte order mark it begins
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-#: What begins files that are no text, but may have no NUL.
+#: What begins files that are not text, but may have no NUL.
 _NO_TEXT = (b"%PDF-", b"\x1f\x8b", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8")
 
 _CONTROLS = re.compile(rb"[\x00-\x08\x0b\x0e-\x1f\x7f]")
@@ -23,7 +23,7 @@ _UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf
 _LETTERS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÐÑÒÓÔÕÖØÙÚÛÜÝÞßàáâãäåæçèéêëìíîïðñòóôõöøùúûüýþÿœŒ"
 _OTHERS = "\xa0¡£¥§©ª«\xad®°±²³´·º»¼½¾¿×÷€‘’“”„‚…–—•™"
 _WESTERN = re.compile(f"[\x00-\x7f{_LETTERS}{_OTHERS}]*")
-#: Marks that stand between letters of one word in no language; as letters of another code page they do.
+#: Signs that are between letters of one word in no language; letters of another code page become such.
 _INSIDE = re.compile(f"[a-z{_LETTERS}][{_OTHERS.replace('’', '').replace('´', '').replace('·', '')}][a-z{_LETTERS}]")
 _MOST = 0.25  # of all letters that may be beyond ASCII
 _LANGUAGES = frozenset(re.findall("..", "afcadadeeneseufifrgaglisitlbnbnlnnnoocptsv"))
@@ -44,7 +44,7 @@ def opened(file: IO[bytes]) -> tuple[IO[bytes], bytes, str | None]:
     UnicodeDecodeError where the file breaks its encoding.
     """
     start = _read(file, _SAMPLE)
-    name = next((name for mark, name in _BOMS if start.startswith(mark)), None) or _without_mark(start)
+    name = next((name for bom, name in _BOMS if start.startswith(bom)), None) or _without_bom(start)
     joined = io.BufferedReader(_Joined(start, file))
     if name is None:
         return joined, start, None
@@ -52,7 +52,7 @@ def opened(file: IO[bytes]) -> tuple[IO[bytes], bytes, str | None]:
     return recoded, recoded.peek(_SAMPLE), name
 
 
-def _without_mark(start: bytes) -> str | None:
+def _without_bom(start: bytes) -> str | None:
     half = len(start) // 2
     first, second = start[0::2].count(0), start[1::2].count(0)
     if half >= 8 and not first and second > 0.9 * half:
@@ -65,7 +65,7 @@ def _without_mark(start: bytes) -> str | None:
 def western(data: bytes) -> str | None:
     """Bytes that are not UTF-8, read as Windows-1252; None where they may as well be something else.
 
-    What is left to ask is whether the text is in one of the languages that are written so (`is_western`).
+    What remains open is whether the text is in one of the languages that are written so (`is_western`).
     """
     if _CONTROLS.search(data) or _UTF8.search(data):
         return None

@@ -19,7 +19,7 @@ from llama2.machine import processors
 
 
 class _Quiet(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
-    """Says nothing by itself: what goes wrong is an exception, and figures are read from the logs' folder."""
+    """Prints nothing by itself: what goes wrong is an exception, and figures are read from the logs' folder."""
 
     announce: Callable[[str], None] | None = None
 
@@ -29,7 +29,7 @@ class _Quiet(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no t
             self.depends.run()
         if self.announce:
             self.announce(Path(self.logging_dir.path).name)
-            self.announce = None  # workers, who get a copy of this, need it not
+            self.announce = None  # workers, which get a copy of this, do not need it
         return super().run()
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
@@ -49,8 +49,8 @@ def executor(
 ) -> Any:
     """An executor for one stage of a build, that first runs the stage `after`, where there is one.
 
-    On this machine `announce` is told each stage's name when it begins. Finished tasks are known by files in `logs`,
-    and are not done again.
+    On this machine `announce` is called with each stage's name when it begins. Finished tasks are known by files in
+    `logs`, and are not done again.
     """
     common = {"pipeline": list(steps), "tasks": tasks, "logging_dir": str(logs), "depends": after}
     workers = min(tasks, settings.workers or (processors() if settings.kind == "local" else tasks))

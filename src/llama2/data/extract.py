@@ -1,8 +1,8 @@
 """Text from pages and Python sources, records from WARC and Parquet: a program that its parent can kill.
 
 Libraries read these. Their time grows with the square of how deep a page is nested, the compiler's memory with how deep
-an expression is, a value of Parquet is unpacked before anybody can ask for its size, and what nobody foresaw may end
-the process. Here all of that has a limit. The parent is text/worker.py.
+an expression is. A value of Parquet is unpacked before its size can be known, and 10 KB can hold many gigabytes. What
+nobody foresaw may end the process. Here all of that has a limit. The parent is text/worker.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Form = Literal["warc", "parquet", "rows"]
 
 
 def page(data: bytes, charset: str) -> str:
-    """A page's main text, or where none is told apart, all of its text; `charset` is empty where nobody named it."""
+    """A page's main text, or where none is found, all of its text; `charset` is empty where it is not known."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
@@ -151,7 +151,7 @@ class Extract:
         self._records: Any = None
 
     def answer(self, request: dict[str, Any]) -> Any:
-        """What a request asks for, or `error`, why the file cannot be read. The system ends what takes too long."""
+        """The answer to a request, or `error`, why the file cannot be read. The system ends what takes too long."""
         timer: Any = getattr(signal, "setitimer", lambda which, seconds: None)
         timer(getattr(signal, "ITIMER_PROF", 0), request.pop("seconds"))
         try:

@@ -22,7 +22,7 @@ _LISTED = 10_000
 
 
 class List(Stage):
-    """Keeps the names and sizes of a task's documents, of sources that may be small."""
+    """Writes the names and sizes of a task's documents, of sources that may be small."""
 
     name = "list"
 
@@ -57,7 +57,7 @@ class HoldOut(Stage):
         super().__init__()
         self.recipe = recipe
         self.listed = listed
-        self.removed = removed  # duplicates, where the recipe asks for it
+        self.removed = removed  # duplicates, where the recipe wants it
         self.logs = logs  # of what listed them
         self.file = file
 
@@ -73,8 +73,8 @@ class HoldOut(Stage):
                     known += [(key, size) for number, key, size in some if number not in gone]
         for name in self.recipe.sources:
             if sources.get(name, []) == []:
-                told = ", ".join(f"{count:g} {what}" for what, count in counts(self.logs)[name].items())
-                raise DataError(f"sources.{name}: none of its documents was kept ({told}); mend it, or leave it out")
+                counted = ", ".join(f"{count:g} {what}" for what, count in counts(self.logs)[name].items())
+                raise DataError(f"sources.{name}: none of its documents was kept ({counted}); fix it, or leave it out")
         held = {name: chosen(some, self.recipe.validation) for name, some in sources.items() if some}
         self.file.write_text(json.dumps({name: each for name, each in held.items() if each is not None}))
         yield from ()
@@ -119,8 +119,8 @@ class HeldOut:
 def cut(text: str, size: int) -> int:
     """Where to cut a text after about `size` bytes: before a paragraph, else a line, else a word."""
     place = len(text.encode("utf-8", "replace")[:size].decode(errors="ignore"))
-    for mark in ("\n\n", "\n", " "):
-        found = text.rfind(mark, max(0, 2 * place - len(text)), place)
+    for separator in ("\n\n", "\n", " "):
+        found = text.rfind(separator, max(0, 2 * place - len(text)), place)
         if found > 0:
-            return found + len(mark)
+            return found + len(separator)
     return place

@@ -1,4 +1,4 @@
-"""What a corpus was built from, in its folder, so that whoever finds it can tell whether it is still that."""
+"""What a corpus was built from, in its folder, so that a later build sees whether it is still that."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llama2.errors import DataError
 from llama2.recipe import leaves
 
 ORIGIN = "origin.json"
-#: Differences that are told.
-_TOLD = 4
+#: Differences that are named.
+_NAMED = 4
 #: Settings that say where, and by whom, the work is done.
 _FREE: Any = {"output": True, "dir": True, "executor": {"kind", "workers", "memory", "time", "partition"}}
 
@@ -46,7 +46,7 @@ def facts(recipe: BuildRecipe, files: Sequence[File]) -> Facts:
 
 
 def write(corpus: Path, now: Facts) -> None:
-    """Keep the facts beside what was built."""
+    """Write the facts beside what was built."""
     with safely.create(corpus / ORIGIN, error=DataError) as file:
         file.write(json.dumps(now, indent=1).encode() + b"\n")
 
@@ -55,10 +55,10 @@ def differences(corpus: Path, now: Facts) -> list[str]:
     """In what the facts of a corpus that is there differ from those of now; none where it is what it would become."""
     try:
         then = json.loads((corpus / ORIGIN).read_bytes())
-        told = [*_differences(then, now)]
+        found = [*_differences(then, now)]
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return ["it does not say what it was built from"]
-    return told[:_TOLD] + ([f"{len(told) - _TOLD} more"] if len(told) > _TOLD else [])
+    return found[:_NAMED] + ([f"{len(found) - _NAMED} more"] if len(found) > _NAMED else [])
 
 
 def _differences(then: Facts, now: Facts) -> Iterator[str]:

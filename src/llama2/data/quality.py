@@ -1,4 +1,4 @@
-"""Rules by which a text is no prose worth learning: those of Gopher (Rae et al. 2021, A.1.1, table A1)."""
+"""Rules by which a text is not prose worth training on: those of Gopher (Rae et al. 2021, A.1.1, table A1)."""
 
 from __future__ import annotations
 

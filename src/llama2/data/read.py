@@ -1,7 +1,7 @@
 """Files → documents: text, JSON lines, Parquet, HTML, WARC with the text of its pages, and docstrings of Python.
 
-Files come from strangers. No more than a document's limit of bytes is ever held of one; what a library reads is read in
-a process of its own with limits of time and memory (extract.py), and compressed files end where a bomb would begin
+Files come from strangers. No more than a document's limit of bytes is ever held of one. What a library reads is read in
+a process of its own with limits of time and memory (extract.py). Compressed files end where a bomb would begin
 (compressed.py). What cannot be used is left out and counted, by source and reason.
 """
 
@@ -23,7 +23,7 @@ from datatrove.io import DataFolder, get_datafolder
 from fsspec.utils import glob_translate
 
 from llama2.data import clean, compressed, encoding, extract
-from llama2.data.settings import BuildRecipe, Source
+from llama2.data.settings import BuildRecipe, SourceSettings
 from llama2.data.stage import Stage
 from llama2.errors import DataError, Llama2Error
 from llama2.files import json_memory, lines
@@ -44,7 +44,7 @@ _TEXTS = ("content", "body")
 _JSON_MEMORY = 1 << 28
 #: Files of a task that are named among those that were left out.
 _NAMED = 100
-#: What is told of a document's loss.
+#: Reasons for which a document is left out.
 _TOO_LONG, _TOO_MUCH, _MALFORMED = "too long", "took too much time or memory", "malformed"
 
 Text = tuple[str, str | None]
@@ -71,7 +71,7 @@ def changed(info: Mapping[str, Any]) -> str:
 def find(recipe: BuildRecipe) -> list[File]:
     """Every source's files in order; none for a source whose patterns match nothing. What the recipe writes is none.
 
-    Raises DataError where no source has a file, and for a source without one whose weight asks for some.
+    Raises DataError where no source has a file, and for a source without one whose weight needs some.
     """
     folder = get_datafolder(recipe.folder)
     own = os.path.relpath(recipe.output.resolve(), recipe.folder) if "://" not in recipe.folder else ".."
@@ -97,14 +97,14 @@ def find(recipe: BuildRecipe) -> list[File]:
                     matching[path] = File(name, path, facts["size"], changed(facts))
         if not matching and source.weight is not None:
             patterns = ", ".join(source.files)
-            raise DataError(f"sources.{name}: no file in {recipe.dir} matches {patterns}; mend files, or give dir=")
+            raise DataError(f"sources.{name}: no file in {recipe.dir} matches {patterns}; fix files, or give dir=")
         found += [matching[path] for path in sorted(matching)]
     if not found:
         if not folder.exists(""):
             raise DataError(f"{recipe.dir}: no such folder; give the folder of the documents as dir=")
         patterns = ", ".join(dict.fromkeys(pattern for source in recipe.sources.values() for pattern in source.files))
         raise DataError(
-            f"{recipe.dir}: no file in it matches {patterns}; mend the sources' files, or give another folder as dir="
+            f"{recipe.dir}: no file in it matches {patterns}; fix the sources' files, or give another folder as dir="
         )
     return found
 
@@ -180,7 +180,7 @@ class _Files:
             reason = " ".join(str(error).split())
             if isinstance(error, OSError) and error.errno is not None:
                 place = self._folder.resolve_paths(file.path)
-                raise DataError(f"{place}: cannot be read ({reason}); mend it or exclude it") from error
+                raise DataError(f"{place}: cannot be read ({reason}); fix it or exclude it") from error
             self._leave("damaged", reason)
 
     def _count(self, what: str) -> None:
@@ -193,7 +193,7 @@ class _Files:
         if not known and len(self.named) < _NAMED:
             self.named.append((self._now.source, self._now.path, f"{what}: {reason}" if reason else what))
 
-    def _text(self, stream: IO[bytes], source: Source, form: str) -> Iterator[Text]:
+    def _text(self, stream: IO[bytes], source: SourceSettings, form: str) -> Iterator[Text]:
         stream, start, name = encoding.opened(stream)
         if name:
             self._count(f"converted: {name}")
@@ -202,7 +202,7 @@ class _Files:
             return
         yield from self._jsonl(stream, source) if form == "jsonl" else self._plain(stream, source, form)
 
-    def _plain(self, stream: IO[bytes], source: Source, form: str) -> Iterator[Text]:
+    def _plain(self, stream: IO[bytes], source: SourceSettings, form: str) -> Iterator[Text]:
         for data in self._whole(pieces(stream, self._limit)):
             text = self._decode(data)
             if text is None:
@@ -214,7 +214,7 @@ class _Files:
             else:
                 yield text, None
 
-    def _jsonl(self, stream: IO[bytes], source: Source) -> Iterator[Text]:
+    def _jsonl(self, stream: IO[bytes], source: SourceSettings) -> Iterator[Text]:
         for line in self._whole(lines(stream, self._limit)):
             text = self._decode(line)
             if text is None or not text.strip():
@@ -236,12 +236,12 @@ class _Files:
                 address = record.get("url")
                 yield value.encode("utf-8", "replace").decode(), address if isinstance(address, str) else None
 
-    def _records(self, source: Source, form: str) -> Iterator[Text]:
+    def _records(self, source: SourceSettings, form: str) -> Iterator[Text]:
         """What a process of its own reads of a file with many documents."""
         place = self._folder.resolve_paths(self._now.path)
-        asked = {"place": place, "form": form, "names": [source.text, *_TEXTS], "limit": self._limit}
+        request = {"place": place, "form": form, "names": [source.text, *_TEXTS], "limit": self._limit}
         left = compressed.most(self._now.size)
-        opened = answer = self._ask(self._reader, asked, extract.SECONDS_OF_RECORDS)
+        opened = answer = self._ask(self._reader, request, extract.SECONDS_OF_RECORDS)
         while not answer.keys() & {"error", "stopped"}:
             answer = self._ask(self._reader, {"next": True}, extract.SECONDS_OF_RECORDS)
             if answer.get("records") == []:
@@ -312,7 +312,7 @@ class _Files:
         return None
 
 
-def _without_text(source: Source, names: Any) -> str:
+def _without_text(source: SourceSettings, names: Any) -> str:
     """Why a record has no text."""
     there = ", ".join(map(str, list(names)[:8]))
     return f"no text in {source.text}" + (f"; there is {there}" if there else "")

@@ -10,17 +10,17 @@ from pydantic import Field, model_validator
 
 from llama2.recipe import Settings
 
-#: A `dir` that stands for the folder of Python's standard library, which every machine has.
+#: A `dir` that means the folder of Python's standard library, which every machine has.
 STDLIB = "stdlib"
 
 Name = Annotated[str, Field(pattern=r"^[\w-]+$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Source(Settings):
+class SourceSettings(Settings):
     """Files of one kind and origin."""
 
-    files: list[str] = Field(["**/*"], min_length=1, description="patterns in `dir`, where ** stands for any folders")
+    files: list[str] = Field(["**/*"], min_length=1, description="patterns in `dir`, where ** means any folders")
     exclude: list[str] = Field([], description="patterns of files to leave out")
     format: Literal["suffix", "text", "docstrings", "jsonl", "parquet", "warc", "html"] = Field(
         "suffix",
@@ -32,7 +32,7 @@ class Source(Settings):
     licence: str = Field("not stated", description="under which it may be used, for the card")
     weight: float | None = Field(None, gt=0, description="its share of the corpus, relative to other sources' weights")
     languages: list[str] = Field([], description="languages to keep (ISO 639); none: all, known or not")
-    quality: bool = Field(False, description="drop what is no prose by the rules of Gopher (Rae et al. 2021)")
+    quality: bool = Field(False, description="drop what is not prose by the rules of Gopher (Rae et al. 2021)")
 
 
 class TokenizerSettings(Settings):
@@ -96,7 +96,7 @@ class Executor(Settings):
     workers: int | None = Field(None, ge=1, description="tasks at a time; none: local, the cores; else all")
     memory: float = Field(2.0, gt=0, description="GB for each worker, which Slurm and Ray reserve")
     time: str = Field("24:00:00", description="Slurm: the limit for a task")
-    partition: str | None = Field(None, description="Slurm: where to run, which it must be told")
+    partition: str | None = Field(None, description="Slurm: where to run; required")
 
     @model_validator(mode="after")
     def _partition(self) -> Executor:
@@ -106,7 +106,7 @@ class Executor(Settings):
 
 
 #: All documents of a folder: what a recipe reads that names no sources.
-DOCUMENTS = {"documents": Source(exclude=[".*", "*/.*", "__pycache__/*", "*/__pycache__/*"])}
+DOCUMENTS = {"documents": SourceSettings(exclude=[".*", "*/.*", "__pycache__/*", "*/__pycache__/*"])}
 
 
 class BuildRecipe(Settings):
@@ -114,7 +114,9 @@ class BuildRecipe(Settings):
 
     output: Path = Field(description="folder to make")
     dir: str = Field(".", description="folder of the sources' files, perhaps remote; stdlib: Python's own library")
-    sources: dict[Name, Source] = Field(DOCUMENTS, min_length=1, description="none: all documents of the folder")
+    sources: dict[Name, SourceSettings] = Field(
+        DOCUMENTS, min_length=1, description="none: all documents of the folder"
+    )
     tokenizer: TokenizerSettings = TokenizerSettings(vocabulary=4096)
     validation: Share = Field(
         0.01, description="share of the documents kept for validation, chosen by their place; of few documents, parts"

@@ -40,7 +40,7 @@ class _Record(pydantic.BaseModel):
 class Shard(_Record):
     """One pair of files: their common name, how many tokens and documents are in them, and their SHA-256.
 
-    `sources` has how many of the documents are of each source, in the order in which they stand.
+    `sources` has how many of the documents are of each source, in their order.
     """
 
     name: str = pydantic.Field(pattern=r"^[a-z]+-\d+$")  # a name without a path: a manifest names no file elsewhere
@@ -159,7 +159,7 @@ class _Hashed:
 
 
 def finish(folder: Path, tokenizer: Path, manifest: Manifest) -> None:
-    """Copy the tokenizer beside what was written, and write the manifest last: a folder without one is no corpus."""
+    """Copy the tokenizer beside what was written, and write the manifest last: a folder without one is not a corpus."""
     for name, data in (
         (manifest.tokenizer.file, tokenizer.read_bytes()),
         (MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n"),
@@ -174,7 +174,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{folder}: is no corpus, {MANIFEST} is missing; make it with `llama2 data build`") from None
+        raise DataError(f"{folder}: is not a corpus, {MANIFEST} is missing; make it with `llama2 data build`") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except pydantic.ValidationError as error:
@@ -240,7 +240,7 @@ class Shards:
 
     @property
     def sources(self) -> list[tuple[int, str]]:
-        """Where in the stream documents of a source begin, and its name; nothing for a corpus that does not tell."""
+        """Where in the stream documents of a source begin, and its name; nothing for a corpus that does not say it."""
         found = []
         base = 0
         for shard, documents in zip(self.manifest.splits[self.split], self._documents, strict=True):

@@ -27,7 +27,7 @@ class Stage(PipelineStep):  # type: ignore[misc]  # datatrove has no types
         self._counts[f"{source}/{what}"] += value  # type: ignore[assignment]
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
-        """What of this task's documents goes on to the next step."""
+        """This task's documents for the next step."""
         raise NotImplementedError
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:

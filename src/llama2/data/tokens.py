@@ -24,10 +24,10 @@ from llama2.errors import DataError
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
-class Tokenise(Stage):
+class Tokenize(Stage):
     """Writes each source's documents as token ids, in a folder of its own, by split."""
 
-    name = "tokenise"
+    name = "tokenize"
 
     def __init__(self, recipe: BuildRecipe, samples: Path | None, file: Path, held: Path, folder: Path) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Tokenise(Stage):
 def epochs(recipe: BuildRecipe, tokens: Mapping[str, float]) -> dict[str, float]:
     """How often each source's training tokens are in the corpus: each at least once, in all as the weights say.
 
-    Without weights each is there once. Raises DataError when weights ask for more than `max_epochs` repetitions.
+    Without weights each is there once. Raises DataError when weights need more than `max_epochs` repetitions.
     """
     weights = {name: source.weight for name, source in recipe.sources.items()}
     if all(weight is None for weight in weights.values()):
@@ -113,7 +113,7 @@ class Mix(Stage):
         self.recipe = recipe
         self.file = file
         self.tokens = tokens
-        self.logs = logs  # of Tokenise
+        self.logs = logs  # of Tokenize
         self.folder = folder
 
     def documents(self, data: Iterator[Document], rank: int, world_size: int) -> Iterator[Document]:
@@ -141,7 +141,7 @@ class Mix(Stage):
 
 
 def _documents(folder: Path, split: Split, rank: int, vocabulary: int) -> Iterator[NDArray[Any]]:
-    """Token ids of each document that `Tokenise` wrote for a source, split and task."""
+    """Token ids of each document that `Tokenize` wrote for a source, split and task."""
     tokens, starts = (folder / f"{split}-{rank:05d}.{kind}" for kind in ("tokens", "documents"))
     if not tokens.exists() or not tokens.stat().st_size:
         return

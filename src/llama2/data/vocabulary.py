@@ -19,7 +19,7 @@ def open_tokenizer(file: Path) -> Tokenizer:
     if file.suffix != ".json":
         opened = tokenizer.from_sentencepiece(file)
     elif file.with_name("tokenizer.model").exists():
-        raise DataError(f"{file}: tokenizer.model, which stands beside it, says more; use that")
+        raise DataError(f"{file}: tokenizer.model, which is beside it, says more; use that")
     else:
         opened = tokenizer_folder.read(file.parent)
     if opened.eos_id is None:
@@ -30,9 +30,9 @@ def open_tokenizer(file: Path) -> Tokenizer:
 def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     """`tokenizer.encode`, but twice as fast for SentencePiece vocabularies, as it remembers the tokens of words.
 
-    A space, or the character ▁ that stands for it, begins a word. Where no piece has a space behind another character,
-    no merge crosses a word's beginning, so that words can be encoded alone, each after the space that the tokenizer
-    puts in front of a text.
+    A space, or the character ▁ that represents it, begins a word. Where no piece has a space behind another character,
+    no merge crosses a word's beginning. So words can be encoded alone, each after the space that the tokenizer puts in
+    front of a text.
     """
     if tokenizer.kind != "sentencepiece" or tokenizer.user:
         return tokenizer.encode

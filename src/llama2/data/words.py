@@ -32,7 +32,7 @@ _GRAM = np.uint64(0xA0761D6478BD642F)
 
 
 class Words:
-    """Words of a text. A hash is of 64 bits; equal words have equal hashes wherever they stand."""
+    """Words of a text. A hash is of 64 bits; equal words have equal hashes wherever they are."""
 
     def __init__(self, text: str) -> None:
         self.data = np.frombuffer(text.encode("utf-8", "replace"), np.uint8)  # (B,)

@@ -17,8 +17,7 @@ from llama2.checkpoint import Checkpoint
 from llama2.data import shards
 from llama2.data.compressed import SUFFIXES
 from llama2.data.loader import Batch, Windows
-from llama2.data.settings import DOCUMENTS, BuildRecipe
-from llama2.data.settings import Source as DataSource
+from llama2.data.settings import DOCUMENTS, BuildRecipe, SourceSettings
 from llama2.data.shards import Shards
 from llama2.errors import DataError, RecipeError, RunError
 from llama2.model.transformer import Transformer
@@ -197,7 +196,7 @@ class _Corpus:
             raise RunError(f"{asked.output}: is being built by {asked.executor.kind}; begin again when it is whole")
 
 
-def _all_but(folder: str, run: Path) -> dict[str, DataSource]:
+def _all_but(folder: str, run: Path) -> dict[str, SourceSettings]:
     """All documents of a folder, but what runs leave behind in it."""
     [(name, source)] = DOCUMENTS.items()
     exclude = [*source.exclude]
