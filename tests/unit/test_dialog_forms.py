@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from llama2.data import dialog_files, dialogs
 from llama2.data.dialog_forms import understand
-from llama2.data.dialogs import DialogSettings, Seen, read
+from llama2.data.dialogs import DialogSettings, ReadReport, read
 from llama2.errors import DataError, DialogError
 from llama2.text.bpe import LETTERS
 from llama2.text.tokenizer import CONTROL, NORMAL, Ends, Tokenizer, from_merges
@@ -156,26 +156,26 @@ def test_three_dialogs_by_hand(format: str, llama2: Tokenizer, tmp_path: Path) -
     (tmp_path / name).write_bytes(data)
     found = dialogs.render_all(DialogSettings(files=[tmp_path / name]), llama2, None, None)
     assert [example.tokens.tolist() for example in found.examples] == IDS
-    assert [example.tokens[example.learnt].tolist() for example in found.examples] == learnt
+    assert [example.tokens[example.loss_mask].tolist() for example in found.examples] == learnt
     for example in found.examples:  # the last answer ends the dialog
-        assert example.learnt[-3:].all()
-    assert found.seen.told()[0] == f"3 dialogs read as {form}"
+        assert example.loss_mask[-3:].all()
+    assert found.report.lines()[0] == f"3 dialogs read as {form}"
 
 
 def test_what_is_not_used_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(OPENAI * 2))
     (tmp_path / "b.json").write_bytes(array(SHAREGPT))
-    seen = Seen()
+    seen = ReadReport()
     assert len(list(read([tmp_path], seen))) == 9
-    assert seen.told() == [
+    assert seen.lines() == [
         "6 dialogs read as OpenAI's messages, 3 dialogs read as ShareGPT",
         "not used: 'messages.name', 'id', 'source'",
     ]
     many = {"prompt": "Hi", "completion": "Hello", **{f"k{i}": 1 for i in range(20)}}
     (tmp_path / "c.jsonl").write_bytes(lines([many]))
-    seen = Seen()
+    seen = ReadReport()
     list(read([tmp_path / "c.jsonl"], seen))
-    assert seen.told()[1] == "not used: 'k0', 'k1', 'k2', 'k3', 'k4', 'k5', 'k6', 'k7', and 12 more"
+    assert seen.lines()[1] == "not used: 'k0', 'k1', 'k2', 'k3', 'k4', 'k5', 'k6', 'k7', and 12 more"
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def learnt(record: Any, tokenizer: Tokenizer, template: str, folder: Path) -> tu
 
     runs: list[list[int]] = []
     before = False
-    for token, now in zip(example.tokens.tolist(), example.learnt.tolist(), strict=True):
+    for token, now in zip(example.tokens.tolist(), example.loss_mask.tolist(), strict=True):
         if now and not before:
             runs.append([])
         if now:
@@ -250,7 +250,7 @@ def test_messages_of_sharegpt_and_tools_of_tables(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines([{"messages": SHAREGPT[1]["conversations"]}]))
     tools: list[list[dict[str, str]]] = [[{"name": "a", "description": "b"}], [{"name": "c"}]]
     (tmp_path / "b.parquet").write_bytes(columns([{"prompt": "Hi", "completion": "So", "tools": t} for t in tools]))
-    seen = Seen()
+    seen = ReadReport()
     found = [told for _, told in read([tmp_path], seen)]
     assert seen.forms == {"ShareGPT": 1, "prompt and completion": 2}
     assert found[2].tools == ({"type": "function", "function": {"name": "c"}},)  # and no description that is null

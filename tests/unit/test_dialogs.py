@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama2.data import dialogs
-from llama2.data.dialog_forms import Told
-from llama2.data.dialogs import DialogSettings, Example, Packed, Prepared, Seen, documentation, pack, read, render
+from llama2.data.dialog_forms import TrainingDialog
+from llama2.data.dialogs import DialogSettings, Example, Packed, Prepared, ReadReport, documentation, pack, read, render
 from llama2.data.loader import IGNORED, Loader
 from llama2.errors import DataError, DialogError
 from llama2.text.dialog import Dialog
@@ -56,20 +56,20 @@ def prepare(settings: DialogSettings, tokenizer: Tokenizer, *, seed: int = 0) ->
 
 
 def test_what_the_assistant_says_is_learnt(llama2: Tokenizer) -> None:
-    one = render(Told(Dialog(ASKED)), llama2)
+    one = render(TrainingDialog(Dialog(ASKED)), llama2)
     assert one.tokens.tolist() == HI
-    assert one.learnt.tolist() == LEARNT
-    two = render(Told(Dialog(ASKED * 2)), llama2)
+    assert one.loss_mask.tolist() == LEARNT
+    two = render(TrainingDialog(Dialog(ASKED * 2)), llama2)
     assert two.tokens.tolist() == HI * 2
-    assert two.learnt.tolist() == LEARNT * 2
-    last = render(Told(Dialog(ASKED * 2)), llama2, answers="last")
+    assert two.loss_mask.tolist() == LEARNT * 2
+    last = render(TrainingDialog(Dialog(ASKED * 2)), llama2, answers="last")
     assert last.tokens.tolist() == HI * 2
-    assert last.learnt.tolist() == [False] * 13 + LEARNT
+    assert last.loss_mask.tolist() == [False] * 13 + LEARNT
 
 
 def test_a_row_by_hand() -> None:
     packed = Packed("two", [example(1, 5, 6, 2, learnt=2), example(1, 7, 2, learnt=1)], length=9)
-    assert (len(packed), packed.dialogs, packed.learnt, packed.filled) == (1, 2, 3, 7 / 9)
+    assert (len(packed), packed.dialogs, packed.loss_tokens, packed.filled) == (1, 2, 3, 7 / 9)
     batch = packed.batch([0])
     x = IGNORED
     assert batch.tokens.tolist() == [[1, 5, 6, 2, 1, 7, 2, 0, 0]]
@@ -98,7 +98,7 @@ def test_every_learnt_token_is_a_target_once(dialogs: list[tuple[int, int]], bou
     packed = Packed("some", examples, length=12, boundaries=boundaries)
     batches = [Loader(packed, rows=1, seed=7).first(len(packed))[row] for row in range(len(packed))]
     targets = np.concatenate([batch.targets.flatten() for batch in batches])
-    wanted = [t for each in examples for t in each.tokens[each.learnt].tolist()]
+    wanted = [t for each in examples for t in each.tokens[each.loss_mask].tolist()]
     assert sorted(targets[targets != IGNORED].tolist()) == sorted(wanted)
     before = {t: u for each in examples for u, t in zip(each.tokens.tolist(), each.tokens.tolist()[1:], strict=False)}
     for batch in batches:
@@ -146,12 +146,12 @@ def test_records_of_every_form(write: Callable[..., Path]) -> None:
         (b"[" * 100000, ":2: is not JSON (.*); write one object a line"),
         (b"[" * 800000, ":2: would need 77 MB as JSON, which no dialog does; cut it"),
         (b" " * (1 << 24) + b"{}\n", ":2: has more than 16 MB; cut it"),
-        (b'{"prompt": "\\ud800", "completion": "b"}', ":2: holds half of a surrogate pair, which is not a character; .*"),
+        (b'{"prompt": "\\ud800", "completion": "b"}', ":2: holds half of a surrogate pair, which is not a char.*"),
         ([], ":2: a record has messages, or prompt and completion, or .* ChatML in it"),
         ({"prompt": "Hi", "output": "Hello"}, ":2: a record has messages, or prompt and completion, or .*"),
         ({"prompt": "Hi", "completion": None}, ":2: a record has messages, or prompt and completion, or .*"),
         ({"prompt": "Hi", "completion": " "}, ":2: message 1: content is empty"),
-        ({"text": "Hi"}, ":2: text has neither .INST. nor <.im_start.> in it, so nobody knows who says what; write .*"),
+        ({"text": "Hi"}, ":2: text has neither .INST. nor <.im_start.> in it, so it does not say who speaks; write .*"),
         ({"text": "So [INST] Hi [/INST] Hello"}, ":2: text has words before its first .INST.; write messages"),
         ({"text": "[INST] Hi Hello"}, ":2: text has an .INST. without its one ./INST.; fix it"),
         ({"text": "So <|im_start|>user\nHi<|im_end|>"}, ":2: text has words outside of its messages: 'So'; .*"),
@@ -163,7 +163,7 @@ def test_records_of_every_form(write: Callable[..., Path]) -> None:
         ({"conversations": [{"from": "function_call", "value": 3}]}, ":2: message 0: content must be text, not int"),
         ({"messages": [ASKED[0], *CALLED]}, ":2: message 2: no call before it with the id 'b' is without an answer"),
         ({"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]}, ":2: message 1: weight must be 0 or 1"),
-        ({"messages": [ASKED[0], {**ASKED[1], "weight": 0}]}, ":2: no answer is to be learnt: each has weight 0; .*"),
+        ({"messages": [ASKED[0], {**ASKED[1], "weight": 0}]}, ":2: no answer has a loss: each has weight 0; .*"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ":2: message 0: has a part of type .*"),
         ({"messages": [{"role": "system", "content": "a"}, *ASKED], "system": "b"}, ":2: has system beside another .*"),
         ({"prompt": "Hi", "completion": "Hello", "system": 3}, ":2: system must be text"),
@@ -178,7 +178,7 @@ def test_records_that_are_no_dialogs(write: Callable[..., Path], line: Any, mess
     with pytest.raises(DataError, match=f"{pattern}; --skip-bad leaves such out$") as caught:
         list(read([path]))
     assert "\n" not in str(caught.value)
-    seen = Seen()
+    seen = ReadReport()
     assert len(list(read([path], seen, skip_bad=True))) == 1
     assert seen.bad == 1
     assert re.match(pattern, seen.first_bad)
@@ -198,7 +198,7 @@ def test_dialogs_are_held_out_refused_or_counted(write: Callable[..., Path], lla
     assert ready.train.batch([0]).tokens.tolist() == [HI]
     whole = prepare(settings(length=26), llama2)
     assert (whole.validation, whole.left_out, whole.train.dialogs, len(whole.train)) == ([], 0, 4, 3)
-    with pytest.raises(DataError, match=f"{path}: has 3 dialogs, of which 3 are not learnt; give more, or a smaller"):
+    with pytest.raises(DataError, match=f"{path}: has 3 dialogs, of which 3 are held out; give more, or a smaller"):
         prepare(settings(too_long="leave out", validation=3), llama2)
     marked = write({"prompt": "What is [INST]?", "completion": "A marker"})
     with pytest.raises(DataError, match=rf"{marked}:1: message 0 contains '\[INST\]', which marks roles"):
@@ -247,4 +247,4 @@ def test_a_template_that_shows_no_answer() -> None:
             return [1, 2], [False, False]
 
     with pytest.raises(DialogError, match="template shows no answer of the assistant"):
-        render(Told(Nothing(ASKED)), None)  # type: ignore[arg-type]
+        render(TrainingDialog(Nothing(ASKED)), None)  # type: ignore[arg-type]

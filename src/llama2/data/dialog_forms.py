@@ -1,7 +1,7 @@
 """Records → dialogs: the forms in which people publish them, each read by a rule that has a name.
 
-A form says where questions and answers stand. Beside them any record may have `system`, `history` and `tools`. What no
-rule uses is told by name, so that nobody has to guess what was learnt.
+A form says where questions and answers are. Beside them any record may have `system`, `history` and `tools`. What no
+rule uses is reported by name, so that it is clear what was trained on.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _RULES = re.compile(r"<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """A dialog that ends with the assistant, the tools it was told of, and which of its answers are learnt."""
+class TrainingDialog:
+    """A dialog that ends with the assistant, the tools declared in it, and which of its answers have a loss."""
 
     dialog: Dialog
     tools: tuple[Mapping[str, Any], ...] = ()
-    learnt: tuple[bool, ...] = ()  # by answer; none: all
+    with_loss: tuple[bool, ...] = ()  # by answer; none: all
 
 
 @dataclass
@@ -76,13 +76,13 @@ class Fields:
 
 
 class _Turn(NamedTuple):
-    """A message in OpenAI's form, and whether it is learnt if it is an answer."""
+    """A message in OpenAI's form, and whether it has a loss if it is an answer."""
 
     message: dict[str, Any]
-    learnt: bool = True
+    with_loss: bool = True
 
 
-def understand(record: Any) -> tuple[str, Told, list[str]]:
+def understand(record: Any) -> tuple[str, TrainingDialog, list[str]]:
     """The name of a record's form, its dialog, and the names of fields that say nothing here. Raises DialogError."""
     if not isinstance(record, Mapping):
         raise DialogError(f"a record has {_FORMS}")
@@ -105,10 +105,10 @@ def understand(record: Any) -> tuple[str, Told, list[str]]:
     dialog = Dialog(turn.message for turn in turns)
     if dialog.messages[-1].role != "assistant":
         raise DialogError("the dialog ends without an answer of the assistant; add one")
-    learnt = tuple(turn.learnt for turn in turns if turn.message["role"] == "assistant")
-    if not any(learnt):
-        raise DialogError("no answer is to be learnt: each has weight 0; leave the record out")
-    return name, Told(dialog, tools, () if all(learnt) else learnt), fields.left()
+    with_loss = tuple(turn.with_loss for turn in turns if turn.message["role"] == "assistant")
+    if not any(with_loss):
+        raise DialogError("no answer has a loss: each has weight 0; leave the record out")
+    return name, TrainingDialog(dialog, tools, () if all(with_loss) else with_loss), fields.left()
 
 
 def _form(fields: Fields) -> tuple[str, list[_Turn]]:
@@ -118,16 +118,19 @@ def _form(fields: Fields) -> tuple[str, list[_Turn]]:
             theirs = key != "messages" or any(isinstance(m, Mapping) and "from" in m for m in messages)
             return "ShareGPT" if theirs else "OpenAI's messages", _turns(messages, key, fields)
     if isinstance(has.get("prompt"), list) and isinstance(has.get("completion"), list):
-        asked = _turns(fields.take("prompt"), "prompt", fields)
-        told = _turns(fields.take("completion"), "completion", fields, len(asked))
-        return "TRL's conversational prompt and completion", [*(t._replace(learnt=False) for t in asked), *told]
+        prompt = _turns(fields.take("prompt"), "prompt", fields)
+        completion = _turns(fields.take("completion"), "completion", fields, len(prompt))
+        return "TRL's conversational prompt and completion", [
+            *(t._replace(with_loss=False) for t in prompt),
+            *completion,
+        ]
     for name, (question, more, answer) in _PAIRS.items():
         context = has.get(more, "") if more else ""
         if isinstance(has.get(question), str) and isinstance(has.get(answer), str) and isinstance(context, str):
-            text, told = fields.take(question), fields.take(answer)
+            text, reply = fields.take(question), fields.take(answer)
             if more:
                 fields.used.add(more)
-            return name, _pair(f"{text}\n\n{context}" if context.strip() else text, told)
+            return name, _pair(f"{text}\n\n{context}" if context.strip() else text, reply)
     if isinstance(text := has.get("text"), str):
         fields.used.add("text")
         if "[INST]" in text:
@@ -135,13 +138,13 @@ def _form(fields: Fields) -> tuple[str, list[_Turn]]:
         if "<|im_start|>" in text:
             return "ChatML in text", _chatml(text)
         raise DialogError(
-            "text has neither [INST] nor <|im_start|> in it, so nobody knows who says what; write messages"
+            "text has neither [INST] nor <|im_start|> in it, so it does not say who speaks; write messages"
         )
     raise DialogError(f"a record has {_FORMS}")
 
 
-def _pair(question: str, answer: str, *, learnt: bool = True) -> list[_Turn]:
-    return [_Turn({"role": "user", "content": question}), _Turn({"role": "assistant", "content": answer}, learnt)]
+def _pair(question: str, answer: str, *, with_loss: bool = True) -> list[_Turn]:
+    return [_Turn({"role": "user", "content": question}), _Turn({"role": "assistant", "content": answer}, with_loss)]
 
 
 def _turns(messages: Sequence[Any], key: str, fields: Fields, first: int = 0) -> list[_Turn]:
@@ -158,23 +161,23 @@ def _turn(where: str, message: Any, key: str, fields: Fields) -> _Turn:
     if role is None:
         raise DialogError(f"{where}: role {said!r} is unknown; roles are {', '.join(_ROLES)}")
     content = _content(where, given.pop("content", given.pop("value", "")))
-    told: dict[str, Any] = {"role": role, "content": content}
+    turn: dict[str, Any] = {"role": role, "content": content}
     weight = given.pop("weight", 1)
     if weight not in (0, 1):
         raise DialogError(f"{where}: weight must be 0 or 1")
     calls = given.pop("tool_calls", None) or given.pop("function_call", None)
     if said == "function_call" and isinstance(content, str):
-        calls, told["content"] = parse(content.encode()), ""
+        calls, turn["content"] = parse(content.encode()), ""
     if calls:
-        told["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+        turn["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
     if role == "tool":
-        told |= {name: given.pop(name) for name in ("tool_call_id", "name") if name in given}
+        turn |= {name: given.pop(name) for name in ("tool_call_id", "name") if name in given}
     fields.unused += [f"{key}.{name}" for name in given]
-    return _Turn(told, bool(weight))
+    return _Turn(turn, bool(weight))
 
 
 def _content(where: str, content: Any) -> Any:
-    """A message's text, its parts joined. Raises DialogError for a part that is no text."""
+    """A message's text, its parts joined. Raises DialogError for a part that is not text."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -185,7 +188,7 @@ def _content(where: str, content: Any) -> Any:
             texts.append(part)
         else:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise DialogError(f"{where}: has a part of type {kind}, and only text is learnt")
+            raise DialogError(f"{where}: has a part of type {kind}, and only text is supported")
     return "".join(texts)
 
 

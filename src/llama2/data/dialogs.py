@@ -1,8 +1,8 @@
 """Dialogs as rows for supervised fine-tuning: whole ones, several in a row, with loss on what the assistant says.
 
-The paper fills rows with prompts and answers, one after another, and has no loss on prompts (3.1). Which of a dialog's
-tokens are the assistant's is text/dialog.py's to say. A row is filled with the longest dialog that still fits, so that
-little of it stays empty, and none is cut: what does not fit a row is refused, or left out and counted.
+The paper fills rows with prompts and answers, one after another, and has no loss on prompts (3.1). text/dialog.py says
+which of a dialog's tokens are the assistant's. A row is filled with the longest dialog that still fits, so that little
+of it remains empty, and none is cut. What does not fit a row is refused, or left out and counted.
 
 N tokens of all dialogs  T tokens of a row  B rows of a batch
 """
@@ -28,7 +28,7 @@ from pydantic import Field
 
 from llama2 import files
 from llama2.data import dialog_files
-from llama2.data.dialog_forms import Told, understand
+from llama2.data.dialog_forms import TrainingDialog, understand
 from llama2.data.loader import IGNORED, Batch, shuffled
 from llama2.errors import DataError, DialogError, TemplateError, TokenizerError
 from llama2.recipe import Settings
@@ -36,12 +36,12 @@ from llama2.text import turns
 from llama2.text.dialog import Dialog
 from llama2.text.tokenizer import Tokenizer
 
-#: A file's name that stands for Python's own library, whose docstrings answer questions about it.
+#: A file's name that means Python's own library, whose docstrings answer questions about it.
 STDLIB = "stdlib"
 
 #: Folders of it that have no documentation.
 _UNDOCUMENTED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
-_NAMED = 8  # fields without a use that are told by name
+_NAMED = 8  # fields without a use that are named
 
 
 class DialogSettings(Settings):
@@ -50,24 +50,26 @@ class DialogSettings(Settings):
     files: list[Path] = Field(min_length=1, description="files or folders; stdlib: questions on Python's own library")
     length: int = Field(4096, ge=2, description="tokens of a row; unless given, what the longest dialog needs")
     boundaries: bool = Field(True, description="tokens read no other dialog than their own")
-    answers: Literal["all", "last"] = Field("all", description="answers of a dialog that are learnt")
+    answers: Literal["all", "last"] = Field("all", description="answers of a dialog that have a loss")
     too_long: Literal["refuse", "leave out"] = Field("refuse", description="what becomes of dialogs longer than a row")
-    skip_bad: bool = Field(False, description="leave out and count what is no dialog, or too long, instead of refusing")
+    skip_bad: bool = Field(
+        False, description="leave out and count what is not a dialog, or too long, instead of refusing"
+    )
     neutralise: bool = Field(False, description="break role markers that messages contain instead of refusing them")
-    validation: int = Field(0, ge=0, description="dialogs that are evaluated and not learnt; unless given, a tenth")
+    validation: int = Field(0, ge=0, description="dialogs that are held out to be evaluated; unless given, a tenth")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A dialog's token ids, and which of them are learnt."""
+    """A dialog's token ids, and which of them have a loss."""
 
     tokens: NDArray[np.int32]  # (n,)
-    learnt: NDArray[np.bool_]  # (n,)
+    loss_mask: NDArray[np.bool_]  # (n,)
 
 
 @dataclass
-class Seen:
-    """What was met in files of dialogs, to be told once."""
+class ReadReport:
+    """What was found in files of dialogs."""
 
     forms: Counter[str] = field(default_factory=Counter)  # dialogs by the rule that read them
     unused: dict[str, None] = field(default_factory=dict)  # names of fields, in order
@@ -75,8 +77,8 @@ class Seen:
     bad: int = 0
     first_bad: str = ""
 
-    def told(self) -> list[str]:
-        """The lines for a person."""
+    def lines(self) -> list[str]:
+        """The report for a person, line by line."""
         lines = [", ".join(f"{count:,} dialogs read as {form}" for form, count in self.forms.most_common())]
         if self.unused:
             names = [*self.unused]
@@ -88,19 +90,21 @@ class Seen:
         return lines
 
 
-def read(paths: Sequence[Path], seen: Seen | None = None, *, skip_bad: bool = False) -> Iterator[tuple[str, Told]]:
+def read(
+    paths: Sequence[Path], report: ReadReport | None = None, *, skip_bad: bool = False
+) -> Iterator[tuple[str, TrainingDialog]]:
     """Dialogs of files and folders, each with its place, `FILE:LINE`.
 
-    The file STDLIB is `documentation` of Python's own library. `seen` is told by which rules records were read, and
-    what of them was not used. Raises DataError for a file that cannot be read, and a record that is no dialog which
-    ends with the assistant's answer; with `skip_bad`, `seen` counts such records.
+    The file STDLIB is `documentation` of Python's own library. `report` notes by which rules records were read, and
+    what of them was not used. Raises DataError for a file that cannot be read, and a record that is not a dialog which
+    ends with the assistant's answer. With `skip_bad`, `report` counts such records.
     """
-    seen = seen or Seen()
+    report = report or ReadReport()
     for path in paths:
         if str(path) == STDLIB:
             for where, dialog in documentation(Path(sysconfig.get_path("stdlib"))):
-                seen.forms["docstrings"] += 1
-                yield where, Told(dialog)
+                report.forms["docstrings"] += 1
+                yield where, TrainingDialog(dialog)
             continue
         for file in dialog_files.find([path]):
             for where, raw in dialog_files.records(file):
@@ -108,22 +112,22 @@ def read(paths: Sequence[Path], seen: Seen | None = None, *, skip_bad: bool = Fa
                     if raw is None:
                         raise DialogError(f"has more than {dialog_files.LONGEST >> 20} MB; cut it")
                     record = dialog_files.parse(raw) if isinstance(raw, bytes) else raw
-                    form, told, unused = understand(record)
+                    form, dialog, unused = understand(record)
                 except DialogError as error:
-                    _bad(where, error, seen, skip_bad)
+                    _bad(where, error, report, skip_bad)
                     continue
-                seen.forms[form] += 1
-                seen.unused |= dict.fromkeys(unused)
-                yield where, told
+                report.forms[form] += 1
+                report.unused |= dict.fromkeys(unused)
+                yield where, dialog
 
 
-def _bad(where: str, error: Exception, seen: Seen, skip: bool) -> None:
-    """Count what cannot be learnt, or raise DataError that says so."""
-    told = f"{where}: {error}"
+def _bad(where: str, error: Exception, report: ReadReport, skip: bool) -> None:
+    """Count what cannot be trained on, or raise DataError that says so."""
+    reason = f"{where}: {error}"
     if not skip:
-        raise DataError(f"{told}; --skip-bad leaves such out") from None
-    seen.bad += 1
-    seen.first_bad = seen.first_bad or told
+        raise DataError(f"{reason}; --skip-bad leaves such out") from None
+    report.bad += 1
+    report.first_bad = report.first_bad or reason
 
 
 def documentation(folder: Path) -> Iterator[tuple[str, Dialog]]:
@@ -149,18 +153,18 @@ def _documented(
 ) -> Iterator[tuple[str, Dialog]]:
     answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
     if answer:
-        told = {"user": question.format(name), "assistant": answer}
+        turns = {"user": question.format(name), "assistant": answer}
         where = f"{path}:{getattr(node, 'lineno', 1)}"
-        yield where, Dialog({"role": role, "content": content} for role, content in told.items())
+        yield where, Dialog({"role": role, "content": content} for role, content in turns.items())
     if isinstance(node, ast.Module | ast.ClassDef):
         for inner in node.body:
             if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and inner.name[0] != "_":
-                asked = "What is {}?" if isinstance(inner, ast.ClassDef) else "What does {} do?"
-                yield from _documented(path, inner, f"{name}.{inner.name}", asked)
+                settings = "What is {}?" if isinstance(inner, ast.ClassDef) else "What does {} do?"
+                yield from _documented(path, inner, f"{name}.{inner.name}", settings)
 
 
 def render(
-    told: Told,
+    dialog: TrainingDialog,
     tokenizer: Tokenizer,
     template: str | None = None,
     *,
@@ -168,33 +172,33 @@ def render(
     neutralise: bool = False,
     notes: dict[str, None] | None = None,
 ) -> Example:
-    """A dialog's tokens, of which those answers are learnt that are to be, or the last one alone (paper 3.3).
+    """A dialog's tokens, with a loss on those answers that are to have one, or on the last one alone (paper 3.3).
 
     What the template cannot write is written as the engine does it for a request (`text.turns`), which `notes` hold.
     Raises as Dialog.render does.
     """
-    arranged = turns.arrange(told.dialog, template, tokenizer, told.tools or None, neutralise=neutralise)
+    arranged = turns.arrange(dialog.dialog, template, tokenizer, dialog.tools or None, neutralise=neutralise)
     if notes is not None:
         notes |= dict.fromkeys(arranged.notes)
     ids, said = arranged.dialog.render(tokenizer, template, neutralise=neutralise, tools=arranged.tools)
-    learnt = np.array(said, np.bool_)
-    edges = np.flatnonzero(np.diff(learnt, prepend=False, append=False))
+    loss_mask = np.array(said, np.bool_)
+    edges = np.flatnonzero(np.diff(loss_mask, prepend=False, append=False))
     spans = list(zip(edges[::2], edges[1::2], strict=True))  # of answers
     if not spans:
         raise DialogError("the model's chat template shows no answer of the assistant; use another template")
-    wanted = told.learnt or (True,) * len(spans)
+    wanted = dialog.with_loss or (True,) * len(spans)
     if len(wanted) != len(spans):
         raise DialogError("the model's chat template does not keep answers apart, so they cannot have weights")
     for number, (start, end) in enumerate(spans, 1):
         if not wanted[number - 1] or (answers == "last" and number < len(spans)):
-            learnt[start:end] = False
-    if not learnt.any():
-        raise DialogError("the last answer has weight 0, and no other is to be learnt")
-    return Example(np.array(ids, np.int32), learnt)
+            loss_mask[start:end] = False
+    if not loss_mask.any():
+        raise DialogError("the last answer has weight 0, and no other has a loss")
+    return Example(np.array(ids, np.int32), loss_mask)
 
 
 class Packed:
-    """Dialogs in rows, a loader's Source. With `boundaries`, tokens read their own dialog alone.
+    """Dialogs in rows, a loader's RowSource. With `boundaries`, tokens read their own dialog alone.
 
     What is left of a row holds token 0, and has no loss.
     """
@@ -205,27 +209,27 @@ class Packed:
         self._boundaries = boundaries
         sizes = np.array([len(example.tokens) for example in examples], np.int64)
         if self.dialogs == 0:
-            raise DataError(f"{name}: no dialogs are there to learn from; give more, or longer rows")
+            raise DataError(f"{name}: no dialogs are there to train on; give more, or longer rows")
         if sizes.max() > length:
             raise DataError(f"{name}: a dialog has {sizes.max()} tokens and a row {length}; choose longer rows")
         self._tokens = np.concatenate([example.tokens for example in examples])  # (N,)
-        self._learnt = np.concatenate([example.learnt for example in examples])  # (N,)
+        self._loss_mask = np.concatenate([example.loss_mask for example in examples])  # (N,)
         self._ends = np.cumsum(sizes)  # of each dialog in them
         self._starts = self._ends - sizes
         self._rows = pack(sizes.tolist(), length)
 
     @cached_property
     def sha256(self) -> str:
-        """Of every token, whether it is learnt, and where it stands."""
+        """Of every token, its place, and whether it has a loss."""
         digest = hashlib.sha256(f"{self.length} {self._boundaries} {self._rows}".encode())
-        for array in (self._tokens, self._learnt):
+        for array in (self._tokens, self._loss_mask):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
     @property
-    def learnt(self) -> int:
+    def loss_tokens(self) -> int:
         """Tokens that have a loss."""
-        return int(self._learnt.sum())
+        return int(self._loss_mask.sum())
 
     @property
     def filled(self) -> float:
@@ -247,8 +251,8 @@ class Packed:
                 start, end = self._starts[dialog], self._ends[dialog]
                 size = int(end - start)
                 tokens[row, at : at + size] = self._tokens[start:end]
-                following, learnt = self._tokens[start + 1 : end], self._learnt[start + 1 : end]
-                targets[row, at : at + size - 1] = np.where(learnt, following, IGNORED)
+                following, mask = self._tokens[start + 1 : end], self._loss_mask[start + 1 : end]
+                targets[row, at : at + size - 1] = np.where(mask, following, IGNORED)
                 documents[row, at : at + size] = count
                 at += size
         return Batch(tokens, targets, documents if self._boundaries else None)
@@ -270,7 +274,7 @@ def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Dialogs that are ready to be learnt from, and those that are only evaluated, by the file or folder given."""
+    """Dialogs to train on, and those that are only evaluated, by the file or folder given."""
 
     train: Packed
     validation: list[Packed]
@@ -279,30 +283,32 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Every dialog of some files as tokens, with its place and the file or folder given, and what was met there."""
+    """Every dialog of some files as tokens, with its place and the file or folder given, and what was found there."""
 
     examples: list[Example]
     places: list[str]
     sources: list[str]
-    seen: Seen
+    report: ReadReport
 
 
-def render_all(asked: DialogSettings, tokenizer: Tokenizer, template: str | None, with_tools: str | None) -> Rendered:
+def render_all(
+    settings: DialogSettings, tokenizer: Tokenizer, template: str | None, with_tools: str | None
+) -> Rendered:
     """Read and render dialogs; those that declare tools by the template `with_tools`.
 
-    Raises DataError for what is no dialog, or none that the template can write, unless such are to be skipped.
+    Raises DataError for what is not a dialog, or one that the template cannot write, unless such are to be skipped.
     """
-    rendered = Rendered([], [], [], Seen())
-    seen = rendered.seen
-    dialogs = ((path, *each) for path in asked.files for each in read([path], seen, skip_bad=asked.skip_bad))
-    for path, where, told in dialogs:
-        chosen = with_tools if told.tools else template
+    rendered = Rendered([], [], [], ReadReport())
+    report = rendered.report
+    dialogs = ((path, *each) for path in settings.files for each in read([path], report, skip_bad=settings.skip_bad))
+    for path, where, dialog in dialogs:
+        chosen = with_tools if dialog.tools else template
         try:
             example = render(
-                told, tokenizer, chosen, answers=asked.answers, neutralise=asked.neutralise, notes=seen.notes
+                dialog, tokenizer, chosen, answers=settings.answers, neutralise=settings.neutralise, notes=report.notes
             )
         except (DialogError, TemplateError, TokenizerError) as error:
-            _bad(where, error, seen, asked.skip_bad)
+            _bad(where, error, report, settings.skip_bad)
             continue
         rendered.examples.append(example)
         rendered.places.append(where)
@@ -310,29 +316,29 @@ def render_all(asked: DialogSettings, tokenizer: Tokenizer, template: str | None
     return rendered
 
 
-def prepare(asked: DialogSettings, rendered: Rendered, *, seed: int = 0) -> Prepared:
-    """Pack dialogs; the seed chooses those that are not learnt.
+def prepare(settings: DialogSettings, rendered: Rendered, *, seed: int = 0) -> Prepared:
+    """Pack dialogs; the seed chooses those that are held out.
 
     Raises DataError for one that a row does not hold, unless they are to be left out, and when none is left.
     """
-    name = ", ".join(map(str, asked.files))
-    short = [len(example.tokens) <= asked.length for example in rendered.examples]
+    name = ", ".join(map(str, settings.files))
+    short = [len(example.tokens) <= settings.length for example in rendered.examples]
     examples, sources = [*compress(rendered.examples, short)], [*compress(rendered.sources, short)]
     left_out = len(rendered.examples) - len(examples)
-    if left_out and asked.too_long == "refuse" and not asked.skip_bad:
-        longer = (len(example.tokens) > asked.length for example in rendered.examples)
+    if left_out and settings.too_long == "refuse" and not settings.skip_bad:
+        longer = (len(example.tokens) > settings.length for example in rendered.examples)
         where, example = next(compress(zip(rendered.places, rendered.examples, strict=True), longer))
         raise DataError(
-            f"{where}: the dialog has {len(example.tokens)} tokens and a row {asked.length}; choose longer rows, "
+            f"{where}: the dialog has {len(example.tokens)} tokens and a row {settings.length}; choose longer rows, "
             "or have such dialogs left out with --skip-bad"
         )
-    if len(examples) <= asked.validation:
+    if len(examples) <= settings.validation:
         raise DataError(
-            f"{name}: has {len(examples)} dialogs, of which {asked.validation} are not learnt; give more, or a smaller "
-            "data.validation"
+            f"{name}: has {len(examples)} dialogs, of which {settings.validation} are held out; give more, or a "
+            "smaller data.validation"
         )
-    held = {shuffled(place, len(examples), key=seed) for place in range(asked.validation)}
-    packed = partial(Packed, length=asked.length, boundaries=asked.boundaries)
+    held = {shuffled(place, len(examples), key=seed) for place in range(settings.validation)}
+    packed = partial(Packed, length=settings.length, boundaries=settings.boundaries)
     train = [example for place, example in enumerate(examples) if place not in held]
     evaluated: dict[str, list[Example]] = {}
     for place in sorted(held):

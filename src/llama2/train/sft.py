@@ -88,12 +88,12 @@ def sft(
             network=Transformer.load(start, device=here.device),
             tokenizer=start.tokenizer,
             template=template,
-            about={"dialogs": ready.train.dialogs, "left_out": ready.left_out, "learnt": ready.train.learnt},
+            about={"dialogs": ready.train.dialogs, "left_out": ready.left_out, "learnt": ready.train.loss_tokens},
             sample=sample,
             watch=watch,
         )
         if watch and here.first:
-            notes = [*rendered.seen.told(), _told(ready), tuning.told(recipe), *([note] if note else [])]
+            notes = [*rendered.report.lines(), _told(ready), tuning.told(recipe), *([note] if note else [])]
             watch.begin([*notes, *(f"warning: {each}" for each in tuning.warnings(recipe, ready.train))])
         some = _rows(ready.train, recipe.batch.micro, _SAMPLE)
         before: Losses | None = None
@@ -118,5 +118,5 @@ def _told(ready: Prepared) -> str:
         without = f", without {ready.left_out:,} that are longer than a row"
     return (
         f"{some.dialogs:,} dialogs{without}, in {len(some):,} rows that are {some.filled:.0%} full; "
-        f"{some.learnt:,} tokens are learnt"
+        f"{some.loss_tokens:,} tokens are learnt"
     )
