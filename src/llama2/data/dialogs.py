@@ -102,9 +102,9 @@ def read(
     report = report or ReadReport()
     for path in paths:
         if str(path) == STDLIB:
-            for where, dialog in documentation(Path(sysconfig.get_path("stdlib"))):
+            for where, question in documentation(Path(sysconfig.get_path("stdlib"))):
                 report.forms["docstrings"] += 1
-                yield where, TrainingDialog(dialog)
+                yield where, TrainingDialog(question)
             continue
         for file in dialog_files.find([path]):
             for where, raw in dialog_files.records(file):

@@ -227,7 +227,7 @@ def _finish(
                 f"{path}: puts {files.quote(text)} around a text, which is not its {role}_token; correct either"
             )
     scores = model if model and tokenizer.is_sentencepiece(model) else None
-    opened = LibraryTokenizer(made, size, Ends(**ids, **adds), scores)
+    opened = LibraryTokenizer(made, size, Ends(ids["bos_id"], ids["eos_id"], adds["add_bos"], adds["add_eos"]), scores)
     opened.notes = notes
     if (library.state(made.pre_tokenizer) or {}).get("type") == "Metaspace" and around.settings.get("legacy") is True:
         opened.choose("legacy")
