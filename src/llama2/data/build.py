@@ -50,7 +50,7 @@ def build(
     """Make the corpus that a recipe describes, and return its manifest; None when a cluster's queue was given the work.
 
     `toxicity` scores lines for the corpus card. On this machine `announce` is called with each stage's name when it
-    begins, and `note` with a line for each thing that was left out, converted, or otherwise not as expected.
+    begins. `note` is called with a line for each thing that was left out, converted, or otherwise not as expected.
     `files` are the sources' files, where the caller has them from `read.find`.
 
     Raises DataError or TokenizerError before anything is done, for sources that are missing and a tokenizer that cannot

@@ -1,8 +1,8 @@
 """Dialogs as rows for supervised fine-tuning: whole ones, several in a row, with loss on what the assistant says.
 
-The paper fills rows with prompts and answers, one after another, and has no loss on prompts (3.1). text/dialog.py says
-which of a dialog's tokens are the assistant's. A row is filled with the longest dialog that still fits, so that little
-of it remains empty, and none is cut. What does not fit a row is refused, or left out and counted.
+The paper fills rows with prompts and answers, one after another, and has no loss on prompts (3.1). The assistant's
+tokens are those that text/dialog.py names. A row is filled with the longest dialog that still fits, so that little of
+it remains empty, and none is cut. What does not fit a row is refused, or left out and counted.
 
 N tokens of all dialogs  T tokens of a row  B rows of a batch
 """

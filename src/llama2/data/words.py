@@ -1,9 +1,8 @@
 """The words of a text as arrays: hashes, lengths, and what they are made of.
 
-A word is a run of ASCII letters and digits, without their case, and of every character beyond ASCII; a Chinese,
-Japanese or Korean character is a word of its own. All of it is computed from the text's UTF-8 bytes at once, since
-filters and deduplication in a Python loop over words would be slower than everything else together
-(docs/decisions/0010-words-in-numpy.md).
+A word is a run of ASCII letters and digits, without their case, and of every character beyond ASCII. A Chinese,
+Japanese or Korean character is a word of its own. All of it is computed from the text's UTF-8 bytes at once.
+A Python loop over words would be slower than everything else together (docs/decisions/0010-words-in-numpy.md).
 
 Legend: B bytes, W words.
 """

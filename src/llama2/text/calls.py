@@ -1,7 +1,7 @@
 """How a model writes calls of functions, as its chat template shows it.
 
 A template that knows tools writes what an assistant called earlier in a dialog, and the model was trained to write the
-same. So a dialog with a call of our own shows the format, whatever the model's family: the text before the
+same. So a dialog with a call of our own shows the format, whatever the model's family. It is the text before the
 function's name, between name and arguments, behind these, and between two calls.
 """
 

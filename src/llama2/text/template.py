@@ -428,7 +428,7 @@ class _Spellings:
         """Where a token begins in `text`.
 
         None of the sorted texts begins another. So the only candidate at a place is the last one that does not sort
-        behind the text there, and the time does not depend on how many there are.
+        behind the text there. The time does not depend on how many there are.
         """
         folded = _fold(text) if self._first.search(text) else ""
         for match in self._first.finditer(text) if folded else ():
