@@ -113,11 +113,11 @@ def theirs(template: str, messages: list[dict[str, Any]], tools: Any) -> str:
 
     first = ""
     for called in CALLS if CALLS[0] in messages else [CALLS[0]]:
-        told = [called if message is CALLS[0] else message for message in messages]
+        given = [called if message is CALLS[0] else message for message in messages]
         asks = messages[-1]["role"] != "assistant"
         try:
             text: str = _compile_jinja_template(template).render(
-                messages=told, tools=tools, documents=None, add_generation_prompt=asks, bos_token=BOS, eos_token=EOS
+                messages=given, tools=tools, documents=None, add_generation_prompt=asks, bos_token=BOS, eos_token=EOS
             )
         except Exception as error:  # a template can raise anything that Python can
             text = f"refused: {error}"

@@ -115,8 +115,8 @@ def test_a_corpus_knows_what_it_was_built_from(place: Path, capsys: pytest.Captu
     (place / "texts/deep/0.txt").unlink()
     (place / "texts/deep/1.txt").unlink()
     (place / "texts/pages.jsonl").write_text('{"text": "Another page."}')
-    told = "notes: 1 file is new (deep/new.txt); notes: 2 files are gone (deep/0.txt, …)"
-    assert differs() == f"{told}; pages: 1 file is changed (pages.jsonl)"
+    wanted = "notes: 1 file is new (deep/new.txt); notes: 2 files are gone (deep/0.txt, …)"
+    assert differs() == f"{wanted}; pages: 1 file is changed (pages.jsonl)"
     (place / "corpus/origin.json").unlink()
     assert differs() == "it does not say what it was built from"
     assert typed(capsys, "data", "build", "recipe.toml", "--force")[0] == 0

@@ -16,7 +16,7 @@ from llama2.errors import DataError
 
 DOCUMENTS = [7, 3, 40, 1, 12, 25, 2, 30, 11]  # tokens of each
 LENGTH = 8
-STREAM = np.arange(sum(DOCUMENTS)) + 100  # a token tells its place
+STREAM = np.arange(sum(DOCUMENTS)) + 100  # a token is its place
 
 
 @pytest.fixture(scope="module")

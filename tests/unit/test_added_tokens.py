@@ -184,9 +184,9 @@ def test_a_tokenizer_json_is_read_as_the_library_reads_it(first: bool, flags: di
 
 
 def test_legacy_rules_of_a_model_that_was_tuned_with_them(tmp_path: Path) -> None:
-    """transformers 5 writes Metaspace whatever there was; `legacy` still tells with what the model was tuned."""
-    told = folder(tmp_path, library(first=True), legacy=True, bos_token="<s>")
-    ours = tokenizer_folder.read(told)
+    """transformers 5 writes Metaspace whatever there was; `legacy` still says how the model was tuned."""
+    path = folder(tmp_path, library(first=True), legacy=True, bos_token="<s>")
+    ours = tokenizer_folder.read(path)
     assert ours.encode("a</s>b", special=True) == [SA, 2, SB]
     assert ours.encode(" a") == [S, SA]  # as sentencepiece does it
     assert "legacy" in ours.mode
@@ -285,7 +285,7 @@ def test_flags_that_no_other_format_can_say(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_tokenizer_model_alone(tmp_path: Path) -> None:
-    """By transformers' LlamaTokenizerFast: BOS unless told otherwise; without `legacy`, a space before each part."""
+    """By transformers' LlamaTokenizerFast: BOS unless the settings refuse it; without `legacy`, a space before each part."""
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece())
     plain = from_sentencepiece(tmp_path / "tokenizer.model")
     assert "<tool>" in plain.user
@@ -321,7 +321,7 @@ def test_ranks_of_tiktoken(tmp_path: Path) -> None:
         tiktoken.tokenizer(path, path.read_bytes())
 
 
-def test_files_of_ranks_are_no_sentencepiece_models(tmp_path: Path) -> None:
+def test_files_of_ranks_are_not_sentencepiece_models(tmp_path: Path) -> None:
     """As Meta has them, as a folder of Hugging Face's has them, and beside a tokenizer.json, which counts."""
     path = ranks(tmp_path / "tokenizer.model")
     for ours in (files.read(path, 259 + 256), tokenizer_folder.read(tmp_path, size=259 + 256)):
@@ -379,11 +379,11 @@ def test_ids_of_the_vocabulary_count(tmp_path: Path) -> None:
 
     made = library()
     made.add_tokens([AddedToken("<tool>", normalized=False)])
-    told = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
     path = folder(
         tmp_path,
         made,
-        **told,
+        **settings,
         added_tokens_decoder={str(S): {"content": "<tool>", "normalized": False, "special": False}},
     )
     ours = tokenizer_folder.read(path)

@@ -186,13 +186,13 @@ def test_the_token_behind_an_answer_ends_one() -> None:
     assert template.ends(source.replace("<|over|>", " and <|over|>"), ours) == {1}  # text stands between
     assert template.ends("{{ raise_exception('no') }}", ours) == {1}
     ids, said = Dialog(TURNS[:2]).render(ours, source)
-    assert text_of(ours, [token for token, learnt in zip(ids, said, strict=True) if learnt]) == "A1\n<|over|>"
+    assert text_of(ours, [token for token, has_loss in zip(ids, said, strict=True) if has_loss]) == "A1\n<|over|>"
 
 
-def test_an_end_of_turn_that_is_no_token_is_learnt_as_text() -> None:
+def test_an_end_of_turn_that_is_not_a_token_is_trained_as_text() -> None:
     for ours in (bytes_and(), bytes_and("<|im_start|>", "<|im_end|>")):
         ids, said = Dialog(TURNS).render(ours, chat_formats.source("chatml", bos=True))
-        assert text_of(ours, [token for token, learnt in zip(ids, said, strict=True) if learnt]) == "A1<|im_end|>"
+        assert text_of(ours, [token for token, has_loss in zip(ids, said, strict=True) if has_loss]) == "A1<|im_end|>"
 
 
 def test_an_answer_ends_by_the_format(tmp_path: Path) -> None:

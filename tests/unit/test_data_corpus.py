@@ -305,7 +305,7 @@ def test_samples_of_a_benchmark_leave_the_corpus(tmp_path: Path) -> None:
     assert found["cut"]["documents"] == 1
 
 
-def test_a_tokenizer_is_learnt_from_what_is_trained_on(tmp_path: Path) -> None:
+def test_a_tokenizer_is_trained_on_the_training_split(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / f"{number}.txt").write_text(" ".join(story(number, 120)))
     (tmp_path / "8.txt").write_text((tmp_path / "0.txt").read_text())

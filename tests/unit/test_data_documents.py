@@ -233,7 +233,7 @@ def test_encodings_that_are_not(tmp_path: Path, data: bytes) -> None:
     assert documents(tmp_path) == ([], Counter({"not UTF-8": 1}))
 
 
-def test_what_is_no_text_is_left_out(tmp_path: Path) -> None:
+def test_what_is_not_text_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "b.bin").write_bytes(b"text, and then\0" * 100)
     (tmp_path / "c.pdf").write_bytes(b"%PDF-1.7\nstream")

@@ -46,7 +46,7 @@ def user(text: Any) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def told(text: Any) -> dict[str, Any]:
+def answer(text: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
@@ -55,9 +55,9 @@ def parts(*texts: str) -> list[dict[str, str]]:
 
 
 OPENAI = [
-    {"messages": [{"role": "developer", "content": "be"}, user(parts("n", "ot")), told("answer")]},
-    {"messages": [{**user("what"), "name": "Ann"}, {**told("help"), "weight": 1, "refusal": None}]},
-    {"messages": [user("why"), told("fact"), user("question"), told(parts("something"))], "id": "7"},
+    {"messages": [{"role": "developer", "content": "be"}, user(parts("n", "ot")), answer("answer")]},
+    {"messages": [{**user("what"), "name": "Ann"}, {**answer("help"), "weight": 1, "refusal": None}]},
+    {"messages": [user("why"), answer("fact"), user("question"), answer(parts("something"))], "id": "7"},
 ]
 SHAREGPT = [
     {"conversations": [{"from": f, "value": v} for f, v in turns], **more}
@@ -68,9 +68,9 @@ SHAREGPT = [
     )
 ]
 CONVERSATIONAL = [
-    {"prompt": [{"role": "system", "content": "be"}, user("not")], "completion": [told("answer")]},
-    {"prompt": [user("what")], "completion": [told("help")]},
-    {"prompt": [user("why"), told("fact"), user("question")], "completion": [told("something")]},
+    {"prompt": [{"role": "system", "content": "be"}, user("not")], "completion": [answer("answer")]},
+    {"prompt": [user("what")], "completion": [answer("help")]},
+    {"prompt": [user("why"), answer("fact"), user("question")], "completion": [answer("something")]},
 ]
 
 
@@ -152,17 +152,17 @@ def llama2() -> Tokenizer:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_three_dialogs_by_hand(format: str, llama2: Tokenizer, tmp_path: Path) -> None:
-    name, data, form, learnt = FORMATS[format]
+    name, data, form, wanted = FORMATS[format]
     (tmp_path / name).write_bytes(data)
     found = dialogs.render_all(DialogSettings(files=[tmp_path / name]), llama2, None, None)
     assert [example.tokens.tolist() for example in found.examples] == IDS
-    assert [example.tokens[example.loss_mask].tolist() for example in found.examples] == learnt
+    assert [example.tokens[example.loss_mask].tolist() for example in found.examples] == wanted
     for example in found.examples:  # the last answer ends the dialog
         assert example.loss_mask[-3:].all()
     assert found.report.lines()[0] == f"3 dialogs read as {form}"
 
 
-def test_what_is_not_used_is_told_once(tmp_path: Path) -> None:
+def test_what_is_not_used_is_reported_once(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(OPENAI * 2))
     (tmp_path / "b.json").write_bytes(array(SHAREGPT))
     seen = ReadReport()
@@ -191,8 +191,8 @@ CHATML_SOURCE = (
 )
 
 
-def learnt(record: Any, tokenizer: Tokenizer, template: str, folder: Path) -> tuple[str, list[str]]:
-    """A record's whole text, and the texts that are learnt."""
+def with_loss(record: Any, tokenizer: Tokenizer, template: str, folder: Path) -> tuple[str, list[str]]:
+    """A record's whole text, and the texts that have a loss."""
     (folder / "x.jsonl").write_bytes(lines([record]))
     found = dialogs.render_all(DialogSettings(files=[folder / "x.jsonl"]), tokenizer, CHATML_SOURCE, template)
     (example,) = found.examples
@@ -212,9 +212,16 @@ def learnt(record: Any, tokenizer: Tokenizer, template: str, folder: Path) -> tu
     return text(example.tokens.tolist()), [text(run) for run in runs]
 
 
-def test_answers_of_no_weight_are_read_and_not_learnt(hermes: Tokenizer, tmp_path: Path) -> None:
-    messages = [user("a"), {**told("b"), "weight": 0}, user("c"), {**told("d"), "weight": 1}, user("e"), told("f")]
-    whole, said = learnt({"messages": messages}, hermes, CHATML_SOURCE, tmp_path)
+def test_answers_without_weight_are_read_and_have_no_loss(hermes: Tokenizer, tmp_path: Path) -> None:
+    messages = [
+        user("a"),
+        {**answer("b"), "weight": 0},
+        user("c"),
+        {**answer("d"), "weight": 1},
+        user("e"),
+        answer("f"),
+    ]
+    whole, said = with_loss({"messages": messages}, hermes, CHATML_SOURCE, tmp_path)
     assert "assistant\nb<|im_end|>" in whole
     assert said == ["d<|im_end|>", "f<|im_end|>"]
 
@@ -229,19 +236,19 @@ TOOLS_OPENAI = {
         user("How is it?"),
         {"role": "assistant", "content": None, "tool_calls": [OPENAI_CALL]},
         {"role": "tool", "tool_call_id": "x1", "content": "sun"},
-        told("Sunny."),
+        answer("Sunny."),
     ],
     "tools": [{"type": "function", "function": DECLARED[0]}],
 }
 
 
 @pytest.mark.parametrize("record", [TOOLS_SHAREGPT, TOOLS_OPENAI])
-def test_tools_are_declared_and_calls_learnt(record: Any, hermes: Tokenizer, tmp_path: Path) -> None:
-    whole, said = learnt(record, hermes, HERMES, tmp_path)
+def test_tools_are_declared_and_calls_have_a_loss(record: Any, hermes: Tokenizer, tmp_path: Path) -> None:
+    whole, said = with_loss(record, hermes, HERMES, tmp_path)
     assert '"name": "weather", "description": "Any."' in whole
     assert "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>" in whole
     assert said == [f"<tool_call>\n{CALL}\n</tool_call><|im_end|>", "Sunny.<|im_end|>"]
-    whole, said = learnt(record, hermes, CHATML_SOURCE, tmp_path)  # which knows none
+    whole, said = with_loss(record, hermes, CHATML_SOURCE, tmp_path)  # which knows none
     assert whole.startswith("<|im_start|>system\nYou can call these functions, one JSON object a line:")
     assert said == [f"<tool_call>\n{CALL}\n</tool_call><|im_end|>", "Sunny.<|im_end|>"]
 
@@ -251,7 +258,7 @@ def test_messages_of_sharegpt_and_tools_of_tables(tmp_path: Path) -> None:
     tools: list[list[dict[str, str]]] = [[{"name": "a", "description": "b"}], [{"name": "c"}]]
     (tmp_path / "b.parquet").write_bytes(columns([{"prompt": "Hi", "completion": "So", "tools": t} for t in tools]))
     seen = ReadReport()
-    found = [told for _, told in read([tmp_path], seen)]
+    found = [dialog for _, dialog in read([tmp_path], seen)]
     assert seen.forms == {"ShareGPT": 1, "prompt and completion": 2}
     assert found[2].tools == ({"type": "function", "function": {"name": "c"}},)  # and no description that is null
 
@@ -261,11 +268,11 @@ def test_a_template_that_rewrites_calls_is_refused(hermes: Tokenizer, tmp_path: 
         "{{ '\\n' }}<tool_call>", "{{ '\\n' }}{% if not loop.last or messages|length < 3 %}<tool_call>{% endif %}"
     )
     with pytest.raises(DataError, match="the chat template rewrites the assistant's messages"):
-        learnt(TOOLS_OPENAI, hermes, forgetful, tmp_path)
+        with_loss(TOOLS_OPENAI, hermes, forgetful, tmp_path)
 
 
 @given(st.lists(st.recursive(st.none() | st.text() | st.integers(), partial(st.lists, max_size=3)), max_size=6))
-def test_elements_of_an_array_are_told_apart(values: list[Any]) -> None:
+def test_elements_of_an_array_are_separated(values: list[Any]) -> None:
     """Each element with its line, however the array is laid out, beside Python's own reader."""
     for indent in (None, 1):
         data = json.dumps(values, indent=indent, ensure_ascii=False).encode()
@@ -292,8 +299,8 @@ MESSAGES = st.lists(st.dictionaries(st.sampled_from(NAMES), ANYTHING, min_size=1
 @given(st.dictionaries(st.sampled_from(NAMES), MESSAGES | ANYTHING, max_size=5))
 def test_any_record_is_a_dialog_or_refused(record: dict[str, Any]) -> None:
     with suppress(DialogError):
-        _, told, _ = understand(record)
-        assert told.dialog.messages[-1].role == "assistant"
+        _, found, _ = understand(record)
+        assert found.dialog.messages[-1].role == "assistant"
 
 
 PAIR = b'{"prompt": "Hi", "completion": "Hello"}'

@@ -1,4 +1,4 @@
-"""Dialogs as rows: what is learnt of them by Llama 2's published vectors (spec 2.3), packing by invariants."""
+"""Dialogs as rows: what has a loss by Llama 2's published vectors (spec 2.3), packing by invariants."""
 
 import json
 import re
@@ -46,16 +46,16 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def example(*tokens: int, learnt: int) -> Example:
-    """A dialog of which the last `learnt` tokens are."""
-    return Example(np.array(tokens, np.int32), np.arange(len(tokens)) >= len(tokens) - learnt)
+def example(*tokens: int, answer: int) -> Example:
+    """A dialog of which the last `answer` tokens have a loss."""
+    return Example(np.array(tokens, np.int32), np.arange(len(tokens)) >= len(tokens) - answer)
 
 
 def prepare(settings: DialogSettings, tokenizer: Tokenizer, *, seed: int = 0) -> Prepared:
     return dialogs.prepare(settings, dialogs.render_all(settings, tokenizer, None, None), seed=seed)
 
 
-def test_what_the_assistant_says_is_learnt(llama2: Tokenizer) -> None:
+def test_what_the_assistant_says_has_a_loss(llama2: Tokenizer) -> None:
     one = render(TrainingDialog(Dialog(ASKED)), llama2)
     assert one.tokens.tolist() == HI
     assert one.loss_mask.tolist() == LEARNT
@@ -68,7 +68,7 @@ def test_what_the_assistant_says_is_learnt(llama2: Tokenizer) -> None:
 
 
 def test_a_row_by_hand() -> None:
-    packed = Packed("two", [example(1, 5, 6, 2, learnt=2), example(1, 7, 2, learnt=1)], length=9)
+    packed = Packed("two", [example(1, 5, 6, 2, answer=2), example(1, 7, 2, answer=1)], length=9)
     assert (len(packed), packed.dialogs, packed.loss_tokens, packed.filled) == (1, 2, 3, 7 / 9)
     batch = packed.batch([0])
     x = IGNORED
@@ -76,7 +76,7 @@ def test_a_row_by_hand() -> None:
     assert batch.targets.tolist() == [[x, 6, 2, x, x, 2, x, x, x]]
     assert batch.documents is not None
     assert batch.documents.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2]]
-    together = Packed("two", [example(1, 5, 6, 2, learnt=2), example(1, 7, 2, learnt=1)], length=9, boundaries=False)
+    together = Packed("two", [example(1, 5, 6, 2, answer=2), example(1, 7, 2, answer=1)], length=9, boundaries=False)
     assert together.batch([0]).targets.tolist() == batch.targets.tolist()
     assert together.batch([0]).documents is None
 
@@ -92,9 +92,9 @@ def test_packing_loses_nothing_and_fills_rows(sizes: list[int]) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(2, 12), st.integers(1, 11)), min_size=1, max_size=30), st.booleans())
-def test_every_learnt_token_is_a_target_once(dialogs: list[tuple[int, int]], boundaries: bool) -> None:
+def test_every_token_with_a_loss_is_a_target_once(dialogs: list[tuple[int, int]], boundaries: bool) -> None:
     token = iter(range(1, 1 << 20))  # each another one
-    examples = [example(*[next(token) for _ in range(size)], learnt=min(learnt, size - 1)) for size, learnt in dialogs]
+    examples = [example(*[next(token) for _ in range(size)], answer=min(answer, size - 1)) for size, answer in dialogs]
     packed = Packed("some", examples, length=12, boundaries=boundaries)
     batches = [Loader(packed, rows=1, seed=7).first(len(packed))[row] for row in range(len(packed))]
     targets = np.concatenate([batch.targets.flatten() for batch in batches])
@@ -107,14 +107,14 @@ def test_every_learnt_token_is_a_target_once(dialogs: list[tuple[int, int]], bou
 
 
 def test_a_source_is_known_again_by_everything_in_it() -> None:
-    one = [example(1, 5, 6, 2, learnt=2), example(1, 7, 2, learnt=1)]
+    one = [example(1, 5, 6, 2, answer=2), example(1, 7, 2, answer=1)]
     known = Packed("a", one, length=9).sha256
     assert Packed("b", one, length=9).sha256 == known
     others = [
         Packed("a", one, length=10),
         Packed("a", one, length=9, boundaries=False),
-        Packed("a", [one[0], example(1, 8, 2, learnt=1)], length=9),
-        Packed("a", [one[0], example(1, 7, 2, learnt=2)], length=9),
+        Packed("a", [one[0], example(1, 8, 2, answer=1)], length=9),
+        Packed("a", [one[0], example(1, 7, 2, answer=2)], length=9),
     ]
     assert known not in {other.sha256 for other in others}
 
@@ -128,7 +128,7 @@ def test_records_of_every_form(write: Callable[..., Path]) -> None:
         {"instruction": "Add", "output": "3"},
         {"instruction": "Add", "context": " ", "response": "3"},
     )
-    found = [(where, [(m.role, m.content) for m in told.dialog.messages]) for where, told in read([path])]
+    found = [(where, [(m.role, m.content) for m in each.dialog.messages]) for where, each in read([path])]
     assert found == [
         (f"{path}:1", [("user", "Hi"), ("assistant", "Hello!")]),
         (f"{path}:3", [("user", "Hi"), ("assistant", "Hello!")]),
@@ -172,7 +172,7 @@ def test_records_of_every_form(write: Callable[..., Path]) -> None:
         ({"prompt": "Hi", "completion": "Hello", "tools": "3"}, ":2: tools must be a list of declarations .*"),
     ],
 )
-def test_records_that_are_no_dialogs(write: Callable[..., Path], line: Any, message: str) -> None:
+def test_records_that_are_not_dialogs(write: Callable[..., Path], line: Any, message: str) -> None:
     path = write({"messages": ASKED}, line)
     pattern = f"^{path}{message.replace('(', '[(]').replace(')', '[)]')}"
     with pytest.raises(DataError, match=f"{pattern}; --skip-bad leaves such out$") as caught:
@@ -217,9 +217,9 @@ def test_the_held_out_are_others_by_seed(write: Callable[..., Path], llama2: Tok
         ready = prepare(settings, llama2, seed=seed)
         [packed] = ready.validation
         rows = [packed.batch([n]).tokens.tolist() for n in range(len(packed))]
-        learnt = [ready.train.batch([n]).tokens.tolist() for n in range(len(ready.train))]
-        assert len(rows) + len(learnt) == 8
-        assert not [row for row in rows if row in learnt]
+        trained = [ready.train.batch([n]).tokens.tolist() for n in range(len(ready.train))]
+        assert len(rows) + len(trained) == 8
+        assert not [row for row in rows if row in trained]
         held.append(rows)
     assert any(each != held[0] for each in held[1:])
 

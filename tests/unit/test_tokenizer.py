@@ -249,7 +249,7 @@ def test_pieces_that_are_too_long_for_a_model_file(kind: int, tmp_path: Path) ->
     ids=["normal", "user-defined", "type 300", "type that is text"],
 )
 @pytest.mark.parametrize("score", [b"\x10\x07", b"\x11" + bytes(8), b"\x12\x01x"], ids=["varint", "8 bytes", "text"])
-def test_a_score_that_is_no_float(score: bytes, kind: bytes, type: int, tmp_path: Path) -> None:
+def test_a_score_that_is_not_a_float(score: bytes, kind: bytes, type: int, tmp_path: Path) -> None:
     """It counts as one that is not there, as protobuf has it; so does a type that there is none of."""
     model = model_of(b"\x0a\x02zz" + score + kind)
     (tmp_path / "tokenizer.model").write_bytes(model)

@@ -544,7 +544,7 @@ def test_how_an_answer_is_cut_does_not_matter(name: str, text: str, cuts: list[i
     parts = [text[a:b] for a, b in pairwise(edges)]
     whole, cut = toolset(name).reader(), toolset(name).reader()
     pieces_of(whole, [text])
-    told = pieces_of(cut, parts)
+    streamed = pieces_of(cut, parts)
     for reader in (whole, cut):
         for call in reader._calls:
             call.id = ""
@@ -552,7 +552,7 @@ def test_how_an_answer_is_cut_does_not_matter(name: str, text: str, cuts: list[i
     assert whole.message().get("tool_calls") == cut.message().get("tool_calls")
     rebuilt: list[list[str]] = []
     said = ""
-    for piece in told:
+    for piece in streamed:
         if isinstance(piece, Text):
             said += piece.text
         elif isinstance(piece, CallStart):
@@ -619,7 +619,7 @@ def test_a_schema_and_tools_together(name: str) -> None:
         )
 
 
-def test_control_tokens_of_a_call_are_told_apart() -> None:
+def test_control_tokens_of_a_call_are_distinguished() -> None:
     _, ours = family("mistral")
     format = CallFormat("[TOOL_CALLS]", "[INST]", "[/INST]", None, "[TOOL_CALLS]")
     begin, middle, end = (ours.control[text] for text in ("[TOOL_CALLS]", "[INST]", "[/INST]"))

@@ -55,13 +55,11 @@ def test_settings_are_those_of_llama_2(trained: trainer.Trained) -> None:
 
 def test_digits_stand_alone_and_nothing_is_lost(trained: trainer.Trained, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(trained.model)
-    learnt = tokenizer.from_sentencepiece(tmp_path / "tokenizer.model")
-    ids = learnt.encode("1 22 333")
-    assert [learnt.token_bytes(token) for token in ids if learnt.token_bytes(token).strip()] == [
-        *map(str.encode, "122333")
-    ]
+    ours = tokenizer.from_sentencepiece(tmp_path / "tokenizer.model")
+    ids = ours.encode("1 22 333")
+    assert [ours.token_bytes(token) for token in ids if ours.token_bytes(token).strip()] == [*map(str.encode, "122333")]
     for kept in ("  two  spaces ", "tab\tnewline\n", "日本 ﬁ é", "\0"):
-        assert learnt.decode(learnt.encode(kept)) == kept
+        assert ours.decode(ours.encode(kept)) == kept
 
 
 def test_lines_are_counted(trained: trainer.Trained, text: str) -> None:
