@@ -285,7 +285,7 @@ def test_flags_that_no_other_format_can_say(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_tokenizer_model_alone(tmp_path: Path) -> None:
-    """By transformers' LlamaTokenizerFast: BOS unless the settings refuse it; without `legacy`, a space before each part."""
+    """By transformers' LlamaTokenizerFast: BOS unless settings refuse it; without `legacy`, a space before each."""
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece())
     plain = from_sentencepiece(tmp_path / "tokenizer.model")
     assert "<tool>" in plain.user
