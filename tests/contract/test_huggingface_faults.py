@@ -512,7 +512,7 @@ def test_merges_that_stand_together(tmp_path: Path) -> None:
     [
         (merged("a a", "aa a", "a b", "a aa"), "merges to 'aaa' are not neighbours"),
         (merged("a a", "aa a", "a b"), "'aaa' is not made by all 2 merges"),
-        (bpe(merges=[]), "'▁a' is not made by all 1 merges, which scores cannot say; choose hf"),
+        (bpe(merges=[]), "'▁a' is not made by all 1 merges, which scores cannot express; choose hf"),
         (
             tokenizer_json(normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}),
             "changes text by rules that only its tokenizer.json can say",

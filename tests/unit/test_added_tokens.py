@@ -272,7 +272,7 @@ def test_merges_that_no_scores_can_say(tmp_path: Path) -> None:
     made.normalizer, made.decoder = base.normalizer, base.decoder
     ours = tokenizer_folder.read(folder(tmp_path, made))
     assert ours.encode("ab") == made.encode("ab").ids == [SA, B]
-    with pytest.raises(TokenizerError, match="which scores cannot say; choose hf"):
+    with pytest.raises(TokenizerError, match="which scores cannot express; choose hf"):
         ours.vocabulary()
 
 
