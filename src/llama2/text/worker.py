@@ -56,7 +56,7 @@ class Worker:
         return json.loads(answer)
 
     def close(self) -> None:
-        """End the process; a second time is no error."""
+        """End the process, if it runs."""
         self._notice_fork()
         if self._ending is not None:
             self._ending()
