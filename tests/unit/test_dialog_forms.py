@@ -367,6 +367,13 @@ def many_letters(path: Path) -> None:
     parquet.write_table(records, path, compression="zstd", store_schema=False)
 
 
+def test_a_row_of_parquet_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialog_files, "LONGEST", 60)
+    rows = [{"prompt": "Hi", "completion": text} for text in ("So", "x" * 60, "No")]
+    (tmp_path / "a.parquet").write_bytes(columns(rows))
+    assert [raw is None for _, raw in dialog_files.records(tmp_path / "a.parquet")] == [False, True, False]
+
+
 def long_lines(path: Path) -> None:
     with path.open("wb") as file:
         for _ in range(300):
