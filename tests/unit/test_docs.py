@@ -6,6 +6,7 @@ import json
 import posixpath
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -315,6 +316,15 @@ def test_two_clicks_from_the_index_answer(question: str) -> None:
     first = {target for target, _ in links(ROOT / "docs/index.md")}
     second = {target for page in first if page.suffix == ".md" for target, _ in links(page)}
     assert ROOT / answer in first | second
+
+
+def test_the_architecture_has_every_room_with_its_rank() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract.get("containers") == ["llama2"])
+    ranks = {(rank, room) for rank, layer in enumerate(reversed(layers)) for room in layer.split(" | ")}
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", text_of(ROOT / "docs/architecture.md"), re.MULTILINE)
+    assert {(int(rank), Path(name).stem) for rank, names in rows for name in CODE.findall(names)} == ranks
 
 
 def test_pages_are_in_the_navigation() -> None:
