@@ -1,19 +1,23 @@
 """What README and docs name exists: links, paths, functions, commands with their options, settings, errors, numbers."""
 
 import ast
+import asyncio
 import importlib.util
 import json
 import posixpath
 import re
 import shlex
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer.main
+from fastapi import APIRouter
 
 import llama2
 from llama2.cli.main import program
@@ -297,6 +301,17 @@ def test_sizes_are_those_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
             total = sum(value for name, value in parts.items() if name != "overhead")
             expected = [f"{value / 1e9:.1f}" for value in (parts["weights"], parts["key/value cache"], total)]
         assert shown == expected, (size, what)
+
+
+def test_the_example_of_a_route_runs() -> None:
+    from llama2.serve.surfaces import openai
+
+    _, _, code = next(block for block in FENCE.findall(text_of(ROOT / "CONTRIBUTING.md")) if block[1] == "python")
+    names = {**vars(openai), "router": APIRouter()}
+    exec(textwrap.dedent(code), names)  # noqa: S102
+    models = SimpleNamespace(entries={"one": None, "other": None})
+    http = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(models=models)))
+    assert json.loads(asyncio.run(names["count"](http)).body) == {"count": 2}
 
 
 #: What newcomers ask, and where it is answered.
