@@ -67,11 +67,11 @@ def main() -> None:
     runs = []
     for rate in [None, *options.rate]:
         settings = [f"data.files={json.dumps(options.data)}", f"start={json.dumps(str(start))}", *options.set]
-        settings += [] if rate is None else [f"optimizer.rate={rate}"]
+        settings += [] if rate is None else [f"optimizer.lr={rate}"]
         asked = recipe.make({}, SftRecipe, settings, where="own_data")
         with TemporaryDirectory() as folder:
             begun = time.perf_counter()
-            tuned = sft(asked, Path(folder) / "run", locate=hub.locate, watch=ConsoleReporter())
+            tuned = sft(asked, Path(folder) / "run", locate=hub.locate, reporter=ConsoleReporter())
             seconds = time.perf_counter() - begun
             used = tuned.run.recipe
             fitted = {name: used[name] for name in ("steps", "epochs", "batch", "optimizer", "precision", "compile")}

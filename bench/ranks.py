@@ -30,10 +30,11 @@ from torch.utils.flop_counter import flop_registry
 
 from llama2 import plan
 from llama2.config import SIZES, ModelConfig
+from llama2.data.loader import TokenBatch
 from llama2.model import parallel
 from llama2.model.transformer import Transformer
 from llama2.records import installed
-from llama2.train.step import Objective
+from llama2.train.objective import Network, next_token
 
 GPU = plan.GPUS["A100-80GB"]
 #: Bytes a second that a GPU sends: NVLink 3 in a machine of eight, and the 200 Gb/s of the paper's clusters between.
@@ -117,17 +118,17 @@ def trace(config: ModelConfig, ranks: int, sequences: int) -> Row:
         mesh = init_device_mesh("cpu", (data, TENSOR), mesh_dim_names=("dp", "tp"))
         with torch.device("meta"):
             network = Transformer(config)
-        objective = Objective(network, plan.CHUNK, mesh["tp"].get_group())
+        running = Network(network, next_token, mesh["tp"].get_group())
         parallel.tensor_parallel(network, mesh["tp"])
-        parallel.checkpoint_blocks(network)
-        parallel.fully_shard(objective, network, mesh["dp"], torch.bfloat16)
+        parallel.recompute_blocks(network)
+        parallel.fully_shard(running, network, mesh["dp"], torch.bfloat16)
         share = check(network, data)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            objective.to_empty(device="cpu")
+            running.to_empty(device="cpu")
             tokens, targets = (torch.zeros(sequences, config.context_length, dtype=torch.long) for _ in range(2))
             traced = Traced()
             with traced, torch.autocast("cpu", torch.bfloat16):
-                objective(tokens, targets, None).backward()
+                running(TokenBatch(tokens, targets)).backward()  # type: ignore[arg-type]  # tensors without memory
         names = [mesh[name].get_group().group_name for name in ("tp", "dp")]
     finally:
         dist.destroy_process_group()

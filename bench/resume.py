@@ -47,10 +47,10 @@ corpus = "{corpus}"
 length = 64
 validation = 4
 [batch]
-rows = 8
-micro = 4
+size = 8
+micro_size = 4
 [optimizer]
-rate = 3e-3
+lr = 3e-3
 warmup = 10
 [save]
 every = 2
@@ -119,7 +119,7 @@ def losses(run: Path) -> dict[int, tuple[float, float | None]]:
 
 def weights(run: Path) -> str:
     """A hash of the last model."""
-    last = max((run / records.CHECKPOINTS).glob(f"step-*[0-9]/{records.MODEL}/model.safetensors"))
+    last = max((run / records.STATES).glob(f"step-*[0-9]/{records.MODEL}/model.safetensors"))
     return hashlib.sha256(last.read_bytes()).hexdigest()
 
 
@@ -137,7 +137,7 @@ def killed(recipe: Path, kills: int, start: float, seconds: float, seed: int) ->
         after = draw.uniform(start / 2, start + (seconds - start) / 2 / kills)
         if not kill_at(command(recipe, "killed", resume=begun), after):
             break
-        parts = [path.name for path in (runs / "killed").glob(f"{records.CHECKPOINTS}/*.part")]
+        parts = [path.name for path in (runs / "killed").glob(f"{records.STATES}/*.part")]
         last = max([*losses(runs / "killed")], default=0) if (runs / "killed" / records.ORIGIN).exists() else None
         found.append({"after": round(after, 3), "last_step": last, "unfinished": parts})
         print(f"kill {len(found)}: after {after:.2f} s, step {last}, unfinished {parts}", file=sys.stderr)
@@ -150,12 +150,12 @@ def changed(recipe: Path, first: int, then: int, half: int) -> float:
     name = f"{first}-{then}"
     run = recipe.parent / "runs" / name
     # The schedule of a run goes by its steps, so the first part is the whole run, and what follows is taken away.
-    _finish(command(recipe, name, f"save.every={half}", "save.keep=9", processes=first))
+    _finish(command(recipe, name, f"save.every={half}", "save.keep_last=9", processes=first))
     before = losses(run)
-    for path in (run / records.CHECKPOINTS).glob("step-*"):
+    for path in (run / records.STATES).glob("step-*"):
         if int(path.name.removeprefix("step-")) > half:
             _remove(path)
-    _finish(command(recipe, name, f"save.every={half}", "save.keep=9", resume=True, processes=then))
+    _finish(command(recipe, name, f"save.every={half}", "save.keep_last=9", resume=True, processes=then))
     after = losses(run)
     if after.keys() != before.keys():
         sys.exit(f"{name}: steps are missing or twice there")

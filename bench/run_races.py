@@ -37,7 +37,7 @@ from llama2 import checkpoint, records
 NAME = "same"
 STEPS = 30
 #: What a command may be refused with.
-REFUSALS = ("holds a run already", "holds no run", "has this run since")
+REFUSALS = ("holds a run already", "does not hold a run", "has this run since")
 
 
 class Worker:
@@ -143,7 +143,7 @@ class Race:
         self.counts["rounds"] += 1
         if not (self.run / records.ORIGIN).exists():
             return
-        states = sorted(path for path in (self.run / records.CHECKPOINTS).glob("step-*") if path.suffix != ".part")
+        states = sorted(path for path in (self.run / records.STATES).glob("step-*") if path.suffix != ".part")
         for state in states:
             for part in (".metadata", f"{records.MODEL}/config.json", f"{records.MODEL}/model.safetensors"):
                 if not (state / part).is_file():

@@ -30,20 +30,21 @@ from provenance import provenance
 
 from llama2 import recipe as recipes
 from llama2.checkpoint import Checkpoint
-from llama2.data.loader import Batch, Loader, Windows
+from llama2.data.loader import Loader, TokenBatch, Windows
 from llama2.data.shards import Shards
 from llama2.model.transformer import Transformer
 from llama2.records import installed
-from llama2.train.checkpoints import write_model
-from llama2.train.loop import part_of, step_of
-from llama2.train.schedule import rate_of
+from llama2.train.continuation import schedule_of
+from llama2.train.schedule import lr_of
 from llama2.train.settings import PretrainRecipe
+from llama2.train.states import write_model
+from llama2.train.training import step_of
 
 #: Nats that never count as a difference.
 LEAST = 1e-3
 
 #: Micro-batches → the loss before the step.
-Train = Callable[[Sequence[Batch]], float]
+Train = Callable[[Sequence[TokenBatch]], float]
 
 
 def ours(recipe: PretrainRecipe, network: Transformer) -> Train:
@@ -51,10 +52,10 @@ def ours(recipe: PretrainRecipe, network: Transformer) -> Train:
     step = step_of(recipe, network)
     done = 0
 
-    def train(batches: Sequence[Batch]) -> float:
+    def train(batches: Sequence[TokenBatch]) -> float:
         nonlocal done
         done += 1
-        return step.step(batches, rate_of([part_of(recipe)], done)).loss
+        return step.step(batches, lr_of([schedule_of(recipe)], done)).loss
 
     return train
 
@@ -69,13 +70,15 @@ def theirs(recipe: PretrainRecipe, model: torch.nn.Module) -> Train:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": o.weight_decay},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=o.rate, betas=o.betas, eps=o.eps)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, o.warmup, recipe.steps, min_lr_rate=o.final)
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, o.warmup, recipe.steps, min_lr_rate=o.min_lr_ratio
+    )
     optimizer.step()  # of no gradients yet, and so of nothing: it has to come before the schedule's
     schedule.step()  # whose first rate is that of step 0
     run = torch.compile(model) if recipe.compile else model
 
-    def train(batches: Sequence[Batch]) -> float:
+    def train(batches: Sequence[TokenBatch]) -> float:
         count = sum(batch.targets.size for batch in batches)
         total = 0.0
         for batch in batches:
@@ -164,11 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     network.initialise(torch.Generator().manual_seed(recipe.seed))
     theirs_, again = models(network, shards)
     programs = {"ours": ours(recipe, network), "theirs": theirs(recipe, theirs_), "theirs again": theirs(recipe, again)}
-    loader = Loader(Windows(shards, length=recipe.data.length), rows=recipe.batch.micro, seed=recipe.seed)
+    loader = Loader(Windows(shards, length=recipe.data.length), rows=recipe.batch.micro_size, seed=recipe.seed)
     losses: dict[str, list[float]] = {name: [] for name in programs}
     seconds = dict.fromkeys(programs, 0.0)
     for step in range(1, asked.steps + 1):
-        batches = [loader.next() for _ in range(recipe.batch.rows // recipe.batch.micro)]
+        batches = [loader.next() for _ in range(recipe.batch.size // recipe.batch.micro_size)]
         for name, train in programs.items():
             begun = time.perf_counter()
             losses[name].append(train(batches))

@@ -63,15 +63,17 @@ Precision = Literal["bf16", "fp32"]
 
 def ours(precision: Precision) -> Take:
     """llama2's own step."""
-    from llama2.data.loader import Batch
+    from llama2.data.loader import TokenBatch
     from llama2.model.transformer import Transformer
     from llama2.train.processes import keep_memory
+    from llama2.train.settings import OptimizerSettings
     from llama2.train.step import Step
 
     keep_memory()
     network = Transformer(CONFIG)
-    step = Step(network, betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP, precision=precision, compile=True)
-    return lambda tokens, targets: step.step([Batch(tokens, targets)], RATE).loss
+    adam = OptimizerSettings(betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP)
+    step = Step(network, optimizer=adam, precision=precision, compile=True)
+    return lambda tokens, targets: step.step([TokenBatch(tokens, targets)], RATE).loss
 
 
 def transformers(precision: Precision) -> Take:

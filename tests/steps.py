@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc-per-node 4 steps.py OUT NAME...
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,21 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from llama2.data.loader import IGNORED, Batch
+from llama2.data.loader import IGNORED, TokenBatch
 from llama2.model import parallel
 from llama2.model.transformer import Transformer
+from llama2.train.objective import next_token
+from llama2.train.settings import OptimizerSettings
 from llama2.train.step import Progress, Step
 from models import tiny_config
 
 #: Of each way to train: processes for data and for a matrix, and the settings of the step.
 WAYS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "one process": (1, 1, {"precision": "fp32"}),
-    "FSDP2": (2, 1, {"precision": "fp32", "checkpointing": True}),
+    "FSDP2": (2, 1, {"precision": "fp32", "recompute": True}),
     "tensor": (1, 2, {"precision": "fp32"}),
     "both": (2, 2, {"precision": "fp32"}),
-    "both, tied, recomputed": (2, 2, {"precision": "fp32", "checkpointing": True}),
+    "both, tied, recomputed": (2, 2, {"precision": "fp32", "recompute": True}),
     "one process, tied": (1, 1, {"precision": "fp32"}),
     "FSDP2, bfloat16": (2, 1, {}),
     "both, bfloat16": (2, 2, {}),
@@ -35,12 +38,12 @@ WAYS: dict[str, tuple[int, int, dict[str, Any]]] = {
 STEPS = 20
 
 
-def rows(count: int, length: int, seed: int, ignored: int = 0) -> Batch:
+def rows(count: int, length: int, seed: int, ignored: int = 0) -> TokenBatch:
     """Random tokens, of whose targets the first `ignored` of each row are no targets."""
     ids = np.random.default_rng(seed).integers(3, 320, (count, length + 1))
     targets = ids[:, 1:].copy()
     targets[:, :ignored] = IGNORED
-    return Batch(ids[:, :-1], targets)
+    return TokenBatch(ids[:, :-1], targets)
 
 
 def network(**changes: Any) -> Transformer:
@@ -54,7 +57,7 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def gradients(step: Step, batches: list[Batch], rate: float = 0.0) -> tuple[Progress, dict[str, torch.Tensor]]:
+def gradients(step: Step, batches: list[TokenBatch], lr: float = 0.0) -> tuple[Progress, dict[str, torch.Tensor]]:
     """A step, and what its optimiser was given, clipped."""
     found: dict[str, torch.Tensor] = {}
 
@@ -65,7 +68,7 @@ def gradients(step: Step, batches: list[Batch], rate: float = 0.0) -> tuple[Prog
             found[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
 
     hook = step.optimizer.register_step_pre_hook(keep)
-    progress = step.step(batches, rate)
+    progress = step.step(batches, lr)
     hook.remove()
     return progress, found
 
@@ -83,15 +86,16 @@ def train(name: str) -> dict[str, Any]:
     config = tiny_config(tied_embeddings="tied" in name)
     with torch.device("meta"):
         model = Transformer(config)
-    step = Step(model, mesh=mesh, device="cpu", clip=0.5, chunk=10, **settings)
+    optimizer = OptimizerSettings(clip=0.5)
+    step = Step(model, partial(next_token, chunk=10), optimizer=optimizer, mesh=mesh, device="cpu", **settings)
     parallel.initialise(step.network, seeded())
     found: dict[str, Any] = {"weights": whole(step.network), "before": [], "losses": [], "norms": [], "gradients": []}
     for i in range(STEPS):
         both = [rows(4, 16, 2 * i, ignored=3), rows(2, 16, 2 * i + 1)]
         both[0].targets[0] = IGNORED  # a row of the first process
-        batches = [Batch(batch.tokens[rank::data], batch.targets[rank::data]) for batch in both]
+        batches = [TokenBatch(batch.tokens[rank::data], batch.targets[rank::data]) for batch in both]
         found["before"].append(step.evaluate(batches))
-        progress, weights = gradients(step, batches, rate=1e-3)
+        progress, weights = gradients(step, batches, lr=1e-3)
         found["losses"].append(progress.loss)
         found["norms"].append(progress.norm)
         found["gradients"].append(weights)

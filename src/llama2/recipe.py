@@ -1,4 +1,4 @@
-"""Recipes: TOML files that say what a command is to do, each setting declared once in a class of settings."""
+"""Recipes: TOML files with the settings of a command. Each setting is declared once, in a class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
 from pydantic.fields import FieldInfo
@@ -29,6 +29,7 @@ class Settings(pydantic.BaseModel):
     A number is finite, of at most 18 digits if it is whole, and neither true nor false.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {}  # old names of a recipe's settings, with their tables → new ones
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @pydantic.field_validator("*", mode="before")
@@ -48,7 +49,7 @@ Recipe = TypeVar("Recipe", bound=Settings)
 
 
 def load(path: Path, kind: type[Recipe], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a TOML file, with `overrides` such as `optimizer.rate=1e-3` in place of what stands there.
+    """The recipe in a TOML file, with `overrides` such as `optimizer.lr=1e-3` in place of its own settings.
 
     What a file leaves out is as in the file, beside it, that its `base` names.
     The value of an override is TOML, or else text as it is. Raises RecipeError, in one line, for a file that cannot be
@@ -68,6 +69,17 @@ def make(table: dict[str, Any], kind: type[Recipe], overrides: Sequence[str] = (
         raise RecipeError(f"{where}: {_describe(error, kind)}") from None
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{where}: {error}") from None
+
+
+def with_new_names(table: dict[str, Any], kind: type[Settings]) -> dict[str, Any]:
+    """A recipe's table with the new names of settings that `kind` renamed."""
+    table = {name: dict(value) if isinstance(value, dict) else value for name, value in table.items()}
+    for old, new in kind.renamed.items():
+        place, _, name = old.rpartition(".")
+        inner = table.get(place) if place else table
+        if isinstance(inner, dict) and name in inner:
+            inner[new.rpartition(".")[2]] = inner.pop(name)
+    return table
 
 
 def leaves(table: Mapping[str, Any], place: str = "") -> dict[str, Any]:
@@ -112,7 +124,7 @@ def _refuse_nul(value: Any, place: str = "") -> None:
 
 
 def _over(base: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
-    """`base` with what stands in `table` in place of its own, table by table."""
+    """`base` with the settings of `table` in place of its own, table by table."""
     tables = {k: _over(base[k], v) for k, v in table.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
     return base | table | tables
 
@@ -121,7 +133,7 @@ def _place(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *tables, name = key.split(".")
     if not equals or not all([*tables, name]):
-        raise RecipeError(f"{override}: is no setting; write it as name=value or table.name=value")
+        raise RecipeError(f"{override}: is not a setting; write it as name=value or table.name=value")
     for part in tables:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
@@ -143,6 +155,8 @@ def _describe(error: pydantic.ValidationError, kind: type[Settings]) -> str:
     if first["type"] != "extra_forbidden":
         reason = str(first["ctx"]["error"] if first["type"] == "value_error" else first["msg"])
         return f"{where}: {reason}" if where else reason
+    if new := kind.renamed.get(where):
+        return f"{where}: unknown setting; did you mean {new}?"
     known = sorted(_names(kind, first["loc"][:-1]))
     close = get_close_matches(place[-1], known, n=1)
     advice = f"did you mean {'.'.join([*place[:-1], close[0]])}?" if close else f"known here: {', '.join(known)}"
@@ -172,17 +186,17 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a class says of one of its settings, in words."""
+    """A setting of a class, described."""
 
     name: str  # with its tables, as in an override
     kind: str  # type and bounds
-    default: str  # as TOML has it
+    default: str  # in TOML
     required: bool  # there is no default
     meaning: str
 
 
 def settings(kind: type[Settings], place: str = "") -> Iterator[Setting]:
-    """Every setting of a class, those of its tables where they stand."""
+    """Every setting of a class, those of its tables in their places."""
     for name, field in kind.model_fields.items():
         where = f"{place}{name}"
         inner = next(_tables(field.annotation), None)
@@ -230,7 +244,7 @@ _TYPES: dict[Any, str] = {int: "whole number", float: "number", bool: "true or f
 
 
 def _toml(value: Any) -> str:
-    """A value as TOML has it; none where it has no word for it."""
+    """A value in TOML; `none` for None."""
     if value is None:
         return "none"
     if isinstance(value, float):

@@ -1,10 +1,10 @@
-"""What a run leaves behind: a folder with its recipe, where it comes from, and a line of figures for every step.
+"""A run's record: a folder with its recipe, its origin, and a line of metrics for every step.
 
 run.json        command, commit, versions, hardware, seed and when it began
 recipe.json     every setting, defaults too
 metrics.jsonl   one object a line
-checkpoints/    step-…/, each with what continues the run, and the model as of that step
-tensorboard/    the figures once more
+states/         step-…/, each with what continues the run, and the model as of that step
+tensorboard/    the metrics once more
 samples.jsonl   what the model wrote
 """
 
@@ -20,24 +20,31 @@ from llama2 import files
 from llama2.errors import RunError
 
 ORIGIN, RECIPE, METRICS = "run.json", "recipe.json", "metrics.jsonl"
-#: The folder with a run's states, and in each of them the one with the model.
-CHECKPOINTS, MODEL = "checkpoints", "model"
+#: The folder with a run's states, its name in older runs, and in each state the folder with the model.
+STATES, OLD_STATES, MODEL = "states", "checkpoints", "model"
 #: The name of a state's folder, and in it the step: a pattern, which is not compiled at every start of the program.
 STATE = r"step-([0-9]{1,18})"
 
-#: Figures of a line; null where they were not finite.
-_FIGURES = (
-    *("loss", "rate", "norm", "tokens", "epoch", "seconds", "tokens_per_second", "mfu"),
+#: Metrics of a line, and their old names; null where they were not finite.
+_METRIC_NAMES = (
+    *("loss", "lr", "norm", "tokens", "epoch", "seconds", "tokens_per_second", "mfu"),
     *("validation", "MWh", "tCO2eq"),
 )
-_LARGEST = 1e100  # of a figure
-#: The most bytes of an object's file, letters of a text in it that is shown, bytes of a line of figures, and lines.
+_RENAMED = {"rate": "lr"}
+_LARGEST = 1e100  # of a metric
+#: The most bytes of an object's file, letters of a text in it that is shown, bytes of a line of metrics, and lines.
 _LONGEST, _TEXT, _LINE, _LINES = 1 << 22, 1 << 12, 1 << 16, 1 << 22
 _METRICS = 1 << 30  # bytes of all lines
 
 
+def states_folder(run: Path) -> Path:
+    """The folder with a run's states."""
+    old = run / OLD_STATES
+    return old if old.is_dir() and not (run / STATES).exists() else run / STATES
+
+
 def origin() -> dict[str, Any]:
-    """What somebody needs to repeat what this process does."""
+    """What it takes to repeat what this process does."""
     import platform  # here, and below, because every start of the program imports this module for two names
     import shlex
     import sys
@@ -57,7 +64,7 @@ def origin() -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time, as ISO 8601 has it."""
+    """The time, in ISO 8601."""
     import datetime
 
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -69,14 +76,14 @@ def commit(folder: Path = Path(__file__).parent) -> str | None:
 
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        told = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+        described = subprocess.run(command, cwd=folder, capture_output=True, check=False)
     except OSError:
         return None
-    return told.stdout.decode("utf-8", "replace").strip() or None
+    return described.stdout.decode("utf-8", "replace").strip() or None
 
 
 def cpu() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, as far as the system states it."""
     import platform
 
     try:
@@ -112,7 +119,7 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, recipe: Mapping[str, Any], **about: Any) -> Run:
-        """Begin a run: its recipe, and what `origin` and `about` tell of it. Raises RunError when there is one."""
+        """Begin a run: its recipe, and `origin` with `about`. Raises RunError when there is one."""
         cls.look(folder, resume=False)
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / RECIPE, recipe)
@@ -123,12 +130,12 @@ class Run:
     def open(cls, folder: Path) -> Run:
         """A run that was begun. Raises RunError when there is none."""
         if not (folder / ORIGIN).is_file():
-            raise RunError(f"{folder}: holds no run, {ORIGIN} is missing; begin one with `llama2 pretrain`")
+            raise RunError(f"{folder}: does not hold a run, {ORIGIN} is missing; begin one with `llama2 pretrain`")
         return cls(folder)
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What `create` was told. Raises RunError when it is damaged."""
+        """What `create` recorded. Raises RunError when it is damaged."""
         origin = _read(self.folder / ORIGIN)
         number, text = (int, type(None)), (str, type(None))
         kinds: dict[str, Any] = {"date": str, "commit": text, "parameters": number, "seed": number}
@@ -144,28 +151,28 @@ class Run:
         return _read(self.folder / RECIPE)
 
     def change(self, recipe: Mapping[str, Any], **about: Any) -> None:
-        """Let the run go on by another recipe, and tell more about it."""
+        """Let the run continue by another recipe, and record more about it."""
         _write(self.folder / ORIGIN, self.origin | about)
         _write(self.folder / RECIPE, recipe)
 
-    def log(self, **figures: Any) -> None:
-        """Add a line of figures; those that are not finite are null, which JSON has a word for."""
-        files.append(self.folder / METRICS, json.dumps(_finite(figures), allow_nan=False) + "\n", error=RunError)
+    def log(self, **metrics: Any) -> None:
+        """Add a line of metrics; those that are not finite are null, since JSON has no other word for them."""
+        files.append(self.folder / METRICS, json.dumps(_finite(metrics), allow_nan=False) + "\n", error=RunError)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of figures, with the notes and the validation of each source that they have.
+        """All lines of metrics, with the notes and the validation of each source that they have.
 
-        A last line that was cut off while it was written is left out. Raises RunError for one that is no object with a
-        step and figures that are numbers, and for more than any run writes.
+        A last line that was cut off while it was written is left out. Raises RunError for a line that is not an object
+        with a step and numbers, and for more than any run writes.
         """
         return [line for _, line in self._lines()]
 
     def curve(self) -> list[dict[str, Any]]:
-        """Lines by step; of those that were done again after the run went back, the later ones. Raises as metrics."""
+        """Lines by step; of steps that were done again after a rewind, the later ones. Raises as metrics."""
         return [line for _, line in sorted({line["step"]: line for line in self.metrics()}.items())]
 
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Leave out lines of figures that are not wanted: what a run did after the state that it continues from."""
+    def keep_lines(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Leave out lines of metrics that are not wanted: what a run did after the state that it continues from."""
         with files.create(self.folder / METRICS, error=RunError) as file:
             for text, line in self._lines():
                 if wanted(line):
@@ -215,33 +222,36 @@ def _object(text: bytes, where: object) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RunError(f"{where}: cannot be read ({error}); the run is damaged, begin another") from None
     if not isinstance(value, dict):
-        raise RunError(f"{where}: is no JSON object; the run is damaged, begin another")
+        raise RunError(f"{where}: is not a JSON object; the run is damaged, begin another")
     return value
 
 
 def _line(text: bytes, where: str) -> dict[str, Any]:
-    """The figures of a line that are known, with its note and its sources."""
+    """The metrics of a line that are known, with its note and its sources."""
     said = _object(text, where)
+    said = {_RENAMED.get(name, name): value for name, value in said.items()}
     if type(said.get("step")) is not int or _absurd(said["step"]):
-        raise RunError(f"{where}: has no step; the run is damaged, begin another")
-    line = {"step": said["step"]} | {name: _figure(said[name], f"{where}: {name}") for name in _FIGURES if name in said}
+        raise RunError(f"{where}: does not have a step; the run is damaged, begin another")
+    line = {"step": said["step"]} | {
+        name: _metric(said[name], f"{where}: {name}") for name in _METRIC_NAMES if name in said
+    }
     if isinstance(note := said.get("note"), str):
         line["note"] = note
     if isinstance(sources := said.get("sources"), dict):
-        line["sources"] = {name: _figure(value, f"{where}: sources") for name, value in sources.items()}
+        line["sources"] = {name: _metric(value, f"{where}: sources") for name, value in sources.items()}
     return line
 
 
-def _figure(value: Any, where: str) -> float | None:
+def _metric(value: Any, where: str) -> float | None:
     """A number; None for one that is not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None
     if type(value) not in (int, float) or _absurd(value):
-        raise RunError(f"{where} is no number; the run is damaged, begin another")
+        raise RunError(f"{where} is not a number; the run is damaged, begin another")
     number: float = value
     return number
 
 
 def _absurd(value: Any) -> bool:
-    """Whether something is a number that no run can have come to."""
+    """Whether something is a number that no run can reach."""
     return isinstance(value, bool) or (isinstance(value, int | float) and abs(value) > _LARGEST)

@@ -24,9 +24,9 @@ compile = false
 precision = "fp32"
 model = { dim = 32, n_layers = 2, n_heads = 4, n_kv_heads = 2, hidden_dim = 64, tied_embeddings = true }
 data = { corpus = "corpus", length = 32, validation = 2 }
-batch = { rows = 8, micro = 2 }
-optimizer = { rate = 1e-2, warmup = 2 }
-save = { every = 3, keep = 5 }
+batch = { size = 8, micro_size = 2 }
+optimizer = { lr = 1e-2, warmup = 2 }
+save = { every = 3, keep_last = 5 }
 evaluate = 3
 """
 
@@ -70,7 +70,7 @@ def test_from_one_to_two_and_back(tmp_path: Path) -> None:
     for name, processes in (("alone", 2), ("shared", 1)):
         went_on = tmp_path / "runs" / f"{name}-goes-on"
         shutil.copytree(tmp_path / "runs" / name, went_on)
-        shutil.rmtree(went_on / "checkpoints" / "step-00000006")
+        shutil.rmtree(went_on / "states" / "step-00000006")
         resumed = pretrain(tmp_path, went_on.name, "--resume", processes=processes)
         for step, figures in alone.items():
             assert resumed[step] == pytest.approx(figures, rel=1e-4), (name, step)
@@ -100,4 +100,4 @@ def test_goes_on_from_a_model_by_its_name(
     code, _, error = typed(capsys, "pretrain", "recipe.toml", "start=smollm2-135m-instruct", *begun)
     assert code == 0, error
     assert asked == ["smollm2-135m-instruct"]
-    assert f"goes on from {first}" in error
+    assert f"continues from {first}" in error

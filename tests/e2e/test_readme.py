@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SHELL = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 #: What makes training short enough to be tested.
-SHORT = "compile=false evaluate=2 save.every=2 batch.rows=4 batch.micro=4 data.validation=0 optimizer.warmup=0"
+SHORT = "compile=false evaluate=2 save.every=2 batch.size=4 batch.micro_size=4 data.validation=0 optimizer.warmup=0"
 TRAINING = {
     "llama2 pretrain ": f"{SHORT} steps=4 data.dir=texts",
     "llama2 sft ": f"{SHORT} epochs=1 data.files='[\"dialogs.jsonl\"]'",

@@ -33,8 +33,8 @@ compile = false
 files = ["dialogs.jsonl"]
 length = 64
 [batch]
-rows = 1
-micro = 1
+size = 1
+micro_size = 1
 """
 
 
@@ -64,7 +64,7 @@ def loss_of_answers(path: Path, dialogs: Sequence[dict[str, str]] = DIALOGS) -> 
 
 
 def test_learns_answers_by_heart(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["steps=60", "optimizer.rate=1e-2", "save.every=30", 'samples.prompts=["one"]', "samples.tokens=8"]
+    settings = ["steps=60", "optimizer.lr=1e-2", "save.every=30", 'samples.prompts=["one"]', "samples.tokens=8"]
     code, out, error = typed(capsys, "sft", "mine.toml", *settings)
     assert code == 0, error
     assert out.splitlines()[-3:] == [
@@ -95,7 +95,7 @@ def test_as_many_steps_as_epochs_take(place: Path, capsys: pytest.CaptureFixture
     """Five dialogs, one held out and two to a row, read twice, two rows a step; then from that run to another."""
     lines = [DIALOGS[n % 2] for n in range(5)]
     (place / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in lines))
-    batch = ["batch.rows=2", "data.validation=1", "evaluate=2", "epochs=2"]
+    batch = ["batch.size=2", "data.validation=1", "evaluate=2", "epochs=2"]
     code, _, error = typed(capsys, "sft", "mine.toml", *batch)
     assert code == 0, error
     first = Run.open(place / "runs" / "mine")
@@ -128,7 +128,7 @@ def test_what_is_left_out_is_told(place: Path, capsys: pytest.CaptureFixture[str
         (["data.length=16"], "dialogs.jsonl:1: the dialog has .* tokens and a row 16; choose longer rows"),
         (["data.file=x"], "mine.toml: data.file: unknown setting; did you mean data.files\\?"),
         (["start=nowhere"], "nowhere"),
-        (["batch.rows=3", "batch.micro=2"], "batch.rows=3 is no multiple of batch.micro=2"),
+        (["batch.size=3", "batch.micro_size=2"], "batch.size=3 is not a multiple of batch.micro_size=2"),
         (["epochs=1e300"], "steps: would be more than 1,000,000,000,000; choose fewer epochs"),
         (["epochs=inf"], "epochs: .*finite number"),
         (["epochs=nan"], "epochs: .*finite number"),
@@ -172,7 +172,7 @@ def test_without_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> No
         256,
         2,
     )
-    assert (run.recipe["steps"], run.recipe["optimizer"]["rate"]) == (20, 1.28e-3)
+    assert (run.recipe["steps"], run.recipe["optimizer"]["lr"]) == (20, 1.28e-3)
     assert [line["step"] for line in run.metrics() if "validation" in line] == [5, 10, 15, 20]
     held, learnt = out.splitlines()[:2]
     numbers = re.findall(r"[0-9.]+", held)
@@ -192,7 +192,7 @@ def test_each_file_has_its_loss(place: Path, capsys: pytest.CaptureFixture[str])
     """The held out dialogs of each of two files, in transformers' reading; with a rate of nothing, as they began."""
     for name, dialog in zip(("a.jsonl", "b.jsonl"), DIALOGS, strict=True):
         (place / name).write_text(json.dumps(dialog) + "\n" + json.dumps(dialog) + "\n")
-    settings = ["data.validation=3", "steps=1", "optimizer.rate=1e-30", "optimizer.weight_decay=0", "precision=fp32"]
+    settings = ["data.validation=3", "steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0", "precision=fp32"]
     code, _, error = typed(capsys, "sft", "-m", "tiny.gguf", "a.jsonl", "b.jsonl", "--out", "mine", *settings)
     assert code == 0, error
     last = Run.open(place / "runs" / "mine").metrics()[-1]
@@ -215,11 +215,11 @@ def test_begins_with_the_default_model(
 def test_another_process_has_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = place / "runs" / "mine"
     with hold(folder, Processes(torch.device("cpu")), resume=False):
-        (folder / "checkpoints" / "step-00000001.part").mkdir(parents=True)
+        (folder / "states" / "step-00000001.part").mkdir(parents=True)
         code, _, error = typed(capsys, "sft", "mine.toml", "steps=1")
         assert (code, error.count("\n")) == (1, 1)
         assert "mine: process " in error
-        assert (folder / "checkpoints" / "step-00000001.part").is_dir()
+        assert (folder / "states" / "step-00000001.part").is_dir()
 
 
 @pytest.mark.parametrize("what", ["epochs", "dialogs"])

@@ -15,7 +15,7 @@ from llama2.config import BIASED, ModelConfig, RopeScaling
 from llama2.engine.runner import Batch, Runner
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
-from llama2.model.transformer import Cache, Transformer
+from llama2.model.transformer import ContiguousCache, Transformer
 from models import tiny_config, write_tiny_gguf
 from oracle_transformers import their_names, their_order, transformers_model
 
@@ -75,7 +75,7 @@ def test_logits_and_gradients_against_transformers(model: Checkpoint) -> None:
 def test_prefill_equals_token_by_token(model: Checkpoint) -> None:
     network, ids = Transformer.load(model), tokens(model.config, 3, 40)
     expected = network(ids)
-    one, some = Cache(network, 3, 40), Cache(network, 3, 64)
+    one, some = ContiguousCache(network, 3, 40), ContiguousCache(network, 3, 64)
     steps = torch.cat([network(ids[:, i : i + 1], one) for i in range(40)], dim=1)
     chunks = torch.cat([network(part, some) for part in ids.split([7, 1, 20, 12], dim=1)], dim=1)
     torch.testing.assert_close(steps, expected, rtol=0, atol=1e-5)

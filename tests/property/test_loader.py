@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpora
-from llama2.data.loader import IGNORED, Batch, Loader, Windows, shares, shuffled
+from llama2.data.loader import IGNORED, Loader, TokenBatch, Windows, shares, shuffled
 from llama2.data.shards import Shards
 from llama2.errors import DataError
 
@@ -33,7 +33,7 @@ def built(folder: Path, name: bytes = b"a") -> Shards:
     return Shards.open(folder, "train")
 
 
-def rows(batches: list[Batch]) -> list[list[int]]:
+def rows(batches: list[TokenBatch]) -> list[list[int]]:
     return [row.tolist() for batch in batches for row in batch.tokens]
 
 
@@ -75,7 +75,7 @@ def test_continues_with_the_next_row_at_any_world_size(
     state = alone.state()
     for world, each in worlds:
         windows = Windows(corpus, length=LENGTH)
-        loaders = [Loader(windows, rows=each, seed=seed, rank=rank, world=world) for rank in range(world)]
+        loaders = [Loader(windows, rows=each, seed=seed, dp_rank=rank, dp_size=world) for rank in range(world)]
         for loader in loaders:
             loader.restore(state)
         for _ in range(2):

@@ -38,7 +38,7 @@ def test_tuning_is_measured(
             with torch.no_grad():
                 losses.append(F.cross_entropy(theirs(window).logits[0, :-1], window[0, 1:], reduction="none"))
     assert said["untuned"]["perplexity"] == pytest.approx(math.exp(torch.cat(losses).mean()), rel=2e-3)
-    assert [run["optimizer"]["rate"] for run in said["runs"]] == [1.28e-3, 1e-2]
+    assert [run["optimizer"]["lr"] for run in said["runs"]] == [1.28e-3, 1e-2]
     for run in said["runs"]:
         assert run["steps"] == 2
         assert run["after"]["validation"] < run["before"]["validation"]

@@ -44,7 +44,7 @@ def test_another_process_has_the_run_until_it_is_killed(tmp_path: Path) -> None:
             assert other.stdout
             assert other.stdout.readline() == b"held\n"
             Run.create(folder, {})
-            (folder / "checkpoints" / "step-00000003.part").mkdir(parents=True)
+            (folder / "states" / "step-00000003.part").mkdir(parents=True)
             before = contents(tmp_path)
             refusal = f"mine: process {other.pid} on .* has this run since .*; wait"
             with pytest.raises(RunError, match=refusal), hold(folder, ALONE, resume=True):
@@ -52,7 +52,7 @@ def test_another_process_has_the_run_until_it_is_killed(tmp_path: Path) -> None:
             with pytest.raises(RunError, match="holds a run already"), hold(folder, ALONE, resume=False):
                 pass
             assert contents(tmp_path) == before
-            assert (folder / "checkpoints" / "step-00000003.part").is_dir()
+            assert (folder / "states" / "step-00000003.part").is_dir()
         finally:
             os.kill(other.pid, signal.SIGKILL)
     assert (folder / LOCK).read_bytes()  # nobody was there to remove it
@@ -62,7 +62,7 @@ def test_another_process_has_the_run_until_it_is_killed(tmp_path: Path) -> None:
 
 
 def test_one_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no run"), hold(tmp_path / "runs" / "a", ALONE, resume=True):
+    with pytest.raises(RunError, match="does not hold a run"), hold(tmp_path / "runs" / "a", ALONE, resume=True):
         pass
     with pytest.raises(ZeroDivisionError), hold(tmp_path / "runs" / "a", ALONE, resume=False):
         raise ZeroDivisionError

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +27,14 @@ from llama2.engine.runner_numpy import NumpyRunner
 from llama2.errors import DataError, Llama2Error, RecipeError, RunError
 from llama2.model.transformer import Transformer
 from llama2.records import Run
-from llama2.train import checkpoints
-from llama2.train.loop import Line, flops_per_token, is_spike
+from llama2.train import states
+from llama2.train.callbacks import is_spike
+from llama2.train.loop import StepReport
 from llama2.train.pretrain import pretrain
 from llama2.train.processes import Processes
 from llama2.train.schedule import learning_rate
-from llama2.train.settings import PretrainRecipe, Spikes
+from llama2.train.settings import PretrainRecipe, SpikeSettings
+from llama2.train.throughput import flops_per_token
 
 TEXT = "the cat sat on the mat and the dog sat on the log. " * 3
 RECIPE = """
@@ -42,9 +45,9 @@ precision = "fp32"
 evaluate = 4
 model = { dim = 16, n_layers = 2, n_heads = 2, hidden_dim = 32 }
 data = { corpus = "CORPUS", length = 16, validation = 3 }
-batch = { rows = 4, micro = 2 }
-optimizer = { rate = 1e-2, warmup = 2 }
-save = { every = 3, keep = 2 }
+batch = { size = 4, micro_size = 2 }
+optimizer = { lr = 1e-2, warmup = 2 }
+save = { every = 3, keep_last = 2 }
 """
 
 
@@ -90,18 +93,18 @@ class Stop:
     """Ends a run after a step."""
 
     def __init__(self, step: int) -> None:
-        self.step = step
-        self.facts: list[str] = []
+        self.last = step
+        self.header: list[str] = []
         self.notes: list[str] = []
 
     def note(self, note: str) -> None:
         self.notes.append(note)
 
-    def begin(self, facts: Sequence[str]) -> None:
-        self.facts += facts
+    def begin(self, header: Sequence[str]) -> None:
+        self.header += header
 
-    def line(self, line: Line) -> None:
-        if line.step == self.step:
+    def step(self, report: StepReport) -> None:
+        if report.step == self.last:
             raise Stopped
 
 
@@ -133,11 +136,11 @@ def test_operations_of_a_token() -> None:
 
 def test_what_a_spike_is() -> None:
     before = [3.0, 5.0, 3.0, 5.0]  # mean 4, deviation 1
-    rule = Spikes(window=4, deviations=2, least=0.5)
+    rule = SpikeSettings(window=4, deviations=2, min_increase=0.5)
     assert not is_spike(6.0, before, rule)
     assert is_spike(6.01, before, rule)
     assert not is_spike(99.0, before[1:], rule)
-    rule = Spikes(window=4, deviations=2, least=3)
+    rule = SpikeSettings(window=4, deviations=2, min_increase=3)
     assert not is_spike(7.0, before, rule)
     assert is_spike(7.01, before, rule)
 
@@ -151,25 +154,25 @@ def test_a_run_leaves_all_that_there_is_to_know(asked: Any, tmp_path: Path) -> N
         return [f"{prompt} sat" for prompt in prompts]
 
     overrides = ("samples.prompts=['the cat']", "samples.tokens=5", "watts=100")
-    run = pretrain(asked(*overrides), tmp_path / "run", sample=sample, watch=watch)
+    run = pretrain(asked(*overrides), tmp_path / "run", sample=sample, reporter=watch)
     lines = run.metrics()
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all(line["tokens"] == line["step"] * 4 * 16 for line in lines)
     assert lines[0]["loss"] == pytest.approx(np.log(290), rel=0.02)  # as of a uniform guess
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
     assert [line["step"] for line in lines if "validation" in line] == [4, 8]
-    assert lines[-1]["rate"] == pytest.approx(1e-3)
+    assert lines[-1]["lr"] == pytest.approx(1e-3)
     assert lines[-1]["tCO2eq"] == pytest.approx(lines[-1]["MWh"] * 1.1 * 0.385)
     about = run.origin
     assert about["seed"] == 3
     assert about["devices"] == 1
     assert {"command", "commit", "versions", "hardware", "date"} <= about.keys()
     assert run.recipe["optimizer"]["clip"] == 1.0  # what was not said, too
-    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    assert sorted(path.name for path in (run.folder / "states").iterdir()) == ["step-00000006", "step-00000008"]
     assert [step["step"] for step in map(json.loads, (run.folder / "samples.jsonl").open())] == [3, 6, 8]
-    assert samples[-1] == (run.folder / "checkpoints/step-00000008/model", ["the cat"], 5)
+    assert samples[-1] == (run.folder / "states/step-00000008/model", ["the cat"], 5)
     assert list((run.folder / "tensorboard").glob("events*"))
-    assert "MFU = " in watch.facts[1]
+    assert "MFU = " in watch.header[1]
 
 
 def test_the_model_opens_without_torch(asked: Any, tmp_path: Path) -> None:
@@ -198,19 +201,19 @@ def test_a_run_that_ended_goes_on_as_if_it_had_not(asked: Any, tmp_path: Path, e
     recipe = asked(f"precision={precision}")
     whole = pretrain(recipe, tmp_path / "whole")
     with pytest.raises(Stopped):
-        pretrain(recipe, tmp_path / "parts", watch=Stop(end))
+        pretrain(recipe, tmp_path / "parts", reporter=Stop(end))
     parts = pretrain(recipe, tmp_path / "parts", resume=True)
     assert losses(parts) == losses(whole)
     assert [line.get("validation") for line in parts.metrics()] == [line.get("validation") for line in whole.metrics()]
-    same = [(run.folder / "checkpoints/step-00000008/model/model.safetensors").read_bytes() for run in (parts, whole)]
+    same = [(run.folder / "states/step-00000008/model/model.safetensors").read_bytes() for run in (parts, whole)]
     assert same[0] == same[1]
 
 
 def test_a_state_that_was_cut_off_is_never_taken(asked: Any, tmp_path: Path) -> None:
     whole = pretrain(asked(), tmp_path / "whole")
     with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "parts", watch=Stop(7))
-    part = tmp_path / "parts/checkpoints/step-00000009.part"
+        pretrain(asked(), tmp_path / "parts", reporter=Stop(7))
+    part = tmp_path / "parts/states/step-00000009.part"
     part.mkdir()
     (part / ".metadata").write_bytes(b"half")
     assert checkpoint.open(tmp_path / "parts").path.parent.name == "step-00000006"
@@ -220,8 +223,8 @@ def test_a_state_that_was_cut_off_is_never_taken(asked: Any, tmp_path: Path) -> 
 
 def test_a_damaged_state_is_named(asked: Any, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", watch=Stop(7))
-    [data] = (tmp_path / "run/checkpoints/step-00000006").glob("*.distcp")
+        pretrain(asked(), tmp_path / "run", reporter=Stop(7))
+    [data] = (tmp_path / "run/states/step-00000006").glob("*.distcp")
     data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(RunError, match=r"step-00000006: cannot be read \(.*\); remove it, and the run continues"):
         pretrain(asked(), tmp_path / "run", resume=True)
@@ -231,17 +234,17 @@ def test_a_second_command_changes_nothing_of_a_run_that_goes_on(asked: Any, tmp_
     """Also while a state is half written, which a second process once removed."""
 
     class Second(Stop):
-        def line(self, line: Line) -> None:
-            if line.step in (3, 6):
+        def step(self, report: StepReport) -> None:
+            if report.step in (3, 6):
                 for resume in (True, False):
                     with pytest.raises(RunError, match=r"has this run since|holds a run already"):
                         pretrain(asked(), tmp_path / "run", resume=resume)
 
     whole = pretrain(asked(), tmp_path / "whole")
-    run = pretrain(asked(), tmp_path / "run", watch=Second(-1))
+    run = pretrain(asked(), tmp_path / "run", reporter=Second(-1))
     assert losses(run) == losses(whole)
     for step in (6, 8):
-        assert checkpoint.open(run.folder / f"checkpoints/step-{step:08d}/model").config.dim == 16
+        assert checkpoint.open(run.folder / f"states/step-{step:08d}/model").config.dim == 16
     assert not (run.folder / "lock").exists()
 
 
@@ -252,20 +255,20 @@ def test_a_state_without_its_model_is_not_published(
         if folder.parent.name != "step-00000006.part":
             write_model(folder, *rest)
 
-    write_model = checkpoints.write_model
-    monkeypatch.setattr(checkpoints, "write_model", write)
+    write_model = states.write_model
+    monkeypatch.setattr(states, "write_model", write)
     run = pretrain(asked("save.every=2"), tmp_path / "run")
     [note] = [line["note"] for line in run.metrics() if "note" in line]
     assert "step-00000006: cannot be saved (something removed parts of it)" in note
-    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+    assert sorted(path.name for path in (run.folder / "states").iterdir()) == ["step-00000004", "step-00000008"]
 
 
 @pytest.mark.parametrize("part", ["model", ".metadata"])
 def test_half_a_state_is_passed_over(asked: Any, tmp_path: Path, part: str) -> None:
     whole = pretrain(asked(), tmp_path / "whole")
     with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", watch=Stop(7))
-    half = tmp_path / "run/checkpoints/step-00000006"
+        pretrain(asked(), tmp_path / "run", reporter=Stop(7))
+    half = tmp_path / "run/states/step-00000006"
     if part == "model":
         shutil.rmtree(half / part)
     else:
@@ -294,27 +297,27 @@ class Full(Stop):
     def __init__(self, run: Path, first: int, last: int) -> None:
         super().__init__(-1)
         self.run = run
-        self.first, self.last = first, last
+        self.first, self.last_full = first, last
         self.full = small_files(30_000)
         self.notes: list[str] = []
 
-    def line(self, line: Line) -> None:
-        self.notes += [line.note] if line.note else []
-        if line.step == self.first:
-            while not list(self.run.glob("checkpoints/step-00000003*/.metadata")):
+    def step(self, report: StepReport) -> None:
+        self.notes += [report.note] if report.note else []
+        if report.step == self.first:
+            while not list(self.run.glob("states/step-00000003*/.metadata")):
                 time.sleep(0.01)
             self.full.__enter__()
-        if line.step == self.last:
+        if report.step == self.last_full:
             self.full.__exit__(None, None, None)
 
 
 def test_a_full_disk_costs_a_state_and_no_more(asked: Any, tmp_path: Path) -> None:
     whole = pretrain(asked(), tmp_path / "whole")
     watch = Full(tmp_path / "run", 5, 7)
-    run = pretrain(asked(), tmp_path / "run", watch=watch)
+    run = pretrain(asked(), tmp_path / "run", reporter=watch)
     assert losses(run) == losses(whole)
     assert [note for note in watch.notes if "step-00000006: cannot be saved (" in note]
-    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    names = sorted(path.name for path in (run.folder / "states").iterdir())
     assert names == ["step-00000003", "step-00000008"]
 
 
@@ -322,14 +325,14 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(asked: Any, tmp_path: Path) 
     watch = Full(tmp_path / "run", 7, -1)
     try:
         with pytest.raises(RunError, match=r"step-00000008: cannot be saved \(.*and continue with --resume"):
-            pretrain(asked(), tmp_path / "run", watch=watch)
+            pretrain(asked(), tmp_path / "run", reporter=watch)
     finally:
         watch.full.__exit__(None, None, None)
     assert pretrain(asked(), tmp_path / "run", resume=True).metrics()[-1]["step"] == 8
 
 
 def test_a_spike_is_rewound_and_its_rows_left_out(asked: Any, tmp_path: Path) -> None:
-    rule = ("spikes.window=2", "spikes.deviations=1e-9", "spikes.least=1e-9", "spikes.rewinds=5", "steps=60")
+    rule = ("spikes.window=2", "spikes.deviations=1e-9", "spikes.min_increase=1e-9", "spikes.rewinds=5", "steps=60")
     with pytest.raises(RunError, match="after 5 times that the run went back and on"):
         pretrain(asked(*rule), tmp_path / "run")
     lines = Run(tmp_path / "run").metrics()
@@ -349,7 +352,7 @@ def test_a_spike_is_rewound_and_its_rows_left_out(asked: Any, tmp_path: Path) ->
 
 def test_losses_that_are_no_numbers_change_nothing_and_end_the_run(asked: Any, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="3 steps in a row had no finite loss or gradient"):
-        pretrain(asked("optimizer.rate=1e30", "optimizer.warmup=0"), tmp_path / "run")
+        pretrain(asked("optimizer.lr=1e30", "optimizer.warmup=0"), tmp_path / "run")
     assert [line["note"] for line in Run(tmp_path / "run").metrics() if "note" in line]
 
 
@@ -357,22 +360,29 @@ def test_losses_that_are_no_numbers_change_nothing_and_end_the_run(asked: Any, t
     ("overrides", "error", "message"),
     [
         (["optimizer.learning_rate=1"], RecipeError, "optimizer.learning_rate: unknown setting; "),
+        (["optimizer.rate=1"], RecipeError, "optimizer.rate: unknown setting; did you mean optimizer.lr?"),
+        (["batch.rows=1"], RecipeError, "batch.rows: unknown setting; did you mean batch.size?"),
+        (["checkpointing=true"], RecipeError, "checkpointing: unknown setting; did you mean recompute?"),
         (["optimizer.betas=[0.9,1.5]"], RecipeError, "optimizer.betas.1: Input should be less than 1"),
         (["optimizer.betas=[-0.1,0.9]"], RecipeError, "optimizer.betas.0: Input should be greater than or equal to 0"),
-        (["optimizer.rate=inf"], RecipeError, "optimizer.rate: Input should be a finite number"),
+        (["optimizer.lr=inf"], RecipeError, "optimizer.lr: Input should be a finite number"),
         (["optimizer.eps=nan"], RecipeError, "optimizer.eps: Input should be"),
         (["optimizer.weight_decay=inf"], RecipeError, "optimizer.weight_decay: Input should be a finite number"),
         (["watts=inf"], RecipeError, "watts: Input should be a finite number"),
         (["steps=true"], RecipeError, "steps: is a number, and neither true nor false"),
         (["steps=1" + "0" * 400], RecipeError, "steps: is a number of more than 18 digits"),
         (["steps=1000000000001"], RecipeError, "steps: Input should be less than or equal to 1000000000000"),
-        (["optimizer.rewarm=2"], RecipeError, "optimizer.rewarm: is for a run that goes on; give --resume"),
+        (["optimizer.rewarm=2"], RecipeError, "optimizer.rewarm: is for a run that is resumed; give --resume"),
         (["optimizer.warmup=9"], RecipeError, "optimizer.warmup=9 is longer than the run, steps=8"),
         (["samples.prompts=['the cat']", "samples.tokens=16"], RecipeError, "and the model reads 16; shorten either"),
         (["model.n_layers=1000000"], RecipeError, "model.n_layers: Input should be less than or equal to 1000"),
-        (["batch.rows=1000000000000"], RecipeError, "batch.rows: Input should be less than or equal to 1048576"),
+        (["batch.size=1000000000000"], RecipeError, "batch.size: Input should be less than or equal to 1048576"),
         (["steps=0"], RecipeError, "steps: Input should be greater than or equal to 1"),
-        (["batch.rows=5"], RecipeError, "batch.rows=5 is no multiple of batch.micro=2 rows on each of 1 processes"),
+        (
+            ["batch.size=5"],
+            RecipeError,
+            "batch.size=5 is not a multiple of batch.micro_size=2 rows on each of 1 processes",
+        ),
         (["model.dim=15"], Llama2Error, "head_dim=7 must be even"),
         (["model.size=7B"], RecipeError, "has size and also dim"),
         (["data.corpus=nowhere"], DataError, "nowhere: is not a corpus"),
@@ -392,10 +402,10 @@ def test_what_is_wrong_is_said_before_any_step(
 
 
 def test_a_run_is_neither_overwritten_nor_continued_as_another(asked: Any, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no run"):
+    with pytest.raises(RunError, match="does not hold a run"):
         pretrain(asked(), tmp_path / "run", resume=True)
     with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", watch=Stop(4))
+        pretrain(asked(), tmp_path / "run", reporter=Stop(4))
     with pytest.raises(RunError, match="holds a run already; continue it with --resume"):
         pretrain(asked(), tmp_path / "run")
     with pytest.raises(RunError, match=r"was begun with seed = 3, and the recipe says 4"):
@@ -405,10 +415,12 @@ def test_a_run_is_neither_overwritten_nor_continued_as_another(asked: Any, tmp_p
         pretrain(asked(other[0]), tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("change", ["steps=16", "optimizer.rate=2e-2", "optimizer.warmup=3", "optimizer.final=0.2"])
+@pytest.mark.parametrize(
+    "change", ["steps=16", "optimizer.lr=2e-2", "optimizer.warmup=3", "optimizer.min_lr_ratio=0.2"]
+)
 def test_another_schedule_needs_a_warm_up_of_its_own(asked: Any, tmp_path: Path, change: str) -> None:
     with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", watch=Stop(4))
+        pretrain(asked(), tmp_path / "run", reporter=Stop(4))
     before = {path: path.read_bytes() for path in tmp_path.glob("run/*.json*")}
     name, _, value = change.partition("=")
     with pytest.raises(RunError, match=rf"was begun with {name} = .*, and the recipe says .*, so the learning rate"):
@@ -426,36 +438,36 @@ def test_another_schedule_needs_a_warm_up_of_its_own(asked: Any, tmp_path: Path,
 def test_a_run_that_ended_goes_on_after_a_new_warm_up(asked: Any, tmp_path: Path) -> None:
     """It ends at a tenth of 1e-2, rises to 2e-2 in two steps, and falls to a tenth of that at step 16."""
     pretrain(asked(), tmp_path / "run")
-    more = asked("steps=16", "optimizer.rate=2e-2", "optimizer.rewarm=2")
+    more = asked("steps=16", "optimizer.lr=2e-2", "optimizer.rewarm=2")
     shutil.copytree(tmp_path / "run", tmp_path / "parts")
     run = pretrain(more, tmp_path / "run", resume=True)
-    rates = {line["step"]: line["rate"] for line in run.metrics()}
+    rates = {line["step"]: line["lr"] for line in run.metrics()}
     assert list(rates) == list(range(1, 17))
     half = 2e-2 * (0.1 + 0.9 / 2)  # three of the six steps after the warm-up
     assert [rates[step] for step in (2, 8, 9, 10, 13, 16)] == pytest.approx([1e-2, 1e-3, 10.5e-3, 2e-2, half, 2e-3])
     with pytest.raises(Stopped):  # before it has a state of its own
-        pretrain(more, tmp_path / "parts", resume=True, watch=Stop(8 + 1))
+        pretrain(more, tmp_path / "parts", resume=True, reporter=Stop(8 + 1))
     with pytest.raises(Stopped):
-        pretrain(more, tmp_path / "parts", resume=True, watch=Stop(13))
+        pretrain(more, tmp_path / "parts", resume=True, reporter=Stop(13))
     parts = pretrain(more, tmp_path / "parts", resume=True)
     assert losses(parts) == losses(run)
-    assert {line["step"]: line["rate"] for line in parts.metrics()} == rates
-    shutil.rmtree(tmp_path / "parts/checkpoints/step-00000016")
-    shutil.rmtree(tmp_path / "parts/checkpoints/step-00000015")
-    with pytest.raises(RunError, match=r"begun with optimizer.rate = 0.02"):
+    assert {line["step"]: line["lr"] for line in parts.metrics()} == rates
+    shutil.rmtree(tmp_path / "parts/states/step-00000016")
+    shutil.rmtree(tmp_path / "parts/states/step-00000015")
+    with pytest.raises(RunError, match=r"begun with optimizer.lr = 0.02"):
         pretrain(asked("steps=4"), tmp_path / "parts", resume=True)
     parts = pretrain(asked("steps=4", "optimizer.rewarm=2"), tmp_path / "parts", resume=True)  # all states are gone
-    assert [line["rate"] for line in parts.metrics()][:2] == pytest.approx([5e-3, 1e-2])
+    assert [line["lr"] for line in parts.metrics()][:2] == pytest.approx([5e-3, 1e-2])
     with pytest.raises(RunError, match="16 steps are done, and steps=17 leaves no room for a warm-up of 2; choose ste"):
-        pretrain(asked("steps=17", "optimizer.rate=2e-2", "optimizer.rewarm=2"), tmp_path / "run", resume=True)
+        pretrain(asked("steps=17", "optimizer.lr=2e-2", "optimizer.rewarm=2"), tmp_path / "run", resume=True)
 
 
 def test_what_may_differ_freely(asked: Any, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", watch=Stop(7))
+        pretrain(asked(), tmp_path / "run", reporter=Stop(7))
     whole = pretrain(asked(), tmp_path / "whole")
     shutil.copytree(corpus, tmp_path / "moved")
-    other = (f"data.corpus={tmp_path / 'moved'}", "batch.micro=4", "save.every=5", "evaluate=1", "watts=5")
+    other = (f"data.corpus={tmp_path / 'moved'}", "batch.micro_size=4", "save.every=5", "evaluate=1", "watts=5")
     run = pretrain(asked(*other), tmp_path / "run", resume=True)
     assert list(losses(run).values()) == pytest.approx(list(losses(whole).values()), rel=1e-5)
 
@@ -464,12 +476,47 @@ def test_what_may_differ_freely(asked: Any, corpus: Path, tmp_path: Path) -> Non
 def test_other_data_are_refused(asked: Any, corpus: Path, tmp_path: Path, step: int) -> None:
     """Also where there is no state yet that tells what they were."""
     with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", watch=Stop(step))
+        pretrain(asked(), tmp_path / "run", reporter=Stop(step))
     shutil.copytree(corpus, tmp_path / "other")
     manifest = tmp_path / "other/manifest.json"
     manifest.write_text(manifest.read_text() + " ")
     with pytest.raises(RunError, match=r"other: is not the data that .*run was begun with; give the same data"):
         pretrain(asked(f"data.corpus={tmp_path / 'other'}"), tmp_path / "run", resume=True)
+
+
+def test_a_run_with_old_names_is_resumed(asked: Any, tmp_path: Path) -> None:
+    """As a run was written before its settings, its metrics and its folder of states had their names of today."""
+    old = {"optimizer": {"lr": "rate", "min_lr_ratio": "final"}, "batch": {"size": "rows", "micro_size": "micro"}}
+    old |= {"spikes": {"min_increase": "least"}, "save": {"keep_last": "keep"}}
+    whole = pretrain(asked(), tmp_path / "whole")
+    with pytest.raises(Stopped):
+        pretrain(asked(), tmp_path / "run", reporter=Stop(7))
+    run = tmp_path / "run"
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["checkpointing"] = recipe.pop("recompute")
+    for table, names in old.items():
+        recipe[table] = {names.get(name, name): value for name, value in recipe[table].items()}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    for name, new, before in (("run.json", '"min_lr_ratio"', '"final"'), ("metrics.jsonl", '"lr"', '"rate"')):
+        assert new in (run / name).read_text()
+        (run / name).write_text((run / name).read_text().replace(new, before))
+    (run / "states").rename(run / "checkpoints")
+    assert checkpoint.open(run).path.parent.name == "step-00000006"
+    resumed = pretrain(asked(), run, resume=True)
+    assert losses(resumed) == losses(whole)
+    assert [line["lr"] for line in resumed.metrics()] == [line["lr"] for line in whole.metrics()]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    assert not (run / "states").exists()
+
+
+def test_warnings_are_as_before_a_run(asked: Any, tmp_path: Path) -> None:
+    """DCP warns that a process saves alone, in a thread of its own: this shows nowhere, and other warnings do."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = [*warnings.filters]
+        pretrain(asked("steps=3"), tmp_path / "run")
+        assert [*warnings.filters] == before
+        assert not [each for each in caught if "torch.distributed is disabled" in str(each.message)]
 
 
 def test_a_record_of_another_version(asked: Any, tmp_path: Path) -> None:
@@ -506,7 +553,7 @@ def test_each_source_is_validated(asked: Any, corpus: Path, tmp_path: Path) -> N
     manifest["splits"]["validation"][0]["sources"] = {"books": 12, "web": 6, "code": 2}
     (tmp_path / "three/manifest.json").write_text(json.dumps(manifest))
     watch = Stop(-1)
-    run = pretrain(asked(f"data.corpus={tmp_path / 'three'}", "data.validation=10"), tmp_path / "run", watch=watch)
+    run = pretrain(asked(f"data.corpus={tmp_path / 'three'}", "data.validation=10"), tmp_path / "run", reporter=watch)
     last = run.metrics()[-1]
     assert list(last["sources"]) == ["books", "web", "code"]
     opened = checkpoint.open(run.folder)
@@ -543,7 +590,7 @@ def test_samples_follow_no_link_and_end_no_run(asked: Any, tmp_path: Path) -> No
     (tmp_path / "run" / "samples.jsonl").symlink_to(tmp_path / "private")
     watch = Stop(-1)
     settings = ("samples.prompts=['a']", "samples.tokens=1", "save.every=8")
-    pretrain(asked(*settings), tmp_path / "run", sample=lambda *_: ["ab"], watch=watch)
+    pretrain(asked(*settings), tmp_path / "run", sample=lambda *_: ["ab"], reporter=watch)
     assert (tmp_path / "private").read_text() == "mine"
     assert len(watch.notes) == 1
     assert "samples.jsonl: cannot be written" in watch.notes[0]
@@ -554,9 +601,9 @@ def test_samples_that_fail_end_no_run(asked: Any, tmp_path: Path) -> None:
         raise ValueError("no\nroom")
 
     watch = Stop(-1)
-    run = pretrain(asked("samples.prompts=['a']", "samples.tokens=1"), tmp_path / "run", sample=sample, watch=watch)
+    run = pretrain(asked("samples.prompts=['a']", "samples.tokens=1"), tmp_path / "run", sample=sample, reporter=watch)
     assert run.metrics()[-1]["step"] == 8
-    assert watch.notes == [f"step {step}: no samples (no room); the run goes on" for step in (3, 6, 8)]
+    assert watch.notes == [f"step {step}: no samples (no room); the run continues" for step in (3, 6, 8)]
     lines = [json.loads(line) for line in (run.folder / "samples.jsonl").open()]
     assert lines[0] == {"step": 3, "note": "no room"}
 
@@ -570,7 +617,7 @@ def test_without_a_compiler_it_goes_on(asked: Any, tmp_path: Path, monkeypatch: 
     assert losses(run) == losses(plain)
     notes = [line["note"] for line in run.metrics() if "note" in line]
     assert len(notes) == 1
-    assert notes[0].startswith("goes on without compile, which failed (")
+    assert notes[0].startswith("continues without compile, which failed (")
 
 
 def test_a_corpus_that_was_changed_is_refused(asked: Any, corpus: Path, tmp_path: Path) -> None:

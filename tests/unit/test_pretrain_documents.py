@@ -15,7 +15,7 @@ from llama2 import checkpoint, recipe
 from llama2.convert.conversion import convert
 from llama2.data.shards import Shards
 from llama2.errors import DataError, RecipeError, RunError
-from llama2.train.loop import Line
+from llama2.train.loop import StepReport
 from llama2.train.pretrain import pretrain
 from llama2.train.settings import PretrainRecipe
 
@@ -26,9 +26,9 @@ compile = false
 precision = "fp32"
 model = { dim = 32, n_layers = 2, n_heads = 2, hidden_dim = 32 }
 data = { recipe = "data.toml", length = 16, validation = 3 }
-batch = { rows = 4, micro = 2 }
-optimizer = { rate = 1e-3, warmup = 2 }
-save = { every = 2, keep = 2 }
+batch = { size = 4, micro_size = 2 }
+optimizer = { lr = 1e-3, warmup = 2 }
+save = { every = 2, keep_last = 2 }
 """
 DATA = """
 output = "corpora/some"
@@ -48,20 +48,20 @@ class Told:
     """Keeps what a run says."""
 
     def __init__(self) -> None:
-        self.facts: list[str] = []
+        self.header: list[str] = []
 
-    def begin(self, facts: Sequence[str]) -> None:
-        self.facts += facts
+    def begin(self, header: Sequence[str]) -> None:
+        self.header += header
 
-    def line(self, line: Line) -> None:
+    def step(self, report: StepReport) -> None:
         pass
 
     def note(self, note: str) -> None:
-        self.facts.append(note)
+        self.header.append(note)
 
     def one(self, part: str) -> str:
         """The only fact with this part."""
-        [fact] = [fact for fact in self.facts if part in fact]
+        [fact] = [fact for fact in self.header if part in fact]
         return fact
 
 
@@ -92,7 +92,7 @@ def asked(*overrides: str) -> PretrainRecipe:
 
 def test_a_folder_becomes_a_runs_corpus(place: Path) -> None:
     told = Told()
-    run = pretrain(asked("data.dir=mine"), place / "runs/a", watch=told)
+    run = pretrain(asked("data.dir=mine"), place / "runs/a", reporter=told)
     assert run.metrics()[-1]["step"] == 2
     manifest = json.loads((place / "runs/a/corpus/manifest.json").read_bytes())
     assert list(manifest["sources"]) == ["documents"]
@@ -124,8 +124,8 @@ def test_a_run_goes_on_with_its_corpus_whatever_became_of_the_folder(place: Path
     assert (place / "runs/a/corpus/manifest.json").read_bytes() == corpus
     (place / "runs/a/run.json").unlink()  # another run, in a folder with a corpus
     told = Told()
-    pretrain(asked("data.dir=mine"), place / "runs/a", watch=told)
-    assert "corpus: is built anew, because documents: 2 files are new (3.txt, …)" in told.one("built anew")
+    pretrain(asked("data.dir=mine"), place / "runs/a", reporter=told)
+    assert "corpus: is built again, because documents: 2 files are new (3.txt, …)" in told.one("built again")
     assert (place / "runs/a/corpus/manifest.json").read_bytes() != corpus
 
 
@@ -152,7 +152,9 @@ def test_too_little_to_hold_out_a_row_is_said_before_the_build(place: Path) -> N
 
 def test_many_repetitions_are_told(place: Path) -> None:
     told = Told()
-    pretrain(asked("data.dir=mine", "steps=2", "batch.rows=4000", "batch.micro=2000"), place / "runs/a", watch=told)
+    pretrain(
+        asked("data.dir=mine", "steps=2", "batch.size=4000", "batch.micro_size=2000"), place / "runs/a", reporter=told
+    )
     assert "times; fewer steps, or more text" in told.one("each text is read")
 
 
@@ -171,10 +173,10 @@ def test_training_goes_on_from_a_model(place: Path, base: Path, kind: str) -> No
         convert(model, start, "gguf", format="Q8_0")
     texts(place / "other", 4, seed=9)
     told = Told()
-    settings = ("data.dir=other", f"start={start}", "optimizer.rate=1e-30", "optimizer.weight_decay=0")
-    run = pretrain(asked(*settings), place / "runs/next", watch=told)
+    settings = ("data.dir=other", f"start={start}", "optimizer.lr=1e-30", "optimizer.weight_decay=0")
+    run = pretrain(asked(*settings), place / "runs/next", reporter=told)
     assert run.recipe["start"] == str(start)
-    assert "warms up again, to 1e-30 in 2 steps" in told.one("goes on from")
+    assert "warms up again, to 1e-30 in 2 steps" in told.one("continues from")
     with checkpoint.open(start) as before, checkpoint.open(run.folder) as after:
         assert replace(after.config, norm_eps=1e-5) == replace(before.config, norm_eps=1e-5)
         assert after.config.norm_eps == pytest.approx(before.config.norm_eps)
@@ -197,7 +199,7 @@ def test_a_corpus_of_the_models_own_tokens(place: Path, base: Path) -> None:
         data = {"corpus": corpus, "length": 16, "validation": 3}
         pretrain(PretrainRecipe.model_validate({**settings, "start": str(base), "data": data}), place / "runs/next")
 
-    with pytest.raises(DataError, match=r"corpora/some: has not the tokens of .*; give data.dir or data.recipe"):
+    with pytest.raises(DataError, match=r"corpora/some: does not have the tokens of .*; give data.dir or data.recipe"):
         go_on("corpora/some")
     go_on(str(base / "corpus"))
 
@@ -215,12 +217,12 @@ def test_a_run_that_went_on_from_a_model_is_resumed(place: Path, base: Path) -> 
         pass
 
     class Stop(Told):
-        def line(self, line: Line) -> None:
-            if line.step == 3:
+        def step(self, report: StepReport) -> None:
+            if report.step == 3:
                 raise Stopped
 
     with pytest.raises(Stopped):
-        pretrain(asked(*settings), place / "runs/parts", watch=Stop())
+        pretrain(asked(*settings), place / "runs/parts", reporter=Stop())
     parts = pretrain(asked(*settings), place / "runs/parts", resume=True)
     losses = [[line["loss"] for line in run.metrics()] for run in (whole, parts)]
     assert losses[0] == losses[1]

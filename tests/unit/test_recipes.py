@@ -47,9 +47,9 @@ def test_the_papers_numbers(name: str, parameters: int, rate: float) -> None:
     """Spec 1.1 and 3.2."""
     recipe, o = pretraining(name), pretraining(name).optimizer
     assert recipe.model.config(32000, recipe.data.length).parameters() == parameters
-    assert (o.rate, o.betas, o.eps, o.weight_decay, o.clip) == (rate, (0.9, 0.95), 1e-5, 0.1, 1.0)
-    assert (o.warmup, o.final, recipe.data.length, recipe.watts) == (2000, 0.1, 4096, 400)
-    assert recipe.steps * recipe.batch.rows * recipe.data.length == pytest.approx(2e12, rel=1e-6)
+    assert (o.lr, o.betas, o.eps, o.weight_decay, o.clip) == (rate, (0.9, 0.95), 1e-5, 0.1, 1.0)
+    assert (o.warmup, o.min_lr_ratio, recipe.data.length, recipe.watts) == (2000, 0.1, 4096, 400)
+    assert recipe.steps * recipe.batch.size * recipe.data.length == pytest.approx(2e12, rel=1e-6)
 
 
 def test_small_has_fifteen_million_parameters() -> None:
@@ -67,19 +67,19 @@ def test_ablations_differ_in_what_they_compare_alone() -> None:
     for other in (gqa, mqa):
         assert other.model_copy(update={"model": mha.model}) == mha
     assert context.model_copy(update={"data": mha.data, "batch": mha.batch}) == mha
-    assert context.data.length * context.batch.rows == mha.data.length * mha.batch.rows
+    assert context.data.length * context.batch.size == mha.data.length * mha.batch.size
     assert context.data.length * context.data.validation == mha.data.length * mha.data.validation
 
 
 def test_the_papers_fine_tuning_is_the_default(tmp_path: Path) -> None:
     """Paper 3.1: cosine from 2e-5, decay 0.1, batch 64, rows of 4,096, two epochs."""
     (tmp_path / "x.toml").write_text(
-        'start = "m"\n[data]\nfiles = ["d"]\n[optimizer]\nclip = 2.0\n[batch]\nmicro = 2\n'
+        'start = "m"\n[data]\nfiles = ["d"]\n[optimizer]\nclip = 2.0\n[batch]\nmicro_size = 2\n'
     )
     recipe = recipes.load(tmp_path / "x.toml", SftRecipe)
     o = recipe.optimizer
-    assert (o.rate, o.warmup, o.weight_decay, o.clip) == (2e-5, 0, 0.1, 2.0)
-    assert (recipe.batch.rows, recipe.batch.micro, recipe.data.length, recipe.epochs) == (64, 2, 4096, 2)
+    assert (o.lr, o.warmup, o.weight_decay, o.clip) == (2e-5, 0, 0.1, 2.0)
+    assert (recipe.batch.size, recipe.batch.micro_size, recipe.data.length, recipe.epochs) == (64, 2, 4096, 2)
 
 
 def test_a_base_is_read_under_a_recipe(tmp_path: Path) -> None:

@@ -137,16 +137,16 @@ GOOD = json.dumps({"step": 1, "loss": 1.0}) + "\n"
     ("file", "text", "message"),
     [
         ("run.json", "[" * 100_000, "run.json: cannot be read"),
-        ("run.json", "[]", "run.json: is no JSON object"),
+        ("run.json", "[]", "run.json: is not a JSON object"),
         ("run.json", "{}", "run.json: date is damaged"),
         ("run.json", '{"date": 5}', "run.json: date is damaged"),
         ("recipe.json", '{"steps": ' + "9" * 5000 + "}", "recipe.json: cannot be read"),
-        ("metrics.jsonl", GOOD + "5\n", "metrics.jsonl:2: is no JSON object"),
-        ("metrics.jsonl", "{}\n", "metrics.jsonl:1: has no step"),
-        ("metrics.jsonl", '{"step": "a"}\n', "metrics.jsonl:1: has no step"),
-        ("metrics.jsonl", '{"step": 1, "loss": "a"}\n', "metrics.jsonl:1: loss is no number"),
-        ("metrics.jsonl", '{"step": 1, "mfu": true}\n', "metrics.jsonl:1: mfu is no number"),
-        ("metrics.jsonl", '{"step": 1, "tokens": ' + "9" * 4000 + "}\n", "metrics.jsonl:1: tokens is no number"),
+        ("metrics.jsonl", GOOD + "5\n", "metrics.jsonl:2: is not a JSON object"),
+        ("metrics.jsonl", "{}\n", "metrics.jsonl:1: does not have a step"),
+        ("metrics.jsonl", '{"step": "a"}\n', "metrics.jsonl:1: does not have a step"),
+        ("metrics.jsonl", '{"step": 1, "loss": "a"}\n', "metrics.jsonl:1: loss is not a number"),
+        ("metrics.jsonl", '{"step": 1, "mfu": true}\n', "metrics.jsonl:1: mfu is not a number"),
+        ("metrics.jsonl", '{"step": 1, "tokens": ' + "9" * 4000 + "}\n", "metrics.jsonl:1: tokens is not a number"),
         ("metrics.jsonl", None, "metrics.jsonl: is not a regular file"),
     ],
 )
@@ -254,8 +254,8 @@ def test_states_are_named_by_steps(tmp_path: Path) -> None:
     from llama2.checkpoint.checkpoint import _newest
 
     for name in ("step-x9", "step-²", "step-1-9", "step-" + "9" * 30, "step-00000002", "step-00000010"):
-        (tmp_path / "checkpoints" / name / "model").mkdir(parents=True)
-    assert _newest(tmp_path) == tmp_path / "checkpoints" / "step-00000010" / "model"
+        (tmp_path / "states" / name / "model").mkdir(parents=True)
+    assert _newest(tmp_path) == tmp_path / "states" / "step-00000010" / "model"
 
 
 def test_a_commit_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """A step of the optimiser against transformers' gradients, torch's own AdamW, and by hand."""
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from llama2 import checkpoint
-from llama2.data.loader import Batch
-from llama2.model.transformer import Transformer, within
+from llama2.data.loader import TokenBatch
+from llama2.model.transformer import Transformer, document_mask
+from llama2.train.objective import Network, next_token
+from llama2.train.settings import OptimizerSettings
 from llama2.train.step import Step
 from models import tiny_config, write_tiny_gguf
 from oracle_transformers import their_names, their_order, transformers_model
@@ -29,7 +33,7 @@ def test_accumulated_gradients_against_transformers(tied: bool, tmp_path: Any) -
     expected.backward()
     truth = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
 
-    step = Step(ours, precision="fp32", clip=1e9, chunk=10)
+    step = Step(ours, partial(next_token, chunk=10), optimizer=OptimizerSettings(clip=1e9), precision="fp32")
     _, found = gradients(step, batches)
     assert found.keys() == config.tensor_shapes().keys()
     for name, gradient in found.items():
@@ -39,14 +43,14 @@ def test_accumulated_gradients_against_transformers(tied: bool, tmp_path: Any) -
     progress = step.step(batches, 0.0)
     assert progress.loss == pytest.approx(expected.item(), rel=1e-6)
     assert progress.norm == pytest.approx(np.sqrt(sum(np.square(g).sum() for g in truth.values())), rel=1e-5)
-    assert (progress.tokens, progress.skipped) == (2 * 17 + 5 + 3 * 16, False)
+    assert (progress.count, progress.skipped) == (2 * 17 + 5 + 3 * 16, False)
     assert step.evaluate(batches) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_steps_are_those_of_adamw() -> None:
     """Twenty steps with clipping and changing rates against a loop over torch's AdamW without its fused kernel."""
     ours, theirs = network(), network()
-    step = Step(ours, clip=0.5, weight_decay=0.1, precision="fp32")
+    step = Step(ours, optimizer=OptimizerSettings(clip=0.5, weight_decay=0.1), precision="fp32")
     decayed = [p for name, p in theirs.named_parameters() if "norm" not in name]
     others = [p for name, p in theirs.named_parameters() if "norm" in name]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -68,22 +72,44 @@ def test_steps_are_those_of_adamw() -> None:
         assert (mine - other).abs().max() <= 1e-3 * other.abs().max(), name
 
 
+def test_any_objective_of_any_batch() -> None:
+    """The mean over both micro-batches' losses, of a loss whose gradient is known: w · g has g."""
+
+    @dataclass
+    class Weighted:
+        gradient: torch.Tensor
+        count: int
+        source: str = ""
+
+    def objective(network: Network, batch: Weighted) -> torch.Tensor:
+        return (network.transformer.norm.weight * batch.gradient).sum()
+
+    step = Step(network(), objective, optimizer=OptimizerSettings(clip=1e9), precision="fp32")
+    width = step.network.config.dim
+    first, second = torch.arange(width).float(), torch.ones(width)
+    progress = step.step([Weighted(first, 3), Weighted(second, 1)], 0.0)
+    total = width * (width - 1) // 2 + width  # of weights that are all 1
+    assert (progress.loss, progress.count) == (pytest.approx(total / 4), 4)
+    assert progress.norm == pytest.approx(((first + second) / 4).norm().item())
+    assert step.evaluate([Weighted(first, 2)]) == pytest.approx(first.sum().item() / 2)
+
+
 def test_documents_know_nothing_of_each_other() -> None:
     """One row of three documents is the same as a row for each, in loss and gradients."""
     parts = [rows(1, length, seed) for seed, length in enumerate((5, 1, 9))]
-    packed = Batch(
+    packed = TokenBatch(
         *(np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("tokens", "targets")),
         np.array([[4] * 5 + [5] * 1 + [6] * 9], np.int32),
     )
     step = Step(network(), precision="fp32")
     (_, expected), (_, found) = gradients(step, parts), gradients(step, [packed])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
-    packed = Batch(packed.tokens, packed.targets)
+    packed = TokenBatch(packed.tokens, packed.targets)
     assert gradients(step, [packed])[1]["norm.weight"].sub(expected["norm.weight"]).abs().max() > 1e-4
 
 
 def test_positions_and_sight_within_documents() -> None:
-    positions, visible = within(torch.tensor([[7, 7, 8, 8], [0, 0, 0, 0]]))
+    positions, visible = document_mask(torch.tensor([[7, 7, 8, 8], [0, 0, 0, 0]]))
     assert positions.tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]
     assert visible[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert visible[1].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
@@ -118,19 +144,17 @@ def test_bfloat16_is_close_and_keeps_float32_parameters() -> None:
         assert 0 < (gradient - expected[name]).norm() <= 0.03 * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiler_that_fails_in_the_middle_leaves_no_trace(
-    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiler_that_fails_in_the_middle_leaves_no_trace(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the second micro-batch needs another program, and gradients of the first are there already."""
-    plain = Step(network(), precision="fp32", checkpointing=checkpointing)
+    plain = Step(network(), precision="fp32", recompute=recompute)
     expected = [plain.step([rows(2, 11, seed), rows(2, 11, seed + 1)], 1e-2) for seed in (0, 2)]
     monkeypatch.setattr("llama2.model.parallel.compiled", lambda function, **_: function)
-    step = Step(network(), precision="fp32", checkpointing=checkpointing, compile=True)
-    step.objective.attention = plain.objective.attention
+    step = Step(network(), precision="fp32", recompute=recompute, compile=True)
+    step.running.attention = plain.running.attention
     really, calls = step._loss, []
 
-    def fails(batch: Batch) -> torch.Tensor:
+    def fails(batch: TokenBatch) -> torch.Tensor:
         calls.append(batch)
         if len(calls) == 2:
             raise RuntimeError("no compiler\nSet TORCH_LOGS to see more")
@@ -140,7 +164,7 @@ def test_a_compiler_that_fails_in_the_middle_leaves_no_trace(
     found = [step.step([rows(2, 11, seed), rows(2, 11, seed + 1)], 1e-2) for seed in (0, 2)]
     assert found == expected
     assert len(calls) == 2 + 2 + 2
-    assert step.note == (
-        "goes on without compile, which failed (no compiler); a C++ compiler such as g++ makes it faster"
+    assert step.take_note() == (
+        "continues without compile, which failed (no compiler); a C++ compiler such as g++ is faster"
     )
-    assert ["forward" in vars(layer) for layer in step.network.layers] == [checkpointing] * len(step.network.layers)
+    assert ["forward" in vars(layer) for layer in step.network.layers] == [recompute] * len(step.network.layers)

@@ -11,14 +11,14 @@ from llama2 import checkpoint
 from llama2.config import LLAMA_1_SIZES, SIZES, ModelConfig
 from llama2.errors import ContextError
 from llama2.model.transformer import (
-    Cache,
+    ContiguousCache,
     RMSNorm,
     Transformer,
+    apply_rope,
     attention,
     attention_by_products,
-    rotate,
-    rotations,
-    within,
+    document_mask,
+    rope_cos_sin,
 )
 from models import tiny_config, write_tiny_gguf
 
@@ -47,7 +47,7 @@ def test_rms_norm() -> None:
 )
 def test_rotations_of_7b(position: int, pair: int, cos: float, sin: float) -> None:
     """Spec 12.2's table, in float64; a float32 angle would be off by 8e-5 at position 4095."""
-    table = rotations(torch.arange(4096), tuple(SIZES["7B"].inverse_frequencies()))
+    table = rope_cos_sin(torch.arange(4096), tuple(SIZES["7B"].inverse_frequencies()))
     assert table.shape == (4096, 64, 2)
     assert table[position, pair].tolist() == pytest.approx([cos, sin], abs=1e-6)
 
@@ -55,7 +55,7 @@ def test_rotations_of_7b(position: int, pair: int, cos: float, sin: float) -> No
 def test_rotary_embedding() -> None:
     """Spec 12.2: [1 … 8] at position 3, pairs side by side."""
     x = torch.arange(1.0, 9.0).view(1, 1, 1, 8)
-    turned = rotate(x, rotations(torch.tensor([3]), (1.0, 0.1, 0.01, 0.001))).flatten()
+    turned = apply_rope(x, rope_cos_sin(torch.tensor([3]), (1.0, 0.1, 0.01, 0.001))).flatten()
     expected = [-1.272233, -1.838865, 1.683929, 4.707907, 4.817777, 6.147278, 6.975969, 8.020964]
     assert turned.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -74,7 +74,7 @@ def test_attention_by_products_is_attention(heads: int, packed: bool, monkeypatc
     """Of more tokens than it takes at once, and no multiple of them; gradients too."""
     monkeypatch.setattr("llama2.model.transformer.QUERIES", 64)
     q, k, v = (torch.randn(2, 150, count, 8, requires_grad=True) for count in (6, heads, heads))
-    visible = within(torch.arange(150).expand(2, 150) // 40)[1] if packed else None
+    visible = document_mask(torch.arange(150).expand(2, 150) // 40)[1] if packed else None
     results = []
     for function in (attention, attention_by_products):
         y = function(q, k, v, visible)
@@ -137,7 +137,7 @@ def test_a_new_model_knows_nothing() -> None:
 
 def test_a_full_cache_is_an_error() -> None:
     network = Transformer(tiny_config())
-    cache = Cache(network, 1, 8)
+    cache = ContiguousCache(network, 1, 8)
     network(torch.zeros(1, 5, dtype=torch.long), cache)
     with pytest.raises(ContextError, match="a cache of 8 tokens has no room for 9; make a longer one"):
         network(torch.zeros(1, 4, dtype=torch.long), cache)
@@ -151,7 +151,7 @@ def test_the_whole_forward_pass_is_one_graph(cached: bool) -> None:
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     ids = torch.randint(0, 320, (2, 12))
     with torch.inference_mode():
-        logits = compiled(ids, Cache(network, 2, 16)) if cached else compiled(ids)
+        logits = compiled(ids, ContiguousCache(network, 2, 16)) if cached else compiled(ids)
         torch.testing.assert_close(logits, network(ids), rtol=0, atol=1e-6)
 
 

@@ -42,30 +42,32 @@ def test_rows_and_what_is_held_out() -> None:
 def test_twenty_dialogs() -> None:
     """In six rows, for a model of width 576: 40 steps, 6 2/3 epochs; 2e-5 × 4096 / 576 = 1.42e-4."""
     r = fit(recipe(), 6, width=576)
-    assert (r.steps, r.batch.rows, r.batch.micro, r.epochs) == (40, 1, 1, pytest.approx(20 / 3))
-    assert (r.optimizer.rate, r.optimizer.warmup, r.evaluate, r.compile) == (1.42e-4, 4, 10, False)
+    assert (r.steps, r.batch.size, r.batch.micro_size, r.epochs) == (40, 1, 1, pytest.approx(20 / 3))
+    assert (r.optimizer.lr, r.optimizer.warmup, r.evaluate, r.compile) == (1.42e-4, 4, 10, False)
 
 
 def test_the_papers_dialogs() -> None:
     """27,540 in, say, 3,000 rows of 4,096, for 7B and 70B: two epochs of 64 rows, 94 steps."""
     for width in (4096, 8192):
         r = fit(recipe(data={"length": 4096}), 3000, width=width)
-        assert (r.steps, r.batch.rows, r.batch.micro, r.epochs) == (94, 64, 1, 2)
-        assert (r.optimizer.rate, r.optimizer.warmup, r.optimizer.final, r.compile) == (2e-5, 9, 0.1, True)
+        assert (r.steps, r.batch.size, r.batch.micro_size, r.epochs) == (94, 64, 1, 2)
+        assert (r.optimizer.lr, r.optimizer.warmup, r.optimizer.min_lr_ratio, r.compile) == (2e-5, 9, 0.1, True)
 
 
 def test_one_dialog_is_read_ten_times() -> None:
     r = fit(recipe(), 1, width=4096)
-    assert (r.steps, r.batch.rows, r.epochs, r.optimizer.warmup) == (10, 1, 10, 1)
+    assert (r.steps, r.batch.size, r.epochs, r.optimizer.warmup) == (10, 1, 10, 1)
 
 
 def test_what_is_given_stays() -> None:
-    given_ = {"rate": 1e-5, "warmup": 3}
-    r = fit(recipe(epochs=3, batch={"rows": 8, "micro": 2}, optimizer=given_, evaluate=7, compile=True), 100, width=64)
-    assert (r.epochs, r.steps, r.batch.rows, r.batch.micro) == (3, 38, 8, 2)  # 300 / 8 = 37.5
-    assert (r.optimizer.rate, r.optimizer.warmup, r.evaluate, r.compile) == (1e-5, 3, 7, True)
+    given_ = {"lr": 1e-5, "warmup": 3}
+    r = fit(
+        recipe(epochs=3, batch={"size": 8, "micro_size": 2}, optimizer=given_, evaluate=7, compile=True), 100, width=64
+    )
+    assert (r.epochs, r.steps, r.batch.size, r.batch.micro_size) == (3, 38, 8, 2)  # 300 / 8 = 37.5
+    assert (r.optimizer.lr, r.optimizer.warmup, r.evaluate, r.compile) == (1e-5, 3, 7, True)
     r = fit(recipe(steps=5), 100, width=64)  # six rows a step
-    assert (r.steps, r.batch.rows, r.epochs) == (5, 6, pytest.approx(0.3))
+    assert (r.steps, r.batch.size, r.epochs) == (5, 6, pytest.approx(0.3))
     assert r.optimizer.warmup == 1  # or a single step would be the schedule's last
 
 
@@ -75,28 +77,29 @@ def test_precision_is_the_processors() -> None:
 
 
 def test_processes_share_a_step() -> None:
-    assert fit(recipe(), 1000, width=64, world=8).batch.rows == 56  # a 16th is 62
-    assert fit(recipe(), 3, width=64, world=8).batch.rows == 8
-    r = fit(recipe(batch={"micro": 3}), 1000, width=64, world=4)
-    assert (r.batch.rows, r.batch.micro) == (60, 3)
-    assert fit(recipe(), 1000, width=64).batch.micro == 2  # of 62 rows, and no more than 2048 / 256 at once
-    assert fit(recipe(batch={"rows": 7}), 1000, width=64, world=2).batch.micro == 1  # which the loop refuses
+    assert fit(recipe(), 1000, width=64, dp_size=8).batch.size == 56  # a 16th is 62
+    assert fit(recipe(), 3, width=64, dp_size=8).batch.size == 8
+    r = fit(recipe(batch={"micro_size": 3}), 1000, width=64, dp_size=4)
+    assert (r.batch.size, r.batch.micro_size) == (60, 3)
+    assert fit(recipe(), 1000, width=64).batch.micro_size == 2  # of 62 rows, and no more than 2048 / 256 at once
+    assert fit(recipe(batch={"size": 7}), 1000, width=64, dp_size=2).batch.micro_size == 1  # which the loop refuses
 
 
 @given(st.integers(1, 20000), st.integers(64, 16384))
 def test_any_number_of_rows(rows: int, width: int) -> None:
     r = fit(recipe(), rows, width=width)
-    assert r.batch.rows <= min(rows, 64)
-    assert r.batch.rows % r.batch.micro == 0
-    assert r.steps * r.batch.rows >= 2 * rows
+    assert r.batch.size <= min(rows, 64)
+    assert r.batch.size % r.batch.micro_size == 0
+    assert r.steps * r.batch.size >= 2 * rows
     assert r.steps >= min(40, 10 * rows)
     o = r.optimizer
     rates = [
-        learning_rate(s, peak=o.rate, warmup=o.warmup, steps=r.steps, final=o.final) for s in range(1, r.steps + 1)
+        learning_rate(s, peak=o.lr, warmup=o.warmup, steps=r.steps, min_lr_ratio=o.min_lr_ratio)
+        for s in range(1, r.steps + 1)
     ]
-    assert max(rates) == o.rate
-    assert sum(rates) > r.steps * o.rate / 2
-    assert 2e-5 <= o.rate <= 2e-5 * 64
+    assert max(rates) == o.lr
+    assert sum(rates) > r.steps * o.lr / 2
+    assert 2e-5 <= o.lr <= 2e-5 * 64
     assert fit(r, rows, width=width) == r  # as when it is resumed
 
 
@@ -110,13 +113,13 @@ def test_warnings() -> None:
         return tuning.warnings(fit(recipe(**settings), len(some), width=64), some)
 
     assert of(20, data={"validation": 2}) == []
-    assert of(20) == ["no dialog is held out, so whether more is learnt than these dialogs cannot be told"]
+    assert of(20) == ["no dialog is held out, so nothing shows whether the model learns more than these dialogs"]
     assert of(1, data={"validation": 1}) == [
-        "few dialogs, 1: they may be learnt by heart, and little beyond them",
+        "few dialogs, 1: the model may learn them by heart, and little beyond them",
         "10 steps change little; steps=40 would change more",
     ]
-    assert of(20, data={"validation": 2}, steps=40, batch={"rows": 32}) == [
-        "batch.rows=32 is more than the 20 rows there are: a step repeats some"
+    assert of(20, data={"validation": 2}, steps=40, batch={"size": 32}) == [
+        "batch.size=32 is more than the 20 rows there are: a step repeats some"
     ]
 
 

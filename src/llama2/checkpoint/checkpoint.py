@@ -270,6 +270,6 @@ def _no_model(folder: Path) -> CheckpointError:
 
 def _newest(path: Path) -> Path:
     """The last model that a training run has saved, if the path is a run's; else the path."""
-    found = (path / records.CHECKPOINTS).glob(f"step-*/{records.MODEL}")
+    found = records.states_folder(path).glob(f"step-*/{records.MODEL}")
     steps = {int(step[1]): model for model in found if (step := re.fullmatch(records.STATE, model.parent.name))}
     return steps[max(steps)] if steps else path

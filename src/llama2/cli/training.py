@@ -17,7 +17,7 @@ from llama2.cli.output import warn
 from llama2.console import rewrite, say
 
 if TYPE_CHECKING:
-    from llama2.train.loop import Line
+    from llama2.train.loop import StepReport
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def run(train: Callable[..., Any], recipe: Any, folder: Path, options: RunOption
     """Train with the console as reporter, names of models found by the hub. Returns what `train` does."""
     from llama2 import hub
 
-    return train(recipe, folder, locate=hub.locate, resume=options.resume, watch=ConsoleReporter(), **arguments)
+    return train(recipe, folder, locate=hub.locate, resume=options.resume, reporter=ConsoleReporter(), **arguments)
 
 
 class ConsoleReporter:
@@ -79,29 +79,29 @@ class ConsoleReporter:
         self._rewrites = sys.stderr.isatty()
         self._last = 0.0
 
-    def begin(self, facts: Sequence[str]) -> None:
+    def begin(self, header: Sequence[str]) -> None:
         """Print what the run is."""
-        for fact in facts:
-            say(fact, file=sys.stderr)
+        for line in header:
+            say(line, file=sys.stderr)
 
-    def line(self, line: Line) -> None:
+    def step(self, report: StepReport) -> None:
         """Print a step."""
-        notable = line.validation is not None or line.note
-        if not (self._rewrites or notable or line.step in (1, line.steps) or time.monotonic() - self._last > 10):
+        notable = report.validation is not None or report.note
+        if not (self._rewrites or notable or report.step in (1, report.steps) or time.monotonic() - self._last > 10):
             return
         self._last = time.monotonic()
         text = (
-            f"step {line.step}/{line.steps}  loss {line.loss:.4f}  {line.tokens_per_second:,.0f} tokens/s  "
-            f"MFU {line.mfu:.0%}  {clock(line.seconds_left)} left"
+            f"step {report.step}/{report.steps}  loss {report.loss:.4f}  {report.tokens_per_second:,.0f} tokens/s  "
+            f"MFU {report.mfu:.0%}  {clock(report.seconds_left)} left"
         )
-        if line.validation is not None:
-            text += f"  validation {line.validation:.4f}"
-        if line.sources:
-            text += f" ({', '.join(f'{name} {loss:.4f}' for name, loss in line.sources.items())})"
-        if line.note:
-            text += f"  {line.note}"
+        if report.validation is not None:
+            text += f"  validation {report.validation:.4f}"
+        if report.sources:
+            text += f" ({', '.join(f'{name} {loss:.4f}' for name, loss in report.sources.items())})"
+        if report.note:
+            text += f"  {report.note}"
         if self._rewrites:
-            rewrite(text, ended=bool(notable) or line.step == line.steps)
+            rewrite(text, ended=bool(notable) or report.step == report.steps)
         else:
             say(text, file=sys.stderr, flush=True)
 

@@ -29,7 +29,7 @@ from pydantic import Field
 from llama2 import files
 from llama2.data import dialog_files
 from llama2.data.dialog_forms import TrainingDialog, understand
-from llama2.data.loader import IGNORED, Batch, shuffled
+from llama2.data.loader import IGNORED, TokenBatch, shuffled
 from llama2.errors import DataError, DialogError, TemplateError, TokenizerError
 from llama2.recipe import Settings
 from llama2.text import turns
@@ -239,7 +239,7 @@ class Packed:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batch(self, numbers: Sequence[int]) -> Batch:
+    def batch(self, numbers: Sequence[int]) -> TokenBatch:
         """Rows by number: (B, T)."""
         shape = len(numbers), self.length
         tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
@@ -255,7 +255,7 @@ class Packed:
                 targets[row, at : at + size - 1] = np.where(mask, following, IGNORED)
                 documents[row, at : at + size] = count
                 at += size
-        return Batch(tokens, targets, documents if self._boundaries else None)
+        return TokenBatch(tokens, targets, documents if self._boundaries else None)
 
 
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:

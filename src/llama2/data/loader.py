@@ -20,18 +20,36 @@ from llama2.errors import DataError
 IGNORED = -100
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What a process reads at once: (rows, length) each.
+class TrainBatch(Protocol):
+    """What a process reads at once. A step's loss is the mean over all losses of its batches."""
 
-    `documents` numbers a row's documents where tokens may not read another's; None: a row is one text. `source` is
-    what the rows are of, in batches to evaluate on, if their corpus tells.
+    @property
+    def count(self) -> int:
+        """Losses of the batch, known before the network runs."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """The source of the rows, in batches to evaluate on, if it is known."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Tokens and the token that follows each: (rows, length) each.
+
+    `documents` numbers a row's documents where tokens may not read another's; None: a row is one text.
     """
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]  # IGNORED where there is no loss
     documents: NDArray[np.int32] | None = None
     source: str = ""
+
+    @property
+    def count(self) -> int:
+        """Targets that have a loss."""
+        return int((self.targets != IGNORED).sum())
 
 
 class Source(Protocol):
@@ -56,7 +74,7 @@ class Source(Protocol):
         """How many there are, at least one."""
         ...
 
-    def batch(self, numbers: Sequence[int]) -> Batch:
+    def batch(self, numbers: Sequence[int]) -> TokenBatch:
         """Some of them."""
         ...
 
@@ -81,21 +99,21 @@ class Windows:
     def __len__(self) -> int:
         return self._count
 
-    def batch(self, numbers: Sequence[int]) -> Batch:
+    def batch(self, numbers: Sequence[int]) -> TokenBatch:
         """Windows of the stream, by number."""
         length = self.length
         read = np.stack([self._shards.read(w * length, w * length + length + 1) for w in numbers])
         tokens, targets = read[:, :-1].copy(), read[:, 1:].copy()
         if not self._boundaries:
-            return Batch(tokens, targets)
+            return TokenBatch(tokens, targets)
         documents = np.zeros((len(numbers), length + 1), np.int32)
         for row, w in zip(documents, numbers, strict=True):
             row[self._shards.starts(w * length, w * length + length + 1) - w * length] = 1
         documents = np.cumsum(documents, axis=1, dtype=np.int32)
         targets[documents[:, 1:] != documents[:, :-1]] = IGNORED
-        return Batch(tokens, targets, documents[:, :-1].copy())
+        return TokenBatch(tokens, targets, documents[:, :-1].copy())
 
-    def spread(self, rows: int, micro: int) -> list[Batch]:
+    def spread(self, rows: int, micro: int) -> list[TokenBatch]:
         """At most `rows` windows to evaluate on, `micro` of a source at a time: the same for whoever asks.
 
         Each source of the corpus has as many as its share of the windows, but at least one; within it they are spread
@@ -115,7 +133,7 @@ class Windows:
         return found
 
 
-def batches(source: Source, numbers: Sequence[int], micro: int) -> list[Batch]:
+def batches(source: Source, numbers: Sequence[int], micro: int) -> list[TokenBatch]:
     """Some rows of a source, `micro` at a time."""
     return [source.batch(numbers[start : start + micro]) for start in range(0, len(numbers), micro)]
 
@@ -151,12 +169,12 @@ class State(TypedDict):
 
 
 class Loader:
-    """Deals rows of a source, `rows` at a time to each of `world` processes, of which this is `rank`."""
+    """Deals rows of a source, `rows` at a time to each of `dp_size` processes, of which this is `dp_rank`."""
 
-    def __init__(self, source: Source, *, rows: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, source: Source, *, rows: int, seed: int, dp_rank: int = 0, dp_size: int = 1) -> None:
         self._source = source
         self._rows, self._seed = rows, seed
-        self._rank, self._world = rank, world
+        self._dp_rank, self._dp_size = dp_rank, dp_size
         self._dealt = 0
 
     @property
@@ -164,13 +182,13 @@ class Loader:
         """How often all rows were read."""
         return self._dealt / len(self._source)
 
-    def next(self) -> Batch:
+    def next(self) -> TokenBatch:
         """This process's next rows. Processes that ask as often get different ones."""
-        first = self._dealt + self._rank * self._rows
-        self._dealt += self._world * self._rows
+        first = self._dealt + self._dp_rank * self._rows
+        self._dealt += self._dp_size * self._rows
         return self._source.batch([self._number(n) for n in range(first, first + self._rows)])
 
-    def first(self, rows: int) -> list[Batch]:
+    def first(self, rows: int) -> list[TokenBatch]:
         """The source's first rows in its own order, the same ones for everybody, at most `rows`: for validation."""
         return batches(self._source, range(min(rows, len(self._source))), self._rows)
 

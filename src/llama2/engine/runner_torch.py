@@ -138,7 +138,9 @@ class TorchRunner(EndsInSection):
             )
         except (RuntimeError, TypeError):  # what torch says of memory that is not there, and of numbers above 2⁶³
             raise cache_too_large(n_blocks) from None
-        self._compiled = parallel.compiled(self.model.features, dynamic=True) if compile else self.model.features
+        self._compiled = (
+            parallel.compiled(self.model.hidden_states, dynamic=True) if compile else self.model.hidden_states
+        )
         self._group = group
 
     @torch.inference_mode()
@@ -165,7 +167,7 @@ class TorchRunner(EndsInSection):
 
     def _features(self, batch: Batch) -> Tensor:
         step = Step(self, batch)
-        features = self._compiled if len(step.groups) == 1 else self.model.features
+        features = self._compiled if len(step.groups) == 1 else self.model.hidden_states
         x: Tensor = features(step.tokens[None], step)  # (1, N, D)
         return x[0]
 

@@ -1,6 +1,6 @@
 """The network on several devices.
 
-For the engine, each has its share of the heads and of the hidden units (Shoeybi et al. 2019). For training, tensor
+For the engine, each has a shard of the heads and of the hidden units (Shoeybi et al. 2019). For training, tensor
 parallelism divides the embeddings, the head and the tokens too, and FSDP2 all that lasts (Zhao et al. 2023).
 """
 
@@ -42,31 +42,31 @@ R = TypeVar("R")
 def load(
     checkpoint: Checkpoint, rank: int, size: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """Share `rank` of `size`: a network with fewer heads and hidden units, whose blocks add up what all shares give.
+    """Shard `rank` of `size`: a network with fewer heads and hidden units, whose blocks add up the results of all.
 
     Attention and feed-forward cost one sum over the default process group each. Embeddings, norms and the output head
     are whole on every device: they are the small part, and their results need no exchange. One tensor at a time is
-    read whole. Raises EngineError when key/value heads or hidden units cannot be shared evenly.
+    read whole. Raises EngineError when key/value heads or hidden units cannot be divided evenly.
     """
     c = checkpoint.config
     for name in ("n_kv_heads", "hidden_dim"):
         if getattr(c, name) % size:
-            raise EngineError(f"{name}={getattr(c, name)} cannot be shared by {size} processes; start a divisor of it")
-    share = replace(c, n_heads=c.n_heads // size, n_kv_heads=c.n_kv_heads // size, hidden_dim=c.hidden_dim // size)
+            raise EngineError(f"{name}={getattr(c, name)} cannot be divided by {size} processes; start a divisor of it")
+    shard = replace(c, n_heads=c.n_heads // size, n_kv_heads=c.n_kv_heads // size, hidden_dim=c.hidden_dim // size)
     with torch.device("meta"):
-        model = Transformer(share)
-    weights = ((name, cut(name, t.dequantize(), rank, size)) for name, t in checkpoint.tensors.items())
+        model = Transformer(shard)
+    weights = ((name, split(name, t.dequantize(), rank, size)) for name, t in checkpoint.tensors.items())
     model.load_state_dict({name: torch.from_numpy(w).to(device, dtype) for name, w in weights}, assign=True)
     for name, module in model.named_modules():
         if name.endswith(("attention.wo", "feed_forward.w2")):
-            module.register_forward_hook(_add_up)
+            module.register_forward_hook(_all_reduce)
     return model
 
 
-def cut(name: str, weight: NDArray[np.float32], rank: int, size: int) -> NDArray[np.float32]:
-    """Rows of the matrices whose outputs are shared, columns of those that read what is shared, else all.
+def split(name: str, weight: NDArray[np.float32], rank: int, size: int) -> NDArray[np.float32]:
+    """Rows of the matrices whose outputs are divided, columns of those that read such outputs, else all.
 
-    Biases are divided like rows; one that all shares would add is added by the first.
+    Biases are divided like rows; one that all shards would add is added by the first.
     """
     matrix, _, kind = name.rpartition(".")
     if matrix.endswith(("wq", "wk", "wv", "w1", "w3")):
@@ -78,15 +78,15 @@ def cut(name: str, weight: NDArray[np.float32], rank: int, size: int) -> NDArray
     return weight
 
 
-def _add_up(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _all_reduce(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     dist.all_reduce(output)
     return output
 
 
 def compiled(function: Callable[P, R], *, dynamic: bool | None = None) -> Callable[P, R]:
-    """torch.compile, which believes a CPU's own word of its instruction sets.
+    """torch.compile, without its tests of a CPU's instruction sets.
 
-    Otherwise it compiles and runs a program for each, which takes longer than to compile a block.
+    For each set it would compile and run a program, which takes longer than to compile a block.
     """
     result: Callable[P, R] = torch.compile(function, dynamic=dynamic, options={"cpp.vec_isa_ok": True})
     return result
@@ -96,28 +96,28 @@ def compiled(function: Callable[P, R], *, dynamic: bool | None = None) -> Callab
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Make each block one graph. All blocks share its code, so time to compile is that of one."""
+    """Make each block one graph. All blocks share its code, so compilation takes the time of one."""
     for layer in model.layers:
         layer.forward = compiled(layer.forward)
 
 
-def checkpoint_blocks(model: Transformer) -> None:
-    """Let blocks keep their inputs alone, and compute the rest again in the backward pass (Chen et al. 2016)."""
+def recompute_blocks(model: Transformer) -> None:
+    """Let blocks keep their inputs alone, and recompute the rest in the backward pass (Chen et al. 2016)."""
     for layer in model.layers:
         layer.forward = partial(recompute, layer.forward, use_reentrant=False)
 
 
 def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
-    """Share every matrix over `mesh`, and between the matrices the tokens (Korthikanti et al. 2022).
+    """Shard every matrix over `mesh`, and between the matrices the tokens (Korthikanti et al. 2022).
 
-    Rows and columns are divided as in `cut`; the embeddings and the head by the vocabulary. The features are then a
-    DTensor of which each process has some tokens; `gathered` gives all. Raises ConfigError when the model cannot be
-    divided evenly.
+    Rows and columns are divided as in `split`; the embeddings and the head by the vocabulary. The hidden states
+    are then a DTensor of which each process has some tokens; `all_gather` returns all. Raises ConfigError when the
+    model cannot be divided evenly.
     """
     c, size = model.config, mesh.size()
     for name in ("n_kv_heads", "hidden_dim", "vocab_size"):
         if getattr(c, name) % size:
-            raise ConfigError(f"{name}={getattr(c, name)} cannot be shared by {size} processes; start a divisor of it")
+            raise ConfigError(f"{name}={getattr(c, name)} cannot be divided by {size} processes; start a divisor of it")
     tokens, whole = Shard(1), Replicate()
     styles: dict[str, ParallelStyle] = {
         "tok_embeddings": RowwiseParallel(input_layouts=whole, output_layouts=tokens),
@@ -139,22 +139,24 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh, styles)
 
 
-def gathered(features: Tensor) -> Tensor:
-    """All tokens' features after `tensor_parallel`; their gradient is then each process's part of a sum."""
-    return features.full_tensor(grad_placements=[Partial()]) if isinstance(features, DTensor) else features
+def all_gather(hidden_states: Tensor) -> Tensor:
+    """All tokens' hidden states after `tensor_parallel`; their gradient is then each process's part of a sum."""
+    if isinstance(hidden_states, DTensor):
+        return hidden_states.full_tensor(grad_placements=[Partial()])
+    return hidden_states
 
 
-def fully_shard(objective: nn.Module, model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def fully_shard(root: nn.Module, model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Keep of each parameter, its gradient and the optimiser's state as many rows as every process of `mesh` (FSDP2).
 
-    A block gathers its parameters, in `dtype`, before its passes; `objective`, which holds the model, has the rest, and
-    does so for its whole pass. Gradients are float32 sums over the processes, not means.
+    A block gathers its parameters, in `dtype`, before its passes; `root`, which holds the model, has the rest, and does
+    so for its whole pass. Gradients are float32 sums over the processes, not means.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*model.layers, objective):
-        shard = fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
-        shard.set_gradient_divide_factor(1.0)
-        shard.set_force_sum_reduction_for_comms(True)  # gloo has no average
+    for module in (*model.layers, root):
+        sharded = fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no average
 
 
 def initialise(model: Transformer, generator: torch.Generator) -> None:
@@ -170,7 +172,7 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
 
 
 def fill(model: Transformer, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Give every parameter its share of a whole weight; all processes are given the same, one at a time."""
+    """Give every parameter its shard of a whole weight. All processes get the same weights, one at a time."""
     options = StateDictOptions(full_state_dict=True, strict=False)
     for name, weight in weights:
         set_model_state_dict(model, {name: weight}, options=options)

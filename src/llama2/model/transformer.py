@@ -3,7 +3,7 @@
 B batch  T time  S keys  D width  H query heads  K key/value heads  E head size  F hidden width  V vocabulary
 
 Modules are named so that parameters have Meta's names (`layers.0.attention.wq.weight`); pairs of dimensions that rotary
-embedding turns stand side by side, as in Meta's checkpoints. Biases are where the configuration has them; there is no
+embedding rotates are adjacent, as in Meta's checkpoints. Biases are where the configuration has them; there is no
 dropout.
 """
 
@@ -25,14 +25,14 @@ from llama2.errors import ContextError
 #: Queries (B, T, H, E), keys and values (B, T, K, E) of T tokens → what they read (B, T, H, E).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-#: That attention_by_products takes at once.
+#: Queries that attention_by_products takes at once.
 QUERIES = 512
 
 _FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class RMSNorm(nn.Module):
-    """Scales each vector to root mean square 1, then by a learnt weight (Zhang and Sennrich 2019)."""
+    """Scales each vector to root mean square 1, then by a trained weight (Zhang and Sennrich 2019)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -45,19 +45,19 @@ class RMSNorm(nn.Module):
         return y.type_as(x) * self.weight
 
 
-def rotations(
+def rope_cos_sin(
     positions: Tensor,
     frequencies: tuple[float, ...],
     growth: tuple[float, int] | None = None,
     attention_factor: float = 1.0,
 ) -> Tensor:
-    """Cosine and sine of the angles by which positions turn pairs of dimensions: (…, T) → (…, T, E / 2, 2) float32.
+    """Cosine and sine of the angles by which positions rotate pairs of dimensions: (…, T) → (…, T, E / 2, 2) float32.
 
-    The other arguments are what ModelConfig's methods of these names give.
+    The other arguments are results of ModelConfig's methods of these names.
     """
     # In float64, because a float32 angle at position 4095 is wrong in the fourth digit (spec 12.2).
-    turns = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)  # (E / 2,)
-    angles = positions[..., None] * turns  # (…, T, E / 2)
+    inverse_frequencies = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)  # (E / 2,)
+    angles = positions[..., None] * inverse_frequencies  # (…, T, E / 2)
     if growth is not None:
         factor, context = growth
         stretch = (factor * (positions + 1).double() / context - (factor - 1)).clamp(min=1)  # (…, T)
@@ -66,8 +66,8 @@ def rotations(
     return (torch.stack((angles.cos(), angles.sin()), dim=-1) * attention_factor).float()
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021): turns pairs (2i, 2i + 1) of x (B, T, heads, E) by rope (…, T, E / 2, 2)."""
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021): rotates pairs (2i, 2i + 1) of x (B, T, heads, E) by rope (…, T, E / 2, 2)."""
     a, b = x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)  # (B, T, heads, E / 2)
     cos, sin = rope.unsqueeze(-3).unbind(-1)  # (…, T, 1, E / 2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
@@ -85,13 +85,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     return y.transpose(1, 2)
 
 
-def within_window(start: int, end: int, window: int | None, device: torch.device) -> Tensor:
+def window_mask(start: int, end: int, window: int | None, device: torch.device) -> Tensor:
     """Which of the keys 0 to `end` each token from `start` on may read: (T, S), the last `window` up to its own."""
     visible = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)
     return visible if window is None else visible.triu(start - window + 1)
 
 
-def within(documents: Tensor) -> tuple[Tensor, Tensor]:
+def document_mask(documents: Tensor) -> tuple[Tensor, Tensor]:
     """Of rows that hold several documents: positions (B, T) in them, and which tokens (B, T, T) each token may read.
 
     documents (B, T) are their numbers, which change where another begins.
@@ -126,7 +126,7 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | Non
 
 
 class Attention(nn.Module):
-    """Projects to queries, keys and values, turns the first two by their positions, and mixes what is read."""
+    """Projects to queries, keys and values, rotates the first two by their positions, and mixes what is read."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, E)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, E)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, E)
-        y = attend(rotate(q, rope), rotate(k, rope), v)  # (B, T, H, E)
+        y = attend(apply_rope(q, rope), apply_rope(k, rope), v)  # (B, T, H, E)
         out: Tensor = self.wo(y.flatten(-2))  # (B, T, D)
         return out
 
@@ -155,7 +155,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(c.dim, c.hidden_dim, bias="feed_forward.w3" in c.biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F) within
+        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F) inside
         return out
 
 
@@ -175,7 +175,7 @@ class Block(nn.Module):
         return out
 
 
-class Past(Protocol):
+class KVCache(Protocol):
     """What tokens may read beside one another: keys and values of those before them."""
 
     def advance(self, count: int) -> Tensor:
@@ -200,40 +200,40 @@ class Transformer(nn.Module):
         self.output = None if config.tied_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.initialise()
 
-    def forward(self, tokens: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the token after each one, having read those before: (B, T) ids → (B, T, V) float32.
 
-        With `past`, such as a Cache, the tokens continue what is in it.
+        With `cache`, such as a ContiguousCache, the tokens continue what is in it.
         """
-        return self.logits(self.features(tokens, past))
+        return self.logits(self.hidden_states(tokens, cache))
 
-    def features(
+    def hidden_states(
         self,
         tokens: Tensor,
-        past: Past | None = None,
+        cache: KVCache | None = None,
         documents: Tensor | None = None,
         attention: Callable[..., Tensor] = attention,
     ) -> Tensor:
         """What the output head reads: (B, T) ids → (B, T, D).
 
-        With `documents` (B, T) instead of `past`, a row holds several of them, which know nothing of each other.
-        Without `past`, another function of the same results may take the place of `attention`.
+        With `documents` (B, T) instead of `cache`, a row holds several documents, which do not read each other.
+        Without `cache`, `attention` may be another function of the same results.
         """
         count, attend, window = tokens.shape[1], attention, self.config.sliding_window
         visible = None
-        if past is None and window is not None and window < count:
-            visible = within_window(0, count, window, tokens.device)  # (T, T)
+        if cache is None and window is not None and window < count:
+            visible = window_mask(0, count, window, tokens.device)  # (T, T)
         if documents is not None:
-            positions, own = within(documents)  # (B, T), (B, T, T)
+            positions, own = document_mask(documents)  # (B, T), (B, T, T)
             visible = own if visible is None else own & visible
         else:
-            positions = torch.arange(count, device=tokens.device) if past is None else past.advance(count)  # (T,)
+            positions = torch.arange(count, device=tokens.device) if cache is None else cache.advance(count)  # (T,)
         if visible is not None:
             attend = partial(attention, visible=visible)
-        rope = rotations(positions, *self.rope)  # ([B,] T, E / 2, 2)
+        rope = rope_cos_sin(positions, *self.rope)  # ([B,] T, E / 2, 2)
         x: Tensor = self.tok_embeddings(tokens)  # (B, T, D)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, attend if past is None else partial(past.attend, i))  # (B, T, D)
+            x = layer(x, rope, attend if cache is None else partial(cache.attend, i))  # (B, T, D)
         x = self.norm(x)
         return x
 
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
         }
 
 
-class Cache:
+class ContiguousCache:
     """Keys and values of B sequences that grow together, so that decoding computes each token once.
 
     `model(prompt, cache)`, then `model(next, cache)` with one or more tokens, all without gradients; there is room for
@@ -320,5 +320,5 @@ class Cache:
         start, end = self.length - q.shape[1], self.length
         keys, values = self.keys[layer], self.values[layer]
         keys[:, start:end], values[:, start:end] = k, v
-        visible = within_window(start, end, self.window, q.device)  # (T, S)
+        visible = window_mask(start, end, self.window, q.device)  # (T, S)
         return attention(q, keys[:, :end], values[:, :end], visible)

@@ -1,4 +1,4 @@
-"""The card of a run that has ended: what it learnt from, and how well."""
+"""The card of a run that has ended: its losses and notes."""
 
 from __future__ import annotations
 

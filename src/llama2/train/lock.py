@@ -1,7 +1,8 @@
 """A run's lock: one process at a time, or the processes of one torchrun, begin or continue a run.
 
 The system's own lock on a file ends with its process, however that ends. It may not reach another machine, so the file
-also says who has it, and changes its time every few seconds while that goes on.
+also says who has it, and its time changes every few seconds during the run. The library filelock is not used: it
+truncates the file before it has the lock, and so erases who has it, and it has no signs of life.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from llama2.errors import RunError
 from llama2.records import Run, now
-from llama2.train.processes import Processes, first_says
+from llama2.train.processes import Processes, broadcast
 
 LOCK = "lock"
 #: Seconds between two signs of life, and how long one of another machine is waited for.
@@ -30,20 +31,20 @@ _TRIES = 100
 
 
 @contextmanager
-def hold(folder: Path, here: Processes, *, resume: bool) -> Iterator[None]:
-    """Keep a run's folder to these processes: look, lock, and let nothing be touched before.
+def hold(folder: Path, dist: Processes, *, resume: bool) -> Iterator[None]:
+    """Keep a run's folder to these processes; nothing is written before the lock is held.
 
     All processes call this. A lock whose process is gone is taken over; whether one of another machine is gone shows
     within WATCHED seconds. Raises RunError where another has the run, or there is one already, or none to `resume`.
     """
     with ExitStack() as stack:
         refused = None
-        if here.first:
+        if dist.is_main:
             try:
                 stack.enter_context(_held(folder, resume))
             except RunError as error:
                 refused = str(error)
-        if refused := first_says(refused):
+        if refused := broadcast(refused):
             raise RunError(refused)
         yield
 
@@ -89,12 +90,12 @@ def _take(path: Path) -> int:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise RunError(f"{path}: is not a regular file; remove it, or choose another name")
             locked = _lock(descriptor)
-            told = _read(descriptor)
-            elsewhere = bool(told) and (not locked or told.get("boot") != _self()["boot"])
+            holder = _read(descriptor)
+            elsewhere = bool(holder) and (not locked or holder.get("boot") != _self()["boot"])
             if locked is False or (elsewhere and _beats(path)):
                 raise RunError(
-                    f"{path.parent}: process {told.get('pid', '?')} on {told.get('host', '?')} has this run since "
-                    f"{told.get('since', '?')}; wait for its end, or choose another name"
+                    f"{path.parent}: process {holder.get('pid', '?')} on {holder.get('host', '?')} has this run since "
+                    f"{holder.get('since', '?')}; wait for its end, or choose another name"
                 )
             if _is(path, descriptor):
                 return descriptor
@@ -129,7 +130,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _self() -> dict[str, str]:
-    """This machine: its name, and what no other one has, nor itself after its next start."""
+    """This machine: its name, and an id of this start of its system."""
     name = socket.gethostname()
     try:
         return {"host": name, "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}

@@ -1,6 +1,6 @@
 """Cross-entropy at the output head, a few tokens at a time, so that all logits are never held at once.
 
-N tokens  D width  V vocabulary, or a process's share of it  C tokens of a chunk
+N tokens  D width  V vocabulary, or a process's shard of it  C tokens of a chunk
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama2.data.loader import IGNORED
 
-#: What `exponentials` is, compiled or not.
+#: `exponentials`, compiled or not.
 Exponentials = Callable[[Tensor, Tensor, "dist.ProcessGroup | None"], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -23,9 +23,9 @@ def exponentials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax's exponentials, their sums, and the losses: (C, V), (C,) → (C, V), (C, 1), (C,).
 
-    From row i's exponentials, s of them in all, the target's has s taken away, so that row / s is the gradient of the
-    loss by the logits. Done in float32, it stays exact where a target is nearly certain. Targets out of range are
-    other processes', or IGNORED. With a `group`, each process has its share of the vocabulary.
+    Row i's sum s is subtracted from the target's exponential, so that row / s is the gradient of the loss by the
+    logits. In float32 this stays exact where a target is nearly certain. Targets out of range are other processes', or
+    IGNORED. With a `group`, each process has its shard of the vocabulary.
     """
     top = logits.amax(-1, keepdim=True).float()  # (C, 1)
     if group is not None:
@@ -33,13 +33,13 @@ def exponentials(
     e = torch.exp(logits.float() - top)  # (C, V)
     sums = e.sum(-1, keepdim=True)  # (C, 1)
     place = targets[:, None]  # (C, 1)
-    here = (place >= 0) & (place < logits.shape[-1])
-    place = torch.where(here, place, 0)
-    chosen = torch.where(here, logits.gather(-1, place).float() - top, 0.0)  # (C, 1)
+    local = (place >= 0) & (place < logits.shape[-1])
+    place = torch.where(local, place, 0)
+    chosen = torch.where(local, logits.gather(-1, place).float() - top, 0.0)  # (C, 1)
     if group is not None:
         dist.all_reduce(sums, group=group)
         dist.all_reduce(chosen, group=group)
-    e = e.scatter_add(-1, place, torch.where(here, -sums, 0.0))
+    e = e.scatter_add(-1, place, torch.where(local, -sums, 0.0))
     return e.to(logits.dtype), sums, (sums.log() - chosen).squeeze(-1)
 
 
@@ -62,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         dx = torch.empty_like(x) if wanted else None
         dhead = torch.zeros_like(head, dtype=torch.float32) if wanted else None
-        first = 0 if group is None else head.shape[0] * group.rank()  # of the vocabulary, here
+        first = 0 if group is None else head.shape[0] * group.rank()  # of the vocabulary, in this process
         with torch.autocast(device, enabled=False):
             weight = head.to(dtype)
             for start in range(0, len(x), chunk):
@@ -73,9 +73,9 @@ class _HeadLoss(torch.autograd.Function):
                 e, sums, losses = softmax(piece @ weight.T, places, group)
                 loss += torch.where(counts, losses, 0.0).sum()
                 if dx is not None and dhead is not None:
-                    share = torch.where(counts[:, None], 1 / sums, 0.0)  # (C, 1)
-                    dx[some] = (e @ weight) * share
-                    dhead += e.T @ (piece * share).to(dtype)
+                    scale = torch.where(counts[:, None], 1 / sums, 0.0)  # (C, 1)
+                    dx[some] = (e @ weight) * scale
+                    dhead += e.T @ (piece * scale).to(dtype)
         ctx.gradients = dx, None if dhead is None else dhead.to(head.dtype)
         return loss
 
@@ -99,7 +99,7 @@ def head_loss(
 
     Targets that are IGNORED have none; with no other, the sum is 0. Products are done in autocast's type where it is
     on. `chunk` tokens' logits are held at a time, beside gradients of x and of head, the latter in float32. With a
-    `group` for tensor parallelism, `head` is this process's share of the rows, x and targets are the same in all, the
+    `group` for tensor parallelism, `head` is this process's shard of the rows, x and targets are the same in all, the
     loss too, and so the gradient of x is this process's part of a sum.
     """
     loss: Tensor = _HeadLoss.apply(x, head, targets, chunk, group, softmax)  # type: ignore[no-untyped-call]

@@ -9,14 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from llama2 import checkpoint, files
 from llama2 import recipe as recipes
 from llama2.checkpoint import Checkpoint
 from llama2.data import shards
 from llama2.data.compressed import SUFFIXES
-from llama2.data.loader import Batch, Windows
+from llama2.data.loader import TokenBatch, Windows
 from llama2.data.settings import DOCUMENTS, BuildRecipe, SourceSettings
 from llama2.data.shards import Shards
 from llama2.errors import DataError, RecipeError, RunError
@@ -24,14 +23,15 @@ from llama2.model.transformer import Transformer
 from llama2.records import Run
 from llama2.text import tokenizer_folder
 from llama2.text.tokenizer import Tokenizer
+from llama2.train.callbacks import Reporter, Sample
 from llama2.train.lock import hold
-from llama2.train.loop import Loop, Sample, Watch, refuse_longer
 from llama2.train.processes import Processes, processes
 from llama2.train.settings import PretrainRecipe, precision_of
+from llama2.train.training import Task, Training, refuse_longer
 
-#: Repetitions of a text up to which it teaches about as much as new text (Muennighoff et al. 2023).
+#: Repetitions of a text that train a model about as well as new text (Muennighoff et al. 2023).
 _MOST_EPOCHS = 4
-#: Names of files whose size does not tell how much text is in them.
+#: Names of files whose size does not show how much text they contain.
 _PACKED = (*SUFFIXES, ".parquet")
 #: A text by which tokenizers are compared, beside their vocabularies.
 _PROBE = "The 3 quick foxes' café:\n\tif x >= 10: return 'naïve' # 你好 🙂  end"
@@ -45,64 +45,60 @@ def pretrain(
     locate: Callable[[str], Path] = Path,
     resume: bool = False,
     sample: Sample | None = None,
-    watch: Watch | None = None,
+    reporter: Reporter | None = None,
 ) -> Run:
     """Train by a recipe, whose paths are relative to `beside`, and leave the run in `folder`.
 
-    With `recipe.start`, a model which `locate` finds by its name goes on learning: its tokenizer makes the corpus, and
-    the learning rate warms up again from zero to the recipe's peak. With `resume` the run that is there goes on from
-    its last state, with the same losses as if it had never stopped. Under torchrun every process calls this. Raises
-    RunError, DataError, RecipeError and ConfigError, before the first step if it can be known then.
+    With `recipe.start`, training continues from a model that `locate` finds by its name. Its tokenizer makes the
+    corpus, and the learning rate warms up again from zero to the recipe's peak. With `resume`, the run in `folder`
+    continues from its last state, with the same losses as if it had never stopped. Under torchrun every process calls
+    this. Raises RunError, DataError, RecipeError and ConfigError, before the first step if they can be known then.
     """
     with ExitStack() as stack:
-        here = stack.enter_context(processes(recipe.mesh.tensor))
-        stack.enter_context(hold(folder, here, resume=resume))
+        dist = stack.enter_context(processes(recipe.mesh.tensor))
+        stack.enter_context(hold(folder, dist, resume=resume))
         start = stack.enter_context(checkpoint.open(locate(recipe.start))) if recipe.start else None
         length, boundaries = recipe.data.length, recipe.data.boundaries
-        recipe = recipe.model_copy(update={"precision": precision_of(recipe, here.bf16)})
+        recipe = recipe.model_copy(update={"precision": precision_of(recipe, dist.bf16)})
         if start:
             refuse_longer(length, start)
-        begin: list[str] = []
-        corpus = _Corpus(recipe, folder, beside, start, begin.append).folder(here, resume)
+        notes: list[str] = []
+        corpus = _Corpus(recipe, folder, beside, start, notes.append).folder(dist, resume)
         train = Shards.open(corpus, "train")
         if start and not _same(start.tokenizer, train.load_tokenizer()):
-            raise DataError(f"{corpus}: has not the tokens of {start.path}; give data.dir or data.recipe instead")
-        validation: list[Batch] = []
+            raise DataError(f"{corpus}: does not have the tokens of {start.path}; give data.dir or data.recipe instead")
+        validation: list[TokenBatch] = []
         if recipe.data.validation:
             windows = Windows(Shards.open(corpus, "validation"), length=length, boundaries=boundaries)
-            validation = windows.spread(recipe.data.validation, recipe.batch.micro)
+            validation = windows.spread(recipe.data.validation, recipe.batch.micro_size)
         if start:
-            network = Transformer.load(start, device=here.device)
-            begin.append(_told(recipe, start))
+            network = Transformer.load(start, device=dist.device)
+            notes.append(_describe(recipe, start))
         else:
             with torch.device("meta"):
                 network = Transformer(recipe.model.config(train.manifest.tokenizer.vocabulary, length))
         source = Windows(train, length=length, boundaries=boundaries)
-        epochs = recipe.steps * recipe.batch.rows / len(source)
+        epochs = recipe.steps * recipe.batch.size / len(source)
         if epochs > _MOST_EPOCHS:
-            begin.append(f"warning: each text is read {epochs:.0f} times; fewer steps, or more text, may teach as much")
-        loop = Loop(
-            recipe,
-            folder,
-            here,
-            source=source,
-            validation=validation,
-            network=network,
+            notes.append(f"warning: each text is read {epochs:.0f} times; fewer steps, or more text, may do as well")
+        task = Task(
+            network,
+            source,
             tokenizer=start.tokenizer if start else train.load_tokenizer(),
             template=start.template_for(tools=False) if start else None,
-            sample=sample,
-            watch=watch,
+            validation=validation,
         )
-        if watch and here.first and begin:
-            watch.begin(begin)
-        return loop.run(resume)
+        training = Training(recipe, folder, dist, task, sample=sample, reporter=reporter)
+        if reporter and dist.is_main and notes:
+            reporter.begin(notes)
+        return training.run(resume=resume)
 
 
-def _told(recipe: PretrainRecipe, start: Checkpoint) -> str:
-    """What becomes of a model that goes on learning, in a line."""
-    rate, warmup = recipe.optimizer.rate, recipe.optimizer.warmup
+def _describe(recipe: PretrainRecipe, start: Checkpoint) -> str:
+    """How training continues from a model, in a line."""
+    lr, warmup = recipe.optimizer.lr, recipe.optimizer.warmup
     shape = "; its shape is its own, not that of model" if "model" in recipe.model_fields_set else ""
-    return f"goes on from {start.path}{shape}; the learning rate warms up again, to {rate:g} in {warmup} steps"
+    return f"continues from {start.path}{shape}; the learning rate warms up again, to {lr:g} in {warmup} steps"
 
 
 def _same(one: Tokenizer, other: Tokenizer) -> bool:
@@ -115,7 +111,7 @@ def _same(one: Tokenizer, other: Tokenizer) -> bool:
 
 
 class _Corpus:
-    """Where a run's corpus is, and how it becomes what the recipe says. `note` is told what is not as expected."""
+    """A run's corpus, which is built as the recipe says. `note` receives what is not as expected."""
 
     def __init__(
         self,
@@ -129,15 +125,14 @@ class _Corpus:
         self._start, self._note = start, note
         self._own = bool(self._data.dir or start)  # this run's, and in its folder
 
-    def folder(self, here: Processes, resume: bool) -> Path:
-        """The corpus's folder; what is not there is built, by the first process. A run goes on with what it had."""
+    def folder(self, dist: Processes, resume: bool) -> Path:
+        """The corpus's folder; a missing one is built by the main process. A resumed run keeps its corpus."""
         if self._data.corpus is not None:
             return self._data.corpus
         asked = self._asked()
-        if here.first and not (resume and (asked.output / shards.MANIFEST).exists()):
+        if dist.is_main and not (resume and (asked.output / shards.MANIFEST).exists()):
             self._build(asked)
-        if here.mesh is not None:
-            dist.barrier()
+        dist.barrier()
         return asked.output
 
     def _asked(self) -> BuildRecipe:
@@ -154,11 +149,11 @@ class _Corpus:
                 changed.append(f"dir={json.dumps(data.dir)}")
             asked = recipes.load(self._beside / data.recipe, BuildRecipe, changed)
             if not data.dir or "dir" not in recipes.load(self._beside / data.recipe, BuildRecipe).model_fields_set:
-                return asked  # its sources are those of whatever folder it is given
+                return asked  # its sources are in any folder that it is given
         return asked.model_copy(update={"sources": _all_but(asked.folder, self._run)})
 
     def _tokenizer(self, start: Checkpoint) -> Path:
-        """The model's tokenizer as a file, which a GGUF has not."""
+        """The model's tokenizer as a file, which a GGUF does not have."""
         written = tokenizer_folder.written(start.tokenizer, {})
         if model := written.get("tokenizer.model"):
             written = {"tokenizer.model": model}
@@ -177,11 +172,11 @@ class _Corpus:
         found = find(asked)
         changed = differences(asked, found)
         if changed and self._own:
-            self._note(f"{asked.output}: is built anew, because {'; '.join(changed)}")
+            self._note(f"{asked.output}: is built again, because {'; '.join(changed)}")
         elif changed:
             raise DataError(
                 f"{asked.output}: was built from something else: {'; '.join(changed)}; build it anew with `llama2 data "
-                f"build {self._beside / (self._data.recipe or '')} --force`, or take it as it is with data.corpus="
+                f"build {self._beside / (self._data.recipe or '')} --force`, or use it as it is with data.corpus="
             )
         elif changed is not None:
             return

@@ -20,16 +20,16 @@ from llama2.errors import RunError
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among all: `rank` of `world` that read different rows, on `device`; `mesh` is None for one alone."""
+    """This process among all: `dp_rank` of `dp_size` that read different rows. `mesh` is None for one alone."""
 
     device: torch.device
-    rank: int = 0
-    world: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
     mesh: DeviceMesh | None = None
 
     @property
-    def first(self) -> bool:
-        """Whether this process is the one that tells and writes."""
+    def is_main(self) -> bool:
+        """Whether this process is the one that reports and writes."""
         return self.mesh is None or dist.get_rank() == 0
 
     @property
@@ -41,6 +41,11 @@ class Processes:
     def bf16(self) -> bool:
         """Whether there are instructions for bfloat16; a CPU without them imitates it, a hundred times as slowly."""
         return self.device.type != "cpu" or "avx512_bf16" in native.supported()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.mesh is not None:
+            dist.barrier()
 
 
 @contextmanager
@@ -68,11 +73,11 @@ def processes(tensor: int) -> Iterator[Processes]:
 
 
 _CPU = torch.device("cpu")
-Answer = TypeVar("Answer")
+Value = TypeVar("Value")
 
 
-def first_says(value: Answer) -> Answer:
-    """The first process's value, for all."""
+def broadcast(value: Value) -> Value:
+    """The main process's value, for all."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -83,8 +88,8 @@ def first_says(value: Answer) -> Answer:
 def keep_memory() -> None:
     """Let this process keep what it frees, in huge pages: a step on a CPU is a quarter faster. Before the first tensor.
 
-    Else Linux takes back every large tensor, and clears its pages one by one when the next step asks for them again.
-    The settings are of the C library glibc and of torch's allocator; where there is another, nothing changes.
+    Else Linux takes back every large tensor, and clears its pages one by one when the next step allocates them again.
+    The settings are those of glibc and of torch's allocator; with other ones, nothing changes.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if platform.libc_ver()[0] == "glibc":

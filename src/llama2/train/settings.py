@@ -1,10 +1,10 @@
-"""What a recipe of `llama2 pretrain` may say. Defaults are the paper's (2.2), as far as they do not depend on size."""
+"""Settings of `llama2 pretrain`. Defaults are the paper's (2.2), as far as they do not depend on size."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,13 +20,13 @@ Width = Annotated[int, Field(ge=1, le=1 << 20)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Model(Settings):
+class ModelSettings(Settings):
     """The network: a published size, or its shape. The vocabulary is the corpus's."""
 
     size: Literal["7B", "13B", "34B", "70B"] | None = Field(None, description="a published size, in place of a shape")
-    dim: Width = Field(4096, description="width: numbers of a token between blocks")
+    dim: Width = Field(4096, description="width: values of a token between blocks")
     n_layers: int = Field(32, ge=1, le=1000, description="blocks")
-    n_heads: Width = Field(32, description="query heads, which share the width")
+    n_heads: Width = Field(32, description="query heads, which divide the width")
     n_kv_heads: Width | None = Field(None, description="key/value heads; none: as many as query heads")
     hidden_dim: Width = Field(11008, description="width inside a feed-forward network")
     norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in a norm")
@@ -34,7 +34,7 @@ class Model(Settings):
     tied_embeddings: bool = Field(False, description="the head is the embeddings")
 
     @model_validator(mode="after")
-    def _one(self) -> Model:
+    def _one(self) -> ModelSettings:
         if self.size and self.model_fields_set > {"size"}:
             other = ", ".join(sorted(self.model_fields_set - {"size"}))
             raise ValueError(f"has size and also {other}; leave either out")
@@ -52,8 +52,8 @@ class Model(Settings):
         return ModelConfig(**shape | {"vocab_size": vocabulary, "context_length": context})
 
 
-class Data(Settings):
-    """What is read: a corpus of `llama2 data build`, or what becomes one first: by a recipe, or any folder."""
+class CorpusSettings(Settings):
+    """The corpus: one of `llama2 data build`, or a recipe or folder to build one from first."""
 
     corpus: Path | None = Field(None, description="folder of a built corpus")
     recipe: Path | None = Field(None, description="recipe of `llama2 data build`, beside this one")
@@ -65,84 +65,100 @@ class Data(Settings):
     validation: int = Field(64, ge=0, description="rows of the validation split that are evaluated; 0: none")
 
     @model_validator(mode="after")
-    def _some(self) -> Data:
+    def _some(self) -> CorpusSettings:
         if (self.corpus is None) == (self.recipe is None and self.dir is None):
             raise ValueError("needs a corpus, or what to build one from (recipe, dir), and not both")
         return self
 
 
-class Batch(Settings):
+class BatchSettings(Settings):
     """How many rows a step reads on all processes together, and how many of them a process at once."""
 
-    rows: Width = Field(1024, description="rows of a step: 4 M tokens with rows of 4,096")
-    micro: Width = Field(1, description="rows that a process reads at once; the rest is accumulated")
+    size: Width = Field(1024, description="rows of a step: 4 M tokens with rows of 4,096")
+    micro_size: Width = Field(1, description="rows that a process reads at once; the rest is accumulated")
 
 
-class Optimizer(Settings):
+class OptimizerSettings(Settings):
     """AdamW and its schedule."""
 
-    rate: float = Field(3e-4, gt=0, description="the learning rate's peak")
-    final: float = Field(0.1, ge=0, le=1, description="share of the peak at the end")
-    warmup: int = Field(2000, ge=0, description="steps in which the rate rises to its peak; at most `steps`")
+    lr: float = Field(3e-4, gt=0, description="the learning rate's peak")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="the learning rate at the end, as a fraction of the peak")
+    warmup: int = Field(2000, ge=0, description="steps in which the learning rate rises to its peak; at most `steps`")
     rewarm: int | None = Field(
         None,
         ge=0,
-        description="with --resume and another schedule: steps from the rate as it is to the peak",
+        description="with --resume and another schedule: steps from the learning rate of the last step to the peak",
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay of the means of gradients and of their squares")
     eps: float = Field(1e-5, gt=0, description="added to the root of the squares' mean")
-    weight_decay: float = Field(0.1, ge=0, description="of matrices, times the rate; norms have none")
+    weight_decay: float = Field(0.1, ge=0, description="of matrices, times the learning rate; norms have none")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
 
 
-class Spikes(Settings):
-    """When the loss is out of the ordinary, and what then: go back to the last save, and leave out those rows."""
+class SpikeSettings(Settings):
+    """When the loss is out of the ordinary. The run then returns to the last state, and leaves out those rows."""
 
     deviations: float = Field(6.0, gt=0, description="above the mean of the last losses")
-    least: float = Field(0.5, gt=0, description="nats above it, at the least")
-    window: int = Field(100, ge=2, description="losses that are looked back on; no spike before there are so many")
-    rewinds: int = Field(3, ge=0, description="how often a run goes back before it gives up")
+    min_increase: float = Field(0.5, gt=0, description="nats above that mean, at least")
+    window: int = Field(100, ge=2, description="losses of that mean; no spike before there are so many")
+    rewinds: int = Field(3, ge=0, description="how often a run returns to a state before it gives up")
     nonfinite: int = Field(3, ge=1, description="steps in a row that may have no finite loss or gradient")
 
 
-class Mesh(Settings):
-    """How processes share the network: `tensor` of them each matrix, the others the rest (FSDP2)."""
+class MeshSettings(Settings):
+    """How processes shard the network: `tensor` of them each matrix, the others the rest (FSDP2)."""
 
-    tensor: Positive = Field(1, description="processes that share each matrix")
+    tensor: Positive = Field(1, description="processes that shard each matrix")
 
 
-class Save(Settings):
-    """How often the state and the model are kept."""
+class SaveSettings(Settings):
+    """How often the state and the model are saved."""
 
     every: Positive = Field(1000, description="steps between states; the last step has one too")
-    keep: Positive = Field(2, description="states that stay; older ones go")
+    keep_last: Positive = Field(2, description="states that stay; older ones are removed")
 
 
-class Samples(Settings):
+class SampleSettings(Settings):
     """Texts that the model continues at every save."""
 
     prompts: list[str] = Field([], description="beginnings, or for `llama2 sft` questions")
     tokens: Positive = Field(64, description="tokens that follow a beginning")
 
 
+#: Old names of settings → new ones. A recipe with an old name is refused with the new one; records of runs are read.
+RENAMED = {
+    "batch.rows": "batch.size",
+    "batch.micro": "batch.micro_size",
+    "optimizer.rate": "optimizer.lr",
+    "optimizer.final": "optimizer.min_lr_ratio",
+    "checkpointing": "recompute",
+    "spikes.least": "spikes.min_increase",
+    "save.keep": "save.keep_last",
+}
+
+
 class LoopSettings(Settings):
-    """What every training run has."""
+    """Settings of every training run."""
+
+    renamed: ClassVar[dict[str, str]] = RENAMED
 
     steps: Positive = Field(description="steps of the optimiser")
     seed: int = Field(0, ge=0, lt=1 << 32, description="of weights and of the rows' order")
-    batch: Batch = Batch()
-    optimizer: Optimizer = Optimizer()
+    batch: BatchSettings = BatchSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of products, and of the model that is saved; unless given, what the processor does"
+        "bf16", description="of products, and of the saved model; unless given, bf16 where the processor has it"
     )
-    compile: bool = Field(True, description="torch.compile, for speed; without a C++ compiler the run goes on without")
-    checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
-    mesh: Mesh = Mesh()
-    spikes: Spikes = Spikes()
-    save: Save = Save()
-    samples: Samples = Samples()
+    compile: bool = Field(
+        True, description="torch.compile, for speed; without a C++ compiler the run continues without"
+    )
+    recompute: bool = Field(False, description="compute activations again in the backward pass, to save memory")
+    mesh: MeshSettings = MeshSettings()
+    spikes: SpikeSettings = SpikeSettings()
+    save: SaveSettings = SaveSettings()
+    samples: SampleSettings = SampleSettings()
     evaluate: Positive = Field(500, description="steps between evaluations")
-    watts: float | None = Field(None, gt=0, description="power of a device, for energy and carbon; none: not told")
+    watts: float | None = Field(None, gt=0, description="power of a device, for energy and carbon; none: not reported")
 
     @model_validator(mode="after")
     def _warm(self) -> LoopSettings:
@@ -152,12 +168,12 @@ class LoopSettings(Settings):
 
 
 def precision_of(recipe: LoopSettings, bf16: bool) -> Literal["bf16", "fp32"]:
-    """The recipe's, or where it says none, what the processor does; `bf16`: it has instructions for bfloat16."""
+    """The recipe's, or what the processor does; `bf16`: it has instructions for bfloat16."""
     return recipe.precision if bf16 or "precision" in recipe.model_fields_set else "fp32"
 
 
 def long_warmup(warmup: int, steps: float) -> str | None:
-    """What is wrong with a warm-up that is longer than its run; None with any other."""
+    """The error of a warm-up that is longer than its run; None for any other."""
     if warmup <= steps:
         return None
     return f"optimizer.warmup={warmup} is longer than the run, steps={steps}; choose fewer steps of warm-up"
@@ -168,7 +184,7 @@ class PretrainRecipe(LoopSettings):
 
     start: str = Field(
         "",
-        description="a model to go on from, with its shape and tokenizer: a run, folder, file or name; none: a new one",
+        description="model to continue from, with its tokenizer: a run, folder, file or name; none: a new one",
     )
-    model: Model = Model()
-    data: Data
+    model: ModelSettings = ModelSettings()
+    data: CorpusSettings

@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama2 import checkpoint
-from llama2.data import dialogs, loader
+from llama2.data import dialogs
 from llama2.data.dialogs import Packed, Prepared
-from llama2.data.loader import Loader
+from llama2.data.loader import Loader, TokenBatch
 from llama2.model.transformer import Transformer
 from llama2.records import Run
 from llama2.text import chat_formats
 from llama2.train import tuning
+from llama2.train.callbacks import Reporter, Sample
 from llama2.train.lock import hold
-from llama2.train.loop import Loop, Sample, Watch, refuse_longer
 from llama2.train.processes import processes
+from llama2.train.training import Task, Training, refuse_longer
 from llama2.train.tuning import SftRecipe, fit, fit_rows, refuse_large
 
-#: Rows of the dialogs learnt whose loss is measured before and after.
+#: Rows of the dialogs trained on whose loss is measured before and after.
 _SAMPLE = 32
 
 
 class Losses(NamedTuple):
-    """Mean loss of answers' tokens, in nats: of dialogs that are learnt, and of those held out, if there are any."""
+    """Mean loss of answers' tokens, in nats: of dialogs trained on, and of those held out, if there are any."""
 
     train: float
     validation: float | None
@@ -47,17 +48,17 @@ def sft(
     locate: Callable[[str], Path],
     resume: bool = False,
     sample: Sample | None = None,
-    watch: Watch | None = None,
+    reporter: Reporter | None = None,
 ) -> Tuned:
     """Tune a model, which `locate` finds by its name, on dialogs, and leave the run in `folder`.
 
-    Loss is on what the assistant says alone. What the recipe leaves open is fitted (`tuning`), told before the first
-    step, and recorded. What is left is as `pretrain` does it. Raises DataError and DialogError for dialogs that the
-    model's chat format does not know, RecipeError for what the model cannot be trained by.
+    Loss is on the assistant's answers alone. What the recipe leaves open is fitted (`tuning`), reported before the
+    first step, and recorded. Everything else is as in `pretrain`. Raises DataError and DialogError for dialogs that the
+    model's chat format does not know, RecipeError for settings that the model cannot be trained with.
     """
     with (
-        processes(recipe.mesh.tensor) as here,
-        hold(folder, here, resume=resume),
+        processes(recipe.mesh.tensor) as dist,
+        hold(folder, dist, resume=resume),
         checkpoint.open(locate(recipe.start), template=recipe.template or None) as start,
     ):
         refuse_large(recipe, start.config.parameters())
@@ -65,7 +66,7 @@ def sft(
             refuse_longer(recipe.data.length, start)
         template = start.template_for(tools=False)
         note = start.assumes_format
-        if template is None and start.tokenizer.kind == "sentencepiece":  # what it learns is what its folder says
+        if template is None and start.tokenizer.kind == "sentencepiece":  # its folder then names this format
             template = chat_formats.source(chat_formats.LLAMA2, bos=True)
         rendered = dialogs.render_all(
             recipe.data, start.tokenizer, template, start.template_for(tools=True) or template
@@ -73,50 +74,43 @@ def sft(
         sizes = [len(example.tokens) for example in rendered.examples]
         recipe = recipe.model_copy(update={"data": fit_rows(recipe.data, sizes, start.config.context_length)})
         ready = dialogs.prepare(recipe.data, rendered, seed=recipe.seed)
-        recipe = fit(recipe, len(ready.train), width=start.config.dim, world=here.world, bf16=here.bf16)
+        recipe = fit(recipe, len(ready.train), width=start.config.dim, dp_size=dist.dp_size, bf16=dist.bf16)
         held = [
             replace(batch, source=packed.name)
             for packed in ready.validation
-            for batch in _rows(packed, recipe.batch.micro)
+            for batch in _rows(packed, recipe.batch.micro_size)
         ]
-        loop = Loop(
-            recipe,
-            folder,
-            here,
-            source=ready.train,
-            validation=held,
-            network=Transformer.load(start, device=here.device),
-            tokenizer=start.tokenizer,
-            template=template,
-            about={"dialogs": ready.train.dialogs, "left_out": ready.left_out, "learnt": ready.train.loss_tokens},
-            sample=sample,
-            watch=watch,
+        task = Task(
+            Transformer.load(start, device=dist.device), ready.train, start.tokenizer, template, validation=held
         )
-        if watch and here.first:
-            notes = [*rendered.report.lines(), _told(ready), tuning.told(recipe), *([note] if note else [])]
-            watch.begin([*notes, *(f"warning: {each}" for each in tuning.warnings(recipe, ready.train))])
-        some = _rows(ready.train, recipe.batch.micro, _SAMPLE)
-        before: Losses | None = None
-        if not resume:
-            before = Losses(loop.step.evaluate(some), loop.step.evaluate(held) if held else None)
-            loop.about = {**loop.about, "before": before._asdict()}
-        run = loop.run(resume)
-        if resume and (kept := run.origin.get("before")):
-            before = Losses(**kept)
-        return Tuned(run, before, Losses(loop.step.evaluate(some), loop.step.evaluate(held) if held else None))
+        training = Training(recipe, folder, dist, task, sample=sample, reporter=reporter)
+        if reporter and dist.is_main:
+            notes = [*rendered.report.lines(), _describe(ready), tuning.describe(recipe), *([note] if note else [])]
+            reporter.begin([*notes, *(f"warning: {each}" for each in tuning.warnings(recipe, ready.train))])
+        some = _rows(ready.train, recipe.batch.micro_size, _SAMPLE)
+
+        def losses() -> Losses:
+            return Losses(training.step.evaluate(some), training.step.evaluate(held) if held else None)
+
+        before = None if resume else losses()
+        counts = {"dialogs": ready.train.dialogs, "left_out": ready.left_out, "trained_on": ready.train.loss_tokens}
+        run = training.run(resume=resume, **counts, before=before and before._asdict())
+        if resume and (recorded := run.origin.get("before")):
+            before = Losses(**recorded)
+        return Tuned(run, before, losses())
 
 
-def _rows(packed: Packed, micro: int, most: int | None = None) -> list[loader.Batch]:
-    """Every row, or the first `most`, `micro` at a time."""
-    return Loader(packed, rows=micro, seed=0).first(most or len(packed))
+def _rows(packed: Packed, micro_size: int, most: int | None = None) -> list[TokenBatch]:
+    """Every row, or the first `most`, `micro_size` at a time."""
+    return Loader(packed, rows=micro_size, seed=0).first(most or len(packed))
 
 
-def _told(ready: Prepared) -> str:
-    """What is learnt from, in a line."""
+def _describe(ready: Prepared) -> str:
+    """What is trained on, in a line."""
     some, without = ready.train, ""
     if ready.left_out:
         without = f", without {ready.left_out:,} that are longer than a row"
     return (
         f"{some.dialogs:,} dialogs{without}, in {len(some):,} rows that are {some.filled:.0%} full; "
-        f"{some.loss_tokens:,} tokens are learnt"
+        f"{some.loss_tokens:,} tokens are trained on"
     )

@@ -1,140 +1,108 @@
-"""One step of the optimiser: micro-batches in, parameters changed (paper 2.2).
-
-B rows  T tokens of a row
-"""
+"""One step of the optimizer: micro-batches in, parameters changed (paper 2.2)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from llama2 import plan
-from llama2.data.loader import IGNORED, Batch
+from llama2.data.loader import TrainBatch
 from llama2.errors import RunError
 from llama2.model import parallel
 from llama2.model.transformer import Transformer, attention, attention_by_products
-from llama2.train.loss import exponentials, head_loss
+from llama2.train.loss import exponentials
+from llama2.train.objective import Network, Objective, next_token
+from llama2.train.settings import OptimizerSettings
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What a step did. A skipped one changed nothing."""
 
-    loss: float  # mean over all targets of the step, in nats, before it
+    loss: float  # mean over all losses of the step, before it; of next_token in nats
     norm: float  # of the gradient, before clipping
-    tokens: int  # that were targets
+    count: int  # losses
     skipped: bool  # because loss or norm was not finite
 
 
-class Objective(nn.Module):
-    """The network and its loss in one module: (B, T) tokens and targets → the sum of the losses.
-
-    With `group` for tensor parallelism, each of its processes has the same batch and a share of the matrices.
-    """
-
-    def __init__(self, network: Transformer, chunk: int, group: dist.ProcessGroup | None) -> None:
-        super().__init__()
-        self.network = network
-        self.chunk = chunk
-        self.group = group
-        self.softmax = exponentials
-        self.attention = attention
-
-    def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
-        x = parallel.gathered(self.network.features(tokens, None, documents, self.attention))  # (B, T, D)
-        head = self.network.head
-        return head_loss(
-            x.flatten(0, 1),
-            head.to_local() if isinstance(head, DTensor) else head,
-            targets.flatten(),
-            chunk=self.chunk,
-            group=self.group,
-            softmax=self.softmax,
-        )
-
-
 class Step:
-    """A network and its AdamW, which decays matrices and no norms.
+    """A network and its AdamW, which decays matrices and not norms.
 
-    `network` and `optimizer` are what a checkpoint saves. Parameters, gradients and the optimiser's state are float32;
-    `precision` "bf16" does products in bfloat16. The largest norm of the gradient is `clip`. `compile` is for speed;
-    with `checkpointing` a block keeps its input alone and runs again in the backward pass. `chunk` tokens' logits are
-    held at a time.
+    `network` and `optimizer` are what a state saves. Parameters, gradients and the optimizer's moments are float32;
+    `precision` "bf16" does products in bfloat16. `compile` is for speed. With `recompute` a block keeps its input
+    alone and runs again in the backward pass.
 
-    A `mesh` of processes has dimensions "dp", whose processes have batches of their own and share all that lasts
-    (FSDP2), and "tp", whose processes have the same batch and share each matrix. Every process makes the same network
-    and calls each method with as many batches as the others; what they return is the same for all. With `device`, the
-    network is one on the meta device that gets memory there once it is divided, and then waits for weights, from
-    parallel.initialise or parallel.fill.
+    A `mesh` of processes has two dimensions. Along "dp", processes have batches of their own and shard all that lasts
+    (FSDP2). Along "tp", they have the same batch and shard each matrix. Every process makes the same network and calls
+    each method with as many batches as the others. Results are the same for all.
+
+    With `device`, the network is on the meta device. It gets memory there once it is divided, and then needs weights:
+    from parallel.initialise or parallel.fill.
     """
 
     def __init__(
         self,
         network: Transformer,
+        objective: Objective[Any] = next_token,
         *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-5,
-        weight_decay: float = 0.1,
-        clip: float = 1.0,
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  (it is frozen)
         precision: Literal["bf16", "fp32"] = "bf16",
         compile: bool = False,
-        checkpointing: bool = False,
+        recompute: bool = False,
         mesh: DeviceMesh | None = None,
         device: torch.device | str | None = None,
-        chunk: int = plan.CHUNK,
     ) -> None:
         self.network = network
-        self.clip = clip
+        self.clip = optimizer.clip
         self.precision = precision
-        self.note: str | None = None  # what the user should know; whoever tells it removes it
-        self._compiles, self._checkpoints = compile, checkpointing
+        self._note: str | None = None
+        self._compiles, self._recomputes = compile, recompute
         self.device = network.norm.weight.device if device is None else torch.device(device)
-        shares, divides = (_dimension(mesh, name) for name in ("dp", "tp"))
-        self._group = None if shares is None else shares.get_group()
-        self.objective = Objective(network, chunk, None if divides is None else divides.get_group())
-        if divides is not None:
-            parallel.tensor_parallel(network, divides)
+        data, tensor = (_dimension(mesh, name) for name in ("dp", "tp"))
+        self._group = None if data is None else data.get_group()
+        self.running = Network(network, objective, None if tensor is None else tensor.get_group())
+        if tensor is not None:
+            parallel.tensor_parallel(network, tensor)
         if compile:
             parallel.compile_blocks(network)
-            self.objective.softmax = parallel.compiled(exponentials)
+            self.running.softmax = parallel.compiled(exponentials)
             if self.device.type == "cpu":
-                self.objective.attention = attention_by_products
-        if checkpointing:
-            parallel.checkpoint_blocks(network)
-        if shares is not None:
+                self.running.attention = attention_by_products
+        if recompute:
+            parallel.recompute_blocks(network)
+        if data is not None:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            parallel.fully_shard(self.objective, network, shares, dtype)
+            parallel.fully_shard(self.running, network, data, dtype)
         if device is not None:
             network.to_empty(device=device)
         parameters = list(network.parameters())
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimizer.weight_decay},
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
 
-    def step(self, batches: Sequence[Batch], rate: float) -> Progress:
-        """Change the parameters by the gradient of the mean loss over all targets of the micro-batches.
+    def step(self, batches: Sequence[TrainBatch], lr: float) -> Progress:
+        """Change the parameters by the gradient of the mean over all losses of the micro-batches.
 
-        `rate` is the learning rate. Without a target, or where loss or norm is not finite, nothing changes.
+        Without a loss, or where loss or norm is not finite, nothing changes.
         """
-        return self._compiled(lambda: self._step(batches, rate))
+        return self._compiled(lambda: self._step(batches, lr))
 
-    def _step(self, batches: Sequence[Batch], rate: float) -> Progress:
+    def _step(self, batches: Sequence[TrainBatch], lr: float) -> Progress:
         self.network.train()
-        count = self._targets(batches)
+        count = self._count(batches)
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             part = self._loss(batch) / max(count, 1)
@@ -146,58 +114,61 @@ class Step:
         if count and math.isfinite(progress.loss) and math.isfinite(progress.norm):
             clip_grads_with_norm_(self.network.parameters(), self.clip, norm)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = lr
             self.optimizer.step()
         else:
             progress = replace(progress, skipped=True)
         self.optimizer.zero_grad()
         return progress
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over all targets, in nats; not a number without any."""
+    def evaluate(self, batches: Sequence[TrainBatch]) -> float:
+        """The mean over all losses; not a number without any."""
         return self._compiled(lambda: self._evaluate(batches))
 
     @torch.no_grad()
-    def _evaluate(self, batches: Sequence[Batch]) -> float:
+    def _evaluate(self, batches: Sequence[TrainBatch]) -> float:
         self.network.eval()
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             loss += self._loss(batch)
-        if isinstance(self.objective, FSDPModule):
-            self.objective.reshard()  # which a backward pass does else
-        count = self._targets(batches)
+        if isinstance(self.running, FSDPModule):
+            self.running.reshard()  # which a backward pass does else
+        count = self._count(batches)
         return self._sum(loss) / count if count else math.nan
 
-    def _compiled(self, work: Callable[[], Answer]) -> Answer:
+    def take_note(self) -> str | None:
+        """What the user should know since the last call."""
+        note, self._note = self._note, None
+        return note
+
+    def _compiled(self, work: Callable[[], Result]) -> Result:
         """Do something; where its code cannot be compiled, do it and all that follows without, and note that."""
         if not self._compiles:
             return work()
         try:
-            answer = work()
-        except Exception as error:  # compilers fail in many ways; what is no fault of theirs comes again
+            result = work()
+        except Exception as error:  # compilers fail in many ways; an error of another kind comes again
             reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
             if dist.is_initialized():  # others may be waiting in the middle of a step
-                raise RunError(f"compile: failed ({reason}); install a C++ compiler, or say compile=false") from error
+                raise RunError(f"compile: failed ({reason}); install a C++ compiler, or set compile=false") from error
             for layer in self.network.layers:
                 vars(layer).pop("forward")
-            if self._checkpoints:
-                parallel.checkpoint_blocks(self.network)
-            self.objective.softmax, self.objective.attention = exponentials, attention
+            if self._recomputes:
+                parallel.recompute_blocks(self.network)
+            self.running.softmax, self.running.attention = exponentials, attention
             self.optimizer.zero_grad()
             self._compiles = False
-            answer = work()
-            self.note = f"goes on without compile, which failed ({reason}); a C++ compiler such as g++ makes it faster"
-        return answer
+            result = work()
+            self._note = f"continues without compile, which failed ({reason}); a C++ compiler such as g++ is faster"
+        return result
 
-    def _loss(self, batch: Batch) -> Tensor:
-        documents = None if batch.documents is None else torch.from_numpy(batch.documents).to(self.device)
-        tokens, targets = (torch.from_numpy(a).to(self.device) for a in (batch.tokens, batch.targets))
+    def _loss(self, batch: TrainBatch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss: Tensor = self.objective(tokens, targets, documents)
+            loss: Tensor = self.running(batch)
         return loss
 
-    def _targets(self, batches: Sequence[Batch]) -> int:
-        count = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+    def _count(self, batches: Sequence[TrainBatch]) -> int:
+        count = sum(batch.count for batch in batches)
         return int(self._sum(torch.tensor(count, device=self.device)))
 
     def _sum(self, value: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What a recipe of `llama2 sft` may say, and what is fitted to dialogs and model where it says nothing.
+"""Settings of `llama2 sft`, and what is fitted to dialogs and model where a recipe leaves them open.
 
 The paper tunes models of width 4,096 and more on 27,540 dialogs (3.1): 64 rows a step, two epochs, a peak of 2e-5. With
 twenty dialogs that would be a single step. So these are the rules for what a recipe leaves open:
@@ -7,7 +7,7 @@ twenty dialogs that would be a single step. So these are the rules for what a re
 - a tenth of the dialogs is held out, at most 100, and none of fewer than ten;
 - a step reads a 16th of the rows, at least one and at most 64;
 - there are two epochs, or more to make 40 steps, but nothing is read more than ten times for that;
-- the rate rises through the first tenth of the steps, at most 100, then falls along a cosine to a tenth;
+- the learning rate rises through the first tenth of the steps, at most 100, then falls along a cosine to a tenth;
 - its peak is 2e-5 × 4096 / width, and 2e-5 for wider models. That rates of Adam go with 1 / width is what Yang et al.
   (2022, "Tensor Programs V") derive and measure; the paper's own rate is the same for all of its widths;
 - there are four evaluations, a network is compiled where it reads a million tokens or more, and products are done in
@@ -27,8 +27,8 @@ from llama2.errors import RecipeError
 from llama2.train import settings
 
 #: The paper's, of the width that its smallest model has.
-RATE, WIDTH, ROWS, EPOCHS, LENGTH = 2e-5, 4096, 64, 2, 4096
-#: Above so many parameters, all of them are trained only where that is asked for.
+LR, WIDTH, ROWS, EPOCHS, LENGTH = 2e-5, 4096, 64, 2, 4096
+#: Above so many parameters, all of them are trained only where that is requested.
 LARGE = 10**9
 
 _LEAST_LENGTH, _UNIT = 256, 64
@@ -40,22 +40,24 @@ _EVALUATIONS, _COMPILED = 4, 10**6
 _AT_ONCE = 2048  # tokens that a process reads at once, unless a row has more
 
 
-class Optimizer(settings.Optimizer):
-    """AdamW and its schedule. The paper tells peak and decay."""
+class SftOptimizerSettings(settings.OptimizerSettings):
+    """AdamW and its schedule. The paper states peak and decay."""
 
-    rate: float = Field(RATE, gt=0, description="the peak; unless given, by the model's width")
+    lr: float = Field(LR, gt=0, description="the peak; unless given, by the model's width")
     warmup: int = Field(0, ge=0, description="steps; unless given, a tenth of all")
 
 
-class Batch(settings.Batch):
+class SftBatchSettings(settings.BatchSettings):
     """How many rows a step reads on all processes together, and how many of them a process at once."""
 
-    rows: settings.Width = Field(ROWS, description="rows of a step; unless given, a 16th of all, at most this")
-    micro: settings.Width = Field(1, description="rows that a process reads at once; unless given, 2,048 tokens' worth")
+    size: settings.Width = Field(ROWS, description="rows of a step; unless given, a 16th of all, at most this")
+    micro_size: settings.Width = Field(
+        1, description="rows that a process reads at once; unless given, 2,048 tokens' worth"
+    )
 
 
 class SftRecipe(settings.LoopSettings):
-    """A run of `llama2 sft`. Defaults are the paper's; what says so is fitted to the data unless it is given."""
+    """A run of `llama2 sft`. Defaults are the paper's. A setting that says "unless given" is fitted to the data."""
 
     start: str = Field(description="the model to begin with: a run, a folder or file, or a name")
     template: str = Field("", description="a chat format's name or a Jinja file, in place of the model's own template")
@@ -63,12 +65,12 @@ class SftRecipe(settings.LoopSettings):
     data: DialogSettings
     steps: int = Field(0, ge=0, description="0: as many as `epochs` take")
     epochs: float = Field(EPOCHS, gt=0, description="how often each dialog is read; unless given, 40 steps or more")
-    batch: Batch = Batch()
-    optimizer: Optimizer = Optimizer()
+    batch: SftBatchSettings = SftBatchSettings()
+    optimizer: SftOptimizerSettings = SftOptimizerSettings()
 
 
 def refuse_large(recipe: SftRecipe, parameters: int) -> None:
-    """Raise RecipeError for a model whose weights are not all trained unless that is asked for.
+    """Raise RecipeError for a model whose weights are not all trained unless that is requested.
 
     Above a billion parameters adapters (LoRA) are to be the default; they cannot be trained yet.
     """
@@ -95,31 +97,31 @@ def fit_rows(data: DialogSettings, sizes: Sequence[int], context: int) -> Dialog
     return data.model_copy(update=fitted)
 
 
-def fit(recipe: SftRecipe, rows: int, *, width: int, world: int = 1, bf16: bool = True) -> SftRecipe:
-    """The recipe for so many `rows`, a model of that width, and `world` processes; what is given stays.
+def fit(recipe: SftRecipe, rows: int, *, width: int, dp_size: int = 1, bf16: bool = True) -> SftRecipe:
+    """The recipe for so many `rows`, a model of that width, and `dp_size` processes; what is given stays.
 
-    `bf16` tells whether the processor has instructions for bfloat16.
+    `bf16`: the processor has instructions for bfloat16.
     """
     batch, optimizer = recipe.batch, recipe.optimizer
-    unit = world * (batch.micro if "micro" in batch.model_fields_set else 1)
-    step = batch.rows
-    if "rows" not in batch.model_fields_set:
+    unit = dp_size * (batch.micro_size if "micro_size" in batch.model_fields_set else 1)
+    step = batch.size
+    if "size" not in batch.model_fields_set:
         step = max(unit, min(ROWS, rows // _STEPS_AN_EPOCH) // unit * unit)
-    micro = batch.micro
-    if "micro" not in batch.model_fields_set and step % world == 0:
+    micro_size = batch.micro_size
+    if "micro_size" not in batch.model_fields_set and step % dp_size == 0:
         most = max(1, _AT_ONCE // recipe.data.length)
-        micro = next(m for m in range(min(most, step // world), 0, -1) if step // world % m == 0)
+        micro_size = next(m for m in range(min(most, step // dp_size), 0, -1) if step // dp_size % m == 0)
     epochs = recipe.epochs
     if "epochs" not in recipe.model_fields_set:
-        least = min(_MOST_EPOCHS, _LEAST_STEPS * step / rows)
-        epochs = recipe.steps * step / rows if recipe.steps else max(EPOCHS, least)
+        minimum = min(_MOST_EPOCHS, _LEAST_STEPS * step / rows)
+        epochs = recipe.steps * step / rows if recipe.steps else max(EPOCHS, minimum)
     steps = recipe.steps or math.ceil(round(epochs * rows / step, 6))
-    fitted = {"rate": float(f"{RATE * max(1.0, WIDTH / width):.3g}"), "warmup": _warmup(steps)}
+    fitted = {"lr": float(f"{LR * max(1.0, WIDTH / width):.3g}"), "warmup": _warmup(steps)}
     free = {name: value for name, value in fitted.items() if name not in optimizer.model_fields_set}
     changed: dict[str, Any] = {
         "steps": steps,
         "epochs": epochs,
-        "batch": batch.model_copy(update={"rows": step, "micro": micro}),
+        "batch": batch.model_copy(update={"size": step, "micro_size": micro_size}),
         "optimizer": optimizer.model_copy(update=free),
     }
     if "evaluate" not in recipe.model_fields_set:
@@ -135,25 +137,27 @@ def _warmup(steps: int) -> int:
     return max(1, min(_MOST_WARMUP, steps // _WARMUP))
 
 
-def told(recipe: SftRecipe) -> str:
+def describe(recipe: SftRecipe) -> str:
     """The fitted settings, in a line."""
     r = recipe
     held = f"{r.data.validation:,} dialogs held out" if r.data.validation else "none held out"
     return (
-        f"rows of {r.data.length:,} tokens, {held}; {r.steps:,} steps of {r.batch.rows:,} rows, {r.epochs:.3g} epochs; "
-        f"rate {r.optimizer.rate:.3g} after {r.optimizer.warmup:,} steps of warm-up"
+        f"rows of {r.data.length:,} tokens, {held}; {r.steps:,} steps of {r.batch.size:,} rows, {r.epochs:.3g} epochs; "
+        f"learning rate {r.optimizer.lr:.3g} after {r.optimizer.warmup:,} steps of warm-up"
     )
 
 
 def warnings(recipe: SftRecipe, train: Packed) -> list[str]:
-    """What speaks against these settings and these data, a sentence each."""
-    told = []
+    """Warnings about these settings and these data, a sentence each."""
+    found = []
     if train.dialogs < _FEW_DIALOGS:
-        told.append(f"few dialogs, {train.dialogs}: they may be learnt by heart, and little beyond them")
+        found.append(f"few dialogs, {train.dialogs}: the model may learn them by heart, and little beyond them")
     if recipe.steps < _FEW_STEPS:
-        told.append(f"{recipe.steps} steps change little; steps={_LEAST_STEPS} would change more")
-    if recipe.batch.rows > len(train):
-        told.append(f"batch.rows={recipe.batch.rows} is more than the {len(train)} rows there are: a step repeats some")
+        found.append(f"{recipe.steps} steps change little; steps={_LEAST_STEPS} would change more")
+    if recipe.batch.size > len(train):
+        found.append(
+            f"batch.size={recipe.batch.size} is more than the {len(train)} rows there are: a step repeats some"
+        )
     if not recipe.data.validation:
-        told.append("no dialog is held out, so whether more is learnt than these dialogs cannot be told")
-    return told
+        found.append("no dialog is held out, so nothing shows whether the model learns more than these dialogs")
+    return found

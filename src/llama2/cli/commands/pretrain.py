@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llama2.cli.training import training_command
 
-EXAMPLE = "Example: llama2 pretrain recipes/nano.toml --name first steps=500 optimizer.rate=2e-3"
+EXAMPLE = "Example: llama2 pretrain recipes/nano.toml --name first steps=500 optimizer.lr=2e-3"
 RECIPES = {"llama2 pretrain": "llama2.train.settings:PretrainRecipe"}
 
 
@@ -29,7 +29,7 @@ command = training_command(
     data.dir=FOLDER takes any folder of documents: texts, Markdown, code, HTML, JSON lines, Parquet, also compressed.
 
     start=MODEL continues from a model, with its shape and tokenizer: a run, a folder, a GGUF file, a name.
-    The learning rate then warms up again, from zero to optimizer.rate in optimizer.warmup steps, and falls from there.
+    The learning rate then warms up again, from zero to optimizer.lr in optimizer.warmup steps, and falls from there.
     Choose a peak well below that of the first training, as recipes/continue.toml does.
 
     One process uses all cores or one GPU. For more:

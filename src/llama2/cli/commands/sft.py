@@ -63,7 +63,7 @@ def command(
     TRL's (prompt and completion), Alpaca's or Dolly's, question and answer, or text with [INST] or ChatML in it.
 
     Steps, length and learning rate are fitted to the data, and shown before the first step. KEY=VALUE changes them,
-    such as epochs=3 or optimizer.rate=1e-4.
+    such as epochs=3 or optimizer.lr=1e-4.
 
     The run is a folder in runs/. It opens like any model: llama2 chat -m runs/NAME.
     """
@@ -94,7 +94,7 @@ def _summary(tuned: Tuned, folder: Path) -> None:
     _losses("held out", before and before.validation, after.validation)
     _losses("trained on", before and before.train, after.train)
     if before and (before.validation or 0) < (after.validation or 0):
-        say("what is held out became less likely: try fewer epochs=, a lower optimizer.rate=, or more dialogs")
+        say("what is held out became less likely: try fewer epochs=, a lower optimizer.lr=, or more dialogs")
     say(f"{folder}: done; talk with it: llama2 chat -m {folder}")
     say(f"for llama.cpp: llama2 convert {folder} {folder.name}.gguf --to gguf --format Q8_0")
     say(f"for transformers: llama2 convert {folder} {folder.name}-hf --to hf")

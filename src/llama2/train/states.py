@@ -1,8 +1,8 @@
-"""Saved states of a run: what resumes it (torch's distributed checkpoints), and beside that the whole model.
+"""Saved states of a run: what resumes it (torch's distributed checkpoints, DCP), and beside that the whole model.
 
-checkpoints/step-00001000/             appears when all in it is written, by one renaming
-checkpoints/step-00001000/model/       safetensors, configuration and tokenizer, which need no torch
-checkpoints/step-00001000/*.distcp     parameters, AdamW's moments, and where loader and loop stand
+states/step-00001000/             appears when all in it is written, by one renaming
+states/step-00001000/model/       safetensors, configuration and tokenizer, which need no torch
+states/step-00001000/*.distcp     parameters, AdamW's moments, and the positions of loader and loop
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,37 +33,49 @@ from llama2 import files
 from llama2.checkpoint import Checkpoint, Tensor, huggingface
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, RunError
-from llama2.records import CHECKPOINTS, MODEL, STATE
+from llama2.records import MODEL, STATE, states_folder
 from llama2.text.tokenizer import Tokenizer
-from llama2.train.processes import first_says
+from llama2.train.processes import broadcast
 from llama2.train.step import Step
 
 #: The file that DCP writes last.
 _PLAN = ".metadata"
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)  # it is one process
 
-
-class Checkpoints:
+class States:
     """The states in a run's folder. All processes call every method, in the same order.
 
-    A state is written while the run goes on. What goes wrong with that is told at the next call, and costs no more
-    than the state: those before it stay.
+    A state is written while the run continues. A failure is in `failure` after the next call, and costs no more than
+    the state: those before it stay. Saving and loading need the context that this object is, which ends by waiting for
+    the last state.
     """
 
     def __init__(
-        self, run: Path, step: Step, config: ModelConfig, tokenizer: Tokenizer, template: str | None, *, keep: int
+        self, run: Path, step: Step, config: ModelConfig, tokenizer: Tokenizer, template: str | None, *, keep_last: int
     ) -> None:
-        self.folder = run / CHECKPOINTS
-        self._step, self._keep = step, keep
+        self.run, self.folder = run, states_folder(run)
+        self._step, self._keep_last = step, keep_last
         self._like = Checkpoint(run, "huggingface", config, {}, {}, template, _build_tokenizer=lambda: tokenizer)
         self._writing: tuple[Path, Future[Any]] | None = None
+        self._stack = ExitStack()
         self.failure: str | None = None  # of the last state
-        # Writing goes on beside steps, whose messages must not be taken for its own.
+        # A state is written beside steps, whose messages must not be taken for its own.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        if _first():
+        self.is_main = _is_main()  # the process that renames and removes
+        if self.is_main:
             for part in self.folder.glob("*.part"):  # of a process that was killed
                 _delete(part)
+
+    def __enter__(self) -> States:
+        self._stack.enter_context(warnings.catch_warnings())
+        # DCP warns that one process saves alone, in a thread of its own: a filter around the call would miss it.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._stack:
+            if not dist.is_initialized():  # else others might wait for a process that has ended
+                self.finish()
 
     def steps(self) -> list[int]:
         """Of which steps there are whole states, in order."""
@@ -71,30 +83,30 @@ class Checkpoints:
         return sorted(int(match[1]) for path in paths if (match := re.fullmatch(STATE, path.name)) and _whole(path))
 
     def last(self) -> int | None:
-        """The step of the last whole state, if there is one: the first process's answer, for all."""
+        """The step of the last whole state, if there is one, as the main process finds it."""
         self.finish()
-        steps: list[int] = self.steps() if _first() else []
-        return first_says(max(steps, default=None))
+        steps: list[int] = self.steps() if self.is_main else []
+        return broadcast(max(steps, default=None))
 
     def path(self, step: int) -> Path:
         """Where a step's state is."""
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, loop: dict[str, Any]) -> None:
-        """Begin to save the state after a step; `loop` is what else the run needs to go on, as JSON can hold it."""
+        """Begin to save the state after a step; `loop` is what else a resumed run needs, as JSON can hold it."""
         self.finish()
         path = self.path(step)
         part = _part(path)
         options = StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
-        whole = get_model_state_dict(self._step.network, options=options)  # with the first process alone
+        whole = get_model_state_dict(self._step.network, options=options)  # in the main process alone
         refused = None
-        if _first():
+        if self.is_main:
             try:
                 part.mkdir(parents=True)
                 write_model(part / MODEL, whole, self._like, self._step.precision)
             except (OSError, CheckpointError) as error:
                 refused = _words(error)
-        if refused := first_says(refused):
+        if refused := broadcast(refused):
             self._failed(path, refused)
             return
         try:
@@ -123,19 +135,19 @@ class Checkpoints:
             self._failed(path, _words(error))
             return
         refused = None
-        if _first():
+        if self.is_main:
             try:
                 if not _whole(_part(path)):
                     raise FileNotFoundError(errno.ENOENT, "something removed parts of it")
-                if files.exists(path):  # half a state, or one of before the run went back
+                if files.exists(path):  # half a state, or one that the run rewound past
                     _remove(path)
                 _part(path).rename(path)
-                for old in self.steps()[: -self._keep]:
+                for old in self.steps()[: -self._keep_last]:
                     _remove(self.path(old))
             except OSError as error:
                 refused = _words(error)
         self.failure = None
-        if refused := first_says(refused):
+        if refused := broadcast(refused):
             self._failed(path, refused)
 
     def load(self, step: int) -> dict[str, Any]:
@@ -163,7 +175,7 @@ class Checkpoints:
 
     def _failed(self, path: Path, reason: str) -> None:
         self.failure = f"{path}: cannot be saved ({reason}); free some room"
-        if _first():
+        if self.is_main:
             with suppress(OSError):
                 _delete(_part(path))
 
@@ -181,13 +193,13 @@ def write_model(folder: Path, weights: dict[str, Any], like: Checkpoint, precisi
     huggingface.write(replace(like, tensors=tensors), folder)
 
 
-def _first() -> bool:
-    """Whether this process is the one that renames and removes."""
+def _is_main() -> bool:
+    """Whether this is the only process, or the first."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _part(path: Path) -> Path:
-    """What a state is called that is not whole."""
+    """The name of a state that is not whole yet."""
     return path.with_name(f"{path.name}.part")
 
 
@@ -212,7 +224,7 @@ def _delete(path: Path) -> None:
 
 
 def _words(error: BaseException) -> str:
-    """What an exception says, or the innermost that DCP hides in it, on one line."""
+    """An exception's message, or that of the innermost that DCP hides in it, on one line."""
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))
