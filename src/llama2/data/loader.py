@@ -1,7 +1,7 @@
 """Batches from rows of tokens, such as the windows of a corpus, in an order that a seed fixes.
 
 Every epoch deals all rows in another order, which is computed and not stored. What was dealt is one number, the same on
-however many processes, so a run goes on with the next token whoever continues it.
+however many processes. So a run continues with the next token on any number of them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TokenBatch:
         return int((self.targets != IGNORED).sum())
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Rows of one length, by number."""
 
     @property
@@ -82,8 +82,8 @@ class Source(Protocol):
 class Windows:
     """A corpus as rows: its stream of N tokens is cut into (N − 1) / T windows of T, each with targets one further.
 
-    With `boundaries`, tokens read their own document alone, and the last one of a document has no target; without, as
-    Llama 2 was trained as far as is known, a window is one text.
+    With `boundaries`, tokens read their own document alone, and the last one of a document has no target. Without, a
+    window is one text, as Llama 2 was trained as far as is known.
     """
 
     def __init__(self, shards: Shards, *, length: int, boundaries: bool = False) -> None:
@@ -113,10 +113,10 @@ class Windows:
         targets[documents[:, 1:] != documents[:, :-1]] = IGNORED
         return TokenBatch(tokens, targets, documents[:, :-1].copy())
 
-    def spread(self, rows: int, micro: int) -> list[TokenBatch]:
-        """At most `rows` windows to evaluate on, `micro` of a source at a time: the same for whoever asks.
+    def spread(self, rows: int, micro_size: int) -> list[TokenBatch]:
+        """At most `rows` windows to evaluate on, `micro_size` of a source at a time: the same in every process.
 
-        Each source of the corpus has as many as its share of the windows, but at least one; within it they are spread
+        Each source of the corpus has as many as its share of the windows, but at least one. Within it they are spread
         by a fixed order. A window is of the source that its middle is of.
         """
         starts = self._shards.sources or [(0, "")]
@@ -129,13 +129,13 @@ class Windows:
         counts = shares([len(each) for each in numbers.values()], rows)
         for (source, each), count in zip(numbers.items(), counts, strict=True):
             chosen = sorted(each[shuffled(place, len(each), key=0)] for place in range(count))
-            found += [replace(batch, source=source) for batch in batches(self, chosen, micro)]
+            found += [replace(batch, source=source) for batch in batches(self, chosen, micro_size)]
         return found
 
 
-def batches(source: Source, numbers: Sequence[int], micro: int) -> list[TokenBatch]:
-    """Some rows of a source, `micro` at a time."""
-    return [source.batch(numbers[start : start + micro]) for start in range(0, len(numbers), micro)]
+def batches(source: RowSource, numbers: Sequence[int], micro_size: int) -> list[TokenBatch]:
+    """Some rows of a source, `micro_size` at a time."""
+    return [source.batch(numbers[start : start + micro_size]) for start in range(0, len(numbers), micro_size)]
 
 
 def shares(sizes: Sequence[int], count: int) -> list[int]:
@@ -160,7 +160,7 @@ def shares(sizes: Sequence[int], count: int) -> list[int]:
 
 
 class State(TypedDict):
-    """Where a loader stands: rows that all processes have read together, and of what."""
+    """Where a loader is: rows that all processes have read together, and of what."""
 
     rows: int
     seed: int
@@ -171,7 +171,7 @@ class State(TypedDict):
 class Loader:
     """Deals rows of a source, `rows` at a time to each of `dp_size` processes, of which this is `dp_rank`."""
 
-    def __init__(self, source: Source, *, rows: int, seed: int, dp_rank: int = 0, dp_size: int = 1) -> None:
+    def __init__(self, source: RowSource, *, rows: int, seed: int, dp_rank: int = 0, dp_size: int = 1) -> None:
         self._source = source
         self._rows, self._seed = rows, seed
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -221,9 +221,9 @@ class Loader:
 
 
 def shuffled(place: int, count: int, *, key: int) -> int:
-    """What stands at a place in an order of 0 … count − 1 that `key` chooses; takes no memory.
+    """What is at a place in an order of 0 … count − 1 that `key` chooses; takes no memory.
 
-    A Feistel network permutes the numbers of as many bits as are needed; what falls outside is permuted again until
+    A Feistel network permutes the numbers of as many bits as are needed. What falls outside is permuted again until
     it is inside (Black and Rogaway 2002).
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)

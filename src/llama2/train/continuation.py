@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama2.data.loader import Source
+from llama2.data.loader import RowSource
 from llama2.errors import RecipeError, RunError
 from llama2.recipe import leaves, with_new_names
 from llama2.records import Run
@@ -43,7 +43,7 @@ class Continuation:
     other: bool  # the recipe has another schedule, which needs a new warm-up
 
     @classmethod
-    def open(cls, folder: Path, recipe: LoopSettings, source: Source) -> Continuation:
+    def open(cls, folder: Path, recipe: LoopSettings, source: RowSource) -> Continuation:
         """The run in `folder`. Raises RunError where recipe or data are not those that it was begun with."""
         run = Run.open(folder)
         origin = run.origin

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llama2.checkpoint import Checkpoint
-from llama2.data.loader import Loader, Source, TrainBatch
+from llama2.data.loader import Loader, RowSource, TrainBatch
 from llama2.errors import RecipeError
 from llama2.model import parallel
 from llama2.model.transformer import Transformer
@@ -48,7 +48,7 @@ class Task:
     """
 
     network: Transformer
-    source: Source
+    source: RowSource
     tokenizer: Tokenizer
     template: str | None = None
     validation: Sequence[TrainBatch] = ()
