@@ -1,8 +1,8 @@
 """A run's lock: one process at a time, or the processes of one torchrun, begin or continue a run.
 
 The system's own lock on a file ends with its process, however that ends. It may not reach another machine, so the file
-also says who has it, and its time changes every few seconds during the run. The library filelock is not used: it
-truncates the file before it has the lock, and so erases who has it, and it has no signs of life.
+also says who has it, and its time changes every few seconds during the run. The library filelock has the system's
+lock or a lease, not both: the first does not reach another machine, and a killed process's lease delays `--resume`.
 """
 
 from __future__ import annotations
