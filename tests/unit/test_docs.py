@@ -4,6 +4,7 @@ import ast
 import asyncio
 import importlib.util
 import json
+import math
 import posixpath
 import re
 import shlex
@@ -303,12 +304,36 @@ def test_sizes_are_those_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
         assert shown == expected, (size, what)
 
 
+def run_example(part: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run CONTRIBUTING's code block that has this in it, among these names."""
+    (code,) = (code for _, _, code in FENCE.findall(text_of(ROOT / "CONTRIBUTING.md")) if part in code)
+    exec(textwrap.dedent(code), names)  # noqa: S102
+    return names
+
+
+def test_the_example_of_an_objective_runs() -> None:
+    """Its excess over plain cross-entropy is 1e-4 Σ (log Σ exp logits)², where there is a target."""
+    import torch
+    from torch.nn import functional
+
+    from llama2.data.loader import IGNORED, TokenBatch
+    from llama2.train import objective
+
+    logits = torch.tensor([[[0.0, 1.0, 3.0], [2.0, 0.0, 0.0]]])
+    network = SimpleNamespace(
+        tensor=torch.as_tensor, hidden_states=lambda x: x, transformer=SimpleNamespace(logits=lambda _: logits)
+    )
+    example = run_example("next_token_with_z", {**vars(objective), "F": functional, "IGNORED": IGNORED})
+    ids = torch.tensor([[1, IGNORED]]).numpy()
+    z = math.log(1 + math.e + math.e**3)  # of the first token alone, whose target is 1
+    found = example["next_token_with_z"](network, TokenBatch(ids, ids))
+    assert found.item() == pytest.approx((z - 1) + 1e-4 * z**2, rel=1e-6)
+
+
 def test_the_example_of_a_route_runs() -> None:
     from llama2.serve.surfaces import openai
 
-    _, _, code = next(block for block in FENCE.findall(text_of(ROOT / "CONTRIBUTING.md")) if block[1] == "python")
-    names = {**vars(openai), "router": APIRouter()}
-    exec(textwrap.dedent(code), names)  # noqa: S102
+    names = run_example("def count", {**vars(openai), "router": APIRouter()})
     models = SimpleNamespace(entries={"one": None, "other": None})
     http = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(models=models)))
     assert json.loads(asyncio.run(names["count"](http)).body) == {"count": 2}
@@ -321,6 +346,7 @@ QUESTIONS = {
     "tune on my dialogs": "docs/guides/train.md#tune-on-your-dialogs",
     "continue pretraining": "docs/guides/train.md#continue-pretraining",
     "add a route": "CONTRIBUTING.md#add-a-route",
+    "add a training objective": "CONTRIBUTING.md#add-a-training-objective",
 }
 
 
