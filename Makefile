@@ -5,6 +5,8 @@
 #   make test TESTS=tests/unit             what follows `pytest`
 #   make docs                              the documentation as a site, in build/site
 #   make ... PYTHON=python3.12             the interpreter that .venv is made from
+#   make ... INSTALL='uv pip install'      what installs into .venv, by default its pip
+#   make ... LLAMA2=dist/NAME.whl          what is installed, by default this folder
 
 PYTHON = python3
 CHAT =
@@ -12,6 +14,8 @@ TESTS =
 
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL = $(PIP) install
+LLAMA2 = --editable .
 NATIVE = src/llama2/native/*.h src/llama2/native/*.cpp
 CPP_FILES = $(NATIVE) tests/native/*.cpp bench/*.c
 
@@ -59,16 +63,16 @@ clean:
 	@{ test -n "$$CXX" || command -v c++ || command -v g++ || command -v clang++; } >/dev/null || { echo \
 	"a C++20 compiler is needed: on Debian 'apt install g++', on macOS 'xcode-select --install'" >&2; exit 1; }
 	@echo "Building and installing llama2, which takes about a minute" >&2
-	@$(PIP) install --editable . </dev/null >&2
+	@$(INSTALL) $(LLAMA2) </dev/null >&2
 	@touch $@
 
 # PyTorch by itself first, so that nothing else chooses its version or build.
 .venv/testing: .venv/installed
 	@echo "Installing what the tests need, PyTorch among it, which takes some minutes" >&2
-	@$(PIP) install 'torch==2.13.0' </dev/null >&2
-	@$(PIP) install 'whole-llama[test]' </dev/null >&2
+	@$(INSTALL) 'torch==2.13.0' </dev/null >&2
+	@$(INSTALL) 'whole-llama[test]' </dev/null >&2
 	@touch $@
 
 .venv/documenting: .venv/installed
-	@$(PIP) install 'whole-llama[docs]' </dev/null >&2
+	@$(INSTALL) 'whole-llama[docs]' </dev/null >&2
 	@touch $@
