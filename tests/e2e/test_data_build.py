@@ -325,7 +325,7 @@ def test_slurm_is_given_each_stage_after_the_one_before(
         "llama2-data-pair --dependency=afterok:1",
         "llama2-data-cluster --dependency=afterok:2",
         "llama2-data-hold --dependency=afterok:3",
-        "llama2-data-learn --dependency=afterok:4",
+        "llama2-data-train-tokenizer --dependency=afterok:4",
         "llama2-data-tokenize --dependency=afterok:5",
         "llama2-data-mix --dependency=afterok:6",
         "llama2-data-finish --dependency=afterok:7",
