@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from llama2.serve.http.app import application
 from llama2.serve.http.guard import Guard
 from llama2.serve.http.paths import canonical
-from llama2.serve.models import Models, Source
-from llama2.serve.settings import Settings
-from llama2.serve.surfaces import wire
+from llama2.serve.models import Models, ModelSource
+from llama2.serve.settings import ServeSettings
+from llama2.serve.surfaces import json_body
 from serving import Server, answers, chat, serving, statuses, write_model
 
 CHAT = "/v1/chat/completions"
@@ -247,15 +247,15 @@ def test_health_is_answered_while_a_large_body_is_read(monkeypatch: pytest.Monke
     """Here reading waits for that, which it would do in vain in the event loop's own thread."""
     begun, answered = threading.Event(), threading.Event()
     waited: list[bool] = []
-    read = wire.read
+    read = json_body.read
 
     def waiting(*given: Any) -> Any:
         begun.set()
         waited.append(answered.wait(5))
         return read(*given)
 
-    monkeypatch.setattr(wire, "read", waiting)
-    models = Models({"tiny": Source(lambda: pytest.fail("it is loaded"), lambda: None)}, Settings())
+    monkeypatch.setattr(json_body, "read", waiting)
+    models = Models({"tiny": ModelSource(lambda: pytest.fail("it is loaded"), lambda: None)}, ServeSettings())
     models.ready = True
     served = application(models)
 
@@ -331,7 +331,7 @@ def test_nothing_in_the_guard_raises(
 ) -> None:
     headers = [(b"host", host.encode("latin-1", "replace")), *((name, host.encode("latin-1")) for name in names)]
     headers += [] if origin is None else [(b"origin", origin.encode("latin-1"))]
-    settings = Settings(keys=("k",) if len(names) % 2 else (), allow_hosts=allowed, allow_origins=allowed)
+    settings = ServeSettings(keys=("k",) if len(names) % 2 else (), allow_hosts=allowed, allow_origins=allowed)
     scope = {"method": method, "path": canonical(path)[0], "headers": headers, "state": {}}
     found = asyncio.run(statuses(Guard(answers, settings, ()), scope))
     assert found in [[status] for status in (200, 204, 400, 401, 403, 413, 415)]

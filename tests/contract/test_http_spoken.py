@@ -22,7 +22,7 @@ from llama2.serve.http.address import origin_pattern
 from llama2.serve.http.paths import canonical
 from llama2.serve.http.server import serve
 from llama2.serve.models import Models
-from llama2.serve.settings import Settings
+from llama2.serve.settings import ServeSettings
 from serving import Server, chat, events, serving, write_model
 
 CHAT = "/v1/chat/completions"
@@ -249,7 +249,7 @@ def test_idle_connections_stay_for_75_seconds_by_default(guarded: Server, monkey
 
     monkeypatch.setattr("uvicorn.Config", configured)
     with socket.socket() as listener, pytest.raises(RuntimeError, match="enough"):
-        serve(Models({}, Settings(max_connections=1)), listener)
+        serve(Models({}, ServeSettings(max_connections=1)), listener)
     assert given["timeout_keep_alive"] > 75
 
 
@@ -385,9 +385,9 @@ def test_a_model_that_prepares_a_request_is_not_unloaded(tmp_path: Path) -> None
 def test_an_upgrade_that_is_not_taken_loses_no_body(server: Server) -> None:
     """Java's client asks for HTTP/2 with its first request."""
     upgrade = (
-        "Connection: Upgrade, HTTP2-Settings",
+        "Connection: Upgrade, HTTP2-ServeSettings",
         "Upgrade: h2c",
-        "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA",
+        "HTTP2-ServeSettings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA",
     )
     body = json.dumps(chat()).encode()
     with socket.create_connection((server.host, server.port), timeout=10) as connection:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from llama2.serve.http.guard import Guard
-from llama2.serve.settings import Settings
+from llama2.serve.settings import ServeSettings
 from serving import ENDLESS, Server, answers, chat, events, serving, statuses, write_model
 
 CHAT = "/v1/chat/completions"
@@ -318,7 +318,7 @@ def test_keys_are_compared_in_the_same_time_whatever_they_have_in_common(monkeyp
     monkeypatch.setattr("hmac.compare_digest", lambda given, key: compared.append((given, key)) or given == key)
     keys = ("first-key", "second-key", "third")
     answered: list[int] = []
-    guard = Guard(answers, Settings(keys=keys), ())
+    guard = Guard(answers, ServeSettings(keys=keys), ())
     for given in ("", "x", "first-kez", "second-kex", "a" * 10_000, *keys):
         head = [(b"host", b"localhost"), (b"x-api-key", given.encode())]
         answered += asyncio.run(statuses(guard, {"method": "GET", "path": "/metrics", "headers": head}))

@@ -26,7 +26,7 @@ from llama2.errors import ContextError, RequestError
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
 from llama2.serve.service import Service
-from llama2.serve.settings import Settings
+from llama2.serve.settings import ServeSettings
 from serving import Server, chat, events, serving, write_model
 
 Floats = NDArray[np.float32]
@@ -131,7 +131,7 @@ def test_nothing_to_embed_loads_the_model_for_ollama(tiny: Server) -> None:
         (V1, {"input": ["a"] * 2049}, "input: .*2048"),
         (V1, {"input": ["a", "b " * 9000]}, "input 1 has 9002 tokens, and the context is 8192"),
         (V1, {"input": "a" * 1_000_000}, "input 0: a prompt of 1000000 bytes is too long"),
-        (V1, {"input": ["b " * 8000] * 40}, "input: 320080 tokens together, and the limit of a request is 300000"),
+        (V1, {"input": ["b " * 8000] * 40}, "input: 320080 tokens in total, and the limit of a request is 300000"),
         (V1, {"input": "a", "dimensions": 65}, "dimensions: 65 is more than the 64"),
         (V1, {"input": "a", "dimensions": 0}, "dimensions: .*greater than or equal to 1"),
         (V1, {"input": "a", "encoding_format": "int8"}, "encoding_format"),
@@ -205,7 +205,7 @@ def test_a_busy_server_refuses_the_first_piece_alone(path: Path) -> None:
 
     async def main() -> None:
         with llama2.load(path, threads=1) as model:
-            service = Service("tiny", model, Settings(max_queue=0), Metrics(), 1e6)
+            service = Service("tiny", model, ServeSettings(max_queue=0), Metrics(), 1e6)
             request = Request((5, 6), 0, pooling="last")
             service.admission.running = MAX_SEQUENCES
             with pytest.raises(Refusal, match="429") as refused:

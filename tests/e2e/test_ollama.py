@@ -220,7 +220,7 @@ def test_pulling_succeeds_for_what_is_there_alone(server: Server) -> None:
     assert server.post("/api/pull", {"name": "Other", "stream": False})[2] == {"status": "success"}
     status, _, answer = server.post("/api/pull", {"model": "llama3"})
     assert status == 404
-    assert "fetches nothing" in answer["error"]
+    assert "clients cannot download models" in answer["error"]
 
 
 def test_models_are_not_changed_over_http(server: Server) -> None:
@@ -280,7 +280,7 @@ def test_what_no_grammar_can_hold_of_a_format_is_dropped_with_a_warning(server: 
         **asked,
     }
     status, headers, answer = server.post(path, body)
-    assert (status, headers["warning"]) == (200, '299 llama2 "format: no grammar holds an answer to not"')
+    assert (status, headers["warning"]) == (200, '299 llama2 "format: no grammar can enforce not"')
     assert json.loads(answer.get("response") or answer["message"]["content"]) == {"n": 7}
 
 

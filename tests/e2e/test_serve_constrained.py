@@ -338,7 +338,7 @@ def test_what_no_grammar_can_hold_is_dropped_with_one_warning_unless_strict(
         body |= {"response_format": {"type": "json_schema", "json_schema": schema}}
     status, headers, answer = caller.post("/v1/chat/completions", body)
     assert status == 200, answer
-    assert headers["warning"] == f'299 llama2 "{field}: no grammar holds an answer to uniqueItems"'
+    assert headers["warning"] == f'299 llama2 "{field}: no grammar can enforce uniqueItems"'
     for choice in answer["choices"]:
         message = choice["message"]
         text = message["tool_calls"][0]["function"]["arguments"] if "tools" in body else message["content"]
@@ -355,7 +355,7 @@ def test_what_no_grammar_can_hold_of_responses_is_dropped_with_one_warning(calle
         body = {"model": "caller", "input": "Rom?", "seed": 1, "max_output_tokens": 300, **fields}
         status, headers, answer = caller.post("/v1/responses", body)
         assert status == 200, answer
-        assert headers["warning"] == f'299 llama2 "{field}: no grammar holds an answer to uniqueItems"'
+        assert headers["warning"] == f'299 llama2 "{field}: no grammar can enforce uniqueItems"'
 
 
 def test_a_grammar_that_would_take_for_ever(caller: Server) -> None:

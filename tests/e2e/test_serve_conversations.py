@@ -139,7 +139,7 @@ IGNORED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"service_tier": "flex"}, "service_tier"),
     (CHAT, {"messages": [{"role": "user", "content": "to be", "name": "Ann"}]}, "messages.name"),
     (CHAT, {"stop": ["", "zzz"]}, "empty stop"),
-    (CHAT, {"max_tokens": 100000}, "which the prompt leaves of the context"),
+    (CHAT, {"max_tokens": 100000}, "the prompt leaves no more of the context"),
     (RESPOND, {"truncation": "auto", "store": True}, "store, truncation"),
     (RESPOND, {"include": ["reasoning.encrypted_content"]}, "reasoning.encrypted_content"),
     (RESPOND, {"reasoning": {"effort": "low"}}, "reasoning"),

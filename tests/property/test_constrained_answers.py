@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama2.serve.constrain.constraints import Constrainer, Constraint, json_object, json_schema, regex
+from llama2.serve.constrain.constrainer import Constrainer
+from llama2.serve.constrain.constraints import Constraint, json_object, json_schema, regex
 from llama2.text import tokenizer_folder
 from llama2.text.tokenizer import Tokenizer, from_sentencepiece
 from texts import train_bpe, train_sentencepiece

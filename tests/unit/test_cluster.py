@@ -18,7 +18,8 @@ from llama2.engine.cluster import ClusterEngine, sampling_params
 from llama2.engine.request import Request, Sampling
 from llama2.errors import EngineError, RequestError
 from llama2.serve.constrain import constraints
-from llama2.serve.surfaces import common
+from llama2.serve.errors import to_refusal
+from llama2.serve.surfaces.generation import expand_choices
 from models import write_tiny_gguf
 
 #: What vLLM draws by without being told (vllm.SamplingParams()).
@@ -74,11 +75,11 @@ def test_processors_are_refused_and_so_is_the_field_that_needs_one() -> None:
     with pytest.raises(RequestError, match=r"^processors: "):
         sampling_params(Request((1,), processors=(lambda *_: None,)), 9)
     service: Any = SimpleNamespace(model=SimpleNamespace(engine=ClusterEngine))
-    assert common.expand_choices(service, Request((1,)), 2, [None]) == [Request((1,)), Request((1,), choice=1)]
+    assert expand_choices(service, Request((1,)), 2) == [Request((1,)), Request((1,), choice=1)]
     with pytest.raises(RequestError, match=r"^response_format: ") as refused:
-        common.expand_choices(service, Request((1,)), 1, [constraints.json_object()])
-    answer = common.to_refusal(refused.value)
-    assert (answer.status_code, answer.param) == (400, "response_format")
+        expand_choices(service, Request((1,)), 1, [constraints.json_object()])
+    refusal = to_refusal(refused.value)
+    assert (refusal.status_code, refusal.param) == (400, "response_format")
 
 
 def test_scores() -> None:

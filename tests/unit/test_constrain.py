@@ -17,9 +17,9 @@ from llama2.engine.engine import Engine
 from llama2.engine.request import Event, Request, Sampling
 from llama2.engine.runner_native import NativeRunner
 from llama2.errors import EngineError, RequestError
-from llama2.serve.constrain import constraints
+from llama2.serve.constrain import compiler
+from llama2.serve.constrain.constrainer import Constrainer
 from llama2.serve.constrain.constraints import (
-    Constrainer,
     Constraint,
     choice,
     gbnf,
@@ -227,9 +227,7 @@ def test_what_others_made_of_a_grammar_does_not_matter(
             tokens.append(int(logits.argmax()))
 
     made = []
-    monkeypatch.setattr(
-        constraints.compiler, "matcher", lambda *a, own=constraints.compiler.matcher: made.append(0) or own(*a)
-    )
+    monkeypatch.setattr(compiler, "matcher", lambda *a, own=compiler.matcher: made.append(0) or own(*a))
     for _ in range(30):
         walk(200)
     assert len(made) > 1
@@ -331,7 +329,7 @@ def test_what_no_grammar_can_follow_is_dropped_with_a_note_unless_strict(
     letters: Constrainer, schema: dict[str, Any], dropped: str
 ) -> None:
     loose = json_schema(schema, "f", strict=False)
-    assert loose.warnings == (f"f: no grammar holds an answer to {dropped}",)
+    assert loose.warnings == (f"f: no grammar can enforce {dropped}",)
     letters.processor(loose)
     with pytest.raises(RequestError, match=r"^f: "):
         letters.processor(json_schema(schema, "f"))

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from starlette.types import Receive, Scope, Send
 
-from llama2.serve.http.access_log import AccessLog, Lines
+from llama2.serve.http.access_log import AccessLog, LineFormatter
 from llama2.serve.metrics import CountedHistogram, Metrics
 
 
@@ -66,13 +66,13 @@ def test_a_request_is_a_span_with_its_phases(caplog: pytest.LogCaptureFixture) -
     assert whole.end_time / 1e9 == pytest.approx(time.time() - 1, abs=5)
 
     (record,) = caplog.records
-    line = json.loads(Lines(as_json=True).format(record))
+    line = json.loads(LineFormatter(as_json=True).format(record))
     assert {name: line[name] for name in ("event", "route", "status", "model", "prompt_tokens", "finish")} == {
         **{"event": "request", "route": "/v1/chat/completions", "status": 200, "model": "tiny"},
         **{"prompt_tokens": 7, "finish": "length,stop"},
     }
     assert line["first_token_seconds"] == 4.0
-    assert " status=200 " in Lines(as_json=False).format(record)
+    assert " status=200 " in LineFormatter(as_json=False).format(record)
 
 
 def test_repeated_values_are_told_as_the_librarys_histogram_tells_them() -> None:

@@ -36,11 +36,11 @@ def streamed(last: Event) -> list[dict[str, Any]]:
         {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "a"}], "stop_sequences": ["B"]}
     )
     reader = CallReader(None, set(), ByteTokenizer())  # type: ignore[arg-type]
-    answer = anthropic._Answer(body, Request((1,), 9), reader)
+    writer = anthropic._MessageWriter(body, Request((1,), 9), reader)
     silent: Any = Silent(last)
 
     async def read() -> bytes:
-        return b"".join([part async for part in answer.events(silent)])
+        return b"".join([part async for part in writer.events(silent)])
 
     return events(asyncio.run(read()))
 

@@ -16,7 +16,7 @@ from llama2.serve import engine_thread as module
 from llama2.serve.engine_thread import TimedEvent
 from llama2.serve.metrics import Metrics
 from llama2.serve.service import Service, Stream
-from llama2.serve.settings import Settings
+from llama2.serve.settings import ServeSettings
 from serving import write_model
 
 #: Of the engine, in seconds.
@@ -52,7 +52,7 @@ def served(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[
             publish(service, events, now, load)
 
         monkeypatch.setattr(Service, "_on_events", recorded)
-        return Service("tiny", model, Settings(), Metrics(), 1e6), calls
+        return Service("tiny", model, ServeSettings(), Metrics(), 1e6), calls
 
     return make
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from llama2.engine.request import Event
 from llama2.errors import DialogError, RequestError, TemplateError
-from llama2.serve.constrain.constraints import Constrainer, grammar, json_schema, regex
+from llama2.serve.constrain.constrainer import Constrainer
+from llama2.serve.constrain.constraints import grammar, json_schema, regex
 from llama2.serve.constrain.tools import CallArguments, CallReader, CallStart, Piece, Text, Toolset
 from llama2.text import tokenizer_folder
 from llama2.text.bpe import LETTERS

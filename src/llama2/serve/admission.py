@@ -1,15 +1,18 @@
-"""Admission: the time to a first token is predicted from what was measured; a request that would be late is refused.
+"""Admission: the time to a first token is predicted from measured rates, and a request that would be late is refused.
 
-Work that is waiting divided by the measured rate of prefill, decoding beside it included; and where every slot is
-taken, how fast slots become free: slots divided by how long an answer stays (Little's law), so that it does not
-matter whether answers end in waves. A rate that is not known yet refuses nobody.
+The prediction is the waiting work divided by the rate of prefill, which includes decoding beside it. If every slot is
+taken, it is the time until slots become free: slots divided by the duration of an answer (Little's law), so that it
+does not matter whether answers end in waves. Without a measured rate, no request is refused.
 
-Where nothing is ahead, a request is admitted however long it takes. One that would be late by its own prefill alone is
-refused for good while others are served, because coming back does not help it.
+Predictions err, since many requests run more slowly than the few by which the rates were measured. So a prediction is
+multiplied by the ratio of real to predicted waits. A crowd begins with a prior ratio, until its first waits are over.
 
-A refusal reserves a slot at the time that it names, so what comes later must not take it: while refused requests are
-still to come back, others are admitted only where the wait is short all the same. Nothing is held for one that does not
-come back in time. A request that comes back early keeps its reservation, and has no second one.
+With no work ahead, a request is admitted however long it takes. One whose own prefill alone would be late is refused
+for good while others are served, because coming back does not help it.
+
+A refusal reserves a slot at the time that it names. While refused requests are still to come back, others are admitted
+only if their wait is short. The reservation ends with a grace period. A request that comes back early keeps its
+reservation, and gets no second one.
 """
 
 from __future__ import annotations
@@ -22,38 +25,37 @@ from llama2.serve.errors import Refusal
 #: How much an earlier measurement counts when another one comes.
 _MEMORY = 0.9
 
-#: Refused requests that are known again, and for how many seconds after they may come back.
+#: The most reservations, and the seconds for which one is kept after its time.
 _RESERVATIONS, _GRACE = 4096, 2.0
 
-#: Shares of the longest wait: what is planned for those who come back, as predictions err, and what is granted to
-#: others while some are to come back.
+#: Shares of the longest wait: for requests that come back, and for others while some are to come back.
 _PLANNED, _OTHERS = 0.6, 0.5
 
-#: How much longer than predicted waits are believed to be, at most, when that is what was seen.
-_ERROR = 2.0
+#: Real waits divided by predicted ones: the largest ratio that is used, and the prior with its weight in seconds.
+_MAX_ERROR, _PRIOR_ERROR, _PRIOR_WEIGHT = 2.0, 1.7, 8.0
 
 
 @dataclass(slots=True, eq=False)
 class PendingRequest:
-    """What admission knows of one request."""
+    """One request, from admission to the end of its choices."""
 
     tokens: int  # of its prompts
     choices: int
     arrived: float
-    predicted: float | None = None  # seconds to its first token, where it waits for a slot and rates are known
-    queued: bool = False  # whether it has to wait for a slot
+    predicted: float | None = None  # seconds to its first token, if other work is ahead
+    queued: bool = False  # whether it waits for a slot
     began: float | None = None  # when its first token came
 
 
 @dataclass(slots=True)
 class Rate:
-    """Amounts per second, later ones counting more; None before the first."""
+    """A moving average of amounts per second; None before the first."""
 
     amount: float = 0.0
     seconds: float = 0.0
 
     def add(self, amount: float, seconds: float) -> None:
-        """What was done in how long."""
+        """An amount in so many seconds."""
         self.amount = self.amount * _MEMORY + amount
         self.seconds = self.seconds * _MEMORY + seconds
 
@@ -65,32 +67,32 @@ class Rate:
 
 @dataclass
 class AdmissionController:
-    """Predicts, and refuses what cannot be in time. Every method is told the time, in seconds of one clock."""
+    """Predicts waits, and refuses requests that would be late. `now` is in seconds of one clock."""
 
     max_queue: int
     max_wait: float
     slots: int  # choices that run at once
     prefill: Rate = field(default_factory=Rate)  # tokens
     ending: Rate = field(default_factory=Rate)  # choices, of one slot
-    waited: Rate = field(default_factory=Rate)  # seconds, of those that were predicted
+    waits: Rate = field(default_factory=lambda: _prior_waits())  # real seconds per predicted one
     waiting: list[PendingRequest] = field(default_factory=list)  # for their first tokens
     answering: list[PendingRequest] = field(default_factory=list)  # since their first tokens, in that order
     running: int = 0  # choices that were admitted and have not ended
     _last_first: float = -math.inf
-    _reserved_until: float = -math.inf  # when the client that was refused last may come back
-    _reservations: dict[int, float] = field(default_factory=dict)  # by key: when it may come back; soonest first
+    _reserved_until: float = -math.inf  # the time of the last reservation
+    _reservations: dict[int, float] = field(default_factory=dict)  # times by key, soonest first
 
     def seconds(self, tokens: int, choices: int, now: float) -> float:
-        """Predicted time to the first token of such a request: what is to be done before, times how predictions err."""
+        """Predicted time to the first token of such a request: the work ahead times the error of predictions."""
         return self._work(tokens, choices, now) * self._error
 
     @property
     def _error(self) -> float:
-        """How many times longer than the work before it a wait is."""
-        return min(max(1.0, self.waited.value or 1.0), _ERROR)
+        """How many times longer than its prediction a wait is."""
+        return min(max(1.0, self.waits.value or 1.0), _MAX_ERROR)
 
     def _work(self, tokens: int, choices: int, now: float) -> float:
-        """That time, if nothing but measured rates decided."""
+        """That time by the measured rates alone."""
         rate = self.prefill.value
         ahead: float = sum(pending.tokens for pending in self.waiting)
         if self.waiting and rate:
@@ -107,12 +109,12 @@ class AdmissionController:
     ) -> PendingRequest:
         """Admit a request. Unless `refuse` is false, raises Refusal: 429 with the time to come back, or 400.
 
-        By its `key` a request is known again that was refused before.
+        A request that was refused before is recognised by its `key`.
         """
         work = self._work(tokens, choices, now)
         wait = work * self._error
         rate = self.prefill.value
-        own = tokens / rate * self._error if rate else 0.0
+        own = tokens / rate if rate else 0.0
         unobstructed = not self.waiting and self.running + choices <= self.slots
         while self._reservations and (first := next(iter(self._reservations.items())))[1] < now - _GRACE:
             del self._reservations[first[0]]
@@ -136,8 +138,10 @@ class AdmissionController:
         if key is not None:
             self._reservations.pop(key, None)
         pending = PendingRequest(tokens, choices, now, queued=self.running + choices > self.slots)
-        if pending.queued and self.ending.value:
+        if not unobstructed:
             pending.predicted = work
+        elif not self._reservations:  # what waits from now on is another crowd
+            self.waits = _prior_waits()
         self.waiting.append(pending)
         self.running += choices
         return pending
@@ -150,13 +154,13 @@ class AdmissionController:
         self._last_first = now
         for pending in pending_requests:
             if pending.predicted:
-                self.waited.add(now - pending.arrived, pending.predicted)
+                self.waits.add(now - pending.arrived, pending.predicted)
             pending.began = now
             self.waiting.remove(pending)
             self.answering.append(pending)
 
     def ended(self, pending: PendingRequest, choices: int, now: float) -> None:
-        """So many choices of a request ended, after its first token or before."""
+        """Some choices of a request ended, after its first token or before."""
         self.running -= choices
         pending.choices -= choices
         if pending.began is not None and now > pending.began:
@@ -165,21 +169,22 @@ class AdmissionController:
             (self.waiting if pending.began is None else self.answering).remove(pending)
 
     def _free_rate(self, now: float) -> float | None:
-        """Places that become free per second, where all are taken."""
+        """Slots that become free per second, if all are taken."""
         rate = self.ending.value
         if rate is None and self.answering and self.answering[0].began is not None and now > self.answering[0].began:
             rate = 1 / (now - self.answering[0].began)  # an answer takes at least so long
         return None if rate is None else self.slots * rate
 
     def _each(self, tokens: int, choices: int, now: float) -> float:
-        """Seconds until the next such request may be let in, where they come one after another."""
+        """Seconds between two such requests that are admitted one after another."""
         rate, free = self.prefill.value, self._free_rate(now)
-        return max(tokens / rate if rate else 0.0, choices / free if free and self.running >= self.slots else 0.0)
+        each = max(tokens / rate if rate else 0.0, choices / free if free and self.running >= self.slots else 0.0)
+        return each * self._error
 
     def _refusal(self, reason: str, seconds: float, tokens: int, choices: int, now: float, key: int | None) -> Refusal:
-        """Those who are refused together come back one after another, as fast as they can be served.
+        """The refusal with a reservation: requests come back one after another, as fast as they can be served.
 
-        Who comes back early is told the time that was told before.
+        A request that comes back early gets the time of its reservation.
         """
         reserved = None if key is None else self._reservations.get(key)
         if reserved is not None and reserved > now:
@@ -198,3 +203,7 @@ class AdmissionController:
             type="rate_limit_error",
             headers={"Retry-After": str(max(1, math.ceil(wait))), "Retry-After-Ms": str(max(1, round(wait * 1000)))},
         )
+
+
+def _prior_waits() -> Rate:
+    return Rate(_PRIOR_ERROR * _PRIOR_WEIGHT, _PRIOR_WEIGHT)

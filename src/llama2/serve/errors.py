@@ -1,12 +1,20 @@
-"""A refusal as every surface tells it: a status, one line, and which field of the request is meant."""
+"""The refusal of a request, as every surface sends it: a status, one line, and the field of the request."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import HTTPException
 
-#: Anthropic's error types by status; of the others, those from 500 on are its `api_error`.
+from llama2.errors import ContextError, DialogError, Llama2Error, RequestError, TemplateError, TokenizerError
+
+#: Fields that constrain an answer, at the beginning of a RequestError about one.
+_CONSTRAINING = re.compile(
+    r"(?:tools|tool_choice|response_format|text\.format|format|json_schema|grammar|guided_\w+|structured_outputs)\b[\w.\[\]]*"
+)
+
+#: Anthropic's error types by status; others from 500 on are its `api_error`.
 _ANTHROPIC = {
     401: "authentication_error",
     403: "permission_error",
@@ -20,7 +28,7 @@ _ANTHROPIC = {
 class Refusal(HTTPException):
     """Ends a request with an error. `param` names the field, `code` is for programs; both may be None.
 
-    Clients repeat requests that end with 408, 409, 429 or 5xx, so only what may go well the next time has those.
+    Clients retry requests that end with 408, 409, 429 or 5xx, so only errors that may pass have those.
     """
 
     def __init__(
@@ -37,11 +45,11 @@ class Refusal(HTTPException):
         self.message, self.param, self.code, self.type = message, param, code, type
 
     def body(self) -> dict[str, Any]:
-        """The error as OpenAI's specification has it: all four keys, always."""
+        """The error in OpenAI's form: all four keys, always."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def to_json(self, path: str) -> dict[str, Any]:
-        """The error as clients of this path read it: Ollama's line, Anthropic's object, or else OpenAI's."""
+        """The error in the form of this path's clients: Ollama's, Anthropic's, or else OpenAI's."""
         if path.startswith("/api/"):
             return {"error": self.message}
         if path.startswith("/v1/messages"):
@@ -52,5 +60,18 @@ class Refusal(HTTPException):
 
 
 def unsupported(field: str, what: str = "") -> Refusal:
-    """Refuses a field that is known, but means something that this server does not do."""
+    """The refusal of a known field that this server does not support."""
     return Refusal(400, f"{field}: {what or 'not supported'}; leave it out", param=field, code="unsupported_value")
+
+
+def to_refusal(error: Llama2Error) -> Refusal:
+    """The refusal for a mistake of the caller's, or for a failure of the model."""
+    if isinstance(error, ContextError):
+        return Refusal(400, str(error), code="context_length_exceeded")
+    if isinstance(error, DialogError | TemplateError):
+        return Refusal(400, str(error), param="messages", code="invalid_messages")
+    if isinstance(error, RequestError) and (found := _CONSTRAINING.match(str(error))):
+        return Refusal(400, str(error), param=found[0], code="invalid_value")
+    if isinstance(error, RequestError | TokenizerError):
+        return Refusal(400, str(error), code="invalid_value")
+    return Refusal(500, str(error), type="server_error")

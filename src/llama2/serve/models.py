@@ -18,13 +18,13 @@ from llama2.engine.runner import BLOCK
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
 from llama2.serve.service import Service, Stream, measure
-from llama2.serve.settings import Settings
+from llama2.serve.settings import ServeSettings
 
 log = logging.getLogger("llama2.serve")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ModelSource:
     """Where one model comes from."""
 
     load: Callable[[], Model]
@@ -36,7 +36,7 @@ class Entry:
     """One model that may be asked for. Seconds are `time.perf_counter`'s."""
 
     name: str  # what clients call it
-    source: Source
+    source: ModelSource
     service: Service | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # of loading and unloading
@@ -53,7 +53,7 @@ class Entry:
 class Models:
     """What `-m` named, the first of them the default."""
 
-    def __init__(self, sources: Mapping[str, Source], settings: Settings) -> None:
+    def __init__(self, sources: Mapping[str, ModelSource], settings: ServeSettings) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.entries = {name: Entry(name, source) for name, source in sources.items()}

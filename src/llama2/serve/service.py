@@ -19,13 +19,13 @@ from llama2.engine.request import Event, Load, Request, Sampling
 from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.errors import RequestError
 from llama2.serve.admission import AdmissionController, PendingRequest
-from llama2.serve.constrain.constraints import Constrainer
+from llama2.serve.constrain.constrainer import Constrainer
 from llama2.serve.engine_thread import EngineThread, TimedEvent
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
-from llama2.serve.settings import Settings
+from llama2.serve.settings import ServeSettings
 from llama2.serve.text_limit import TextLimit
-from llama2.serve.token_text import Texts
+from llama2.serve.token_text import TokenTexts
 
 #: Tokens of the prompt by which a model's prefill rate is measured.
 _TRIAL = 64
@@ -117,11 +117,11 @@ class Service:
     `prefill` is how many tokens a second of a prompt run, as `measure` says.
     """
 
-    def __init__(self, name: str, model: Model, settings: Settings, metrics: Metrics, prefill: float) -> None:
+    def __init__(self, name: str, model: Model, settings: ServeSettings, metrics: Metrics, prefill: float) -> None:
         self.name = name
         self.model = model
         self.metrics = metrics
-        self.texts = Texts(model.tokenizer)
+        self.texts = TokenTexts(model.tokenizer)
         self.limit = TextLimit(model.tokenizer, model.engine.context)
         self.constrainer = Constrainer(model.tokenizer)
         self.fingerprint = _fingerprint(model)
@@ -174,6 +174,7 @@ class Service:
         """End the thread; what still runs is cancelled."""
         self._stopping = True
         self._thread.stop()
+        self.constrainer.close()
 
     def _on_accepted(self, stream: Stream, failure: Exception | None) -> None:
         self._loop.call_soon_threadsafe(stream.accept, failure)
@@ -250,7 +251,7 @@ def measure(model: Model) -> float:
     return tokens / (time.perf_counter() - begun)
 
 
-def _sampling(model: Model, settings: Settings) -> Sampling:
+def _sampling(model: Model, settings: ServeSettings) -> Sampling:
     """The operator's choice, else the checkpoint's generation_config.json, else the defaults of the command line."""
     drawn = Sampling()
     published = model.checkpoint.metadata.get("generation_config")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ServeSettings:
     """How a server admits, guards and ends requests. Times in seconds, sizes in bytes."""
 
     host: str = "127.0.0.1"

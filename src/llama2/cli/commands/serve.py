@@ -89,7 +89,7 @@ class AccessOptions:
     ] = None
 
     def settings(self) -> dict[str, Any]:
-        """These options, by the names of `Settings`."""
+        """These options, by the names of `ServeSettings`."""
         return {
             "host": self.host,
             "port": self.port,
@@ -190,7 +190,7 @@ class RequestOptions:
     ] = "generic"
 
     def settings(self) -> dict[str, Any]:
-        """These options, by the names of `Settings`."""
+        """These options, by the names of `ServeSettings`."""
         given = asdict(self)
         drawn = {name: given.pop(name) for name in ("temperature", "top_p", "top_k", "min_p")}
         return {**given, "sampling": {name: value for name, value in drawn.items() if value is not None}}
@@ -198,7 +198,7 @@ class RequestOptions:
 
 @dataclass(frozen=True)
 class LimitOptions:
-    """How much the server takes on, by the names of `Settings`."""
+    """How much the server takes on, by the names of `ServeSettings`."""
 
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait at most.")] = 256
     max_wait: Annotated[
@@ -247,9 +247,9 @@ def command(
     _share_free_memory()
     from llama2 import api, hub
     from llama2.serve.http.address import listen
-    from llama2.serve.settings import Settings
+    from llama2.serve.settings import ServeSettings
 
-    settings = Settings(**access.settings(), **requests.settings(), **asdict(limits))
+    settings = ServeSettings(**access.settings(), **requests.settings(), **asdict(limits))
     names, files, loaded = models.names(), models.files(), runtime.runtime()
     load: dict[str, Callable[[], Any]] = {
         public: partial(api.load, name, loaded, **files) for public, name in names.items()
@@ -259,13 +259,13 @@ def command(
     load[first] = _begun(load[first])
 
     from llama2.serve.http import access_log, server  # which take as long as the model does
-    from llama2.serve.models import Models, Source
+    from llama2.serve.models import Models, ModelSource
 
     def opener(name: str) -> Callable[[], Any]:
         return lambda: None if hub.find(name) is None else api.open_checkpoint(name, **files)
 
-    sources = {public: Source(load[public], opener(name)) for public, name in names.items()}
-    access_log.set_up(as_json=as_json)
+    sources = {public: ModelSource(load[public], opener(name)) for public, name in names.items()}
+    access_log.configure_logging(as_json=as_json)
     raise typer.Exit(server.serve(Models(sources, settings), listener))
 
 

@@ -1,7 +1,7 @@
-"""Compiles llguidance grammars within limits; as a program, tries strangers' grammars for a parent that can kill it.
+"""Compiles llguidance grammars within limits; as a program, tries untrusted grammars for a parent that can kill it.
 
-The library bounds the work of a token, but not that of compiling: `(a{1000}){10000}` takes 20 seconds. So a grammar is
-compiled in a process of its own first, over a vocabulary of bytes.
+The library limits the work of a token, but not that of compiling: `(a{1000}){10000}` takes 20 seconds. So a grammar is
+first compiled in a process of its own, over a vocabulary of bytes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any, cast
 
 import llguidance
 
-#: Address space of the process, where the system can bound it.
+#: Address space of the process, if the system can limit it.
 MEMORY = 512 << 20
 
 
 def matcher(vocabulary: Any, grammar: str) -> Any:
-    """llguidance's matcher of `grammar`, at its beginning. Raises ValueError with the library's reason.
+    """llguidance's matcher of `grammar`, at its start. Raises ValueError with the library's reason.
 
-    By these limits a matcher takes at most about 20 MB, of which copies share what they can, and a token some 20 ms.
+    With these limits a matcher takes at most about 20 MB, which copies mostly share, and a token some 20 ms.
     """
     limits = llguidance.LLParserLimits(
         max_items_in_row=20_000,
@@ -31,14 +31,14 @@ def matcher(vocabulary: Any, grammar: str) -> Any:
     )
     start = llguidance.LLMatcher(vocabulary, grammar, limits=limits, log_level=0)
     trial = start.deep_copy()
-    trial.compute_bitmask()  # finds what a parser cannot even begin with
+    trial.compute_bitmask()  # finds grammars with which a parser cannot even start
     if trial.is_error():
         raise ValueError(trial.get_error())
     return start
 
 
 class _Bytes:
-    """A vocabulary of `size` tokens, of which 256 are bytes and the others nothing."""
+    """A vocabulary of `size` tokens: 256 bytes, and empty ones."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -56,7 +56,7 @@ _vocabulary = lru_cache(8)(lambda size: llguidance.LLTokenizer(cast(Any, _Bytes(
 
 
 def first_error(size: int, grammars: Sequence[str]) -> tuple[int, str] | None:
-    """Which of `grammars` is the first that cannot be used, over a vocabulary of about `size` tokens, and why."""
+    """The index of the first grammar that cannot be compiled over about `size` tokens, and the reason."""
     vocabulary = _vocabulary(size)
     for i, grammar in enumerate(grammars):
         try:

@@ -1,4 +1,4 @@
-"""JSON schemas as clients write them, made into what the grammar engine can hold an answer to."""
+"""JSON schemas of clients → schemas that the grammar engine can enforce."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from llama2.errors import RequestError
 
-#: Formats that the grammar engine follows; any other is an annotation, as the standard says (draft 2020-12, 7.2.1).
+#: Formats that the grammar engine enforces; others are annotations, as the standard says (draft 2020-12, 7.2.1).
 FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 
-#: Keywords that it does not know, and that narrow what a schema allows.
+#: Keywords that it does not know, and that restrict what a schema allows.
 NARROWING = frozenset(
     {"contains", "dependencies", "dependentRequired", "dependentSchemas", "else", "if", "maxContains", "minContains"}
     | {"not", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties", "uniqueItems"}
@@ -22,26 +22,26 @@ _ONE = frozenset({"additionalProperties", "additionalItems", "items", "contains"
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _LISTED = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
 
-#: What Rust's regular expressions do not have: looking around, and backreferences.
-_LOOKS = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?<?[=!]|\\[1-9])")
+#: Lookaround and backreferences, which Rust's regular expressions do not have.
+_LOOKAROUND = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?<?[=!]|\\[1-9])")
 
-#: Keywords beside `properties` that say which others an object has.
+#: Keywords beside `properties` that allow other properties.
 _OPENING = frozenset({"additionalProperties", "patternProperties", "$ref"})
 
 _DEEPEST = 300
 
 
 def prepare(schema: Mapping[str, Any], field: str, *, strict: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A schema that the grammar engine takes, and the names of keywords that were dropped because it knows none.
+    """A schema for the grammar engine, and the names of unknown keywords that were dropped.
 
-    `oneOf` is among them: it holds an answer to one of the schemas, and not to exactly one.
+    `oneOf` is among them: the engine enforces one of the schemas, but not exactly one.
 
-    An object that names properties has no others, unless `additionalProperties` or another keyword says so: small
-    models would not come to an end. If `strict`, nothing is dropped, so that the engine refuses it by name. A keyword
-    that is null is left out. Raises RequestError when it is nested too deeply.
+    An object with named properties has no others unless `additionalProperties` or another keyword allows them: small
+    models would not come to an end. If `strict`, nothing is dropped, and the engine refuses the keyword by name. A
+    keyword that is null is left out. Raises RequestError if the schema is nested too deeply.
     """
     dropped: set[str] = set()
-    # What several schemas describe together must not be closed by one of them.
+    # An object that several schemas describe must not be closed by one of them.
     closes = not any(_combines(each) for each in _walk(schema, field))
 
     def fix(value: Any) -> Any:
@@ -57,7 +57,7 @@ def prepare(schema: Mapping[str, Any], field: str, *, strict: bool) -> tuple[dic
                 continue
             if not strict and name == "oneOf":
                 dropped.add(name)  # it becomes anyOf
-            if not strict and (name in NARROWING or (name == "pattern" and _looks(given))):
+            if not strict and (name in NARROWING or (name == "pattern" and _has_lookaround(given))):
                 dropped.add(name)
                 continue
             if name in _ONE or name in _LISTED:
@@ -66,19 +66,15 @@ def prepare(schema: Mapping[str, Any], field: str, *, strict: bool) -> tuple[dic
                 fixed[name] = {key: fix(inner) for key, inner in given.items()}
             else:
                 fixed[name] = given
-        if (
-            closes
-            and "properties" in fixed
-            and not fixed.keys() & {"additionalProperties", "patternProperties", "$ref"}
-        ):
+        if closes and "properties" in fixed and not fixed.keys() & _OPENING:
             fixed["additionalProperties"] = False
         return fixed
 
     return fix(schema), tuple(sorted(dropped))
 
 
-def _looks(pattern: Any) -> bool:
-    return isinstance(pattern, str) and _LOOKS.search(pattern) is not None
+def _has_lookaround(pattern: Any) -> bool:
+    return isinstance(pattern, str) and _LOOKAROUND.search(pattern) is not None
 
 
 def _combines(schema: Mapping[str, Any]) -> bool:

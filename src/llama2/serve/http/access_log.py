@@ -1,4 +1,4 @@
-"""What a server leaves behind for its operator: a log line and a trace for each request, without any prompt's text."""
+"""A log line and a trace for each request, without the text of prompts."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ log = logging.getLogger("llama2.serve")
 _OPERATIONS = dict.fromkeys(("/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/chat"), "chat")
 _OPERATIONS |= dict.fromkeys(("/v1/embeddings", "/api/embed", "/api/embeddings"), "embeddings")
 
-#: Routes that machines ask so often that nobody wants to read of it.
+#: Routes that monitoring calls so often that their log lines are of level debug.
 _PROBES = ("/health", "/v1/health", "/metrics")
 
-
-#: What stands in the log, as nginx has it, for a client that left before its answer was whole.
-_LEFT = 499
+#: The status in the log, as nginx has it, of a client that disconnected before its answer was whole.
+_DISCONNECTED = 499
 
 
 class AccessLog:
-    """Wraps the application: counts requests, logs each with its figures, and records spans of what it generated."""
+    """Wraps the application: counts requests, logs each, and records spans of the generation."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracer: trace.Tracer | None = None) -> None:
         self._app = app
@@ -38,14 +37,14 @@ class AccessLog:
         self._tracer = tracer or trace.get_tracer("llama2.serve")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The observed application."""
+        """The ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status, whole, left = time.perf_counter(), 0, False, False
-        known: dict[str, Any] = scope.setdefault("state", {})
+        begun, status, whole, disconnected = time.perf_counter(), 0, False, False
+        state: dict[str, Any] = scope.setdefault("state", {})
 
-        async def watched(message: Message) -> None:
+        async def send_observed(message: Message) -> None:
             nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -53,23 +52,23 @@ class AccessLog:
                 whole = True
             await send(message)
 
-        async def received() -> Message:
-            nonlocal left
+        async def receive_observed() -> Message:
+            nonlocal disconnected
             message = await receive()
-            left |= message["type"] == "http.disconnect" and not whole
+            disconnected |= message["type"] == "http.disconnect" and not whole
             return message
 
         try:
-            await self._app(scope, received, watched)
+            await self._app(scope, receive_observed, send_observed)
         finally:
-            status = _LEFT if left else status
+            status = _DISCONNECTED if disconnected else status
             route = getattr(scope.get("route"), "path", None) or "other"
             self._metrics.http.labels(route, str(status)).inc()
-            streams: list[Stream] = known.get("streams", [])
+            streams: list[Stream] = state.get("streams", [])
             facts = {"method": scope["method"], "route": route, "status": status}
             facts["seconds"] = round(time.perf_counter() - begun, 4)
-            if "refused" in known:
-                facts["reason"] = known["refused"]
+            if "refused" in state:
+                facts["reason"] = state["refused"]
             if streams:
                 facts |= _facts(streams)
                 self._trace(scope, route, streams)
@@ -77,9 +76,9 @@ class AccessLog:
             log.log(level, "request", extra={"facts": facts})
 
     def _trace(self, scope: Scope, route: str, streams: Sequence[Stream]) -> None:
-        """Spans of a request and its phases, made when all times are known; nothing without a tracing SDK.
+        """Record spans of a request and its phases, once all times are known; nothing without a tracing SDK.
 
-        The streams of a request come one after another.
+        The streams of a request run one after another.
         """
         begin, end = streams[0], streams[-1]
         offset = time.time() - time.perf_counter()
@@ -106,7 +105,7 @@ class AccessLog:
                 "gen_ai.response.finish_reasons": [finish for stream in streams for finish in stream.finishes],
             },
         )
-        if not span.is_recording():  # there is no tracing SDK, or it leaves this one out
+        if not span.is_recording():  # there is no tracing SDK, or it does not sample this one
             return
         inside = trace.set_span_in_context(span)
         for name, first, last in phases:
@@ -129,7 +128,7 @@ def _facts(streams: Sequence[Stream]) -> dict[str, Any]:
     return facts
 
 
-class Lines(logging.Formatter):
+class LineFormatter(logging.Formatter):
     """A log record as one line: JSON, or words for people."""
 
     def __init__(self, *, as_json: bool) -> None:
@@ -137,7 +136,7 @@ class Lines(logging.Formatter):
         self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, and after it a traceback if there is one."""
+        """The line, with a traceback after it if there is one."""
         facts = getattr(record, "facts", {})
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
         failure = self.formatException(record.exc_info) if record.exc_info else None
@@ -149,10 +148,10 @@ class Lines(logging.Formatter):
         return visible(line_ + (f"\n{failure}" if failure else ""))
 
 
-def set_up(*, as_json: bool) -> None:
+def configure_logging(*, as_json: bool) -> None:
     """Log to standard error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Lines(as_json=as_json))
+    handler.setFormatter(LineFormatter(as_json=as_json))
     for name in ("llama2", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

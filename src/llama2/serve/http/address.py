@@ -1,4 +1,4 @@
-"""Where a server listens and for whose pages, which is known before anything heavy is imported or loaded."""
+"""The address of a server and the allowed origins, checked before anything heavy is imported or loaded."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import sys
 from collections.abc import Iterable
 
 from llama2.errors import Llama2Error
-from llama2.serve.settings import Settings
+from llama2.serve.settings import ServeSettings
 
-#: An origin, in which `*` may be labels of a name or a port.
+#: An origin, in which `*` means labels of a name, or a port.
 _LABEL = r"(?:\*|[a-z0-9_-]+)"
 _ORIGIN = re.compile(
     rf"[a-z][a-z0-9+.-]*://(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-f:.]+\])(?::(?:\*|[0-9]{{1,5}}))?", re.ASCII | re.I
 )
 
 
-def listen(settings: Settings) -> socket.socket:
-    """A socket at the operator's address. Raises Llama2Error for one that cannot be used, or may not without a key."""
+def listen(settings: ServeSettings) -> socket.socket:
+    """A socket at the operator's address. Raises Llama2Error if it cannot be used, or needs a key."""
     check_address(settings)
     origin_pattern(settings.allow_origins)
     host, port = settings.host, settings.port
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        if sys.platform != "win32":  # where it would let two programs take one port
+        if sys.platform != "win32":  # there, two programs could then take one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:
@@ -34,13 +34,13 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def check_address(settings: Settings) -> None:
-    """Raises Llama2Error when others could reach the server, and no key is demanded of them."""
+def check_address(settings: ServeSettings) -> None:
+    """Raises Llama2Error if other machines can reach the server and no key is required."""
     host = settings.host
     local = host.lower() == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
     if not local and not settings.keys:
         raise Llama2Error(
-            f"--host {host}: others can reach this address, so a key is needed: --api-key-file FILE, or LLAMA2_API_KEY"
+            f"--host {host}: other machines can reach this address; set a key by --api-key-file FILE or LLAMA2_API_KEY"
         )
 
 
@@ -53,10 +53,9 @@ def is_address(name: str) -> bool:
 
 
 def origin_pattern(allowed: Iterable[str]) -> re.Pattern[str]:
-    """What fits one of these origins whole, or one of no origin at all. Raises Llama2Error for what is none.
+    """A pattern that matches these origins. Raises Llama2Error for a text that is not an origin.
 
-    `*` alone fits all. In an origin it stands for one label of a name or several, or for a port, and so for nothing in
-    which a name could end.
+    `*` alone matches all. In an origin it matches labels of a name, or a port, but never the end of a name.
     """
     parts = []
     for origin in allowed:

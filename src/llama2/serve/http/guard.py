@@ -1,7 +1,7 @@
-"""Who may ask: the key, the Host and Origin headers, and what a body may be. It wraps the whole application.
+"""Checks of every request: the key, the Host and Origin headers, and the body's size and type.
 
-Pages of other origins are kept out by Origin, and names that only a rebound DNS entry points here by Host. A refusal's
-reason is logged with its request.
+Origin keeps out pages of other origins, and Host keeps out names of a rebound DNS entry. The reason of a refusal is
+logged with its request.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama2.serve.errors import Refusal
 from llama2.serve.http.address import is_address, origin_pattern
-from llama2.serve.settings import Settings
-from llama2.serve.surfaces.streaming import dump
+from llama2.serve.http.refusals import send_refusal
+from llama2.serve.settings import ServeSettings
 
-#: Paths that anybody may read, by whatever name they call this server: they say whether it is up, and nothing else.
+#: Paths without a check of key, Host and Origin: they report whether the server is up, and nothing else.
 HEALTH = frozenset({"/health", "/v1/health", "/ping"})
 
 #: A Host header: a name, or an address in brackets, and a port.
 _AUTHORITY = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._~-]+))(?::[0-9]{0,5})?", re.ASCII | re.I)
 
-#: Methods that change nothing, so that a page of any origin may send them; whether it may read the answer, Origin says.
+#: Methods that change nothing, so a page of any origin may send them. Whether it may read the answer depends on Origin.
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 
 class Guard:
-    """Refuses requests before the application sees them, and counts the bytes of those it passes on."""
+    """Refuses requests before the application receives them, and counts the bytes of the others' bodies."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, public: Collection[str]) -> None:
-        """`public` are the paths that may be read without a key. Raises Llama2Error for a pattern that is no origin."""
+    def __init__(self, app: ASGIApp, settings: ServeSettings, public: Collection[str]) -> None:
+        """`public` are paths without a key. Raises Llama2Error for a pattern that is not an origin."""
         self._app = app
         self._max_body = settings.max_body
         self._public = frozenset(public)
@@ -64,9 +64,9 @@ class Guard:
                 self._check_body(headers, foreign=bool(shared))
         except Refusal as refusal:
             scope.setdefault("state", {})["refused"] = refusal.message
-            await answer(refusal, path, shared, send)
+            await send_refusal(refusal, path, shared, send)
             return
-        await self._app(scope, self._counted(receive), _adding(shared, send) if shared else send)
+        await self._app(scope, self._counting(receive), _with_headers(shared, send) if shared else send)
 
     def _check_host(self, headers: dict[bytes, str]) -> None:
         host = headers.get(b"host", "")
@@ -80,9 +80,9 @@ class Guard:
             )
 
     def _check_origin(self, headers: dict[bytes, str], method: str) -> list[tuple[bytes, bytes]]:
-        """Headers that let a page of another origin read the answer; none for this server's own page."""
+        """Headers by which a page of another origin may read the answer; none for this server's own page."""
         name, origin, host = "Origin", headers.get(b"origin"), headers.get(b"host")
-        site = headers.get(b"sec-fetch-site", "none")  # which browsers send, and pages cannot change
+        site = headers.get(b"sec-fetch-site", "none")  # browsers send it, and pages cannot change it
         if origin in (f"http://{host}", f"https://{host}"):
             return []
         if origin is None:
@@ -107,7 +107,7 @@ class Guard:
         bearer = credentials.strip() if scheme.lower() == "bearer" else ""
         given = bearer or headers.get(b"x-api-key", "") or headers.get(b"api-key", "")
         digest = sha256(given.encode("latin-1")).digest()
-        matches = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them, whichever it is
+        matches = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them, in constant time
         if not any(matches):
             raise Refusal(
                 401,
@@ -118,7 +118,7 @@ class Guard:
             )
 
     def _check_body(self, headers: dict[bytes, str], *, foreign: bool) -> None:
-        """Any type is taken as JSON, but of another origin's page only that which browsers ask us about first."""
+        """Any type is read as JSON; another origin's page must send the type for which browsers send a preflight."""
         if headers.get(b"content-encoding", "identity").lower() != "identity":
             raise Refusal(415, "Content-Encoding: bodies must not be compressed")
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
@@ -128,10 +128,10 @@ class Guard:
         if length.isdecimal() and int(length[:20]) > self._max_body:
             raise _too_large(self._max_body)
 
-    def _counted(self, receive: Receive) -> Receive:
+    def _counting(self, receive: Receive) -> Receive:
         limit, count = self._max_body, 0
 
-        async def counted() -> Message:
+        async def receive_counted() -> Message:
             nonlocal count
             message = await receive()
             count += len(message.get("body", b""))
@@ -139,24 +139,15 @@ class Guard:
                 raise _too_large(limit)
             return message
 
-        return counted
-
-
-async def answer(refusal: Refusal, path: str, headers: list[tuple[bytes, bytes]], send: Send) -> None:
-    """Send a refusal in the form that the path's clients read."""
-    body = dump(refusal.to_json(path))
-    own = [(name.lower().encode(), value.encode("latin-1")) for name, value in (refusal.headers or {}).items()]
-    kind = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": refusal.status_code, "headers": [*kind, *own, *headers]})
-    await send({"type": "http.response.body", "body": body})
+        return receive_counted
 
 
 def _check_single(scope: Scope) -> None:
-    """Of two such headers, this server and a proxy before it could believe different ones."""
+    """Of two such headers, this server and a proxy could use different ones."""
     names = [name for name, _ in scope["headers"]]
     for name in (b"host", b"origin"):
         if names.count(name) > 1:
-            raise Refusal(400, f"{name.decode().title()}: stands twice; send it once")
+            raise Refusal(400, f"{name.decode().title()}: appears twice; send it once")
 
 
 def _too_large(limit: int) -> Refusal:
@@ -172,13 +163,13 @@ def _preflight(headers: dict[bytes, str]) -> list[tuple[bytes, bytes]]:
     ]
 
 
-def _adding(headers: list[tuple[bytes, bytes]], send: Send) -> Send:
-    async def adding(message: Any) -> None:
+def _with_headers(headers: list[tuple[bytes, bytes]], send: Send) -> Send:
+    async def send_with_headers(message: Any) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message["headers"], *headers]
         await send(message)
 
-    return adding
+    return send_with_headers
 
 
 async def _empty(status: int, headers: list[tuple[bytes, bytes]], send: Send) -> None:

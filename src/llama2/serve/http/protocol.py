@@ -1,4 +1,4 @@
-"""HTTP/1.1 on a connection, with limits that uvicorn does not have: bytes besides bodies, time, connections."""
+"""HTTP/1.1 on a connection, with limits that uvicorn does not have: on heads, time and connections."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from llama2.serve.errors import Refusal
-from llama2.serve.settings import Settings
-from llama2.serve.surfaces.streaming import dump
+from llama2.serve.settings import ServeSettings
+from llama2.serve.surfaces.encoding import dump
 
-#: Bytes of a request besides its body: of its address and headers, and of chunks' extensions and trailers.
+#: Bytes of a request besides its body: path, headers, chunk extensions and trailers.
 MAX_HEAD = 64 << 10
-#: Headers of a request, and requests that wait on a connection for the answers to those before them.
+#: Headers of a request, and pipelined requests of a connection.
 MAX_HEADERS, MAX_PIPELINED = 100, 16
 
-#: Bytes of a chunk that are taken for its frame: a length in hexadecimal digits, and the ends of two lines.
+#: Bytes of a chunk's frame that are free: a length in hexadecimal digits, and two line ends.
 _FRAME = 16
-#: Bytes that are parsed at once, so that what they are is known before there are many.
+#: Bytes that are parsed at once, so that limits are checked in time.
 _SLICE = 16 << 10
 
-#: Seconds between two looks for a client that sends no more, but may still read.
-_LOOK = 0.1
+#: Seconds between two checks of a client that sends no more, but may still read.
+_CHECK = 0.1
 
 
 class Protocol(HttpToolsProtocol):
-    """Gives up a peer who sends too much besides a body, too slowly, or who does not read."""
+    """Closes the connection of a peer who sends too much besides a body, is too slow, or does not read."""
 
-    settings: Settings
-    idle: dict[Protocol, None]  # connections on which no request is answered, those first that are so longest
+    settings: ServeSettings
+    idle: dict[Protocol, None]  # connections without a request, the longest idle ones first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A peer has connected, and has to send something in time. An idle one may have to go for it."""
+        """A peer has connected, and must send a request in time. At the limit, an idle connection is closed for it."""
         super().connection_made(transport)
         self._problem: Refusal | None = None
         self._in_head = True
         self._upgrading = False
-        self._outside = 0  # bytes of this request that are no body
+        self._outside = 0  # bytes of this request besides its body
         self._stalled: asyncio.TimerHandle | None = None
-        self._looking: asyncio.TimerHandle | None = None
+        self._checking: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = self.loop.call_later(self.settings.timeout, self._give_up)
         if len(self.connections) > self.settings.max_connections:
             if not self.idle:
@@ -74,10 +74,10 @@ class Protocol(HttpToolsProtocol):
                 return
 
     def _parse(self, data: bytes) -> None:
-        """What uvicorn does with bytes, but a request that would upgrade its connection goes on as if it would not."""
+        """As uvicorn does, but an upgrade is ignored: the request continues without one."""
         try:
             self.parser.feed_data(data)
-        except HttpParserUpgrade as upgrade:  # at whose place the parser ended the request, and forgot its body
+        except HttpParserUpgrade as upgrade:  # here the parser ended the request, without its body
             self._upgrading = False
             headers = [(name, value) for name, value in self.headers if name != b"upgrade"]
             lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url), *map(b"%s: %s".__mod__, headers)]
@@ -87,12 +87,12 @@ class Protocol(HttpToolsProtocol):
             self.send_400_response("")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; one that comes after the body is counted and dropped."""
+        """A header; one after the body is counted and dropped."""
         if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is whole. What is raised here comes back as `send_400_response`."""
+        """The head is complete. An error here becomes a call of `send_400_response`."""
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD or len(self.headers) > MAX_HEADERS:
             self._problem = self._too_much()
@@ -112,11 +112,11 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_chunk_complete(self) -> None:
-        """A chunk of the body is whole."""
+        """A chunk of the body is complete."""
         self._outside -= _FRAME
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
+        """The request is complete."""
         if self._upgrading:
             return
         super().on_message_complete()
@@ -129,8 +129,8 @@ class Protocol(HttpToolsProtocol):
         if cycle.scope["http_version"] == "1.0":
             app = _until_closed(app, cycle)
         elif cycle.keep_alive:
-            told = f"timeout={self.settings.idle_timeout:.0f}".encode()
-            cycle.default_headers = [*cycle.default_headers, (b"keep-alive", told)]
+            value = f"timeout={self.settings.idle_timeout:.0f}".encode()
+            cycle.default_headers = [*cycle.default_headers, (b"keep-alive", value)]
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
     def on_response_complete(self) -> None:
@@ -140,10 +140,10 @@ class Protocol(HttpToolsProtocol):
             self.idle[self] = None
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The peer sends no more. What it has asked whole is answered, unless it has gone altogether.
+        """The peer sends no more. Its complete requests are answered, unless it has closed the connection.
 
-        Those who have gone are found by sending what means nothing to those who have not, and is answered by a reset:
-        an interim response, or a zero before the next chunk's length.
+        A closed one answers a write with a reset. So something harmless is sent: an interim response, or a zero
+        before the next chunk's length.
         """
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
@@ -154,11 +154,11 @@ class Protocol(HttpToolsProtocol):
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             elif cycle.chunked_encoding and cycle.scope["method"] != "HEAD":
                 self.transport.write(b"0")
-        self._look()
+        self._check_reset()
         return True
 
-    def _look(self) -> None:
-        """End the connection once it was reset, which nobody else notices before something is written."""
+    def _check_reset(self) -> None:
+        """Close the connection once the peer has reset it; nothing else would notice before the next write."""
         if self.transport.is_closing() or not hasattr(select, "poll"):
             return
         poll = select.poll()
@@ -166,18 +166,18 @@ class Protocol(HttpToolsProtocol):
         if poll.poll(0):
             self._give_up()
         else:
-            self._looking = self.loop.call_later(_LOOK, self._look)
+            self._checking = self.loop.call_later(_CHECK, self._check_reset)
 
     @staticmethod
     def _too_much() -> Refusal:
         return Refusal(431, f"the request has more than {MAX_HEAD} bytes besides its body, or {MAX_HEADERS} headers")
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls for a request that the parser, or a method above, did not take."""
+        """uvicorn calls this for a request that the parser, or a method above, did not accept."""
         self._refuse(self._problem or Refusal(400, "not a request of HTTP/1.1"))
 
     def _refuse(self, refusal: Refusal, headers: bytes = b"") -> None:
-        """Close the connection, and say why if no answer is under way in which it would stand."""
+        """Close the connection; send the reason unless it would end up inside an answer."""
         cycle = self.cycle
         if cycle is not None and not (cycle.response_complete if self._in_head else not cycle.response_started):
             self._give_up()
@@ -206,23 +206,23 @@ class Protocol(HttpToolsProtocol):
         """The connection is closed."""
         super().connection_lost(exc)
         self.idle.pop(self, None)
-        for timer in (self._late, self._stalled, self._looking):
+        for timer in (self._late, self._stalled, self._checking):
             if timer is not None:
                 timer.cancel()
 
 
-def protocol(settings: Settings) -> type[Any]:
-    """The protocol with these limits: its connections know of each other."""
+def protocol(settings: ServeSettings) -> type[Any]:
+    """The protocol with these limits, whose connections share the list of idle ones."""
     return type("Limited", (Protocol,), {"settings": settings, "idle": {}})
 
 
 def _until_closed(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
-    """An application for HTTP/1.0, which knows no chunks: an answer of unknown length ends with the connection."""
+    """An application for HTTP/1.0, which has no chunks: an answer of unknown length ends with the connection."""
 
     async def framed(scope: Scope, receive: Receive, send: Send) -> None:
         endless = False
 
-        async def plain(message: Message) -> None:
+        async def send_unchunked(message: Message) -> None:
             nonlocal endless
             if message["type"] == "http.response.start":
                 endless = all(name.lower() != b"content-length" for name, _ in message["headers"])
@@ -232,6 +232,6 @@ def _until_closed(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
                 cycle.expected_content_length = len(message.get("body", b""))
             await send(message)
 
-        await app(scope, receive, plain)
+        await app(scope, receive, send_unchunked)
 
     return framed

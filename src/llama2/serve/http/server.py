@@ -1,4 +1,4 @@
-"""The process around the application: its socket, its signals, and how it ends."""
+"""The process of the application: its socket, its signals, and its end."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from llama2.serve.http.app import application
 from llama2.serve.http.protocol import protocol
 from llama2.serve.models import Models, log_loaded
 
-#: Files that are open besides connections, at most.
+#: The most files that are open besides connections.
 _OTHER_FILES = 256
 
 
 def serve(models: Models, listener: socket.socket) -> int:
-    """Answer requests until a signal ends it, and return the exit status.
+    """Answer requests until a signal, and return the exit status.
 
-    Raises Llama2Error when the first model cannot be loaded.
+    Raises Llama2Error if the first model cannot be loaded.
     """
     settings = replace(models.settings, max_connections=_connections(models.settings.max_connections))
     config = uvicorn.Config(
@@ -39,7 +39,7 @@ def serve(models: Models, listener: socket.socket) -> int:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=math.ceil(settings.idle_timeout) + 1,  # what comes in time is answered
+        timeout_keep_alive=math.ceil(settings.idle_timeout) + 1,  # so a request that comes in time is answered
         timeout_graceful_shutdown=5,
     )
     server = _Server(config, models)
@@ -55,7 +55,7 @@ def serve(models: Models, listener: socket.socket) -> int:
 
 
 def _connections(wanted: int) -> int:
-    """So many connections, or as many as the system lets this process have beside its other files."""
+    """`wanted` connections, or as many as the system's limit of open files allows."""
     if sys.platform == "win32":
         return wanted
     import resource
@@ -69,7 +69,7 @@ def _connections(wanted: int) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Loads the first model once it listens. A signal lets answers finish, a second one ends them."""
+    """Loads the first model once it listens. The first signal lets answers finish, the second ends them."""
 
     address = ""
 
@@ -77,12 +77,12 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._models = models
         self._loading: asyncio.Task[None] | None = None
-        self._deadline: float | None = None  # when what still runs is cancelled
+        self._deadline: float | None = None  # when running answers are cancelled
         self.failure: Exception | None = None
         self.status = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came."""
+        """Handle a signal."""
         if self._deadline is None:
             self._models.draining = True
             self._deadline = time.monotonic() + self._models.settings.drain
@@ -91,10 +91,10 @@ class _Server(uvicorn.Server):
             self.status = 128 + int(sig)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the connections. After a second signal nothing more is said of the requests that end with them."""
+        """Close the connections. After a second signal, nothing is logged of the requests that end with them."""
         if self.force_exit:
             logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-            say(f"llama2: interrupted; {len(self._models.streams)} answers were cut off", file=sys.stderr, flush=True)
+            say(f"llama2: interrupted; {len(self._models.streams)} answers were cancelled", file=sys.stderr, flush=True)
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
@@ -115,7 +115,7 @@ class _Server(uvicorn.Server):
         except Exception as error:
             self.failure, self.should_exit = error, True
             return
-        gc.freeze()  # or looking through all that was imported and loaded stops every answer for 50 ms, now and then
+        gc.freeze()  # else a collection stops every answer for 50 ms now and then
         self._models.ready = True
         names = ", ".join(self._models.entries)
         say(f"llama2: serving {names} at {self.address}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Anthropic's routes: messages, whole and as events, their tokens counted, and models for its clients."""
+"""Anthropic's routes: messages, whole and as events, the number of their tokens, and models for its clients."""
 
 from __future__ import annotations
 
@@ -20,20 +20,25 @@ from llama2.serve.constrain.tools import CallArguments, CallReader, CallStart, P
 from llama2.serve.errors import Refusal, unsupported
 from llama2.serve.models import Entry
 from llama2.serve.service import ChoiceEvent, Service, Stream
-from llama2.serve.surfaces import common
-from llama2.serve.surfaces.common import Tools, json_response, sampling, served, stops, to_message, warn, warning_header
-from llama2.serve.surfaces.streaming import PING_SECONDS, CancelOnDisconnect, StreamingResponse, dump
-from llama2.serve.surfaces.wire import JsonRoute, Message, Part, Sampled, StopText, Values, Wire
+from llama2.serve.surfaces.choices import check
+from llama2.serve.surfaces.context import models_of, warn, warning_header
+from llama2.serve.surfaces.encoding import dump, json_response
+from llama2.serve.surfaces.generation import Tools, build_requests, submit
+from llama2.serve.surfaces.json_body import JsonRoute
+from llama2.serve.surfaces.messages import to_message
+from llama2.serve.surfaces.sampling import sampling_of, stop_strings
+from llama2.serve.surfaces.streaming import PING_SECONDS, CancelOnDisconnect, StreamingResponse
+from llama2.serve.surfaces.wire import ChatMessage, ContentPart, SamplingRequest, StopText, Values, Wire
 
 if TYPE_CHECKING:
     from llama2.serve.constrain.constraints import Constraint
 
-#: Anthropic's names of our tool choices.
+#: OpenAI's names of Anthropic's tool choices.
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class VersionedRoute(JsonRoute):
-    """A route for requests with the header `anthropic-version`; others go on to the route of the same path."""
+    """A route for requests with the header `anthropic-version`; others go to OpenAI's route of the same path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Whether, and with which parameters, a request is for this route."""
@@ -46,16 +51,16 @@ router = APIRouter(route_class=JsonRoute)
 versioned = APIRouter(route_class=VersionedRoute)  # before OpenAI's, whose paths these are
 
 
-class TextBlock(Part):
-    """A text; equal beginnings of prompts are found in the cache by themselves, whatever `cache_control` says."""
+class TextBlock(ContentPart):
+    """A text. Equal beginnings of prompts are always cached, whatever `cache_control` is."""
 
     cache_control: dict[str, Any] | None = None
 
 
-class Block(TextBlock):
-    """A part of a message: text, a call that the assistant made, or what the function answered.
+class ContentBlock(TextBlock):
+    """A part of a message: text, a call by the assistant, or the result of a function.
 
-    Thinking of earlier answers is left out, as Anthropic's own server does where thinking is disabled.
+    Thinking of earlier answers is left out, as Anthropic's own server does if thinking is disabled.
     """
 
     HARMLESS: ClassVar[Values] = {"caller": ({"type": "direct"},)}
@@ -68,15 +73,15 @@ class Block(TextBlock):
     is_error: bool | None = None
 
 
-class Turn(Wire):
+class InputMessage(Wire):
     """One message of a conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | list[ContentBlock]
 
 
 class Tool(Wire):
-    """A function that the client runs. What Anthropic's server runs, or only its models were taught, is refused."""
+    """A function that the client runs. Tools of Anthropic's server, or of its models alone, are refused."""
 
     UNSUPPORTED: ClassVar[Values] = {"allowed_callers": (["direct"],), "defer_loading": (False,)}
 
@@ -86,7 +91,7 @@ class Tool(Wire):
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None
     cache_control: dict[str, Any] | None = None
-    eager_input_streaming: bool | None = None  # arguments are always sent as they come
+    eager_input_streaming: bool | None = None  # arguments are always sent at once
 
 
 class ToolChoice(Wire):
@@ -98,7 +103,7 @@ class ToolChoice(Wire):
 
 
 class Thinking(Wire):
-    """Whether the model is to think first, which it does not know."""
+    """Whether the model thinks first, which it cannot."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
@@ -113,13 +118,13 @@ class OutputFormat(Wire):
 
 
 class OutputConfig(Wire):
-    """How the answer looks; an effort is ignored with a warning."""
+    """The format of the answer; an effort is ignored with a warning."""
 
     format: OutputFormat | None = None
 
 
-class Conversation(Wire):
-    """`POST /v1/messages/count_tokens`, and what it shares with `/v1/messages`."""
+class CountTokensRequest(Wire):
+    """`POST /v1/messages/count_tokens`, and the fields that `/v1/messages` has too."""
 
     UNSUPPORTED: ClassVar[Values] = {
         "container": (),
@@ -129,7 +134,7 @@ class Conversation(Wire):
     HARMLESS: ClassVar[Values] = {"service_tier": ("auto", "standard_only"), "speed": ("standard",)}
 
     model: str
-    messages: list[Turn] = Field(min_length=1)
+    messages: list[InputMessage] = Field(min_length=1)
     system: str | list[TextBlock] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
@@ -139,7 +144,7 @@ class Conversation(Wire):
     cache_control: dict[str, Any] | None = None
 
 
-class MessagesRequest(Conversation):
+class MessagesRequest(CountTokensRequest):
     """`POST /v1/messages`. `seed` is an extra."""
 
     max_tokens: int = Field(ge=1, lt=1 << 62)
@@ -155,29 +160,31 @@ class MessagesRequest(Conversation):
 @router.post("/v1/messages")
 async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
     """The assistant's next message in a conversation."""
-    service = await served(http).service(body.model)
-    drawn = sampling(
-        Sampled(model=body.model, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, seed=body.seed),
+    service = await models_of(http).service(body.model)
+    sampling = sampling_of(
+        SamplingRequest(
+            model=body.model, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, seed=body.seed
+        ),
         service,
     )
-    stop = stops(http, body.stop_sequences, "stop_sequences: empty texts end nothing")
-    lookup = served(http).settings.lookup
-    request, reader = await _request(body, http, service, Request((), body.max_tokens, drawn, stop, lookup=lookup))
-    stream = await common.submit(http, service, [request])
-    answer = _Answer(body, stream.requests[0], reader)
+    stop = stop_strings(http, body.stop_sequences, "stop_sequences: empty texts end nothing")
+    lookup = models_of(http).settings.lookup
+    request, reader = await _request(body, http, service, Request((), body.max_tokens, sampling, stop, lookup=lookup))
+    stream = await submit(http, service, [request])
+    writer = _MessageWriter(body, stream.requests[0], reader)
     headers = warning_header(body, http)
     if body.stream:
-        return StreamingResponse(answer.events(stream), stream.close, headers=headers)
+        return StreamingResponse(writer.events(stream), stream.close, headers=headers)
     async with CancelOnDisconnect(http, stream.close):
         async for batch in stream.batches():
-            answer.read(batch)
-    return json_response(answer.whole(stream), headers)
+            writer.read(batch)
+    return json_response(writer.whole(stream), headers)
 
 
 @router.post("/v1/messages/count_tokens")
-async def count_tokens(body: Conversation, http: HttpRequest) -> Response:
-    """How many tokens a conversation is, with its tools and what asks for the answer."""
-    service = await served(http).service(body.model)
+async def count_tokens(body: CountTokensRequest, http: HttpRequest) -> Response:
+    """The number of tokens of a conversation, with its tools and the start of the answer."""
+    service = await models_of(http).service(body.model)
     request, _ = await _request(body, http, service, Request(()))
     return json_response({"input_tokens": len(request.prompt)}, warning_header(body, http))
 
@@ -190,9 +197,9 @@ async def models(
     before_id: str | None = None,
 ) -> Response:
     """A page of the models that are served."""
-    entries = list(served(http).entries.values())
-    end = len(entries) if before_id is None else entries.index(served(http).entry(before_id))
-    start = 0 if after_id is None else entries.index(served(http).entry(after_id)) + 1
+    entries = list(models_of(http).entries.values())
+    end = len(entries) if before_id is None else entries.index(models_of(http).entry(before_id))
+    start = 0 if after_id is None else entries.index(models_of(http).entry(after_id)) + 1
     page = entries[start:end][:limit] if before_id is None else entries[start:end][-limit:]
     return json_response(
         {
@@ -207,7 +214,7 @@ async def models(
 @versioned.get("/v1/models/{model:path}", include_in_schema=False)
 async def model(model: str, http: HttpRequest) -> Response:
     """One of the models that are served."""
-    return json_response(_card(served(http).entry(model)))
+    return json_response(_card(models_of(http).entry(model)))
 
 
 def _card(entry: Entry) -> dict[str, Any]:
@@ -224,21 +231,21 @@ def _card(entry: Entry) -> dict[str, Any]:
 
 
 async def _request(
-    body: Conversation, http: HttpRequest, service: Service, request: Request
+    body: CountTokensRequest, http: HttpRequest, service: Service, request: Request
 ) -> tuple[Request, CallReader]:
-    """`request` for the answer to a conversation, and who reads it."""
+    """`request` for the answer to a conversation, and its reader."""
     thinking = body.thinking.type if body.thinking else "disabled"
     if thinking == "adaptive":
         warn(http, "thinking: this model does not think before it answers")
     elif thinking != "disabled":
         raise unsupported("thinking.type", f"{thinking!r} is not supported, only 'disabled' and 'adaptive' are")
-    (request,), (reader,) = await common.build_requests(
+    (request,), (reader,) = await build_requests(
         http, service, _dialog(body, http), request, tools=_tools(body), response=_constraint(body)
     )
     return request, reader
 
 
-def _constraint(body: Conversation) -> Constraint | None:
+def _constraint(body: CountTokensRequest) -> Constraint | None:
     from llama2.serve.constrain import constraints
 
     if body.output_config and body.output_config.format:
@@ -248,8 +255,8 @@ def _constraint(body: Conversation) -> Constraint | None:
     return None
 
 
-def _tools(body: Conversation) -> Tools:
-    """Tools and their choice as Responses have them."""
+def _tools(body: CountTokensRequest) -> Tools:
+    """Tools and their choice in the form of Responses."""
     declared = []
     for i, tool in enumerate(body.tools or ()):
         if tool.type not in (None, "custom"):
@@ -260,72 +267,74 @@ def _tools(body: Conversation) -> Tools:
         function: dict[str, Any] = {"type": "function", "name": tool.name, "parameters": tool.input_schema}
         function |= {} if tool.description is None else {"description": tool.description}
         declared.append(function | ({} if tool.strict is None else {"strict": tool.strict}))
-    asked = body.tool_choice
-    if asked is None:
+    wanted = body.tool_choice
+    if wanted is None:
         return Tools(declared or None, flat=True)
-    choice = {"type": "function", "name": asked.name} if asked.type == "tool" else _CHOICES[asked.type]
-    return Tools(declared or None, choice, not asked.disable_parallel_tool_use, flat=True)
+    choice = {"type": "function", "name": wanted.name} if wanted.type == "tool" else _CHOICES[wanted.type]
+    return Tools(declared or None, choice, not wanted.disable_parallel_tool_use, flat=True)
 
 
-def _dialog(body: Conversation, http: HttpRequest) -> list[dict[str, Any]]:
-    """The conversation as chat completions have it: a function's answers are messages of their own, before the text."""
+def _dialog(body: CountTokensRequest, http: HttpRequest) -> list[dict[str, Any]]:
+    """The conversation in the form of chat completions, where results of functions are messages before the text."""
     dialog = []
     if body.system:
         dialog.append(to_message("system", _message("system", body.system)))
     thoughts = False
-    for i, turn in enumerate(body.messages):
-        texts: list[Part] = []
+    for i, message in enumerate(body.messages):
+        texts: list[ContentPart] = []
         calls: list[dict[str, Any]] = []
-        answers: list[dict[str, Any]] = []
-        blocks = [Block(type="text", text=turn.content)] if isinstance(turn.content, str) else turn.content
+        results: list[dict[str, Any]] = []
+        blocks = (
+            [ContentBlock(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+        )
         for j, block in enumerate(blocks):
             where = f"messages.{i}.content.{j}"
-            match turn.role, block.type:
+            match message.role, block.type:
                 case _, "text":
                     texts.append(block)
                 case "assistant", "tool_use":
-                    function = {"name": _given(where, block, "name"), "arguments": json.dumps(block.input or {})}
-                    calls.append({"id": _given(where, block, "id"), "type": "function", "function": function})
+                    function = {"name": _required(where, block, "name"), "arguments": json.dumps(block.input or {})}
+                    calls.append({"id": _required(where, block, "id"), "type": "function", "function": function})
                 case "user", "tool_result":
-                    answers.append(_result(where, block))
+                    results.append(_result(where, block))
                 case "assistant", "thinking" | "redacted_thinking":
                     thoughts = True
                 case _:
                     kinds = {"assistant": "text and tool_use are", "user": "text and tool_result are"}
-                    only = kinds.get(turn.role, "text is")
+                    only = kinds.get(message.role, "text is")
                     raise unsupported(f"{where}.type", f"{block.type[:40]!r} is not supported, only {only}")
-        if texts or not answers:
-            message = _message(turn.role, texts)
-            message.tool_calls = calls or None
-            answers.append(to_message(f"messages.{i}", message))
-        dialog += answers
+        if texts or not results:
+            converted = _message(message.role, texts)
+            converted.tool_calls = calls or None
+            results.append(to_message(f"messages.{i}", converted))
+        dialog += results
     if thoughts:
         warn(http, "thinking of earlier answers is left out")
     return dialog
 
 
-def _message(role: Any, content: str | Sequence[Part]) -> Message:
-    """A message of chat completions. An answer that was empty comes back as one without blocks."""
-    return Message(role=role, content=content if isinstance(content, str) else list(content) or "")
+def _message(role: Any, content: str | Sequence[ContentPart]) -> ChatMessage:
+    """A message in the form of chat completions. An answer that was empty has no blocks."""
+    return ChatMessage(role=role, content=content if isinstance(content, str) else list(content) or "")
 
 
-def _result(where: str, block: Block) -> dict[str, Any]:
-    """What a function answered; that it failed is said before it, as a chat format has no other place for that."""
+def _result(where: str, block: ContentBlock) -> dict[str, Any]:
+    """The result of a function; `Error:` before it if it failed, as a chat format has no other place for that."""
     message = _message("tool", block.content or "")
-    message.tool_call_id = _given(where, block, "tool_use_id")
+    message.tool_call_id = _required(where, block, "tool_use_id")
     result = to_message(where, message)
     return {**result, "content": f"Error: {result['content']}"} if block.is_error else result
 
 
-def _given(where: str, block: Block, name: str) -> str:
+def _required(where: str, block: ContentBlock, name: str) -> str:
     value: str | None = getattr(block, name)
     if value is None:
         raise Refusal(400, f"{where}.{name}: is missing", param=f"{where}.{name}", code="invalid_value")
     return value
 
 
-class _Answer:
-    """One message in wire form: its blocks one after another, and the events that say how they grow."""
+class _MessageWriter:
+    """Writes one message: its blocks one after another, and their events."""
 
     def __init__(self, body: MessagesRequest, request: Request, reader: CallReader) -> None:
         self._reader = reader
@@ -357,10 +366,10 @@ class _Answer:
         yield _event("message_delta", delta=self._stop, usage=_usage(stream)) + _event("message_stop")
 
     def read(self, batch: list[ChoiceEvent]) -> list[bytes]:
-        """Take what a step says into the message, and return the events of its blocks. Raises Refusal."""
+        """Add events of the engine to the message, and return the events of its blocks. Raises Refusal."""
         events: list[bytes] = []
         for _, event in batch:
-            common.check(event)
+            check(event)
             for piece in self._reader.push(event):
                 events += self._add(piece)
             if event.finish is not None:
@@ -389,7 +398,7 @@ class _Answer:
         return [*closed, _event("content_block_start", index=len(self._content) - 1, content_block=block)]
 
     def _close(self) -> list[bytes]:
-        """End the last block, if there is one. Of a call that was cut short, the input is what there is of it."""
+        """End the last block, if there is one. A call that was cut short has the input so far."""
         if not self._content:
             return []
         if self._arguments:
@@ -402,7 +411,7 @@ class _Answer:
 
     def _stop_of(self, event: Event) -> dict[str, str | None]:
         """Why the message ended."""
-        if event.stop in self._sequences:  # others end a turn of the chat format
+        if event.stop in self._sequences:  # other stop strings belong to the chat format
             return {"stop_reason": "stop_sequence", "stop_sequence": event.stop}
         if event.finish == "length":
             return {"stop_reason": self._cut, "stop_sequence": None}
@@ -415,7 +424,7 @@ def _event(type: str, **fields: Any) -> bytes:
 
 
 def _usage(stream: Stream) -> dict[str, int]:
-    """Tokens. Those of the prompt that were found in the cache are known at the end, and not among `input_tokens`."""
+    """Tokens. Cached ones of the prompt are known at the end, and not among `input_tokens`."""
     return {
         "input_tokens": stream.prompt_tokens - stream.cached_tokens,
         "cache_creation_input_tokens": 0,

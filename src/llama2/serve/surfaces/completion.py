@@ -4,40 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from pydantic import AliasChoices, Field
 
-from llama2.engine.processors import keep_typical, penalise_recent
-from llama2.engine.request import Event, Logprob, Processor, Request, Sampling
-from llama2.serve.errors import Refusal, unsupported
+from llama2.engine.request import Event, Logprob, Request
+from llama2.serve.errors import Refusal
 from llama2.serve.service import Service, Stream
-from llama2.serve.surfaces import common
-from llama2.serve.surfaces.common import json_response, served, stops, warn, warning_header
-from llama2.serve.surfaces.streaming import PING, PING_SECONDS, CancelOnDisconnect, StreamingResponse, sse
-from llama2.serve.surfaces.wire import MAX_PROMPTS, MAX_TOKENS, JsonRoute, Token, Values, Wire
+from llama2.serve.surfaces.choices import Choice
+from llama2.serve.surfaces.context import models_of, warning_header
+from llama2.serve.surfaces.encoding import PING, json_response, sse
+from llama2.serve.surfaces.generation import check_choices, constraints_of, expand_choices, submit
+from llama2.serve.surfaces.json_body import JsonRoute
+from llama2.serve.surfaces.llamacpp_sampling import LlamaCppSampling, sampling_and_processors, sampling_json
+from llama2.serve.surfaces.prompts import infill_tokens, prompt_text, prompt_tokens
+from llama2.serve.surfaces.sampling import stop_strings
+from llama2.serve.surfaces.streaming import PING_SECONDS, CancelOnDisconnect, StreamingResponse
+from llama2.serve.surfaces.wire import MAX_PROMPTS, MAX_TOKENS, Token, Values, Wire
 from llama2.serve.token_text import finite
-from llama2.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llama2.serve.constrain.constraints import Constraint
 
 router = APIRouter(route_class=JsonRoute)
-
-#: Tokens before a text's beginning, before its end, and before what is to stand between: of families of models.
-INFILL = (
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
-    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
-)
 
 
 class PromptString(Wire):
@@ -48,30 +41,12 @@ class PromptString(Wire):
     prompt_string: str
 
 
-#: Text and tokens in turn.
+#: Texts and tokens, mixed.
 Mixed = Annotated[list[str | Token], Field(min_length=1, max_length=MAX_TOKENS)]
 
 
-class Drawn(Wire):
-    """How tokens are drawn, by the names of llama.cpp and Ollama; where nothing is said, as the server does by default.
-
-    Penalties look at every token, unless `repeat_last_n` is given.
-    """
-
-    temperature: float | None = Field(None, ge=-100, le=100)  # below 0, the likeliest token is taken
-    top_k: int | None = Field(None, ge=-1, le=1 << 30)
-    top_p: float | None = Field(None, ge=0, le=1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    typical_p: float | None = Field(None, gt=0, le=1)
-    repeat_penalty: float | None = Field(None, ge=1e-3, le=1e3)
-    repeat_last_n: int | None = Field(None, ge=-1, lt=1 << 62)
-    presence_penalty: float | None = Field(None, ge=-100, le=100)
-    frequency_penalty: float | None = Field(None, ge=-100, le=100)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)  # below 0, a random one
-
-
-class CompletionOptions(Drawn):
-    """What completions and infills share: how tokens are drawn, when they end, and what is said of them."""
+class CompletionOptions(LlamaCppSampling):
+    """The fields of completions and infills: sampling, limits, and the fields of the response."""
 
     UNSUPPORTED: ClassVar[Values] = {
         "adaptive_target": (-1, -1.0),
@@ -108,7 +83,7 @@ class CompletionOptions(Drawn):
     response_fields: list[str] | None = None
 
 
-class Completion(CompletionOptions):
+class LlamaCppCompletion(CompletionOptions):
     """`POST /completion`. A list of nothing but tokens, or of text and tokens, is one prompt; other lists are many."""
 
     prompt: (
@@ -119,8 +94,8 @@ class Completion(CompletionOptions):
     )
 
 
-class Infill(CompletionOptions):
-    """`POST /infill`: what stands between two texts, behind `prompt`."""
+class LlamaCppInfill(CompletionOptions):
+    """`POST /infill`: the text between two texts, behind `prompt`."""
 
     UNSUPPORTED: ClassVar[Values] = {**CompletionOptions.UNSUPPORTED, "input_extra": ([],)}
 
@@ -130,21 +105,20 @@ class Infill(CompletionOptions):
 
 
 @router.post("/completion")
-async def completion(body: Completion, http: HttpRequest) -> Response:
+async def completion(body: LlamaCppCompletion, http: HttpRequest) -> Response:
     """Texts, or tokens, continued without a chat format."""
-    service = await served(http).service(body.model)
+    service = await models_of(http).service(body.model)
     given: Any = body.prompt
-    several = isinstance(given, list) and not any(isinstance(part, int) for part in given)
-    prompts = await asyncio.to_thread(
-        lambda: [prompt_tokens(service, each) for each in (given if several else [given])]
-    )
-    return await _respond(body, prompts, several, service, http)
+    is_list = isinstance(given, list) and not any(isinstance(part, int) for part in given)
+    texts = [each.prompt_string if isinstance(each, PromptString) else each for each in (given if is_list else [given])]
+    prompts = await asyncio.to_thread(lambda: [prompt_tokens(service, text) for text in texts])
+    return await _respond(body, prompts, is_list, service, http)
 
 
 @router.post("/infill")
-async def infill(body: Infill, http: HttpRequest) -> Response:
-    """What stands between a text's beginning and its end, by a model that has tokens for these."""
-    service = await served(http).service(body.model)
+async def infill(body: LlamaCppInfill, http: HttpRequest) -> Response:
+    """The text between a prefix and a suffix, by a model that has tokens for these."""
+    service = await models_of(http).service(body.model)
     parts = (body.input_prefix, body.input_suffix, body.prompt)
     tokens = await asyncio.to_thread(infill_tokens, service, *parts)
     if tokens is None:
@@ -152,110 +126,75 @@ async def infill(body: Infill, http: HttpRequest) -> Response:
     return await _respond(body, [tokens], False, service, http)
 
 
-def infill_tokens(service: Service, prefix: str, suffix: str, middle: str = "") -> list[int] | None:
-    """Token ids that ask for what stands between two texts, behind `middle`; None if the model has no tokens for it.
-
-    Raises ContextError for texts that cannot fit.
-    """
-    t = service.model.tokenizer
-    marks = infill_marks(t)
-    if marks is None:
-        return None
-    service.limit.check(prefix, suffix, middle)
-    ids = [t.bos_id] if t.add_bos and t.bos_id is not None else []
-    for mark, text in zip(marks, (prefix, suffix, middle), strict=True):
-        ids += [mark, *t.encode(text)]
-    return ids
-
-
-def infill_marks(tokenizer: Tokenizer) -> list[int] | None:
-    """The ids of the three tokens around the texts of an infill; None if a vocabulary has none."""
-    names = tokenizer.control
-    return next(([names[name] for name in trio] for trio in INFILL if all(name in names for name in trio)), None)
-
-
 async def _respond(
-    body: CompletionOptions, prompts: Sequence[Sequence[int]], several: bool, service: Service, http: HttpRequest
+    body: CompletionOptions, prompts: Sequence[Sequence[int]], is_list: bool, service: Service, http: HttpRequest
 ) -> Response:
     n = body.n_cmpl or 1
-    common.check_choices(n * len(prompts))
+    check_choices(n * len(prompts))
 
-    rule = _constraint(body)
-    stop = stops(http, body.stop, "stop: empty texts end nothing")
+    constraint = _constraint(body)
+    stop = stop_strings(http, body.stop, "stop: empty texts end nothing")
+    constraints = constraints_of(http, constraint)
 
-    def make() -> list[Request]:
-        sampling, processors = drawn(body, service)
+    def build() -> list[Request]:
+        sampling, processors = sampling_and_processors(body, service)
         request = Request(
             (),
             None if body.n_predict == -1 else body.n_predict,
             replace(sampling, logit_bias=_bias(body.logit_bias or {}, service)),
             stop,
             logprobs=body.n_probs or None,
-            prompt_logprobs=body.n_predict == 0,  # nothing is drawn
+            prompt_logprobs=body.n_predict == 0,  # no token is sampled
             continues=True,
             processors=processors,
-            lookup=served(http).settings.lookup,
+            lookup=models_of(http).settings.lookup,
             cache_prompt=body.cache_prompt is not False,
         )
-        least = None if body.ignore_eos else 0
-        asked = (replace(request, prompt=tuple(prompt)) for prompt in prompts)
-        return [choice for each in asked for choice in common.expand_choices(service, each, n, [rule], least)]
+        min_tokens = None if body.ignore_eos else 0
+        requests = (replace(request, prompt=tuple(prompt)) for prompt in prompts)
+        return [choice for each in requests for choice in expand_choices(service, each, n, constraints, min_tokens)]
 
-    requests = await asyncio.to_thread(make)
-    if rule:
-        warn(http, *rule.warnings)
-    stream = await common.submit(http, service, requests)
-    results = [_Result(i, body, request, service) for i, request in enumerate(stream.requests)]
+    stream = await submit(http, service, await asyncio.to_thread(build))
+    writers = [_LlamaCppWriter(i, body, request, service) for i, request in enumerate(stream.requests)]
     headers = warning_header(body, http)
     if body.stream:
-        return StreamingResponse(_events(stream, results), stream.close, headers=headers)
+        return StreamingResponse(_events(stream, writers), stream.close, headers=headers)
     async with CancelOnDisconnect(http, stream.close):
         async for batch in stream.batches():
             for index, event in batch:
-                results[index].add(event)
-    rows = [result.whole(stream) for result in results]
-    return json_response(rows if several or n > 1 else rows[0], headers)
+                writers[index].choice.add(event)
+    rows = [writer.whole(stream) for writer in writers]
+    return json_response(rows if is_list or n > 1 else rows[0], headers)
 
 
-async def _events(stream: Stream, results: Sequence[_Result]) -> AsyncIterator[bytes]:
+async def _events(stream: Stream, writers: Sequence[_LlamaCppWriter]) -> AsyncIterator[bytes]:
     try:
         async for batch in stream.batches(PING_SECONDS):
             parts = [] if batch else [PING]
             for index, event in batch:
-                part = results[index].part(event, stream)
+                part = writers[index].part(event, stream)
                 if event.token is not None:
                     parts.append(sse(part))
                 if event.finish is not None:
-                    parts.append(sse(results[index].end(stream)))
+                    parts.append(sse(writers[index].end(stream)))
             yield b"".join(parts)
     except Refusal as failure:
         yield sse(failure.body())
 
 
-class _Result:
-    """One completion in wire form."""
+class _LlamaCppWriter:
+    """Writes one completion, whole or as events."""
 
     def __init__(self, index: int, body: CompletionOptions, request: Request, service: Service) -> None:
+        self.choice = Choice()
         self._index = index
         self._body = body
         self._request = request
         self._service = service
-        self._text = ""
-        self._tokens: list[int] = []
-        self._scores: list[Logprob] = []
-        self._last: Event | None = None
-
-    def add(self, event: Event) -> None:
-        """What an event says. Raises Refusal when the answer failed."""
-        common.check(event)
-        self._text += event.text
-        self._tokens += [] if event.token is None else [event.token]
-        self._scores += [] if event.logprob is None else [event.logprob]
-        self._last = event
 
     def part(self, event: Event, stream: Stream) -> dict[str, Any]:
-        """One event of several: what came with a token. Raises Refusal when the answer failed."""
-        self.add(event)
+        """The event of one token. Raises Refusal if the answer failed."""
+        self.choice.add(event)
         tokens = [] if event.token is None else [event.token]
         part = {**self._head(False), "content": event.text, "tokens": tokens}
         if self._body.timings_per_token:
@@ -265,17 +204,17 @@ class _Result:
         return part
 
     def whole(self, stream: Stream) -> dict[str, Any]:
-        """The completion, or the fields of it that are wanted."""
-        whole = self.end(stream) | {"content": self._text, "tokens": self._tokens if self._body.return_tokens else []}
+        """The completion, or those of its fields that are requested."""
+        tokens = self.choice.token_ids if self._body.return_tokens else []
+        whole = self.end(stream) | {"content": self.choice.text, "tokens": tokens}
         if self._body.n_probs:
-            whole["completion_probabilities"] = self._probabilities(self._scores)
-        return _chosen(whole, self._body.response_fields) if self._body.response_fields else whole
+            whole["completion_probabilities"] = self._probabilities(self.choice.logprobs)
+        return _selected(whole, self._body.response_fields) if self._body.response_fields else whole
 
     def end(self, stream: Stream) -> dict[str, Any]:
-        """The last of several events, which says everything but the text."""
-        body, request, last = self._body, self._request, self._last
-        cut = last is not None and last.finish == "length"
-        word = last.stop if last is not None else None
+        """The last event, which has everything but the text."""
+        body, request, choice = self._body, self._request, self.choice
+        cut = choice.finish == "length"
         limit = body.n_predict if body.n_predict is not None else -1
         return {
             **self._head(True),
@@ -283,8 +222,8 @@ class _Result:
             "tokens": [],
             "model": self._service.name,
             "generation_settings": {
-                **parameters(request),
-                **body.model_dump(include=set(Drawn.model_fields) - {"seed"}, exclude_none=True),
+                **sampling_json(request),
+                **body.model_dump(include=set(LlamaCppSampling.model_fields) - {"seed"}, exclude_none=True),
                 "n_predict": limit,
                 "max_tokens": limit,
                 "stop": list(request.stop),
@@ -297,39 +236,35 @@ class _Result:
                 "stream": bool(body.stream),
                 "timings_per_token": bool(body.timings_per_token),
             },
-            "prompt": spelled(self._service, request.prompt),
-            "has_new_line": "\n" in self._text,
+            "prompt": prompt_text(self._service, request.prompt),
+            "has_new_line": "\n" in choice.text,
             "truncated": cut and (request.max_tokens is None or request.max_tokens < limit),
-            "stop_type": "limit" if cut else "eos" if word is None else "word",
-            "stopping_word": word or "",
-            "tokens_cached": self._cached,
+            "stop_type": "limit" if cut else "eos" if choice.stop is None else "word",
+            "stopping_word": choice.stop or "",
+            "tokens_cached": choice.cached_tokens,
             "timings": self._timings(stream),
         }
 
-    @property
-    def _cached(self) -> int:
-        """Tokens of the prompt that were found in the cache, which is known at the end."""
-        return 0 if self._last is None else self._last.cached_tokens
-
     def _head(self, stop: bool) -> dict[str, Any]:
-        counts = {"tokens_predicted": len(self._tokens), "tokens_evaluated": len(self._request.prompt)}
+        counts = {"tokens_predicted": len(self.choice.token_ids), "tokens_evaluated": len(self._request.prompt)}
         return {"index": self._index, "content": "", "tokens": [], "stop": stop, "id_slot": -1, **counts}
 
     def _timings(self, stream: Stream) -> dict[str, Any]:
-        """Milliseconds and rates. Of a request with several answers, `prompt_ms` ends with the first token of all."""
+        """Milliseconds and rates. `prompt_ms` ends with the first token of any choice of the request."""
         first = stream.first or stream.arrived
-        last = stream.last[self._index] if self._tokens else first
-        prompt, predicted = len(self._request.prompt) - self._cached, len(self._tokens)
+        predicted, cached = len(self.choice.token_ids), self.choice.cached_tokens
+        last = stream.last[self._index] if predicted else first
+        prompt = len(self._request.prompt) - cached
         return {
-            "cache_n": self._cached,
+            "cache_n": cached,
             **_rate("prompt", prompt, prompt, first - (stream.started or first)),
-            **_rate("predicted", predicted, max(0, predicted - 1), last - first),  # the first came with the prompt
+            **_rate("predicted", predicted, max(0, predicted - 1), last - first),  # the first is part of prefill
         }
 
-    def _probabilities(self, scores: Sequence[Logprob]) -> list[dict[str, Any]]:
+    def _probabilities(self, logprobs: Sequence[Logprob]) -> list[dict[str, Any]]:
         return [
             {**self._scored(each.token, each.logprob), "top_logprobs": [self._scored(*other) for other in each.top]}
-            for each in scores
+            for each in logprobs
         ]
 
     def _scored(self, token: int, logprob: float) -> dict[str, Any]:
@@ -348,75 +283,26 @@ def _rate(name: str, count: int, steps: int, seconds: float) -> dict[str, float]
     }
 
 
-def parameters(request: Request) -> dict[str, Any]:
-    """How a request's tokens are drawn, by llama.cpp's names; nothing of its texts."""
-    s = request.sampling
-    return {
-        "n_predict": -1 if request.max_tokens is None else request.max_tokens,
-        "seed": s.seed,
-        "temperature": s.temperature,
-        "top_k": s.top_k,
-        "top_p": s.top_p,
-        "min_p": s.min_p,
-        "repeat_last_n": -1,
-        "repeat_penalty": s.repetition_penalty,
-        "presence_penalty": s.presence_penalty,
-        "frequency_penalty": s.frequency_penalty,
-        "n_probs": request.logprobs or 0,
-    }
-
-
-def drawn(given: Drawn, service: Service, within: str = "") -> tuple[Sampling, tuple[Processor, ...]]:
-    """How tokens are drawn, and what changes logits before. Raises Refusal that names a field after `within`."""
-    default = service.sampling
-    penalties = {
-        "repetition": default.repetition_penalty if given.repeat_penalty is None else given.repeat_penalty,
-        "presence": default.presence_penalty if given.presence_penalty is None else given.presence_penalty,
-        "frequency": default.frequency_penalty if given.frequency_penalty is None else given.frequency_penalty,
-    }
-    none = {"repetition": 1.0, "presence": 0.0, "frequency": 0.0}
-    processors = []
-    if given.repeat_last_n is not None and given.repeat_last_n >= 0:
-        if given.repeat_last_n and penalties != none:
-            processors.append(penalise_recent(given.repeat_last_n, **penalties))
-        penalties = none
-    if given.typical_p is not None and given.typical_p < 1:
-        processors.append(keep_typical(given.typical_p))
-    if processors and not service.model.engine.runs_processors:
-        names = f"{within}typical_p, {within}repeat_last_n"
-        raise unsupported(names, "the engine that answers here has neither")
-    values = {
-        "temperature": None if given.temperature is None else max(0.0, given.temperature),
-        "top_k": None if given.top_k is None else max(0, given.top_k),
-        "top_p": given.top_p,
-        "min_p": given.min_p,
-        "seed": secrets.randbits(32) if given.seed is None or given.seed < 0 else given.seed,
-        **{f"{name}_penalty": value for name, value in penalties.items()},
-    }
-    chosen: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    return replace(default, **chosen), tuple(processors)
-
-
 def _bias(given: list[list[Any]] | dict[str, Any], service: Service) -> dict[int, float]:
-    """Biases by token. A text stands for each of its tokens, and false for never. Raises Refusal."""
+    """Biases by token. A text means each of its tokens, and false means never. Raises Refusal."""
     biases: dict[int, float] = {}
     pairs = list(given.items()) if isinstance(given, dict) else given
     for i, pair in enumerate(pairs):
-        what: Any
-        what, value = pair if len(pair) == 2 else (None, None)
-        if isinstance(what, str) and isinstance(given, dict) and what.isdecimal() and len(what) < 10:
-            what = int(what)
-        known = isinstance(what, str) or type(what) is int
+        key: Any
+        key, value = pair if len(pair) == 2 else (None, None)
+        if isinstance(key, str) and isinstance(given, dict) and key.isdecimal() and len(key) < 10:
+            key = int(key)
+        known = isinstance(key, str) or type(key) is int
         if not known or value is True or not isinstance(value, bool | int | float):
-            field = f"logit_bias.{what if isinstance(given, dict) else i}"[:100]
+            field = f"logit_bias.{key if isinstance(given, dict) else i}"[:100]
             raise Refusal(400, f"{field}: must be a token or a text, with a number or false", param="logit_bias")
-        tokens = service.model.tokenizer.encode(what) if isinstance(what, str) else [what]
+        tokens = service.model.tokenizer.encode(key) if isinstance(key, str) else [key]
         biases |= dict.fromkeys(tokens, -math.inf if value is False else float(value))
     return biases
 
 
 def _constraint(body: CompletionOptions) -> Constraint | None:
-    """What holds a completion to a schema. Raises Refusal, RequestError."""
+    """The constraint of a completion, if one is requested. Raises Refusal, RequestError."""
     from llama2.serve.constrain import constraints
 
     if body.grammar:
@@ -426,39 +312,13 @@ def _constraint(body: CompletionOptions) -> Constraint | None:
     return constraints.json_schema(body.json_schema or {"type": "object"}, "json_schema", strict=False)
 
 
-def prompt_tokens(service: Service, prompt: str | PromptString | list[str | int]) -> list[int]:
-    """A prompt's tokens. Control tokens are recognised in text, and BOS comes before it as the model wants it."""
-    t = service.model.tokenizer
-    if isinstance(prompt, list):
-        service.limit.check_count(len(prompt), "tokens and texts")
-    parts = (
-        prompt if isinstance(prompt, list) else [prompt.prompt_string if isinstance(prompt, PromptString) else prompt]
-    )
-    service.limit.check(*(part for part in parts if isinstance(part, str)))
-    tokens: list[int] = []
-    for part in parts:
-        tokens += t.encode(part, special=True) if isinstance(part, str) else [part]
-    if t.add_bos and t.bos_id is not None and isinstance(parts[0], str) and tokens[:1] != [t.bos_id]:
-        tokens.insert(0, t.bos_id)
-    return tokens or service.model.encode("")
-
-
-def spelled(service: Service, tokens: Sequence[int]) -> str:
-    """The text of tokens, control tokens by their names."""
-    parts = []
-    for control, group in groupby(tokens, lambda token: service.texts.bytes(token) is None):
-        run = list(group)
-        parts.append("".join(map(service.texts, run)) if control else service.model.tokenizer.decode(run))
-    return "".join(parts)
-
-
-def _chosen(whole: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    """The fields at `paths`, with slashes between names, under these paths; those that there are."""
-    chosen = {}
+def _selected(whole: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """Those of the fields at `paths` that exist, by their paths: names with slashes between them."""
+    selected = {}
     for path in paths:
         value: Any = whole
         for name in path.split("/"):
             value = value.get(name) if isinstance(value, dict) else None
         if value is not None:
-            chosen[path] = value
-    return chosen
+            selected[path] = value
+    return selected

@@ -1,7 +1,7 @@
 """Embeddings, by OpenAI's route and by Ollama's two.
 
-Inputs run in pieces, each admitted when the one before it has ended, so that a long list delays nobody's answer by more
-than a piece. They are all checked before the first one runs.
+Inputs run in pieces, each submitted when the one before it has ended. So a long list delays other answers by at most a
+piece. All inputs are checked before the first one runs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from pydantic import Field
 from llama2.engine.embedding import normalised, pieces
 from llama2.engine.request import Pooling, Request
 from llama2.errors import ContextError, Llama2Error
-from llama2.serve.errors import Refusal
+from llama2.serve.errors import Refusal, to_refusal
 from llama2.serve.service import Service, Stream
-from llama2.serve.surfaces import common
-from llama2.serve.surfaces.common import served, warning_header
-from llama2.serve.surfaces.ollama import KeepAlive
-from llama2.serve.surfaces.streaming import CancelOnDisconnect, dump, quote
-from llama2.serve.surfaces.wire import MAX_PROMPTS, JsonRoute, Tokens, Values, Wire
+from llama2.serve.surfaces.choices import check
+from llama2.serve.surfaces.context import models_of, warning_header
+from llama2.serve.surfaces.encoding import dump, quote
+from llama2.serve.surfaces.generation import submit
+from llama2.serve.surfaces.json_body import JsonRoute
+from llama2.serve.surfaces.keep_alive import KeepAlive
+from llama2.serve.surfaces.streaming import CancelOnDisconnect
+from llama2.serve.surfaces.wire import MAX_PROMPTS, Tokens, Values, Wire
 
 #: Tokens that the inputs of one request may have together.
 MAX_TOTAL_TOKENS = 300_000
@@ -56,8 +59,8 @@ class EmbeddingsRequest(Wire):
     user: str | None = None
 
 
-class OllamaRequest(Wire):
-    """What Ollama's two routes share. Options say how tokens are drawn, and an embedding draws none."""
+class OllamaEmbeddingRequest(Wire):
+    """The fields of Ollama's two routes. Options are about sampling, so they have no effect here."""
 
     model: str
     options: dict[str, Any] | None = None
@@ -65,15 +68,15 @@ class OllamaRequest(Wire):
     pooling: Pooling | None = None  # an extra
 
 
-class Embed(OllamaRequest):
-    """`POST /api/embed`. An input longer than the context is cut only where `truncate` says so."""
+class OllamaEmbedRequest(OllamaEmbeddingRequest):
+    """`POST /api/embed`. An input longer than the context is truncated only if `truncate` is true."""
 
     input: str | Annotated[list[str], Field(max_length=MAX_PROMPTS)] | None = None
     truncate: bool | None = None
     dimensions: int | None = Field(None, ge=1)
 
 
-class OneEmbedding(OllamaRequest):
+class OllamaOneEmbeddingRequest(OllamaEmbeddingRequest):
     """`POST /api/embeddings`, Ollama's older route, whose vectors are not normalised."""
 
     prompt: str = ""
@@ -81,15 +84,15 @@ class OneEmbedding(OllamaRequest):
 
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingsRequest, http: HttpRequest) -> Response:
-    """A vector of each text, or of each list of token ids. Fewer `dimensions` are the first ones, normalised again."""
-    service = await served(http).service(body.model)
+    """A vector of each text, or of each list of token ids. `dimensions` keeps the first ones, normalised again."""
+    service = await models_of(http).service(body.model)
     given: Any = body.input
     inputs: Inputs = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not inputs:
         raise Refusal(400, "input: is empty", param="input", code="invalid_value")
     encode = _base64 if body.encoding_format == "base64" else _floats
     requests = await _requests(service, inputs, body.pooling)
-    rows = await _rows(http, service, requests, _unit(service, body.dimensions), encode)
+    rows = await _rows(http, service, requests, _normaliser(service, body.dimensions), encode)
     data = b",".join(b'{"object":"embedding","index":%d,"embedding":%b}' % row for row in enumerate(rows))
     tokens = sum(len(request.prompt) for request in requests)
     rest = quote({"model": body.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
@@ -97,8 +100,8 @@ async def embeddings(body: EmbeddingsRequest, http: HttpRequest) -> Response:
 
 
 @router.post("/api/embed")
-async def embed(body: Embed, http: HttpRequest) -> Response:
-    """A vector of each text. Without a text, the model is loaded, or unloaded."""
+async def embed(body: OllamaEmbedRequest, http: HttpRequest) -> Response:
+    """A vector of each text. Without a text, the model is loaded or unloaded."""
     begun = time.perf_counter()
     inputs = [body.input] if isinstance(body.input, str) else body.input or []
     service = await _load(body, http, bool(body.input))
@@ -107,7 +110,7 @@ async def embed(body: Embed, http: HttpRequest) -> Response:
     requests: list[Request] = []
     if service is not None and body.input:
         requests = await _requests(service, inputs, body.pooling, truncate=body.truncate is True)
-        rows = await _rows(http, service, requests, _unit(service, body.dimensions), _floats)
+        rows = await _rows(http, service, requests, _normaliser(service, body.dimensions), _floats)
     rest = {
         "model": body.model,
         "total_duration": int((time.perf_counter() - begun) * 1e9),
@@ -118,8 +121,8 @@ async def embed(body: Embed, http: HttpRequest) -> Response:
 
 
 @router.post("/api/embeddings")
-async def one_embedding(body: OneEmbedding, http: HttpRequest) -> Response:
-    """A vector of one text. Without a text, the model is loaded, or unloaded."""
+async def one_embedding(body: OllamaOneEmbeddingRequest, http: HttpRequest) -> Response:
+    """A vector of one text. Without a text, the model is loaded or unloaded."""
     service = await _load(body, http, bool(body.prompt))
     row = b"[]"
     if service is not None and body.prompt:
@@ -128,12 +131,12 @@ async def one_embedding(body: OneEmbedding, http: HttpRequest) -> Response:
     return _response(b'{"embedding":%b}' % row, body, http)
 
 
-async def _load(body: OllamaRequest, http: HttpRequest, wanted: bool) -> Service | None:
-    """The model's service; None if nothing is wanted of it, and `keep_alive` is 0, which unloads it."""
-    if not wanted and body.keep_alive == 0:
-        await served(http).unload(body.model)
+async def _load(body: OllamaEmbeddingRequest, http: HttpRequest, has_input: bool) -> Service | None:
+    """The model's service; None if the request has no input and unloads the model by `keep_alive: 0`."""
+    if not has_input and body.keep_alive == 0:
+        await models_of(http).unload(body.model)
         return None
-    return await served(http).service(body.model, body.keep_alive)
+    return await models_of(http).service(body.model, body.keep_alive)
 
 
 async def _requests(
@@ -141,7 +144,7 @@ async def _requests(
 ) -> list[Request]:
     """The engine's requests. Raises Refusal for inputs that are empty, too long or too many."""
 
-    def make() -> list[Request]:
+    def build() -> list[Request]:
         for i, text in enumerate(inputs):
             if isinstance(text, str) and not truncate:
                 try:
@@ -151,16 +154,16 @@ async def _requests(
         return service.model.embedding_requests(inputs, pooling or "last", truncate=truncate)
 
     try:
-        requests = await asyncio.to_thread(make)
+        requests = await asyncio.to_thread(build)
     except Llama2Error as error:
-        refusal = common.to_refusal(error)
+        refusal = to_refusal(error)
         refusal.param = "input"
         raise refusal from None
     tokens = sum(len(request.prompt) for request in requests)
     if tokens > MAX_TOTAL_TOKENS:
         raise Refusal(
             400,
-            f"input: {tokens} tokens together, and the limit of a request is {MAX_TOTAL_TOKENS}; divide it",
+            f"input: {tokens} tokens in total, and the limit of a request is {MAX_TOTAL_TOKENS}; split the list",
             param="input",
             code="invalid_value",
         )
@@ -174,40 +177,32 @@ async def _rows(
     finish: Callable[[Floats], Floats],
     encode: Callable[[Floats], bytes],
 ) -> list[bytes]:
-    """The encoded vector of each request. No piece begins after the client has left."""
+    """The encoded vector of each request. No piece starts after the client has disconnected."""
     rows: list[bytes] = []
-    stream: Stream | None = None
-    left = False
-
-    def leave() -> None:
-        nonlocal left
-        left = True
-        if stream is not None:
-            stream.close()
-
-    async with CancelOnDisconnect(http, leave):
+    async with CancelOnDisconnect(http) as client:
         for piece in pieces(requests):
-            if left:
-                raise Refusal(400, "the client left before the last embedding")
-            stream = await common.submit(http, service, piece, refuse=not rows)
+            if client.disconnected:
+                raise Refusal(400, "the client disconnected before the last embedding")
+            stream = await submit(http, service, piece, refuse=not rows)
+            client.close = stream.close
             vectors = await _vectors(stream)
             rows += await asyncio.to_thread(lambda: [encode(finish(vector)) for vector in vectors])  # noqa: B023  # awaited
     return rows
 
 
 async def _vectors(stream: Stream) -> list[Floats]:
-    """The embedding of each request of a piece. Raises Refusal when one failed."""
+    """The embedding of each request of a piece. Raises Refusal if one failed."""
     found: dict[int, Floats] = {}
     async for batch in stream.batches():
         for index, event in batch:
-            common.check(event)
+            check(event)
             if event.embedding is not None:
                 found[index] = event.embedding
     return [found[index] for index in range(len(stream.requests))]
 
 
-def _unit(service: Service, dimensions: int | None) -> Callable[[Floats], Floats]:
-    """Makes a vector 1 long, of its first `dimensions` if they are given. Raises Refusal for more than there are."""
+def _normaliser(service: Service, dimensions: int | None) -> Callable[[Floats], Floats]:
+    """A function that normalises the first `dimensions` of a vector; None: all. Raises Refusal for too many."""
     width = service.model.config.dim
     if dimensions is not None and dimensions > width:
         raise Refusal(
@@ -225,7 +220,7 @@ def _base64(vector: Floats) -> bytes:
 
 
 def _floats(vector: Floats) -> bytes:
-    """A JSON array of nine digits each, which give a float32 back as it was."""
+    """A JSON array. Nine digits determine a float32."""
     return ("[" + ",".join(["%.9g"] * len(vector)) % tuple(vector.tolist()) + "]").encode()
 
 

@@ -1,4 +1,4 @@
-"""What llama.cpp's and vLLM's servers tell of themselves: health, properties, slots, metrics, tokens, tokenizers."""
+"""Routes of llama.cpp's and vLLM's servers about themselves: health, properties, slots, metrics, tokens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.serve import metrics
 from llama2.serve.errors import Refusal, unsupported
 from llama2.serve.service import Service
-from llama2.serve.surfaces import common
-from llama2.serve.surfaces.common import Tools, json_response, served, to_message, warning_header
-from llama2.serve.surfaces.completion import parameters, spelled
-from llama2.serve.surfaces.wire import JsonRoute, Message, Tokens, Values, Wire
+from llama2.serve.surfaces.context import models_of, warning_header
+from llama2.serve.surfaces.encoding import json_response
+from llama2.serve.surfaces.generation import Tools, build_requests, check_size
+from llama2.serve.surfaces.json_body import JsonRoute
+from llama2.serve.surfaces.llamacpp_sampling import sampling_json
+from llama2.serve.surfaces.messages import to_message
+from llama2.serve.surfaces.prompts import prompt_text
+from llama2.serve.surfaces.wire import ChatMessage, Tokens, Values, Wire
 from llama2.text.dialog import Dialog
 
 router = APIRouter(route_class=JsonRoute)
 
 
-class Tokenize(Wire):
+class TokenizeRequest(Wire):
     """`POST /tokenize`: a text as llama.cpp's `content` or vLLM's `prompt`, or the messages of a chat.
 
     `parse_special` recognises control tokens in a text.
@@ -34,11 +38,11 @@ class Tokenize(Wire):
 
     content: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
     tools: list[dict[str, Any]] | None = None
     model: str | None = None
     add_special: bool = False  # to `content`
-    add_special_tokens: bool | None = None  # to others: by default to a prompt, as a chat has them
+    add_special_tokens: bool | None = None  # to a prompt by default; a chat has them already
     parse_special: bool = True
     with_pieces: bool = False
     return_token_strs: bool | None = None
@@ -46,19 +50,19 @@ class Tokenize(Wire):
     continue_final_message: bool | None = None
 
 
-class Detokenize(Wire):
+class DetokenizeRequest(Wire):
     """`POST /detokenize`."""
 
     tokens: Tokens
     model: str | None = None
 
 
-class ApplyTemplate(Wire):
+class ApplyTemplateRequest(Wire):
     """`POST /apply-template`."""
 
     UNSUPPORTED: ClassVar[Values] = {"chat_template": (), "chat_template_kwargs": ({},)}
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     tools: list[dict[str, Any]] | None = None
     model: str | None = None
 
@@ -67,8 +71,8 @@ class ApplyTemplate(Wire):
 @router.get("/v1/health", include_in_schema=False)
 @router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
 async def health(http: HttpRequest) -> Response:
-    """Whether requests are taken: 503 while the first model is loaded, and while the server is stopping."""
-    models = served(http)
+    """Whether requests are accepted: 503 while the first model is loaded, and while the server is stopping."""
+    models = models_of(http)
     if models.draining or not models.ready:
         message = "The server is stopping" if models.draining else "Loading model"
         return json_response({"error": {"code": 503, "message": message, "type": "unavailable_error"}}, status=503)
@@ -77,19 +81,19 @@ async def health(http: HttpRequest) -> Response:
 
 @router.get("/metrics")
 async def read_metrics(http: HttpRequest) -> Response:
-    """What Prometheus reads."""
-    models = served(http)
+    """Metrics for Prometheus."""
+    models = models_of(http)
     return Response(models.metrics.text(models.loads), media_type=metrics.CONTENT_TYPE)
 
 
 @router.get("/props")
 async def props(http: HttpRequest, model: str | None = None) -> Response:
-    """What a model is, and its defaults."""
+    """A model's properties and defaults."""
     service = await _service(http, model)
     checkpoint, default = service.model.checkpoint, Request((), sampling=service.sampling)
     return json_response(
         {
-            "default_generation_settings": {"n_ctx": service.model.engine.context, "params": parameters(default)},
+            "default_generation_settings": {"n_ctx": service.model.engine.context, "params": sampling_json(default)},
             "total_slots": MAX_SEQUENCES,
             "model_alias": service.name,
             "model_path": checkpoint.path.name,
@@ -103,7 +107,7 @@ async def props(http: HttpRequest, model: str | None = None) -> Response:
 
 @router.get("/slots")
 async def slots(http: HttpRequest, model: str | None = None, fail_on_no_slot: str = "") -> Response:
-    """What the answers that run have done so far; nothing of their texts. Of several choices it is the mean."""
+    """The progress of running answers, without their texts. Choices of one request have their mean."""
     service = await _service(http, model)
     context = service.model.engine.context
     rows: list[dict[str, Any]] = []
@@ -114,7 +118,7 @@ async def slots(http: HttpRequest, model: str | None = None, fail_on_no_slot: st
         row = {
             "is_processing": True,
             "n_prompt_tokens": len(first.prompt),
-            "params": parameters(first),
+            "params": sampling_json(first),
             "next_token": [{"has_next_token": True, "n_remain": limit - decoded, "n_decoded": decoded}],
         }
         rows += [{**row, "speculative": first.lookup > 0}] * stream.open
@@ -133,7 +137,7 @@ async def version() -> Response:
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(http: HttpRequest, model: str | None = None) -> Response:
-    """A tokenizer's facts, by the names of a `tokenizer_config.json`."""
+    """A tokenizer's properties, by the names of a `tokenizer_config.json`."""
     service = await _service(http, model)
     t, texts = service.model.tokenizer, service.texts
     ends = {"bos_token": t.bos_id, "eos_token": t.eos_id}
@@ -153,8 +157,8 @@ async def tokenizer_info(http: HttpRequest, model: str | None = None) -> Respons
 
 
 @router.post("/tokenize")
-async def tokenize(body: Tokenize, http: HttpRequest) -> Response:
-    """The token ids of a text, or of what a chat becomes."""
+async def tokenize(body: TokenizeRequest, http: HttpRequest) -> Response:
+    """The token ids of a text, or of a chat's prompt."""
     service = await _service(http, body.model)
     t = service.model.tokenizer
     given = [name for name in ("content", "prompt", "messages") if getattr(body, name) is not None]
@@ -174,9 +178,9 @@ async def tokenize(body: Tokenize, http: HttpRequest) -> Response:
         tokens = await asyncio.to_thread(encode)
     if special and t.add_bos and t.bos_id is not None:
         tokens = [t.bos_id, *tokens]
-    shown = [{"id": token, "piece": _piece(service, token)} for token in tokens] if body.with_pieces else tokens
+    listed = [{"id": token, "piece": _piece(service, token)} for token in tokens] if body.with_pieces else tokens
     answer: dict[str, Any] = {
-        "tokens": shown,
+        "tokens": listed,
         "count": len(tokens),
         "max_model_len": service.model.engine.context,
     }
@@ -185,8 +189,10 @@ async def tokenize(body: Tokenize, http: HttpRequest) -> Response:
     return json_response(answer, warning_header(body, http))
 
 
-async def _chat_tokens(body: Tokenize, chat: list[Message], service: Service, http: HttpRequest) -> list[int]:
-    """The prompt of a chat; a whole one, as in training, where neither an answer nor its rest is asked for."""
+async def _chat_tokens(
+    body: TokenizeRequest, chat: list[ChatMessage], service: Service, http: HttpRequest
+) -> list[int]:
+    """The tokens of a chat: a prompt for an answer, or the whole chat, as training has it."""
     messages = [to_message(f"messages.{i}", message) for i, message in enumerate(chat)]
     ends = messages[-1]["role"] == "assistant"
     if body.continue_final_message and not ends:
@@ -196,40 +202,40 @@ async def _chat_tokens(body: Tokenize, chat: list[Message], service: Service, ht
     if body.add_generation_prompt is False and not body.continue_final_message:
 
         def whole() -> list[int]:
-            common.check_size(service, messages, Tools(body.tools))
+            check_size(service, messages, Tools(body.tools))
             template = service.model.checkpoint.template_for(tools=bool(body.tools))
-            neutralise = served(http).settings.neutralise
+            neutralise = models_of(http).settings.neutralise
             dialog = Dialog(messages)
             return dialog.render(service.model.tokenizer, template, neutralise=neutralise, tools=body.tools)[0]
 
         return await asyncio.to_thread(whole)
-    ((request,), _) = await common.build_requests(http, service, messages, Request(()), tools=Tools(body.tools))
+    ((request,), _) = await build_requests(http, service, messages, Request(()), tools=Tools(body.tools))
     return list(request.prompt)
 
 
 @router.post("/detokenize")
-async def detokenize(body: Detokenize, http: HttpRequest) -> Response:
-    """The text of token ids, by llama.cpp's name and by vLLM's."""
+async def detokenize(body: DetokenizeRequest, http: HttpRequest) -> Response:
+    """The text of token ids, in llama.cpp's field and in vLLM's."""
     service = await _service(http, body.model)
     text = await asyncio.to_thread(service.model.tokenizer.decode, body.tokens)
     return json_response({"content": text, "prompt": text}, warning_header(body, http))
 
 
 @router.post("/apply-template")
-async def apply_template(body: ApplyTemplate, http: HttpRequest) -> Response:
-    """The prompt that a chat becomes, its control tokens by their names."""
+async def apply_template(body: ApplyTemplateRequest, http: HttpRequest) -> Response:
+    """The prompt of a chat, control tokens by their names."""
     service = await _service(http, body.model)
     messages = [to_message(f"messages.{i}", message) for i, message in enumerate(body.messages)]
-    ((request,), _) = await common.build_requests(http, service, messages, Request(()), tools=Tools(body.tools))
-    return json_response({"prompt": spelled(service, request.prompt)}, warning_header(body, http))
+    ((request,), _) = await build_requests(http, service, messages, Request(()), tools=Tools(body.tools))
+    return json_response({"prompt": prompt_text(service, request.prompt)}, warning_header(body, http))
 
 
 def _piece(service: Service, token: int) -> str | list[int]:
-    """A token's text, or its bytes where they are a part of a character."""
+    """A token's text, or its bytes if they are a part of a character."""
     text = service.texts(token)
     return service.texts.bytes(token) or [] if text.startswith("bytes:") else text
 
 
 async def _service(http: HttpRequest, name: str | None) -> Service:
-    models = served(http)
+    models = models_of(http)
     return await models.service(name or next(iter(models.entries)))

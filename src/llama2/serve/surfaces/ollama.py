@@ -1,7 +1,7 @@
-"""Ollama's routes: chat and generate as lines of JSON, and which models there are and are loaded.
+"""Ollama's routes: chat and generate as lines of JSON, and the lists of models.
 
-Durations are in nanoseconds. A model is chosen by the operator: it is loaded and unloaded here, and never made, fetched
-or removed.
+Durations are in nanoseconds. The operator chooses the models: clients load and unload them, but cannot create, fetch
+or remove them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import math
-import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import Field
 
 import llama2
 from llama2.checkpoint import Checkpoint
@@ -31,20 +29,19 @@ from llama2.serve.constrain.tools import CallReader, Text, Toolset
 from llama2.serve.errors import Refusal, unsupported
 from llama2.serve.models import Entry
 from llama2.serve.service import Service, Stream
-from llama2.serve.surfaces import common
-from llama2.serve.surfaces.common import (
-    Tools,
-    chat_logprobs,
-    json_response,
-    served,
-    stops,
-    to_message,
-    warn,
-    warning_header,
-)
-from llama2.serve.surfaces.completion import Drawn, drawn, infill_marks, infill_tokens, prompt_tokens
-from llama2.serve.surfaces.streaming import CancelOnDisconnect, StreamingResponse, dump
-from llama2.serve.surfaces.wire import JsonRoute, Message, Token, Values, Wire
+from llama2.serve.surfaces.choices import check
+from llama2.serve.surfaces.context import models_of, warn, warning_header
+from llama2.serve.surfaces.encoding import dump, json_response
+from llama2.serve.surfaces.generation import Tools, build_requests, constraints_of, expand_choices, submit
+from llama2.serve.surfaces.json_body import JsonRoute
+from llama2.serve.surfaces.keep_alive import FOREVER, KeepAlive
+from llama2.serve.surfaces.llamacpp_sampling import LlamaCppSampling, sampling_and_processors
+from llama2.serve.surfaces.messages import to_message
+from llama2.serve.surfaces.prompts import infill_markers, infill_tokens, prompt_tokens
+from llama2.serve.surfaces.sampling import stop_strings
+from llama2.serve.surfaces.streaming import CancelOnDisconnect, StreamingResponse
+from llama2.serve.surfaces.wire import ChatMessage, Token, Values, Wire
+from llama2.serve.token_text import chat_logprobs
 from llama2.text.template import knows_tools
 
 if TYPE_CHECKING:
@@ -54,41 +51,9 @@ log = logging.getLogger("llama2.serve")
 
 router = APIRouter(route_class=JsonRoute)
 
-#: Seconds after which a model counts as loaded forever: a hundred years, which dates can still say.
-_FOREVER = 100 * 365 * 86400.0
 
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
-_AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
-_DURATION = re.compile(rf"([+-]?)((?:{_AMOUNT.pattern})+|\d+\.?\d*|\.\d+)")
-
-
-def seconds(value: Any) -> Any:
-    """Seconds of a `keep_alive`: a number of them, or a duration of Go's such as "1h30m". Negative ones are forever.
-
-    Raises ValueError for anything else.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        if len(value) > 64 or (found := _DURATION.fullmatch(value)) is None:
-            raise ValueError(f'{value[:40]!r} is not a duration; give seconds, or a text such as "5m" or "-1"')
-        parts = _AMOUNT.findall(found[2]) or [(found[2], "")]
-        amount = sum(float(number) * _UNITS[unit] for number, unit in parts)
-        value = -amount if found[1] == "-" else amount
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError('must be seconds, or a text such as "5m" or "-1"')
-    return float(value) if 0 <= value < _FOREVER else math.inf
-
-
-KeepAlive = Annotated[
-    float | None, BeforeValidator(seconds), WithJsonSchema({"type": ["number", "string", "null"], "default": None})
-]
-
-
-class Options(Drawn):
-    """How tokens are drawn, and how many. The engine is the operator's: what would set its threads, memory or batches
-    is ignored, and so is what nobody knows.
-    """
+class OllamaOptions(LlamaCppSampling):
+    """How tokens are sampled, and how many. Options of the engine, and unknown ones, are ignored."""
 
     UNSUPPORTED: ClassVar[Values] = {
         "mirostat": (0,),
@@ -102,12 +67,12 @@ class Options(Drawn):
     stop: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)] | str | None = None
 
 
-class Prompted(Wire):
-    """What Ollama's two ways to generate share."""
+class OllamaGeneration(Wire):
+    """The fields of Ollama's two routes that generate."""
 
     model: str
     stream: bool | None = None
-    options: Options | None = None
+    options: OllamaOptions | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None  # a JSON schema
     keep_alive: KeepAlive = None
     think: bool | str | None = None
@@ -116,7 +81,7 @@ class Prompted(Wire):
 
     @property
     def constraint(self) -> Constraint | None:
-        """What holds an answer to the format. Raises RequestError."""
+        """The constraint of the answer, if a format is requested. Raises RequestError."""
         from llama2.serve.constrain import constraints
 
         if not self.format and self.format != {}:
@@ -128,22 +93,22 @@ class Prompted(Wire):
         )
 
     def content(self, text: str, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """A part of an answer as the route's responses have it."""
+        """A part of an answer in the form of the route."""
         raise NotImplementedError
 
 
-class Turn(Message):
-    """One message of a chat; a tool's may say by `tool_name` which function answers."""
+class OllamaMessage(ChatMessage):
+    """One message of a chat; `tool_name` is the function of a tool's message."""
 
     UNSUPPORTED: ClassVar[Values] = {"images": ([],)}
 
     tool_name: str | None = None
 
 
-class Chat(Prompted):
+class OllamaChatRequest(OllamaGeneration):
     """`POST /api/chat`."""
 
-    messages: list[Turn] = Field([])
+    messages: list[OllamaMessage] = Field([])
     tools: list[dict[str, Any]] | None = None
 
     def content(self, text: str, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
@@ -151,7 +116,7 @@ class Chat(Prompted):
         return {"message": {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}}
 
 
-class Generate(Prompted):
+class OllamaGenerateRequest(OllamaGeneration):
     """`POST /api/generate`."""
 
     UNSUPPORTED: ClassVar[Values] = {"images": ([],), "template": ("",)}
@@ -167,95 +132,93 @@ class Generate(Prompted):
         return {"response": text}
 
 
-class Named(Wire):
+class OllamaModelRequest(Wire):
     """A request about one model; `name` is its older field."""
 
     model: str | None = None
     name: str | None = None
     stream: bool | None = None
     verbose: bool | None = None
-    insecure: bool | None = None  # of a connection that is never made
+    insecure: bool | None = None  # no connection is made
 
     def entry(self, http: HttpRequest) -> Entry:
-        """The model that is meant. Raises Refusal 400 or 404."""
+        """The named model. Raises Refusal 400 or 404."""
         name = self.model or self.name
         if not name:
             raise Refusal(400, "model: is missing", param="model", code="invalid_value")
-        return served(http).entry(name)
+        return models_of(http).entry(name)
 
 
 @router.post("/api/chat")
-async def chat(body: Chat, http: HttpRequest) -> Response:
+async def chat(body: OllamaChatRequest, http: HttpRequest) -> Response:
     """The assistant's answer to a list of messages. Without messages, the model is loaded, or unloaded."""
     begun = time.perf_counter()
     if not body.messages:
         return await _load(body, http)
-    service = await served(http).service(body.model, body.keep_alive)
+    service = await models_of(http).service(body.model, body.keep_alive)
     loaded = time.perf_counter()
-    messages = [_plain(i, message) for i, message in enumerate(body.messages)]
+    messages = [_dialog_message(i, message) for i, message in enumerate(body.messages)]
     tools = body.tools and [{"type": "function", **tool} for tool in body.tools]
     request = _request(body, service, http)
-    requests, (reader,) = await common.build_requests(
+    requests, (reader,) = await build_requests(
         http, service, messages, request, tools=Tools(tools), response=body.constraint
     )
-    return await _answer(_Answer(body, service, reader, begun, loaded), requests, http)
+    return await _respond(_OllamaWriter(body, service, reader, begun, loaded), requests, http)
 
 
 @router.post("/api/generate")
-async def generate(body: Generate, http: HttpRequest) -> Response:
+async def generate(body: OllamaGenerateRequest, http: HttpRequest) -> Response:
     """The answer to a prompt, in the chat format unless it is raw. Without a prompt, the model is loaded, or unloaded.
 
-    A raw prompt is one that was written by a template, so control tokens in it are recognised. With a `suffix`, the
-    answer is what stands before that. `context` are tokens of an earlier answer; the new prompt follows them.
+    A raw prompt is the output of a template, so control tokens in it are recognised. With a `suffix`, the answer is the
+    text before it. `context` has the tokens of an earlier answer; the new prompt follows them.
     """
     begun = time.perf_counter()
     if not body.prompt:
         return await _load(body, http)
-    _refuse_beside(body)
-    service = await served(http).service(body.model, body.keep_alive)
+    _check_fields(body)
+    service = await models_of(http).service(body.model, body.keep_alive)
     loaded = time.perf_counter()
     request = _request(body, service, http)
     tokenizer = service.model.tokenizer
     if body.raw or body.suffix:
-        tokens = await asyncio.to_thread(_written, service, body)
+        tokens = await asyncio.to_thread(_raw_prompt, service, body)
         request = replace(request, prompt=tuple(tokens), continues=True)
-        rule = body.constraint
-        requests = await asyncio.to_thread(common.expand_choices, service, request, 1, [rule])
-        if rule:
-            common.warn(http, *rule.warnings)
+        constraints = constraints_of(http, body.constraint)
+        requests = await asyncio.to_thread(expand_choices, service, request, 1, constraints)
         reader = Toolset(None, None, None, None, tokenizer).reader()
     else:
         system = [{"role": "system", "content": body.system}] if body.system else []
         messages = [*system, {"role": "user", "content": body.prompt}]
-        requests, (reader,) = await common.build_requests(http, service, messages, request, response=body.constraint)
+        requests, (reader,) = await build_requests(http, service, messages, request, response=body.constraint)
     if body.context:
-        # Llama 2's own format, which is no template, begins every turn with BOS; others begin a text with it.
+        # Llama 2's own format, which is not a template, begins every turn with BOS; others begin only a text with it.
         begins = service.model.checkpoint.template is not None and requests[0].prompt[:1] == (tokenizer.bos_id,)
         requests = [replace(r, prompt=(*body.context, *r.prompt[int(begins) :])) for r in requests]
-    return await _answer(_Answer(body, service, reader, begun, loaded), requests, http)
+    return await _respond(_OllamaWriter(body, service, reader, begun, loaded), requests, http)
 
 
 @router.get("/api/tags")
 async def tags(http: HttpRequest) -> Response:
-    """The models that are served. Details of one that has to be fetched before its first use are not known."""
-    entries = served(http).entries.values()
+    """The models that are served. Those that are not downloaded yet have no details."""
+    entries = models_of(http).entries.values()
     return json_response({"models": await asyncio.to_thread(lambda: list(map(_card, entries)))})
 
 
 @router.get("/api/ps")
 async def ps(http: HttpRequest) -> Response:
-    """The models that are loaded, those that stay longest first. `size` is that of weights and cache in memory."""
+    """The models that are loaded, the last to expire first. `size` is that of weights and cache in memory."""
     rows = []
-    for entry in served(http).entries.values():
+    for entry in models_of(http).entries.values():
         if entry.service is None:
             continue
         model = entry.service.model
         cache = model.config.cache_bytes(model.engine.load.blocks * BLOCK)
-        left = min(entry.keep_alive, _FOREVER) - entry.idle
+        left = min(entry.keep_alive, FOREVER) - entry.idle
         rows.append(
             {
-                **_named(entry),
-                **_facts(model.checkpoint),
+                **_tagged_name(entry),
+                **_details(model.checkpoint),
                 "size": _size(model.checkpoint) + cache,
                 "size_vram": 0,
                 "context_length": model.engine.context,
@@ -266,26 +229,26 @@ async def ps(http: HttpRequest) -> Response:
 
 
 @router.post("/api/show")
-async def show(body: Named, http: HttpRequest) -> Response:
-    """What a model is. One that has to be fetched first is loaded for that."""
+async def show(body: OllamaModelRequest, http: HttpRequest) -> Response:
+    """The properties of a model. It is loaded if it is not downloaded yet."""
     entry = body.entry(http)
     checkpoint = await asyncio.to_thread(entry.source.open)
     if checkpoint is None:
-        checkpoint = (await served(http).service(entry.name)).model.checkpoint
+        checkpoint = (await models_of(http).service(entry.name)).model.checkpoint
     context = entry.service.model.engine.context if entry.service else checkpoint.config.context_length
-    generic = served(http).settings.tools == "generic"
-    shown = await asyncio.to_thread(_shown, entry, checkpoint, context, generic, bool(body.verbose))
-    return json_response(shown, warning_header(body, http))
+    generic = models_of(http).settings.tools == "generic"
+    properties = await asyncio.to_thread(_show, entry, checkpoint, context, generic, bool(body.verbose))
+    return json_response(properties, warning_header(body, http))
 
 
 @router.post("/api/pull")
-async def pull(body: Named, http: HttpRequest) -> Response:
-    """Succeeds for a model that is served. Others are refused: nothing is fetched for those who ask."""
+async def pull(body: OllamaModelRequest, http: HttpRequest) -> Response:
+    """Succeeds for a model that is served. Others are refused: clients cannot download models."""
     try:
         body.entry(http)
     except Refusal as refusal:
         if refusal.status_code == 404:
-            refusal.message += "; this server fetches nothing, `llama2 serve -m NAME` serves a model"
+            refusal.message += "; clients cannot download models, `llama2 serve -m NAME` serves one"
         raise
     if body.stream is False:
         return json_response({"status": "success"}, warning_header(body, http))
@@ -295,7 +258,7 @@ async def pull(body: Named, http: HttpRequest) -> Response:
 
 @router.get("/api/blobs/{digest}")
 async def blob(http: HttpRequest) -> Response:
-    """No file can be put here, so none is."""
+    """Always 404: no file can be uploaded."""
     raise Refusal(404, "blob not found", code="not_found")
 
 
@@ -304,13 +267,13 @@ async def blob(http: HttpRequest) -> Response:
 @router.delete("/api/delete")
 @router.post("/api/push")
 @router.post("/api/blobs/{digest}")
-async def unchanged(http: HttpRequest) -> Response:
-    """Refused: models are not made, copied, removed or sent away by those who ask."""
-    what = http.url.path.split("/")[2]
+async def unchangeable(http: HttpRequest) -> Response:
+    """Refused: clients cannot create, copy, remove or upload models."""
+    action = http.url.path.split("/")[2]
     raise Refusal(
         403,
-        f"/api/{what}: models of this server are not changed over HTTP; `llama2 pull`, `convert`, `quantize` and "
-        "`rm` do that on its machine",
+        f"/api/{action}: models cannot be changed over HTTP; use `llama2 pull`, `convert`, `quantize` or `rm` on the "
+        "server's machine",
         code="not_allowed",
         type="permission_error",
     )
@@ -322,48 +285,48 @@ async def version() -> Response:
     return json_response({"version": llama2.__version__})
 
 
-async def _load(body: Prompted, http: HttpRequest) -> Response:
-    """Load a model; with `keep_alive: 0`, unload it, once nobody uses it."""
+async def _load(body: OllamaGeneration, http: HttpRequest) -> Response:
+    """Load a model; with `keep_alive: 0`, unload it once it is not in use."""
     if body.keep_alive == 0:
-        await served(http).unload(body.model)
+        await models_of(http).unload(body.model)
         reason = "unload"
     else:
-        await served(http).service(body.model, body.keep_alive)
+        await models_of(http).service(body.model, body.keep_alive)
         reason = "load"
     head = {"model": body.model, "created_at": _time(time.time())}
     return json_response({**head, **body.content(""), "done": True, "done_reason": reason}, warning_header(body, http))
 
 
-def _request(body: Prompted, service: Service, http: HttpRequest) -> Request:
-    """What is asked of the engine, without a prompt. What changes no answer and is ignored becomes a warning."""
-    o = body.options or Options()
+def _request(body: OllamaGeneration, service: Service, http: HttpRequest) -> Request:
+    """The engine's request without a prompt. Fields without effect become warnings."""
+    o = body.options or OllamaOptions()
     if body.think:
-        warn(http, "think: there is no thinking apart from the answer")
+        warn(http, "think: this model does not think before it answers")
     if o.num_ctx is not None and o.num_ctx > service.model.engine.context:
         warn(http, f"options.num_ctx: the context has {service.model.engine.context} tokens")
     if body.top_logprobs and not body.logprobs:
         warn(http, "top_logprobs: without logprobs there are none")
-    sampling, processors = drawn(o, service, "options.")
+    sampling, processors = sampling_and_processors(o, service, "options.")
     return Request(
         (),
         o.num_predict if o.num_predict is not None and o.num_predict > 0 else None,
         sampling,
-        stops(http, o.stop, "options.stop: empty texts are ignored"),
+        stop_strings(http, o.stop, "options.stop: empty texts are ignored"),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         processors=processors,
-        lookup=served(http).settings.lookup,
+        lookup=models_of(http).settings.lookup,
     )
 
 
-def _refuse_beside(body: Generate) -> None:
-    """Raises Refusal for fields that mean nothing beside a raw prompt or a suffix."""
+def _check_fields(body: OllamaGenerateRequest) -> None:
+    """Raises Refusal for fields that have no meaning with a raw prompt or a suffix."""
     alone = "raw" if body.raw else "suffix" if body.suffix else None
     for name in ("suffix", "system", "context"):
         if alone not in (None, name) and getattr(body, name):
-            raise Refusal(400, f"{name}: means nothing beside {alone}; leave it out", param=name, code="invalid_value")
+            raise Refusal(400, f"{name}: has no meaning with {alone}; leave it out", param=name, code="invalid_value")
 
 
-def _written(service: Service, body: Generate) -> list[int]:
+def _raw_prompt(service: Service, body: OllamaGenerateRequest) -> list[int]:
     """Token ids of a raw prompt, or of one with a suffix. Raises Refusal, ContextError."""
     if body.suffix:
         tokens = infill_tokens(service, body.prompt, body.suffix)
@@ -373,20 +336,20 @@ def _written(service: Service, body: Generate) -> list[int]:
     return prompt_tokens(service, body.prompt)
 
 
-async def _answer(answer: _Answer, requests: list[Request], http: HttpRequest) -> Response:
-    stream = await common.submit(http, answer.service, requests)
-    headers = warning_header(answer.body, http)
-    if answer.body.stream is not False:
-        return StreamingResponse(answer.lines(stream), stream.close, headers=headers, media_type="application/x-ndjson")
+async def _respond(writer: _OllamaWriter, requests: list[Request], http: HttpRequest) -> Response:
+    stream = await submit(http, writer.service, requests)
+    headers = warning_header(writer.body, http)
+    if writer.body.stream is not False:
+        return StreamingResponse(writer.lines(stream), stream.close, headers=headers, media_type="application/x-ndjson")
     async with CancelOnDisconnect(http, stream.close):
-        return json_response(await answer.whole(stream), headers)
+        return json_response(await writer.whole(stream), headers)
 
 
 @dataclass(slots=True)
-class _Answer:
-    """One answer in wire form. Times are `time.perf_counter`'s."""
+class _OllamaWriter:
+    """Writes one answer, whole or as lines. Times are `time.perf_counter`'s."""
 
-    body: Prompted
+    body: OllamaGeneration
     service: Service
     reader: CallReader
     begun: float  # when the request came
@@ -395,7 +358,7 @@ class _Answer:
     logprobs: list[Logprob] = field(default_factory=list)
 
     async def lines(self, stream: Stream) -> AsyncIterator[bytes]:
-        """The answer as lines of JSON, the last of which has the figures."""
+        """The answer as lines of JSON, the last of which has counts and durations."""
         try:
             async for text, logprobs in self._parts(stream):
                 yield dump(self._row(self.body.content(text), logprobs)) + b"\n"
@@ -407,7 +370,7 @@ class _Answer:
         yield dump(self._row(self.body.content("")) | self._end(stream)) + b"\n"
 
     async def whole(self, stream: Stream) -> dict[str, Any]:
-        """The answer as one object. Raises Refusal when it failed."""
+        """The answer as one object. Raises Refusal if it failed."""
         async for _ in self._parts(stream):
             pass
         text = self.reader.message()["content"] or ""
@@ -418,7 +381,7 @@ class _Answer:
         async for batch in stream.batches():
             text, logprobs = "", []
             for _, event in batch:
-                common.check(event)
+                check(event)
                 text += "".join(piece.text for piece in self.reader.push(event) if isinstance(piece, Text))
                 if event.token is not None:
                     self.tokens.append(event.token)
@@ -441,19 +404,19 @@ class _Answer:
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             try:
                 function = {"index": len(calls), "name": name, "arguments": json.loads(arguments)}
-            except ValueError:  # a limit ended the answer in it, and then it is none
-                log.warning("a call was cut short", extra={"facts": {"function": name}})
+            except ValueError:  # a limit ended the answer within it
+                log.warning("a call was cut short and left out", extra={"facts": {"function": name}})
             else:
                 calls.append({"id": call["id"], "function": function})
         return calls
 
     def _end(self, stream: Stream) -> dict[str, Any]:
-        """What the last line says of the whole answer."""
+        """The fields of the last line."""
         ended = stream.ended or stream.arrived
         first = stream.first or ended
         started = stream.started or first
         context = {}
-        if isinstance(self.body, Generate) and not self.body.raw:
+        if isinstance(self.body, OllamaGenerateRequest) and not self.body.raw:
             context = {"context": [*stream.requests[0].prompt, *self.tokens]}
         return {
             "done": True,
@@ -468,17 +431,17 @@ class _Answer:
         }
 
 
-def _plain(index: int, turn: Turn) -> dict[str, Any]:
-    message = to_message(f"messages.{index}", turn)
-    return message if turn.tool_name is None else {**message, "name": turn.tool_name}
+def _dialog_message(index: int, given: OllamaMessage) -> dict[str, Any]:
+    message = to_message(f"messages.{index}", given)
+    return message if given.tool_name is None else {**message, "name": given.tool_name}
 
 
 def _nanoseconds(seconds: float) -> int:
     return max(1, int(seconds * 1e9))
 
 
-def _named(entry: Entry) -> dict[str, Any]:
-    """A model's name, which has a tag in Ollama's lists."""
+def _tagged_name(entry: Entry) -> dict[str, Any]:
+    """A model's name with a tag, as Ollama's lists have it."""
     name = entry.name if ":" in entry.name else f"{entry.name}:latest"
     return {"name": name, "model": name}
 
@@ -488,10 +451,15 @@ def _card(entry: Entry) -> dict[str, Any]:
     checkpoint = entry.source.open()
     if checkpoint is None:
         empty = dict.fromkeys(("parent_model", "format", "family", "parameter_size", "quantization_level"), "")
-        facts = {"size": 0, "digest": "", "details": {**empty, "families": ["llama"]}}
-        return {**_named(entry), "modified_at": _time(entry.created), **facts}
+        unknown = {"size": 0, "digest": "", "details": {**empty, "families": ["llama"]}}
+        return {**_tagged_name(entry), "modified_at": _time(entry.created), **unknown}
     with checkpoint:
-        return {**_named(entry), "modified_at": _modified(checkpoint), "size": _size(checkpoint), **_facts(checkpoint)}
+        return {
+            **_tagged_name(entry),
+            "modified_at": _modified(checkpoint),
+            "size": _size(checkpoint),
+            **_details(checkpoint),
+        }
 
 
 def _size(checkpoint: Checkpoint) -> int:
@@ -503,10 +471,10 @@ def _modified(checkpoint: Checkpoint) -> str:
     return _time(checkpoint.path.stat().st_mtime)
 
 
-def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What lists say of a model. The digest names the state of its files, whose content it does not read."""
-    what = [str(checkpoint.path.resolve()), str(checkpoint.path.stat().st_mtime_ns)]
-    what += [adapter.digest() for adapter in checkpoint.adapters]
+def _details(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A model in the lists. The digest is of its files' names and times, not of their content."""
+    identity = [str(checkpoint.path.resolve()), str(checkpoint.path.stat().st_mtime_ns)]
+    identity += [adapter.digest() for adapter in checkpoint.adapters]
     matrices = Counter(tensor.format for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1)
     count = checkpoint.config.parameters()
     details = {
@@ -517,16 +485,16 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameter_size": f"{count / 1e6:.1f}M" if count < 1e9 else f"{count / 1e9:.1f}B",
         "quantization_level": matrices.most_common(1)[0][0],
     }
-    return {"digest": hashlib.sha256(" ".join(what).encode()).hexdigest(), "details": details}
+    return {"digest": hashlib.sha256(" ".join(identity).encode()).hexdigest(), "details": details}
 
 
-def _shown(entry: Entry, checkpoint: Checkpoint, context: int, generic: bool, verbose: bool) -> dict[str, Any]:
-    """All that `show` says. Reads the vocabulary; lists of its tokens are empty unless it is to be verbose."""
+def _show(entry: Entry, checkpoint: Checkpoint, context: int, generic: bool, verbose: bool) -> dict[str, Any]:
+    """The answer of `show`. Lists of tokens are empty unless `verbose`."""
     c, t = checkpoint.config, checkpoint.tokenizer
     parts = t.vocabulary() if verbose else None
     template = checkpoint.template or ""
     tools = any(map(knows_tools, checkpoint.templates.values()))
-    if generic and not tools:  # clients look for the word
+    if generic and not tools:  # clients look for the word "tools"
         template += "{# tools are written as text into the system message #}"
     info = {
         "general.architecture": "llama",
@@ -555,7 +523,7 @@ def _shown(entry: Entry, checkpoint: Checkpoint, context: int, generic: bool, ve
         {"name": tensor.name, "type": tensor.format, "shape": tensor.shape}
         for tensor in (checkpoint.tensors.values() if verbose else ())
     ]
-    fills = infill_marks(t) is not None
+    fills = infill_markers(t) is not None
     names = {id: text for text, id in t.control.items()}
     stops = [json.dumps(names[id], ensure_ascii=False) for id in sorted(t.stop_ids) if id in names]
     modelfile = [f"FROM {entry.name}", f'TEMPLATE """{template}"""', *(f"PARAMETER stop {stop}" for stop in stops)]
@@ -564,7 +532,7 @@ def _shown(entry: Entry, checkpoint: Checkpoint, context: int, generic: bool, ve
         "modelfile": "\n".join(modelfile) + "\n",
         "parameters": "\n".join(f"{'stop':<30} {stop}" for stop in stops),
         "template": template,
-        **{"details": _facts(checkpoint)["details"]},
+        **{"details": _details(checkpoint)["details"]},
         "model_info": {name: value for name, value in info.items() if value is not None},
         **({"tensors": tensors} if verbose else {}),
         "capabilities": ["completion", *(["tools"] if tools or generic else []), *(["insert"] if fills else [])],

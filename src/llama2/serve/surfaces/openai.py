@@ -17,40 +17,31 @@ from llama2.engine.request import Event, Logprob, Request
 from llama2.serve.errors import Refusal, unsupported
 from llama2.serve.models import Entry
 from llama2.serve.service import Service, Stream
-from llama2.serve.surfaces import common
-from llama2.serve.surfaces.common import (
-    Choice,
+from llama2.serve.surfaces.choices import Choice, check, gather
+from llama2.serve.surfaces.context import models_of, warning_header
+from llama2.serve.surfaces.encoding import DONE, PING, dump, json_response, quote, sse
+from llama2.serve.surfaces.generation import (
     Tools,
-    base_request,
-    chat_logprobs,
-    json_response,
-    least_tokens,
-    sampling,
-    served,
-    to_message,
-    usage,
-    warn,
-    warning_header,
+    build_requests,
+    check_choices,
+    constraints_of,
+    expand_choices,
+    submit,
 )
-from llama2.serve.surfaces.streaming import (
-    DONE,
-    PING,
-    PING_SECONDS,
-    CancelOnDisconnect,
-    StreamingResponse,
-    dump,
-    quote,
-    sse,
-)
-from llama2.serve.surfaces.wire import ChatRequest, CompletionRequest, Constrained, JsonRoute, Sampled
-from llama2.serve.token_text import finite
+from llama2.serve.surfaces.json_body import JsonRoute
+from llama2.serve.surfaces.messages import to_message
+from llama2.serve.surfaces.openai_requests import ChatRequest, CompletionRequest, ConstrainedRequest
+from llama2.serve.surfaces.sampling import base_request, min_tokens_of, sampling_of
+from llama2.serve.surfaces.streaming import PING_SECONDS, CancelOnDisconnect, StreamingResponse
+from llama2.serve.surfaces.wire import SamplingRequest
+from llama2.serve.token_text import chat_logprobs, finite
 
 if TYPE_CHECKING:
     from llama2.serve.constrain.tools import CallReader
 
 log = logging.getLogger("llama2.serve")
 
-router = APIRouter(route_class=JsonRoute)  # which tries the routes in turn, so those come first that are asked most
+router = APIRouter(route_class=JsonRoute)  # tries its routes in order, so the most frequent ones come first
 
 
 @router.post("/v1/chat/completions")
@@ -58,11 +49,11 @@ async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
     """The assistant's answer to a list of messages."""
     if body.top_logprobs is not None and not body.logprobs:
         raise Refusal(400, "top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value")
-    service = await served(http).service(body.model)
+    service = await models_of(http).service(body.model)
     _check_end(body)
     limits = (body.max_completion_tokens, body.max_tokens, body.n_predict)
     limit = next((limit for limit in limits if limit is not None), None)
-    requests, readers = await common.build_requests(
+    requests, readers = await build_requests(
         http,
         service,
         [to_message(f"messages.{i}", message) for i, message in enumerate(body.messages)],
@@ -70,14 +61,14 @@ async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         body.n or 1,
         tools=Tools(body.tools, body.tool_choice, body.parallel_tool_calls),
         response=body.constraint,
-        least=least_tokens(body),
+        min_tokens=min_tokens_of(body),
     )
-    stream = await common.submit(http, service, requests)
-    return await _respond(_Chat(body, service, readers, requests[0].prompt), body, stream, http)
+    stream = await submit(http, service, requests)
+    return await _respond(_ChatWriter(body, service, readers, requests[0].prompt), body, stream, http)
 
 
 def _check_end(body: ChatRequest) -> None:
-    """Raises Refusal for what contradicts the last message: the assistant's is continued, any other is answered."""
+    """Raises Refusal for a contradiction to the last message: the assistant's is continued, any other is answered."""
     continues = body.messages[-1].role == "assistant"
     for field, given in (
         ("continue_final_message", body.continue_final_message),
@@ -93,8 +84,8 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
     """Texts, or token ids, continued without a chat format."""
     if body.best_of is not None and body.best_of > (body.n or 1):
         raise unsupported("best_of", "more than n is not supported")
-    service = await served(http).service(body.model)
-    rule = body.constraint
+    service = await models_of(http).service(body.model)
+    constraint = body.constraint
     limit = body.n_predict if body.max_tokens is None else body.max_tokens
     if limit is None and not {"max_tokens", "n_predict"} & body.model_fields_set:
         limit = 16
@@ -104,80 +95,80 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         continues=True,
     )
 
-    def make() -> tuple[list[Prompt], list[Request]]:
+    constraints = constraints_of(http, constraint)
+
+    def build() -> tuple[list[CompletionPrompt], list[Request]]:
         prompts = _prompts(body.prompt, body.n or 1, service)
         requests = []
         for prompt in prompts:  # each with a seed of its own, unless one is given
-            asked = replace(request, prompt=tuple(prompt.tokens), sampling=sampling(body, service))
-            requests += common.expand_choices(service, asked, body.n or 1, [rule], least_tokens(body))
+            one = replace(request, prompt=tuple(prompt.tokens), sampling=sampling_of(body, service))
+            requests += expand_choices(service, one, body.n or 1, constraints, min_tokens_of(body))
         return prompts, requests
 
-    prompts, requests = await asyncio.to_thread(make)
-    if rule:
-        warn(http, *rule.warnings)
-    stream = await common.submit(http, service, requests)
-    return await _respond(_Completion(body, service, prompts), body, stream, http)
+    prompts, requests = await asyncio.to_thread(build)
+    stream = await submit(http, service, requests)
+    return await _respond(_CompletionWriter(body, service, prompts), body, stream, http)
 
 
 @router.get("/v1/models")
 async def models(http: HttpRequest) -> Response:
     """The models that are served."""
-    entries = served(http).entries.values()
+    entries = models_of(http).entries.values()
     return json_response({"object": "list", "data": [_card(entry) for entry in entries]})
 
 
 @router.get("/v1/models/{model:path}")
 async def model(model: str, http: HttpRequest) -> Response:
     """One of the models that are served."""
-    return json_response(_card(served(http).entry(model)))
+    return json_response(_card(models_of(http).entry(model)))
 
 
-async def _respond(answer: _Answer, body: Sampled, stream: Stream, http: HttpRequest) -> Response:
+async def _respond(writer: _ResponseWriter, body: SamplingRequest, stream: Stream, http: HttpRequest) -> Response:
     headers = warning_header(body, http)
     if body.stream:
-        return StreamingResponse(answer.stream(stream), stream.close, headers=headers)
+        return StreamingResponse(writer.stream(stream), stream.close, headers=headers)
     async with CancelOnDisconnect(http, stream.close):
-        choices = await common.gather(stream, answer.readers)
-    return json_response({**answer.head, "choices": answer.rows(choices), "usage": usage(stream)}, headers)
+        choices = await gather(stream, writer.readers)
+    return json_response({**writer.head, "choices": writer.rows(choices), "usage": _usage(stream)}, headers)
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """What is to be continued: its text and its tokens."""
+class CompletionPrompt:
+    """The text and the tokens of a prompt."""
 
     text: str
     tokens: Sequence[int]
 
 
-def _prompts(given: str | list[str] | list[int] | list[list[int]], n: int, service: Service) -> list[Prompt]:
-    """The prompts of a completion, in whichever of four forms they came, for `n` answers each.
+def _prompts(given: str | list[str] | list[int] | list[list[int]], n: int, service: Service) -> list[CompletionPrompt]:
+    """The prompts of a completion in any of four forms, for `n` answers each.
 
     Raises Refusal for too many answers and for an empty prompt, ContextError for one that cannot fit.
     """
     one: Any = given
-    several: list[Any] = [one] if isinstance(one, str) or (one and isinstance(one[0], int)) else one
-    common.check_choices(n * len(several))
+    many: list[Any] = [one] if isinstance(one, str) or (one and isinstance(one[0], int)) else one
+    check_choices(n * len(many))
     prompts = []
-    for prompt in several:
+    for prompt in many:
         if isinstance(prompt, str):
             service.limit.check(prompt)
-            prompts.append(Prompt(prompt, service.model.encode(prompt)))
+            prompts.append(CompletionPrompt(prompt, service.model.encode(prompt)))
         else:
             service.limit.check_count(len(prompt), "tokens")
-            prompts.append(Prompt(service.model.tokenizer.decode(prompt), prompt))
+            prompts.append(CompletionPrompt(service.model.tokenizer.decode(prompt), prompt))
     if not prompts or not all(prompt.tokens for prompt in prompts):
         raise Refusal(400, "prompt: is empty", param="prompt", code="invalid_value")
     return prompts
 
 
-class _Answer:
-    """One response in wire form: what stands in every part of it, and its usage."""
+class _ResponseWriter:
+    """Writes one response, whole or as events: what is in every part of it, and its usage."""
 
     object: str
     prefix: str
     readers: Sequence[CallReader] = ()  # of the choices of a chat
 
-    def __init__(self, body: Constrained, service: Service) -> None:
+    def __init__(self, body: ConstrainedRequest, service: Service) -> None:
         self.texts = service.texts
         self.token_ids = bool(body.return_token_ids)
         self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -201,22 +192,22 @@ class _Answer:
                     started = True
                     parts += [self.begin(index) for index in range(len(stream.requests))]
                 for index, event in batch:
-                    common.check(event)
+                    check(event)
                     parts += self.chunks(index, event)
                 yield b"".join(parts)
         except Refusal as failure:
             yield sse(failure.body())
             return
         if self.include_usage:
-            yield sse({**self.chunk_head(), "choices": [], "usage": usage(stream)})
+            yield sse({**self.chunk_head(), "choices": [], "usage": _usage(stream)})
         yield DONE
 
     def chunk_head(self) -> dict[str, Any]:
-        """What every chunk begins with."""
+        """The fields at the beginning of every chunk."""
         return self.head
 
     def chunk(self, row: bytes) -> bytes:
-        """The event of a choice's part, in JSON."""
+        """The server-sent event of a choice's row, which is JSON."""
         return self._before + row + self._after
 
     def begin(self, index: int) -> bytes:
@@ -224,11 +215,11 @@ class _Answer:
         return b""
 
     def ids(self, event: Event) -> str:
-        """The token of an event as a field of its row, if it is wanted."""
+        """The token of an event as a field of its row, if it is requested."""
         return f',"token_ids":{quote([event.token])}' if self.token_ids and event.token is not None else ""
 
     def chunks(self, index: int, event: Event) -> list[bytes]:
-        """The events that tell of one token."""
+        """The server-sent events of one event of the engine."""
         raise NotImplementedError
 
     def rows(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
@@ -236,7 +227,7 @@ class _Answer:
         raise NotImplementedError
 
 
-class _Chat(_Answer):
+class _ChatWriter(_ResponseWriter):
     object = "chat.completion"
     prefix = "chatcmpl"
 
@@ -289,13 +280,13 @@ class _Chat(_Answer):
         ]
 
 
-class _Completion(_Answer):
+class _CompletionWriter(_ResponseWriter):
     object = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, body: CompletionRequest, service: Service, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, body: CompletionRequest, service: Service, prompts: Sequence[CompletionPrompt]) -> None:
         super().__init__(body, service)
-        self._asked = body.logprobs is not None
+        self._with_logprobs = body.logprobs is not None
         self._echo = bool(body.echo)
         self._prompts = [prompt for prompt in prompts for _ in range(body.n or 1)]
         self._unechoed = set(range(len(self._prompts))) if self._echo else set()
@@ -303,14 +294,14 @@ class _Completion(_Answer):
 
     def chunks(self, index: int, event: Event) -> list[bytes]:
         text, logprobs = event.text, [] if event.logprob is None else [event.logprob]
-        prompt = self._prompts[index] if index in self._unechoed else Prompt("", ())
+        prompt = self._prompts[index] if index in self._unechoed else CompletionPrompt("", ())
         self._unechoed.discard(index)
         text = prompt.text + text
         ids = self.ids(event)
         if not (text or logprobs or event.finish or ids):
             return []
         scores = "null"
-        if self._asked:
+        if self._with_logprobs:
             scores = quote(self._logprobs(index, prompt.tokens, event.prompt_logprobs or (), logprobs))
         finish = "null" if event.finish is None else quote(event.finish)
         row = f'{{"text":{quote(text)},"index":{index},"logprobs":{scores},"finish_reason":{finish}{ids}}}'
@@ -319,9 +310,9 @@ class _Completion(_Answer):
     def rows(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         for index, choice in enumerate(choices):
-            prompt = self._prompts[index] if self._echo else Prompt("", ())
+            prompt = self._prompts[index] if self._echo else CompletionPrompt("", ())
             scores = None
-            if self._asked:
+            if self._with_logprobs:
                 scores = self._logprobs(index, prompt.tokens, choice.prompt_logprobs, choice.logprobs)
             text = prompt.text + choice.text
             rows.append({"text": text, "index": index, "logprobs": scores, "finish_reason": choice.finish})
@@ -333,7 +324,7 @@ class _Completion(_Answer):
     def _logprobs(
         self, index: int, prompt: Sequence[int], prompt_logprobs: Sequence[Logprob], logprobs: Sequence[Logprob]
     ) -> dict[str, Any]:
-        """Log-probabilities as completions show them: of the prompt's tokens, where the first has none, too."""
+        """Log-probabilities as completions have them, those of the prompt included, whose first token has none."""
         places: list[Logprob | None] = [None] if prompt else []
         places += [*prompt_logprobs, *logprobs]
         tokens = [*prompt[:1], *(place.token for place in places if place is not None)]
@@ -350,9 +341,20 @@ class _Completion(_Answer):
         }
 
     def _top(self, place: Logprob) -> dict[str, float]:
-        """The likeliest tokens, and the drawn one if it is not among them."""
+        """The most probable tokens, and the sampled one."""
         tops = {self.texts(token): finite(value) for token, value in place.top}
         return {**tops, self.texts(place.token): finite(place.logprob)}
+
+
+def _usage(stream: Stream) -> dict[str, Any]:
+    """Tokens of prompts and answers."""
+    return {
+        "prompt_tokens": stream.prompt_tokens,
+        "completion_tokens": stream.completion_tokens,
+        "total_tokens": stream.prompt_tokens + stream.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": stream.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
 
 
 def _card(entry: Entry) -> dict[str, Any]:

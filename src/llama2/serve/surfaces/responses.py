@@ -1,4 +1,4 @@
-"""OpenAI's Responses, without memory: nothing is stored, and each request brings its whole conversation."""
+"""OpenAI's Responses. Nothing is stored: each request has its whole conversation."""
 
 from __future__ import annotations
 
@@ -15,49 +15,44 @@ from llama2.engine.request import Logprob, Request
 from llama2.serve.constrain.tools import CallArguments, CallReader, CallStart, Piece, Text
 from llama2.serve.errors import Refusal, unsupported
 from llama2.serve.service import ChoiceEvent, Stream
-from llama2.serve.surfaces import common
-from llama2.serve.surfaces.common import (
-    Tools,
-    base_request,
-    chat_logprobs,
-    json_response,
-    least_tokens,
-    served,
-    to_message,
-    warn,
-    warning_header,
-)
-from llama2.serve.surfaces.streaming import PING, PING_SECONDS, CancelOnDisconnect, StreamingResponse, dump
-from llama2.serve.surfaces.wire import Count, JsonRoute, Message, Part, Sampled, Values, Wire
-from llama2.serve.token_text import Texts
+from llama2.serve.surfaces.choices import check
+from llama2.serve.surfaces.context import models_of, warn, warning_header
+from llama2.serve.surfaces.encoding import PING, dump, json_response
+from llama2.serve.surfaces.generation import Tools, build_requests, submit
+from llama2.serve.surfaces.json_body import JsonRoute
+from llama2.serve.surfaces.messages import to_message
+from llama2.serve.surfaces.sampling import base_request, min_tokens_of
+from llama2.serve.surfaces.streaming import PING_SECONDS, CancelOnDisconnect, StreamingResponse
+from llama2.serve.surfaces.wire import ChatMessage, ContentPart, Count, SamplingRequest, Values, Wire
+from llama2.serve.token_text import TokenTexts, chat_logprobs
 
 if TYPE_CHECKING:
     from llama2.serve.constrain.constraints import Constraint
 
-#: What a request includes to have the log-probabilities of its answer's text.
+#: The entry of `include` that requests the log-probabilities of the answer's text.
 LOGPROBS = "message.output_text.logprobs"
 
 router = APIRouter(route_class=JsonRoute)
 
 
 class Item(Wire):
-    """A part of the conversation: a message, a call that the assistant made, or what a function answered."""
+    """A part of the conversation: a message, a call by the assistant, or the output of a function."""
 
-    UNSUPPORTED: ClassVar[Values] = Message.UNSUPPORTED
+    UNSUPPORTED: ClassVar[Values] = ChatMessage.UNSUPPORTED
 
     type: str = "message"
     id: str | None = None
     status: str | None = None
     role: Literal["developer", "system", "user", "assistant"] | None = None
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[Part] | None = None
+    output: str | list[ContentPart] | None = None
 
 
 class TextFormat(Wire):
-    """Free text, any JSON object, or what a schema describes."""
+    """Free text, any JSON object, or one that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -67,7 +62,7 @@ class TextFormat(Wire):
 
     @property
     def constraint(self) -> Constraint | None:
-        """What holds an answer to it. Raises Refusal, RequestError."""
+        """The constraint of the answer; None for free text. Raises Refusal, RequestError."""
         from llama2.serve.constrain import constraints
 
         if self.type == "json_object":
@@ -80,18 +75,18 @@ class TextFormat(Wire):
 
 
 class TextOptions(Wire):
-    """How an answer's text looks."""
+    """The format of an answer's text."""
 
     HARMLESS: ClassVar[Values] = {"verbosity": ("medium",)}
 
     format: TextFormat | None = None
 
 
-class ResponsesRequest(Sampled):
+class ResponsesRequest(SamplingRequest):
     """`POST /v1/responses`."""
 
     UNSUPPORTED: ClassVar[Values] = {
-        **Sampled.UNSUPPORTED,
+        **SamplingRequest.UNSUPPORTED,
         "background": (False,),
         "conversation": (),
         "max_tool_calls": (),
@@ -104,7 +99,7 @@ class ResponsesRequest(Sampled):
         **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
         "response_format": ({"type": "text"},),
     }
-    #: Nothing is stored, cut or reasoned about, so these have no effect.
+    #: Nothing is stored, truncated or reasoned about, so these have no effect.
     HARMLESS: ClassVar[Values] = {
         **{"reasoning": ({}, {"effort": "none"}), "service_tier": ("auto", "default"), "store": (False,)},
         "truncation": ("disabled",),
@@ -130,38 +125,38 @@ async def responses(body: ResponsesRequest, http: HttpRequest) -> Response:
     if (body.n or 1) > 1:
         raise unsupported("n")
     if others := [what for what in body.include or () if what != LOGPROBS]:
-        warn(http, f"there is nothing to include of {', '.join(what[:60] for what in others[:8])}")
+        warn(http, f"include: there is none of {', '.join(what[:60] for what in others[:8])}")
     scored = LOGPROBS in (body.include or ())
     if body.top_logprobs and not scored:
         raise Refusal(400, f"top_logprobs: needs {LOGPROBS!r} in include", param="top_logprobs", code="invalid_value")
-    service = await served(http).service(body.model)
+    service = await models_of(http).service(body.model)
     format = body.text.format if body.text else None
-    (request,), (reader,) = await common.build_requests(
+    (request,), (reader,) = await build_requests(
         http,
         service,
         _messages(body),
         base_request(body, service, http, body.max_output_tokens, (body.top_logprobs or 0) if scored else None),
         tools=Tools(body.tools, body.tool_choice, body.parallel_tool_calls, flat=True),
         response=format.constraint if format else None,
-        least=least_tokens(body),
+        min_tokens=min_tokens_of(body),
     )
-    stream = await common.submit(http, service, [request])
-    answer = _Answer(body, request, reader, service.texts)
+    stream = await submit(http, service, [request])
+    writer = _ResponsesWriter(body, request, reader, service.texts)
     if body.stream:
-        return StreamingResponse(answer.events(stream), stream.close, headers=warning_header(body, http))
+        return StreamingResponse(writer.events(stream), stream.close, headers=warning_header(body, http))
     async with CancelOnDisconnect(http, stream.close):
         async for batch in stream.batches():
-            answer.read(batch)
-    return json_response(answer.whole(stream), warning_header(body, http))
+            writer.read(batch)
+    return json_response(writer.whole(stream), warning_header(body, http))
 
 
-class _Answer:
-    """One response in wire form: the items of its output one after another, and the events that tell of them."""
+class _ResponsesWriter:
+    """Writes one response: the items of its output one after another, and their events."""
 
-    def __init__(self, body: ResponsesRequest, request: Request, reader: CallReader, texts: Texts) -> None:
+    def __init__(self, body: ResponsesRequest, request: Request, reader: CallReader, texts: TokenTexts) -> None:
         self._reader = reader
         self._texts = texts
-        self._scores: list[Logprob] = []  # of tokens whose text was not told yet
+        self._scores: list[Logprob] = []  # of tokens whose text was not sent yet
         self._count = 0
         self._items: list[dict[str, Any]] = []
         format = body.text.format if body.text else None
@@ -226,45 +221,45 @@ class _Answer:
         yield self._event(f"response.{whole['status']}", response=whole)
 
     def read(self, batch: list[ChoiceEvent]) -> list[bytes]:
-        """Take what a step says into the output, and return the events that tell of it. Raises Refusal."""
-        told: list[bytes] = []
+        """Add events of the engine to the output, and return the events to send. Raises Refusal."""
+        sent: list[bytes] = []
         for _, event in batch:
-            common.check(event)
+            check(event)
             self._scores += [] if event.logprob is None else [event.logprob]
             for piece in self._reader.push(event):
-                told += self._add(piece)
+                sent += self._add(piece)
             if event.finish is not None:
-                told += [] if self._items else self._open_message()
-                told += self._close("incomplete" if event.finish == "length" else "completed")
-        return told
+                sent += [] if self._items else self._open_message()
+                sent += self._close("incomplete" if event.finish == "length" else "completed")
+        return sent
 
     def _add(self, piece: Piece) -> list[bytes]:
-        told: list[bytes] = []
+        sent: list[bytes] = []
         match piece:
             case Text(text):
                 if not self._items or self._items[-1]["type"] != "message":
-                    told += self._close("completed") + self._open_message()
+                    sent += self._close("completed") + self._open_message()
                 logprobs = chat_logprobs(self._scores, self._texts)["content"]
                 self._scores = []
                 part = self._items[-1]["content"][0]
                 part["text"] += text
                 part["logprobs"] += logprobs
-                told.append(self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs))
+                sent.append(self._of_item("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs))
             case CallStart(_, id, name):
-                told += self._close("completed")
+                sent += self._close("completed")
                 call = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", "status": "in_progress"}
-                told.append(self._open({**call, "call_id": id, "name": name, "arguments": ""}))
+                sent.append(self._open({**call, "call_id": id, "name": name, "arguments": ""}))
             case CallArguments(_, text):
                 self._scores = []  # only text has them
                 self._items[-1]["arguments"] += text
-                told.append(self._of_item("response.function_call_arguments.delta", delta=text))
-        return told
+                sent.append(self._of_item("response.function_call_arguments.delta", delta=text))
+        return sent
 
     def _open_message(self) -> list[bytes]:
         message = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "status": "in_progress"}
-        told = [self._open({**message, "role": "assistant", "content": []})]
+        sent = [self._open({**message, "role": "assistant", "content": []})]
         self._items[-1]["content"].append(_part(""))
-        return [*told, self._of_item("response.content_part.added", content_index=0, part=_part(""))]
+        return [*sent, self._of_item("response.content_part.added", content_index=0, part=_part(""))]
 
     def _open(self, item: dict[str, Any]) -> bytes:
         self._items.append(item)
@@ -278,21 +273,21 @@ class _Answer:
         item["status"] = status
         if item["type"] == "message":
             part = item["content"][0]
-            said = {name: part[name] for name in ("text", "logprobs")}
-            told = [
-                self._of_item("response.output_text.done", content_index=0, **said),
+            fields = {name: part[name] for name in ("text", "logprobs")}
+            sent = [
+                self._of_item("response.output_text.done", content_index=0, **fields),
                 self._of_item("response.content_part.done", content_index=0, part=part),
             ]
         else:
-            facts = {"name": item["name"], "arguments": item["arguments"]}
-            told = [self._of_item("response.function_call_arguments.done", **facts)]
-        return [*told, self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)]
+            fields = {"name": item["name"], "arguments": item["arguments"]}
+            sent = [self._of_item("response.function_call_arguments.done", **fields)]
+        return [*sent, self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)]
 
-    def _of_item(self, type: str, **facts: Any) -> bytes:
-        return self._event(type, item_id=self._items[-1]["id"], output_index=len(self._items) - 1, **facts)
+    def _of_item(self, type: str, **fields: Any) -> bytes:
+        return self._event(type, item_id=self._items[-1]["id"], output_index=len(self._items) - 1, **fields)
 
-    def _event(self, type: str, **facts: Any) -> bytes:
-        value = {"type": type, "sequence_number": self._count, **facts}
+    def _event(self, type: str, **fields: Any) -> bytes:
+        value = {"type": type, "sequence_number": self._count, **fields}
         self._count += 1
         return b"event: " + type.encode() + b"\ndata: " + dump(value) + b"\n\n"
 
@@ -302,7 +297,7 @@ def _part(text: str) -> dict[str, Any]:
 
 
 def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """The conversation as chat completions have it: an assistant's text and calls that follow one another are one."""
+    """The conversation in the form of chat completions, where an assistant's text and calls are one message."""
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
@@ -313,7 +308,7 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
             case "message":
                 if item.role is None:
                     raise Refusal(400, f"input.{i}.role: is missing", param=f"input.{i}.role")
-                messages.append(to_message(f"input.{i}", Message(role=item.role, content=item.content)))
+                messages.append(to_message(f"input.{i}", ChatMessage(role=item.role, content=item.content)))
             case "function_call":
                 function = {"name": item.name, "arguments": item.arguments}
                 if not messages or messages[-1]["role"] != "assistant":
@@ -321,9 +316,9 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
                 calls = messages[-1].setdefault("tool_calls", [])
                 calls.append({"id": item.call_id, "type": "function", "function": function})
             case "function_call_output":
-                answer = Message(role="tool", content=item.output, tool_call_id=item.call_id)
-                messages.append(to_message(f"input.{i}", answer, content="output"))
-            case "reasoning":  # of another model, or a client's own; ours gets no thoughts back
+                output = ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id)
+                messages.append(to_message(f"input.{i}", output, content="output"))
+            case "reasoning":  # of another model, or of the client; ours has none
                 continue
             case _:
                 kinds = "only messages, function calls and their outputs are"

@@ -1,43 +1,20 @@
-"""Responses that grow: server-sent events and lines of JSON, sent as they come, and cancelled when nobody reads."""
+"""Responses that are sent while they are generated, and requests that are cancelled when the client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"
-
-#: Seconds after which a silent stream sends a comment, so that nobody on the way gives it up.
+#: Seconds without an event after which a stream sends a comment, so that no proxy closes it.
 PING_SECONDS = 15.0
 
 
-def sse(value: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + dump(value) + b"\n\n"
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
-def quote(value: Any) -> str:
-    """Compact JSON."""
-    return _ENCODER.encode(value)
-
-
-def dump(value: Any) -> bytes:
-    """Compact JSON as it is sent."""
-    return quote(value).encode()
-
-
 class StreamingResponse(Response):
-    """Sends `chunks` one by one. When the client goes, or something fails, `close` is called, once in any case."""
+    """Sends `chunks` one by one. `close` is called when the client disconnects, at a failure, and at the end."""
 
     def __init__(
         self,
@@ -73,15 +50,23 @@ async def _on_disconnect(receive: Receive, close: Callable[[], None]) -> None:
 
 
 class CancelOnDisconnect:
-    """`async with`: calls `close` when the client goes before the block is done."""
+    """`async with`: calls `close` when the client disconnects before the block is done, and when it is done."""
 
-    def __init__(self, request: HttpRequest, close: Callable[[], None]) -> None:
+    def __init__(self, request: HttpRequest, close: Callable[[], None] | None = None) -> None:
+        self.close = close
+        self.disconnected = False
         self._request = request
-        self._close = close
 
-    async def __aenter__(self) -> None:
-        self._watcher = asyncio.create_task(_on_disconnect(self._request.receive, self._close))
+    async def __aenter__(self) -> CancelOnDisconnect:
+        self._watcher = asyncio.create_task(_on_disconnect(self._request.receive, self._disconnect))
+        return self
 
     async def __aexit__(self, *_: object) -> None:
         self._watcher.cancel()
-        self._close()
+        if self.close is not None:
+            self.close()
+
+    def _disconnect(self) -> None:
+        self.disconnected = True
+        if self.close is not None:
+            self.close()
