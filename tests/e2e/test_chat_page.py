@@ -308,9 +308,9 @@ def _broken(change: str) -> str:
         ("m['content'] = None", "conversations[0].messages[0].content: must be a text"),
         ("m['created'] = 'yesterday'", "conversations[0].messages[0].created: must be a time"),
         ("m['parent'] = 'm9'", "conversations[0].messages[0].parent: names a message that is not there"),
-        ("m['parent'] = 'm1'", "conversations[0].messages[0].parent: goes round in a circle"),
-        ("c['messages'].append(m)", "conversations[0].messages[1].id: stands there twice"),
-        ("file['conversations'].append(c)", "conversations[1].id: stands there twice"),
+        ("m['parent'] = 'm1'", "conversations[0].messages[0].parent: is its own ancestor"),
+        ("c['messages'].append(m)", "conversations[0].messages[1].id: appears twice"),
+        ("file['conversations'].append(c)", "conversations[1].id: appears twice"),
         ("file['conversations'] = {}", "conversations: must be a list"),
     ],
 )
@@ -414,7 +414,7 @@ def test_a_server_that_is_gone_and_comes_back(chat: Chat) -> None:
     chat.page.reload()
     expect(chat.page.get_by_role("alert")).to_contain_text("The server does not answer.")
     chat.say("Hello")
-    expect(chat.page.locator(".trouble")).to_contain_text("Your message is kept.")
+    expect(chat.page.locator(".trouble")).to_contain_text("Your message is saved.")
     chat.page.unroute("**/v1/**")
     chat.press("Try again", chat.page.get_by_role("alert"))
     expect(chat.page.get_by_role("alert")).to_be_empty()
@@ -440,7 +440,7 @@ def test_a_key_is_asked_for_sent_and_kept_only_if_told(chat: Chat) -> None:
     dialog = chat.page.get_by_role("dialog", name="API key")
     dialog.get_by_label("Key", exact=True).fill("wrong")
     chat.page.keyboard.press("Enter")
-    expect(dialog).to_contain_text("does not take this key")
+    expect(dialog).to_contain_text("rejects this key")
     dialog.get_by_label("Key", exact=True).fill("right")
     chat.press("Use this key")
     expect(dialog).not_to_be_visible()
@@ -474,7 +474,7 @@ def test_a_full_disk_is_told(chat: Chat) -> None:
         "() => { IDBObjectStore.prototype.put = () => { throw new DOMException('no space is left', 'Quota') } }"
     )
     chat.say("Hello")
-    expect(chat.page.get_by_role("alert")).to_contain_text("Not kept: no space is left.")
+    expect(chat.page.get_by_role("alert")).to_contain_text("Not saved: no space is left.")
     assert chat.texts() == ["Hello", "Yes."]
 
 

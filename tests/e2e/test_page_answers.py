@@ -95,7 +95,7 @@ def test_a_lone_user_does_not_hear_of_other_people(chat: Chat) -> None:
     scripted(chat.page, FAILURES["busy"])
     chat.say("One")
     lines = chat.page.locator(".trouble").inner_text().split("\n\n")
-    assert lines[:2] == ["The server is busy.", "Your message is kept; send it again when the server has room."]
+    assert lines[:2] == ["The server is busy.", "Your message is saved; send it again when the server has room."]
     assert lines[2].startswith("Try again in")
 
 

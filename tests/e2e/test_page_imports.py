@@ -122,10 +122,13 @@ def ring() -> dict[str, Any]:
         ([chatgpt(mapping={})], "it holds no conversation"),
         ([chatgpt(id=5)], "[0].id: its id must be"),
         ([chatgpt(id="a/b")], "[0].id: its id must be"),
-        ([chatgpt(), chatgpt()], "conversations[1].id: stands there twice"),
-        ([chatgpt(mapping=ring())], "[0]: its message a goes round in a circle"),
+        ([chatgpt(), chatgpt()], "conversations[1].id: appears twice"),
+        ([chatgpt(mapping=ring())], "[0]: its message a is its own ancestor"),
         ([chatgpt(mapping={"x" * 200: node("x", None, "user", "hi")})], "[0]: its id must be"),
-        ([chatgpt(mapping={"a": node("a", "a", "user", "hi")})], "conversations[0].messages[0].parent: goes round"),
+        (
+            [chatgpt(mapping={"a": node("a", "a", "user", "hi")})],
+            "conversations[0].messages[0].parent: is its own ancestor",
+        ),
     ],
 )
 def test_a_bad_export_changes_nothing(chat: Chat, file: Any, problem: str) -> None:

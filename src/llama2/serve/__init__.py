@@ -1,1 +1,1 @@
-"""Models over HTTP: the routes of OpenAI, llama.cpp and Ollama, and a chat page, over one engine a model."""
+"""Models over HTTP: the routes of OpenAI, Anthropic, llama.cpp and Ollama, and a chat page; one engine a model."""

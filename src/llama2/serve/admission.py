@@ -1,8 +1,8 @@
 """Admission: the time to a first token is predicted from measured rates, and a request that would be late is refused.
 
 The prediction is the waiting work divided by the rate of prefill, which includes decoding beside it. If every slot is
-taken, it is the time until slots become free: slots divided by the duration of an answer (Little's law), so that it
-does not matter whether answers end in waves. Without a measured rate, no request is refused.
+taken, it is the time until slots become free. Their rate is slots divided by the duration of an answer (Little's law),
+even if answers end in waves. Without a measured rate, no request is refused.
 
 Predictions err, since many requests run more slowly than the few by which the rates were measured. So a prediction is
 multiplied by the ratio of real to predicted waits. A crowd begins with a prior ratio, until its first waits are over.
@@ -65,6 +65,10 @@ class Rate:
         return self.amount / self.seconds if self.seconds > 0 else None
 
 
+def _prior_waits() -> Rate:
+    return Rate(_PRIOR_ERROR * _PRIOR_WEIGHT, _PRIOR_WEIGHT)
+
+
 @dataclass
 class AdmissionController:
     """Predicts waits, and refuses requests that would be late. `now` is in seconds of one clock."""
@@ -74,7 +78,7 @@ class AdmissionController:
     slots: int  # choices that run at once
     prefill: Rate = field(default_factory=Rate)  # tokens
     ending: Rate = field(default_factory=Rate)  # choices, of one slot
-    waits: Rate = field(default_factory=lambda: _prior_waits())  # real seconds per predicted one
+    waits: Rate = field(default_factory=_prior_waits)  # real seconds per predicted one
     waiting: list[PendingRequest] = field(default_factory=list)  # for their first tokens
     answering: list[PendingRequest] = field(default_factory=list)  # since their first tokens, in that order
     running: int = 0  # choices that were admitted and have not ended
@@ -203,7 +207,3 @@ class AdmissionController:
             type="rate_limit_error",
             headers={"Retry-After": str(max(1, math.ceil(wait))), "Retry-After-Ms": str(max(1, round(wait * 1000)))},
         )
-
-
-def _prior_waits() -> Rate:
-    return Rate(_PRIOR_ERROR * _PRIOR_WEIGHT, _PRIOR_WEIGHT)

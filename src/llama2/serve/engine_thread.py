@@ -1,9 +1,9 @@
-"""The thread that owns a model's engine. Nothing else touches the engine while it runs.
+"""The thread that owns a model's engine. Nothing else uses the engine while it runs.
 
-Other threads submit and cancel. The thread answers through two callbacks, which run in it: `accepted` once a submission
-is in the engine, or was refused by it, and `publish` with the events of a step. Events of short steps are published
-together, because waking coroutines and sending costs as much as a step of a small model. The first event of a
-submission and the end of a choice are published without delay.
+Other threads submit and cancel. The thread answers by two callbacks, which run in it. It calls `accepted` once the
+engine has accepted or refused a submission, and `publish` with the events of a step. Events of short steps are
+published together, because waking coroutines and sending costs as much as a step of a small model. The first event of
+a submission and the end of a choice are published without delay.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llama2.engine.request import Event, Load, Request
 
 log = logging.getLogger("llama2.serve")
 
-#: Seconds of tokens that are published together, about, where steps are shorter.
+#: About so many seconds of tokens are published together, if steps are shorter.
 _INTERVAL = 0.05
 
 #: The time of a step, the index of a choice among its submission's requests, and the event.
@@ -42,7 +42,7 @@ Publish = Callable[[Mapping[S, Sequence[TimedEvent]], float, Load], None]
 
 
 class EngineThread(Generic[S]):
-    """Runs an engine's steps. `stop` cancels what still runs, and waits for the end of the thread."""
+    """Runs an engine's steps. `stop` cancels running requests, and waits for the end of the thread."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class EngineThread(Generic[S]):
         self._choices: dict[int, tuple[S, int]] = {}  # by the engine's id
         self._ids: dict[S, set[int]] = {}
         self._unstarted: dict[int, S] = {}  # by the engine's id, in order of arrival
-        self._silent: set[S] = set()  # of which nothing was published
+        self._silent: set[S] = set()  # without a published event
         self._unpublished: dict[S, list[TimedEvent]] = {}
-        self._published = 0.0  # when all of them last were
+        self._published = 0.0  # when all events were last published
         # The callbacks belong to the thread alone, or their owner and this object would keep each other alive.
         self._thread = threading.Thread(
             target=self._run, args=(accepted, publish), name=f"engine of {name}", daemon=True
@@ -68,15 +68,15 @@ class EngineThread(Generic[S]):
         self._thread.start()
 
     def submit(self, submission: S) -> None:
-        """Start its requests, all or none; `accepted` says which."""
+        """Start its requests, all or none; `accepted` reports which."""
         self._post("submit", submission)
 
     def cancel(self, submission: S) -> None:
-        """End what still runs of it. Its cache is freed when the step that runs is over."""
+        """Cancel its running requests. Their cache is freed after the current step."""
         self._post("cancel", submission)
 
     def stop(self) -> None:
-        """End the thread. What still runs is published as cancelled."""
+        """End the thread. Running requests are published as cancelled."""
         self._stopping = True
         self._wake.set()
         self._thread.join()
@@ -107,7 +107,7 @@ class EngineThread(Generic[S]):
             self._step(publish)
 
     def _add(self, submission: S) -> Exception | None:
-        """Put its requests into the engine, all or none; returns why none."""
+        """Add its requests to the engine, all or none; returns the error if none."""
         ids: list[int] = []
         failure: Exception | None = None
         try:
@@ -128,19 +128,19 @@ class EngineThread(Generic[S]):
         begun = time.perf_counter()
         try:
             events = self._engine.step()
-        except Exception as failure:  # the engine's own mistake: end what was in it, and go on with what comes
+        except Exception as failure:  # an error of the engine: end all requests, and continue with new ones
             log.exception("the engine failed")
             reason = f"{type(failure).__name__}: {failure}"
             events = [Event(id, None, "", "error", error=reason) for id in self._choices]
             for id in self._choices:
                 self._engine.cancel(id)
-        if self._unstarted:  # they start in order of arrival, once those that were preempted run again
+        if self._unstarted:  # they start in order of arrival, after the preempted ones
             for id in list(self._unstarted)[: max(0, len(self._unstarted) - self._engine.load.waiting)]:
                 submission = self._unstarted.pop(id)
                 submission.started = submission.started or begun
         now = time.perf_counter()
         urgent = self._sort(events, now)
-        if now - self._published + (now - begun) / 2 > _INTERVAL:  # the next step would end further from it
+        if now - self._published + (now - begun) / 2 > _INTERVAL:  # the next step would end further from the interval
             ready, self._unpublished, self._published = self._unpublished, {}, now
         else:
             ready = {submission: self._unpublished.pop(submission) for submission in urgent}
@@ -148,7 +148,7 @@ class EngineThread(Generic[S]):
             publish(ready, now, self._engine.load)
 
     def _sort(self, events: Sequence[Event], now: float) -> set[S]:
-        """Put events to their submissions, and return those whose events may not wait."""
+        """Add events to their submissions, and return the submissions whose events must not wait."""
         urgent: set[S] = set()
         for event in events:
             if (choice := self._choices.get(event.request)) is None:

@@ -1,4 +1,4 @@
-"""What Prometheus reads. Labels are bounded: names of served models, routes of this program, finish reasons."""
+"""Metrics for Prometheus. Labels are limited: names of served models, routes, finish reasons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2,
 
 
 class CountedHistogram(Collector):
-    """A histogram by model that takes equal values together, as the tokens of a step have them; times in seconds."""
+    """A histogram by model that adds equal values at once, as the tokens of a step have them; times in seconds."""
 
     def __init__(self, name: str, documentation: str, registry: CollectorRegistry, buckets: Sequence[float]) -> None:
         self._about = name, documentation
@@ -31,13 +31,13 @@ class CountedHistogram(Collector):
         registry.register(self)
 
     def observe(self, model: str, seconds: float, count: int) -> None:
-        """So many times the same."""
+        """Add a value `count` times."""
         counts = self._counts.setdefault(model, [0] * (len(self._limits) + 1))
         counts[bisect_left(self._limits, seconds)] += count
         self._sums[model] = self._sums.get(model, 0.0) + seconds * count
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """What the library asks of a collector."""
+        """The metric family, for the library."""
         family = HistogramMetricFamily(*self._about, labels=["model"])
         names = [*map(floatToGoString, self._limits), "+Inf"]
         for model, counts in self._counts.items():
@@ -66,30 +66,28 @@ class Metrics:
         )
         self.prompt = Counter("llama2_prompt_tokens", "Tokens of prompts.", model, registry=r)
         self.cached = Counter(
-            "llama2_cached_prompt_tokens", "Tokens of prompts that were found in the cache.", model, registry=r
+            "llama2_cached_prompt_tokens", "Tokens of prompts that were prefix hits in the cache.", model, registry=r
         )
         self.generated = Counter("llama2_generated_tokens", "Tokens of answers.", model, registry=r)
         self.embedded = Counter("llama2_embeddings", "Inputs that were embedded.", model, registry=r)
         self.finished = Counter("llama2_answers", "Answers that ended, by reason.", ["model", "finish"], registry=r)
         self.refused = Counter("llama2_refused", "Requests that admission refused.", model, registry=r)
         self.http = Counter("llama2_http_requests", "HTTP requests.", ["route", "status"], registry=r)
-        self.running = Gauge("llama2_running", "Answers that run.", model, registry=r)
+        self.running = Gauge("llama2_running", "Running answers.", model, registry=r)
         self.waiting = Gauge("llama2_waiting", "Answers that wait for a slot.", model, registry=r)
         self.cache = Gauge(
-            "llama2_kv_cache_used_ratio", "Share of the key/value cache that answers hold.", model, registry=r
+            "llama2_kv_cache_used_ratio", "Share of the key/value cache that running answers use.", model, registry=r
         )
         self.kept = Gauge(
             "llama2_kv_cache_kept_ratio",
-            "Share that is free, and kept in case it is asked for again.",
+            "Share that is cached for later prompts, and evictable.",
             model,
             registry=r,
         )
-        self.preemptions = Gauge(
-            "llama2_preemptions", "Answers that had to give their cache back, since loading.", model, registry=r
-        )
+        self.preemptions = Gauge("llama2_preemptions", "Preempted answers, since loading.", model, registry=r)
 
     def text(self, loads: Mapping[str, Load | None]) -> bytes:
-        """All of it, in Prometheus' format; `loads` are of models by name, None of those that are not loaded."""
+        """All metrics in Prometheus' format; `loads` by model, None for one that is not loaded."""
         for name, load in loads.items():
             self.running.labels(name).set(load.running if load else 0)
             self.waiting.labels(name).set(load.waiting if load else 0)

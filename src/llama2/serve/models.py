@@ -1,4 +1,4 @@
-"""The models of a server by name: loaded on first use, and unloaded when they were unused for long enough."""
+"""The models of a server by name: loaded on first use, and unloaded after `keep_alive` seconds without use."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ log = logging.getLogger("llama2.serve")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where one model comes from."""
+    """How one model is loaded."""
 
     load: Callable[[], Model]
-    open: Callable[[], Checkpoint | None]  # its files alone; None where they would have to be fetched first
+    open: Callable[[], Checkpoint | None]  # its files alone; None if they are not downloaded yet
 
 
 @dataclass
 class Entry:
-    """One model that may be asked for. Seconds are `time.perf_counter`'s."""
+    """One model that is served. Seconds are `time.perf_counter`'s."""
 
-    name: str  # what clients call it
+    name: str  # for clients
     source: ModelSource
     service: Service | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # of loading and unloading
     keep_alive: float = math.inf  # seconds that it stays loaded after its last use
-    used: float = 0.0  # when its last user left
-    users: set[asyncio.Task[Any]] = field(default_factory=set)  # that run, and asked for it
+    used: float = 0.0  # when its last user ended
+    users: set[asyncio.Task[Any]] = field(default_factory=set)  # running tasks that use it
 
     @property
     def idle(self) -> float:
@@ -51,38 +51,35 @@ class Entry:
 
 
 class Models:
-    """What `-m` named, the first of them the default."""
+    """The models of `-m`, the first of them the default."""
 
     def __init__(self, sources: Mapping[str, ModelSource], settings: ServeSettings) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.entries = {name: Entry(name, source) for name, source in sources.items()}
-        self.ready = False  # whether the first one was loaded
-        self.draining = False  # whether the server is about to end
-        self._plain = {_plain(name): entry for name, entry in reversed(self.entries.items())}
-        self._left = asyncio.Event()  # a model has one user less
+        self.ready = False  # whether the first model is loaded
+        self.draining = False  # whether the server is stopping
+        self._normalised = {_normalised(name): entry for name, entry in reversed(self.entries.items())}
+        self._user_ended = asyncio.Event()
 
     def entry(self, name: str) -> Entry:
-        """The model that a client calls so. Raises Refusal 404.
-
-        As with Ollama, `:latest`, `library/` and upper case may be there or not.
-        """
-        entry = self.entries.get(name) or self._plain.get(_plain(name))
+        """The model of a name. Raises Refusal 404. As with Ollama, `:latest`, `library/` and case are ignored."""
+        entry = self.entries.get(name) or self._normalised.get(_normalised(name))
         if entry is None:
             known = ", ".join(self.entries)
             raise Refusal(
                 404,
-                f"model {name[:100]!r} not found; there is {known}",
+                f"model {name[:100]!r} not found; the models are {known}",
                 param="model",
                 code="model_not_found",
             )
         return entry
 
     async def service(self, name: str, keep_alive: float | None = None) -> Service:
-        """The running service of a model, which is loaded if need be. Raises Refusal, or why it cannot be loaded.
+        """The service of a model, which is loaded if it is not yet. Raises Refusal, or the error of loading.
 
-        The model stays loaded while the caller's task runs (a request of HTTP has its own), and after that for
-        `keep_alive` seconds. None means as long as the last caller said, or else the operator.
+        The model stays loaded while the caller's task runs (each HTTP request has its own), and `keep_alive` seconds
+        longer. None: as long as the last caller set, or else the operator.
         """
         entry = self.entry(name)
         if self.draining:
@@ -93,7 +90,7 @@ class Models:
                 prefill = await asyncio.to_thread(measure, model)
                 entry.service = Service(entry.name, model, self.settings, self.metrics, prefill)
                 entry.keep_alive = math.inf if self.settings.keep_alive is None else self.settings.keep_alive
-                if self.ready:  # of the first one the server tells itself, after its address
+                if self.ready:  # the server logs the first one itself, after its address
                     log_loaded(entry.service)
             if keep_alive is not None:
                 entry.keep_alive = keep_alive
@@ -101,51 +98,51 @@ class Models:
             return entry.service
 
     def _hold(self, entry: Entry) -> None:
-        """Count the task that runs among a model's users until it ends."""
+        """Count the current task among a model's users until it ends."""
         task = asyncio.current_task()
         if task is None or task in entry.users:
             return
         entry.users.add(task)
 
-        def leave(task: asyncio.Task[Any]) -> None:
+        def end(task: asyncio.Task[Any]) -> None:
             entry.users.discard(task)
             entry.used = time.perf_counter()
-            self._left.set()
+            self._user_ended.set()
 
-        task.add_done_callback(leave)
+        task.add_done_callback(end)
 
     @property
     def loads(self) -> dict[str, Load | None]:
-        """What each engine has to do, by model; None of a model that is not loaded."""
+        """The load of each engine, by model; None for a model that is not loaded."""
         return {
             name: entry.service.model.engine.load if entry.service else None for name, entry in self.entries.items()
         }
 
     @property
     def streams(self) -> list[Stream]:
-        """What has not ended, of all models."""
+        """The open streams of all models."""
         return [stream for entry in self.entries.values() if entry.service for stream in entry.service.streams]
 
     async def unload(self, name: str) -> None:
-        """Unload a model now, or if it is in use, once it is not. Raises Refusal 404."""
+        """Unload a model now, or once it is not in use. Raises Refusal 404."""
         entry = self.entry(name)
         async with entry.lock:
             entry.keep_alive = 0.0
             await _expire(entry)
 
     async def sweep(self) -> None:
-        """Unload each model when its time is over; runs until it is cancelled."""
+        """Unload each model at the end of its `keep_alive`; runs until it is cancelled."""
         while True:
-            self._left.clear()
+            self._user_ended.clear()
             loaded = [entry for entry in self.entries.values() if entry.service]
             for entry in loaded:
-                if not entry.lock.locked():  # or somebody loads it, and leaves it later
+                if not entry.lock.locked():  # else a task is loading it, and ends later
                     async with entry.lock:
                         await _expire(entry)
             left = [entry.keep_alive - entry.idle for entry in loaded if entry.service and not entry.users]
             seconds = min(left, default=math.inf)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._left.wait(), None if math.isinf(seconds) else max(0.0, seconds))
+                await asyncio.wait_for(self._user_ended.wait(), None if math.isinf(seconds) else max(0.0, seconds))
 
     def close(self) -> None:
         """Stop every engine and release the models."""
@@ -156,7 +153,7 @@ class Models:
 
 
 def log_loaded(service: Service) -> None:
-    """Log what a model that was loaded has room for."""
+    """Log a loaded model's context and cache."""
     engine = service.model.engine
     tokens = engine.load.blocks * BLOCK
     facts: dict[str, object] = {"model": service.name, "context": engine.context, "cache_tokens": tokens}
@@ -168,14 +165,14 @@ def log_loaded(service: Service) -> None:
         log.warning(note)
 
 
-def _plain(name: str) -> str:
-    """A model's name without what Ollama's names may have or not."""
+def _normalised(name: str) -> str:
+    """A model's name without the optional parts of Ollama's names."""
     name = name.casefold().removesuffix(":latest")
     return name.removeprefix("registry.ollama.ai/").removeprefix("library/")
 
 
 async def _expire(entry: Entry) -> None:
-    """Unload a model whose time is over; its lock is held."""
+    """Unload a model if its `keep_alive` is over; its lock is held."""
     service = entry.service
     if service is not None and not entry.users and entry.idle >= entry.keep_alive:
         entry.service = None

@@ -1,6 +1,6 @@
-"""A loaded model that answers requests from coroutines, and the streams by which they follow its events.
+"""A loaded model that answers requests from coroutines, and the streams of their events.
 
-This is the event loop's side: admission, accounts and metrics. The engine runs in an `EngineThread`.
+This is the event loop's side: admission, counts and metrics. The engine runs in an `EngineThread`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from llama2.serve.settings import ServeSettings
 from llama2.serve.text_limit import TextLimit
 from llama2.serve.token_text import TokenTexts
 
-#: Tokens of the prompt by which a model's prefill rate is measured.
+#: Tokens of the prompt that measures a model's prefill rate.
 _TRIAL = 64
 
-#: An event of one choice, after its index among the stream's requests.
+#: The index of a choice among the stream's requests, and its event.
 ChoiceEvent = tuple[int, Event]
 
 
 class Stream:
-    """The events of one HTTP request's choices, batched as they come. For the event loop's thread alone.
+    """The events of one HTTP request's choices, in batches. For the event loop's thread alone.
 
-    Close it when nobody wants the rest: what still runs is cancelled. Times are `time.perf_counter`'s.
+    `close` cancels the choices that still run. Times are `time.perf_counter`'s.
     """
 
     def __init__(self, service: Service, requests: Sequence[Request], pending: PendingRequest) -> None:
@@ -45,7 +45,7 @@ class Stream:
         self.service = service
         self.pending = pending
         self.prompt_tokens = sum(len(request.prompt) for request in requests if request.choice == 0)
-        self.cached_tokens = 0  # of the prompts, that were found in the cache
+        self.cached_tokens = 0  # prefix-hit tokens of the prompts
         self.completion_tokens = 0
         self.finishes: list[str] = []  # reasons of the choices that have ended
         self.arrived = pending.arrived
@@ -64,7 +64,7 @@ class Stream:
         return len(self.requests) - len(self.finishes)
 
     async def accepted(self) -> None:
-        """Wait until the engine has taken the requests. Raises its ContextError or RequestError."""
+        """Wait until the engine has accepted the requests. Raises its ContextError or RequestError."""
         while not self._accepted and self._failure is None:
             await self._wait()
         if self._failure is not None:
@@ -79,7 +79,7 @@ class Stream:
             yield batch
 
     def close(self) -> None:
-        """Cancel what still runs; a second time is no error."""
+        """Cancel the choices that still run. A second call does nothing."""
         if self.open:
             self.service.cancel(self)
 
@@ -106,15 +106,15 @@ class Stream:
         self._wake()
 
     def publish(self, events: list[ChoiceEvent]) -> None:
-        """Events of a step, or of several."""
+        """Add events, of one step or more."""
         self._events += events
         self._wake()
 
 
 class Service:
-    """A model that answers requests from coroutines. Make it in the event loop's thread; `stop` waits for its end.
+    """A model that answers requests from coroutines. Create it in the event loop's thread; `stop` waits for its end.
 
-    `prefill` is how many tokens a second of a prompt run, as `measure` says.
+    `prefill` is the rate of prefill in tokens a second, from `measure`.
     """
 
     def __init__(self, name: str, model: Model, settings: ServeSettings, metrics: Metrics, prefill: float) -> None:
@@ -125,7 +125,7 @@ class Service:
         self.limit = TextLimit(model.tokenizer, model.engine.context)
         self.constrainer = Constrainer(model.tokenizer)
         self.fingerprint = _fingerprint(model)
-        self.sampling = _sampling(model, settings)  # where a request does not say
+        self.sampling = _sampling(model, settings)  # the defaults of requests
         self.admission = AdmissionController(settings.max_queue, settings.max_wait, MAX_SEQUENCES)
         self.admission.prefill.add(prefill, 1.0)
         self.streams: set[Stream] = set()  # that have not ended
@@ -135,20 +135,20 @@ class Service:
         self._thread: EngineThread[Stream] = EngineThread(name, model.engine, self._on_accepted, self._on_events)
 
     async def submit(self, requests: Sequence[Request], *, refuse: bool = True) -> Stream:
-        """Start several answers together. Raises Refusal, ContextError or RequestError, and then none is started.
+        """Start answers, all or none. Raises Refusal, ContextError or RequestError.
 
-        Unless `refuse`, they are a part of work that was admitted: admission counts them, and refuses them not.
+        Unless `refuse`, they are part of admitted work: admission counts them, but does not refuse them.
         """
         if self._stopping:
-            raise Refusal(503, "the model is being unloaded; ask again", type="unavailable_error")
+            raise Refusal(503, "the model is being unloaded; send the request again", type="unavailable_error")
         now = time.perf_counter()
         tokens = sum(len(request.prompt) for request in requests if request.choice == 0)  # choices share their prompt
         context = self.model.engine.context
-        hopeless = any(len(request.prompt) + (request.max_tokens or 1) > context for request in requests)
+        too_long = any(len(request.prompt) + (request.max_tokens or 1) > context for request in requests)
         try:
             key = hash((requests[0].prompt, len(requests)))
-            # Of what is hopeless the engine says better why.
-            pending = self.admission.admit(tokens, len(requests), now, refuse=refuse and not hopeless, key=key)
+            # The engine has the better error for a request that is too long.
+            pending = self.admission.admit(tokens, len(requests), now, refuse=refuse and not too_long, key=key)
         except Refusal:
             self.metrics.refused.labels(self.name).inc()
             raise
@@ -167,11 +167,11 @@ class Service:
         return stream
 
     def cancel(self, stream: Stream) -> None:
-        """End what still runs of a stream; its cache is freed when the step that runs is over."""
+        """Cancel the choices of a stream that still run; their cache is freed after the current step."""
         self._thread.cancel(stream)
 
     def stop(self) -> None:
-        """End the thread; what still runs is cancelled."""
+        """End the thread; running answers are cancelled."""
         self._stopping = True
         self._thread.stop()
         self.constrainer.close()
@@ -183,12 +183,12 @@ class Service:
         self._loop.call_soon_threadsafe(self._publish, events, now, load)
 
     def _publish(self, published: Mapping[Stream, Sequence[TimedEvent]], now: float, load: Load) -> None:
-        """Account for events, and hand them to those who wait.
+        """Count events, and add them to their streams. Runs in the event loop.
 
-        In the event loop. What begins or ends did so `now`, for the last step is published with no delay.
+        First tokens and ends are of the last step, which ended `now`: they are published without delay.
         """
         self.admission.slots = max(1, load.running) if load.waiting else MAX_SEQUENCES  # the cache may hold fewer
-        gaps: dict[float, int] = {}  # seconds between tokens, and how many had them: a step's have the same
+        gaps: dict[float, int] = {}  # tokens by seconds since the one before; the tokens of a step have equal gaps
         tokens = 0
         began: list[PendingRequest] = []
         ended: list[tuple[Stream, int]] = []
@@ -211,7 +211,7 @@ class Service:
                     if stream.requests[index].choice == 0:
                         stream.cached_tokens += event.cached_tokens
                         self.metrics.cached.labels(self.name).inc(event.cached_tokens)
-                # Prompts alone have no token: all of them have run when the last one ends.
+                # Without tokens to generate, prefill ends with the last choice.
                 if stream.first is None and (event.token is not None or (event.finish == "length" and not stream.open)):
                     stream.first = now
                     began.append(stream.pending)
@@ -228,7 +228,7 @@ class Service:
             stream.publish([(index, event) for _, index, event in events])
 
     def _end(self, stream: Stream, choices: int, now: float) -> None:
-        """So many choices of a stream have ended."""
+        """Some choices of a stream have ended."""
         self.admission.ended(stream.pending, choices, now)
         if stream.open:
             return
@@ -243,7 +243,7 @@ class Service:
 
 
 def measure(model: Model) -> float:
-    """Tokens a second of a prompt, so that the first who come are not promised too much; it also wakes the model up."""
+    """Prefill tokens a second, for the predictions before the first request; it also warms the model up."""
     tokens = min(_TRIAL, model.engine.context - 1)
     begun = time.perf_counter()
     for _ in model.engine.run(Request((model.tokenizer.eos_id or 0,) * tokens, max_tokens=1)):
@@ -253,17 +253,17 @@ def measure(model: Model) -> float:
 
 def _sampling(model: Model, settings: ServeSettings) -> Sampling:
     """The operator's choice, else the checkpoint's generation_config.json, else the defaults of the command line."""
-    drawn = Sampling()
+    sampling = Sampling()
     published = model.checkpoint.metadata.get("generation_config")
     values = published if isinstance(published, Mapping) else {}
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-        with suppress(RequestError):  # what is out of range, or no number, is not taken
-            drawn = replace(drawn, **{name: values.get(name, getattr(drawn, name))})
-    return replace(drawn, **settings.sampling)
+        with suppress(RequestError):  # values that are out of range, or not numbers, are ignored
+            sampling = replace(sampling, **{name: values.get(name, getattr(sampling, name))})
+    return replace(sampling, **settings.sampling)
 
 
 def _fingerprint(model: Model) -> str:
-    """Changes whenever equal requests may get other answers."""
+    """A text that changes whenever equal requests may get different answers."""
     path = model.checkpoint.path
     engine = type(model.engine).__name__
     what = f"{llama2.__version__} {engine} {native.module().__name__} {path.resolve()} {path.stat().st_mtime_ns}"

@@ -1,4 +1,4 @@
-"""Whether a text can fit a context at all, known from its bytes alone, before anything is done with it."""
+"""Whether a text can fit a context at all, by its bytes alone, before it is tokenized."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from llama2.errors import ContextError
 from llama2.text.library import LibraryTokenizer
 from llama2.text.tokenizer import Tokenizer
 
-#: Bytes of a text that is not looked at: as many are encoded in no time.
+#: Texts up to so many bytes are not checked: they are tokenized in no time.
 _SHORT = 32 << 10
 
 #: Bytes that are counted at once.
 _SLICE = 1 << 20
 
-#: How many times shorter a text may become, in bytes, before a tokenizer encodes it that first makes equal what looks
-#: equal. (A syllable of Korean in its parts has nine bytes, and three as one letter.)
+#: How many times shorter a text may become, in bytes, by a tokenizer's Unicode normalisation. (A decomposed syllable
+#: of Korean has nine bytes, and three as one letter.)
 _NORMALISED = 4
 
 
 class TextLimit:
-    """No token holds more than so many of some bytes, so a text with more of them needs more tokens.
+    """A lower bound of a text's tokens: the count of some bytes, divided by the most of them in one token.
 
-    That is known of each byte, of letters together, and of all bytes. A byte that a vocabulary does not have is not
-    counted; white space is, though a template may drop what stands at a message's ends.
+    It is computed for each byte, for letters together, and for all bytes. A byte that the vocabulary does not have is
+    not counted. White space is, though a template may drop it at a message's ends.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: int) -> None:
@@ -36,7 +36,7 @@ class TextLimit:
         self._tokens = context if own else context * _NORMALISED
 
     def check(self, *texts: str) -> None:
-        """Raises ContextError for texts that together cannot fit."""
+        """Raises ContextError for texts that cannot fit together."""
         size = sum(map(len, texts))
         if size <= _SHORT:
             return
@@ -51,11 +51,11 @@ class TextLimit:
             size = int(counts.sum())
             raise ContextError(
                 f"a prompt of {size} bytes is too long for the context of {self._context} tokens, which hold "
-                f"at most {int(size * self._tokens / needed)} bytes of such a text; shorten it"
+                f"at most {int(size * self._tokens / needed)} bytes of it; shorten it"
             )
 
     def check_count(self, count: int, what: str) -> None:
-        """Raises ContextError for more of something, each of which takes a token, than the context has."""
+        """Raises ContextError for more items than the context has tokens; each needs one."""
         if count > self._context:
             raise ContextError(
                 f"a prompt of {count} {what} is too long for the context of {self._context} tokens: "
@@ -64,7 +64,7 @@ class TextLimit:
 
     @cached_property
     def _groups(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Groups of bytes, and how many of each group a token has at most.
+        """Groups of bytes, and the most bytes of each group in one token.
 
         -> (G, 256), (G,)
         """

@@ -38,7 +38,7 @@ LONGEST = 1 << 19
 class Constrainer:
     """Makes processors for one model's vocabulary, and caches the compiled grammars that were used last.
 
-    Each of `entries` compiled grammars takes at most about 20 MB, as a rule a hundredth of that; their texts have at
+    Each of `entries` compiled grammars takes at most about 20 MB, as a rule a hundredth of that. Their texts have at
     most `characters` in total. Safe to call from several threads. A new grammar takes some milliseconds, at worst
     about two `SECONDS`, so do not call it in an event loop. `close` it at the end.
     """

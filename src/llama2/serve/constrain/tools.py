@@ -1,4 +1,4 @@
-"""Tools: what a request declares, what holds an answer to it, and an answer's text to calls, piece by piece.
+"""Tools: a request's declarations, the constraint of its answer, and the answer's text → calls, piece by piece.
 
     toolset = Toolset(body.tools, body.tool_choice, body.parallel_tool_calls, template, tokenizer)
     prompt, _ = Dialog(messages).render(tokenizer, template, tools=toolset.declared)
@@ -9,7 +9,7 @@
             send(piece.delta())
     reader.message(), reader.finish_reason(event.finish)
 
-Processors and readers belong to one answer: make them anew for each choice.
+Processors and readers belong to one answer: make new ones for each choice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llama2.serve.constrain.constraints import Constraint
 from llama2.text.calls import ID, ID_LENGTH, CallFormat, call_format, generic_format, native_format
 from llama2.text.tokenizer import Tokenizer
 
-MOST = 128  # functions of a request, as OpenAI has it
+MAX_FUNCTIONS = 128  # of a request, OpenAI's limit
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _LETTERS = re.compile(r"[a-zA-Z0-9_-]*")
 _MARKS = re.compile(r"[\ud800-\udfff]")
@@ -41,23 +41,22 @@ class Function:
     name: str
     parameters: Mapping[str, Any]
     field: str
-    strict: bool = False  # whether a keyword that no grammar can follow is refused
+    strict: bool = False  # whether a keyword that no grammar can enforce is refused
 
 
 class Toolset:
-    """The tools of one request: what the template is told, what the answer must follow, and who reads it.
+    """The tools of one request: declarations for the template, constraints of the answer, and its reader.
 
-    `declared` goes to Dialog.render; `constraints` to Constrainer.processor, none or one; each answer has a `reader` of
-    its own. With `tool_choice="none"`, or without tools, the model is told of none, and all of its answer is text. With
-    `auto`, what begins as a call becomes a whole one of a declared function; `required` or a function's name makes the
-    answer one. Several calls follow one another if the model knows that and `parallel` allows it. An answer that is no
-    call follows `response`, if there is one; with `auto` that must be a JSON schema's constraint. `flat` says that
-    tools and a choice name their function beside their type, as Responses have it, and not in an object `function`, as
-    templates are told.
+    `declared` is for Dialog.render; `constraints`, none or one, for Constrainer.processor; each answer has its own
+    `reader`. With `tool_choice="none"`, or without tools, nothing is declared and the answer is text. With `auto`, an
+    answer that begins as a call becomes a complete call of a declared function. `required` or a function's name forces
+    a call. Several calls may follow one another if the model's format has that and `parallel` allows it. An answer
+    without calls follows `response`; with `auto` that must be the constraint of a JSON schema. `flat`: tools and a
+    choice have their function's fields beside their type, as in Responses, not in an object `function`.
 
-    Where the template knows no tools, calls are written in the `generic` format, if that is asked for.
+    If the template has no tools, calls have the `generic` format, if that is true.
 
-    Raises RequestError that names the field which is malformed, or says that the model knows no tools.
+    Raises RequestError that names the malformed field, or reports that the model has no tools.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Toolset:
 
 
 def _nested(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A function as chat completions declare it."""
+    """A function's declaration in the form of chat completions."""
     return {"type": tool["type"], "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
@@ -122,8 +121,8 @@ def _functions(tools: Any, flat: bool) -> tuple[Function, ...]:
     """The functions that a request's `tools` declare. Raises RequestError."""
     if tools is None:
         return ()
-    if not isinstance(tools, list) or len(tools) > MOST:
-        raise RequestError(f"tools must be a list of at most {MOST} tools")
+    if not isinstance(tools, list) or len(tools) > MAX_FUNCTIONS:
+        raise RequestError(f"tools must be a list of at most {MAX_FUNCTIONS} tools")
     functions: list[Function] = []
     for i, tool in enumerate(tools):
         where = f"tools[{i}]"
@@ -177,7 +176,7 @@ def _calls(
     tokenizer: Tokenizer,
     several: bool,
 ) -> str:
-    """Rules of Lark: `calls` is what follows the opening, one call or `several`, to the end of the last."""
+    """Lark rules: `calls` is the text after the opening, one call or `several`, to the end of the last."""
     rules = [
         f"call_{i}: {json.dumps(function.name)} {_terms(format.middle, tokenizer)} %json {schema.schema}"
         for i, (function, schema) in enumerate(zip(functions, schemas, strict=True))
@@ -189,9 +188,9 @@ def _calls(
 
 
 def _text_or_calls(format: CallFormat, tokenizer: Tokenizer) -> str:
-    """Rules of Lark: an answer is text, but once the marker of a call stands in it, calls follow."""
+    """Lark rules: an answer is text, but after the marker of a call, calls follow."""
     marker = format.marker
-    if not marker:  # a call is an answer that begins as one, whatever white space is in it
+    if not marker:  # a call is an answer that begins as one, with any white space
         opening = r"\s*".join(map(_quoted, re.findall(r"\w+|[^\w\s]", format.opening)))
         rules = f"start: text | head calls\nhead[lazy]: /\\s*{opening}/"
     else:
@@ -204,12 +203,12 @@ def _text_or_calls(format: CallFormat, tokenizer: Tokenizer) -> str:
 
 
 def _terms(text: str, tokenizer: Tokenizer) -> str:
-    """Control tokens, literal text, and ids in it, as terms of Lark."""
+    """Control tokens, literal text, and ids in it, as Lark terms."""
     return " ".join(_term(part, token) for part, token in tokenizer.split(text))
 
 
 def _term(text: str, token: int | None) -> str:
-    """A control token, or literal text with ids in it, as terms of Lark."""
+    """A control token, or literal text with ids in it, as Lark terms."""
     if token is not None:
         return f"<[{token}]>"
     letters = f"/[a-zA-Z0-9]{{{ID_LENGTH}}}/"
@@ -314,31 +313,31 @@ def _match(pattern: str, text: str, at: int) -> int | None:
 
 
 class CallReader:
-    """The events of one answer to pieces of text and calls.
+    """The events of one answer → pieces of text and calls.
 
-    White space between the parts of a call may be other than in the model's own format. What might be the beginning of
-    a call is held back until it is told; what turns out to be none, or calls a function that was not declared, is text.
+    White space between the parts of a call may differ from the model's format. A possible beginning of a call is held
+    back until it is certain. If it is not a call, or not of a declared function, it becomes text.
     """
 
     def __init__(self, format: CallFormat | None, names: set[str], tokenizer: Tokenizer) -> None:
         self._names = names
         self._calls: list[_Call] = []
-        self._said = ""
-        self._held = ""  # text that was not read yet
-        self._lead = ""  # text before a name, which is read once the call is certain
+        self._content = ""
+        self._held = ""  # text that is not read yet
+        self._lead = ""  # text before a name, until the call is certain
         self._json = _Json()
         self._marks: dict[int, str] = {}
         self._state: Literal["text", "name", "arguments", "after", "plain"] = "plain"
         if format is not None:
             self._state = "text"
-            self._once = not format.marker  # only an answer as a whole is a call
+            self._once = not format.marker  # only a whole answer is a call
             self._opening, self._middle, self._closing = (
                 self._squeezed(text, tokenizer) for text in (format.opening, format.middle, format.closing)
             )
             self._joint = None if format.joint is None else self._squeezed(format.joint, tokenizer)
 
     def _squeezed(self, text: str, tokenizer: Tokenizer) -> str:
-        """`text` without white space; a lone surrogate, which no answer has, stands for a control token."""
+        """`text` without white space; control tokens become lone surrogates, which no answer has."""
         parts = [
             part if token is None else self._marks.setdefault(token, chr(0xD800 + len(self._marks)))
             for part, token in tokenizer.split(text)
@@ -346,7 +345,7 @@ class CallReader:
         return "".join("".join(parts).split())
 
     def push(self, event: Event) -> list[Piece]:
-        """What became certain with one event; with the last one, everything."""
+        """The pieces that one event makes certain; the last one, all."""
         self._held += ("" if event.token is None else self._marks.get(event.token, "")) + event.text
         pieces: list[Piece] = []
         while self._held and getattr(self, f"_read_{self._state}")(pieces):
@@ -361,17 +360,17 @@ class CallReader:
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in self._calls
         ]
-        content = self._said if self._said or not calls else None
+        content = self._content if self._content or not calls else None
         return {"content": content} | ({"tool_calls": calls} if calls else {})
 
     def finish_reason(self, finish: str) -> str:
         """OpenAI's: `tool_calls` instead of `stop` where the answer has calls."""
         return "tool_calls" if finish == "stop" and self._calls else finish
 
-    # Each of these takes from what is held, and tells whether there may be more to take.
+    # Each of these reads from the held text, and returns whether there may be more to read.
 
     def _read_plain(self, pieces: list[Piece]) -> bool:
-        self._say(self._held, pieces)
+        self._add_text(self._held, pieces)
         self._held = ""
         return False
 
@@ -385,7 +384,7 @@ class CallReader:
                 self._state = "plain"
                 return True
             return self._read_plain(pieces)
-        self._say(self._held[:at], pieces)
+        self._add_text(self._held[:at], pieces)
         self._held = self._held[at:]
         if end == _MORE:
             return False
@@ -402,7 +401,7 @@ class CallReader:
         if end is not None and end != _MORE:
             end = _match("{", self._held, end)
         if end is None:  # not a call after all
-            self._say(self._lead, pieces)
+            self._add_text(self._lead, pieces)
             self._state = "plain" if self._once else "text"
             return True
         if end == _MORE:
@@ -443,13 +442,13 @@ class CallReader:
         self._state = "name"
 
     def _end(self, pieces: list[Piece]) -> None:
-        """Tell as text what is held and is no part of a call that has begun."""
+        """Return the held text that does not belong to a call."""
         if self._state in ("text", "name"):
-            self._say((self._lead if self._state == "name" else "") + self._held, pieces)
+            self._add_text((self._lead if self._state == "name" else "") + self._held, pieces)
         self._held = ""
 
-    def _say(self, text: str, pieces: list[Piece]) -> None:
+    def _add_text(self, text: str, pieces: list[Piece]) -> None:
         text = _MARKS.sub("", text)
         if text and not (self._calls and text.isspace()):
-            self._said += text
+            self._content += text
             pieces.append(Text(text))

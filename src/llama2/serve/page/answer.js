@@ -1,16 +1,16 @@
-// One answer while it comes.
+// One answer while it streams.
 
 import { ApiError, chat } from "./api.js";
 import { requestBody } from "./conversation.js";
 
 export class Answer {
-  /** `message` is an assistant's message that grows; `messages` is what the model is sent before it. */
+  /** `message` is the assistant's message to fill; `messages` are sent to the model before it. */
   constructor(message, messages) {
     this.message = message;
     this.messages = messages;
     this.prefix = message.content;
     this.failure = null; // ApiError
-    this.tokens = 0; // parts that came, of which nearly every one is a token
+    this.tokens = 0; // parts received, nearly all of them one token each
     this.controller = new AbortController();
     this.sent = performance.now();
     this.first = null;
@@ -21,23 +21,23 @@ export class Answer {
     this.controller.abort();
   }
 
-  /** Whether anything has come. */
+  /** Whether any text has been received. */
   get begun() {
     return this.message.content.length > this.prefix.length;
   }
 
-  /** Tokens a second so far, or null while that says nothing. */
+  /** Tokens a second so far, or null while there are too few. */
   rate() {
     const seconds = (this.last - this.first) / 1000;
     return this.tokens > 5 && seconds > 0.1 ? (this.tokens - 1) / seconds : null;
   }
 
-  /** Follows the stream to its end, whatever that is; `changed` is called after every part. */
+  /** Reads the stream to its end; `changed` is called after every part. */
   async run(changed) {
     const { message, messages, prefix, controller } = this;
     try {
       for await (const chunk of chat(requestBody(message.request, messages, prefix), controller.signal)) {
-        this.#take(chunk);
+        this.#add(chunk);
         changed();
       }
     } catch (error) {
@@ -55,7 +55,7 @@ export class Answer {
     }
   }
 
-  #take({ choices, usage, system_fingerprint: fingerprint }) {
+  #add({ choices, usage, system_fingerprint: fingerprint }) {
     const { message } = this;
     if (fingerprint) message.fingerprint = fingerprint;
     if (usage) {
@@ -76,18 +76,18 @@ export class Answer {
   }
 }
 
-/** How an answer compares with the one that it should repeat, in words, and whether it does. */
+/** Whether an answer repeats another one, and a text about it. */
 export function compare(before, after) {
   const bytes = new TextEncoder().encode(after.content).length.toLocaleString("en");
   const { seed } = after.request;
   if (after.content === before.content) return { same: true, text: `Regenerated: the same ${bytes} bytes, seed ${seed}.` };
   if (before.finish !== "stop" && before.finish !== "length" && after.content.startsWith(before.content))
-    return { same: false, text: `The same as the answer that was broken off, and goes on to ${bytes} bytes; seed ${seed}.` };
+    return { same: false, text: `The same as the answer that was stopped, and continues to ${bytes} bytes; seed ${seed}.` };
   let at = 0;
   while (before.content[at] === after.content[at]) at++;
   const why =
     before.fingerprint === after.fingerprint
-      ? "although model and program are the same: this should not be"
-      : "because the server runs another model file, version or processor than then";
+      ? "although model and program are the same: this is an error"
+      : "because the server now runs another model file, version or processor";
   return { same: false, text: `Differs from character ${at + 1} on, ${why}.` };
 }

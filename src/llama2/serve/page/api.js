@@ -1,17 +1,17 @@
-// The server, as this page sees it.
+// Requests to the server.
 
-import { keep, kept } from "./kept.js";
+import * as storage from "./browser_storage.js";
 
-/** The API key, until the window closes, or remembered by the browser. */
+/** The API key, saved until the window closes, or longer if the user wants that. */
 export const key = {
-  get: () => kept("key", "sessionStorage") ?? kept("key"),
+  get: () => storage.load("key", "sessionStorage") ?? storage.load("key"),
   set(value, remember) {
-    keep("key", remember ? null : value, "sessionStorage");
-    keep("key", remember ? value : null);
+    storage.save("key", remember ? null : value, "sessionStorage");
+    storage.save("key", remember ? value : null);
   },
 };
 
-/** What went wrong, in words for a person. `kind`: key, busy, context, request, server, connection. */
+/** An error with a message for the user. `kind`: key, busy, context, request, server, connection. */
 export class ApiError extends Error {
   constructor(kind, message, seconds = null) {
     super(message);
@@ -57,7 +57,7 @@ export async function* chat(body, signal) {
         if (!event.startsWith("data: ")) continue; // a comment that keeps the connection open
         if (event === "data: [DONE]") return;
         const chunk = JSON.parse(event.slice("data: ".length));
-        if (chunk.error) throw new ApiError("server", `The server could not go on: ${chunk.error.message}.`);
+        if (chunk.error) throw new ApiError("server", `The server could not continue: ${chunk.error.message}.`);
         yield chunk;
       }
     }
@@ -74,7 +74,7 @@ async function call(path, options = {}) {
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
   let response;
   try {
-    // The page may stand below some path of a proxy, so addresses are relative to it.
+    // A proxy may serve the page below another path, so URLs are relative.
     response = await fetch(new URL(path, import.meta.url), { ...options, headers });
   } catch (error) {
     if (options.signal?.aborted) throw error;
@@ -89,17 +89,17 @@ async function failure(response) {
   try {
     error = (await response.json()).error ?? {};
   } catch {
-    // something between here and the server has answered, and not in JSON
+    // a proxy has answered, and not in JSON
   }
   const { status } = response;
   const message = error.message ?? `it answered ${status} ${response.statusText}`.trim();
-  if (status === 401) return new ApiError("key", "The server asks for an API key.");
+  if (status === 401) return new ApiError("key", "The server requires an API key.");
   if (status === 429) {
     const seconds = Number.parseInt(response.headers.get("Retry-After"), 10);
     return new ApiError("busy", "The server is busy.", Number.isNaN(seconds) ? null : seconds);
   }
   if (error.code === "context_length_exceeded") return new ApiError("context", `The conversation is too long: ${message}.`);
-  if (status === 503) return new ApiError("server", `The server takes no requests now: ${message}.`);
+  if (status === 503) return new ApiError("server", `The server accepts no requests now: ${message}.`);
   if (status >= 500) return new ApiError("server", `The server failed: ${message}.`);
   return new ApiError("request", `The server refused this: ${message}.`);
 }

@@ -1,4 +1,4 @@
-// The chat page: what it knows, and what happens when something is done.
+// The chat page: its state, and its reactions to events.
 
 import { Answer, compare } from "./answer.js";
 import { ApiError, countTokens, key, models } from "./api.js";
@@ -8,7 +8,7 @@ import {
 import { h, icon } from "./dom.js";
 import { readSettings } from "./exchange.js";
 import { Attachments, LONG_PASTE } from "./files.js";
-import { keep, kept } from "./kept.js";
+import * as storage from "./browser_storage.js";
 import { Settings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { Store } from "./store.js";
@@ -19,8 +19,8 @@ const SUGGESTIONS = [
   "Write a Python function that finds the prime numbers below n",
   "Plan a quiet weekend in the mountains",
 ];
-/** How often a growing answer is kept, in milliseconds: what a crash may lose. */
-const KEEP_EVERY = 1000;
+/** Milliseconds between two saves of a streaming answer: a crash may lose so much. */
+const SAVE_EVERY = 1000;
 
 const $ = (id) => document.getElementById(id);
 const number = new Intl.NumberFormat("en");
@@ -30,14 +30,14 @@ const failures = new Map(); // conversation id → ApiError of the last request
 const notes = new Map(); // message id → {same, text}
 let served = []; // the server's models
 let conversations = []; // all of them, without messages
-let current = newConversation(defaults()); // what is shown; kept from its first message on
+let current = newConversation(defaults()); // the one that is shown; saved from its first message on
 let tree = new Tree();
 let store;
 let leaving = false; // whether the page is about to go
 
 function defaults() {
   try {
-    return readSettings(JSON.parse(kept("defaults") ?? "{}"));
+    return readSettings(JSON.parse(storage.load("defaults") ?? "{}"));
   } catch {
     return { ...SETTINGS };
   }
@@ -50,14 +50,14 @@ const fresh = () => !conversations.some(({ id }) => id === current.id);
 const thread = new Thread(
   { scroller: $("thread"), list: $("messages"), latest: $("latest"), spoken: $("spoken") },
   {
-    edit: (message, text) => ask(message.parent, text, message.files),
+    edit: (message, text) => sendMessage(message.parent, text, message.files),
     regenerate: (message) =>
       answer(message.parent, requestFor(tree.versions(message).length), { beside: message }),
     exactly: (message) => {
       const prefix = message.content.slice(0, message.prefix ?? 0);
       return answer(message.parent, { ...message.request }, { beside: message, prefix, exactly: true });
     },
-    goOn: (message) => answer(message.parent, requestFor(0), { beside: message, prefix: message.content }),
+    continueAnswer: (message) => answer(message.parent, requestFor(0), { beside: message, prefix: message.content }),
     retry: (message) => answer(message.id, requestFor(0)),
     rate: (message, rating) => {
       Object.assign(message, { rating, rated: rating && now() });
@@ -173,21 +173,21 @@ function confirm(title, text) {
   });
 }
 
-// ---- Keeping ----------------------------------------------------------------------------------------------------
+// ---- Saving -----------------------------------------------------------------------------------------------------
 
-/** Keeps a conversation's record and these of its messages, and forgets those that are `gone`. */
+/** Saves a conversation's record and these of its messages, and deletes those in `gone`. */
 async function save(messages = [], conversation = current, gone = []) {
   conversation.updated = now();
   const record = structuredClone(conversation);
   const run = running.get(conversation.id);
-  if (run && !messages.includes(run.message)) record.leaf = run.leaf; // what it names must be kept, too
+  if (run && !messages.includes(run.message)) record.leaf = run.leaf; // the message that it names must be saved, too
   const index = conversations.findIndex(({ id }) => id === conversation.id);
   if (index >= 0) conversations.splice(index, 1);
   conversations.unshift(conversation);
   try {
     await store.save(record, structuredClone(messages), gone.map(({ id }) => id));
   } catch (error) {
-    banner(`Not kept: ${error.message}. The conversation is gone when the page closes; free some space, or copy it.`);
+    banner(`Not saved: ${error.message}. The conversation is lost when the page closes; free some space, or copy it.`);
   }
 }
 
@@ -195,7 +195,7 @@ async function reload() {
   conversations = await store.conversations();
 }
 
-/** Stops every answer, and waits until what came of them is kept. */
+/** Stops every answer, and waits until their parts are saved. */
 async function settle(runs = [...running.values()]) {
   for (const run of runs) run.stop();
   await Promise.all(runs.map(({ ended }) => ended));
@@ -217,16 +217,16 @@ async function remove(conversation) {
   });
 }
 
-// ---- Conversing -------------------------------------------------------------------------------------------------
+// ---- Answers ----------------------------------------------------------------------------------------------------
 
-/** What an answer depends on besides the messages. The `count`th answer to the same has a seed of its own. */
+/** The settings of an answer. The `count`th answer to one message has a seed of its own. */
 function requestFor(count) {
   const { seed, ...rest } = current.settings;
   const chosen = seed === null ? randomSeed() : (seed + count) % 2 ** 32;
   return { ...SETTINGS, ...rest, model: model()?.id ?? "", seed: chosen };
 }
 
-async function ask(parent, text, files = []) {
+async function sendMessage(parent, text, files = []) {
   if (running.has(current.id)) return;
   const message = userMessage(current, parent, text, files);
   tree.add(message);
@@ -239,8 +239,8 @@ async function ask(parent, text, files = []) {
 }
 
 /**
- * Has the message `parent` answered. `beside` is the answer that another is wanted for, which may have to begin with
- * `prefix`; `exactly` says that it should be the same, and then it is only kept if it is not.
+ * Requests an answer to the message `parent`. `beside` is the answer that it is an alternative to; it begins with
+ * `prefix`. With `exactly`, it should be the same, and is saved only if it differs.
  */
 async function answer(parent, request, { beside = null, prefix = "", exactly = false } = {}) {
   if (running.has(current.id)) return;
@@ -275,17 +275,17 @@ async function answer(parent, request, { beside = null, prefix = "", exactly = f
       drawing = false;
       if (running.get(conversation.id) !== run) return;
       if (conversation === current) thread.grow(run);
-      if (!exactly && performance.now() - saved > KEEP_EVERY) {
+      if (!exactly && performance.now() - saved > SAVE_EVERY) {
         saved = performance.now();
         save([message], conversation);
       }
     });
   });
 
-  if (leaving) return; // the browser has cut the connection; what was kept stays as it is
+  if (leaving) return; // the browser has closed the connection; what was saved stays
   const whole = isWhole(message);
   const comparison = exactly && whole ? compare(beside, message) : null;
-  // An answer that failed before it began stays with its question, so that one can go on. If nobody did, another replaces it.
+  // An answer that failed before its first token stays, so that the user can continue. If not, the next one replaces it.
   const failed = beside !== null && beside.content === "" && !isWhole(beside) && !branches.followers.get(beside.id)?.length;
   const wanted = exactly ? comparison?.same === false : beside === null || failed || whole || run.begun;
   if (wanted) {
@@ -299,7 +299,7 @@ async function answer(parent, request, { beside = null, prefix = "", exactly = f
     if (comparison) notes.set(beside.id, comparison);
     else if (run.failure) notes.set(beside.id, { same: false, text: `No other answer: ${run.failure.message}` });
   }
-  running.delete(conversation.id); // not before all of it is kept
+  running.delete(conversation.id); // only after all of it is saved
   end();
   if (conversation === current) {
     thread.speaker.finish(partsOf(message.content).answer);
@@ -307,7 +307,7 @@ async function answer(parent, request, { beside = null, prefix = "", exactly = f
     if (run.failure) thread.speaker.say(run.failure.message);
   }
   render();
-  if (run.failure?.kind === "key") askKey();
+  if (run.failure?.kind === "key") requestKey();
   if (whole && !model()?.max_model_len) connect(); // how much a model reads is known once it is loaded
 }
 
@@ -326,7 +326,7 @@ function stop() {
   running.get(current.id)?.stop();
 }
 
-// ---- What is being written ----------------------------------------------------------------------------------------
+// ---- Drafts -------------------------------------------------------------------------------------------------------
 
 /** The draft of the conversation that is shown, for as long as the window is open. */
 const drafts = {
@@ -335,20 +335,20 @@ const drafts = {
   },
   load() {
     const prompt = $("prompt");
-    prompt.value = kept(`draft-${this.place}`, "sessionStorage") ?? "";
+    prompt.value = storage.load(`draft-${this.place}`, "sessionStorage") ?? "";
     fit(prompt);
-    attachments.set(JSON.parse(kept(`draft-files-${this.place}`, "sessionStorage") ?? "[]"));
+    attachments.set(JSON.parse(storage.load(`draft-files-${this.place}`, "sessionStorage") ?? "[]"));
   },
-  keepText() {
-    keep(`draft-${this.place}`, $("prompt").value || null, "sessionStorage");
+  saveText() {
+    storage.save(`draft-${this.place}`, $("prompt").value || null, "sessionStorage");
   },
-  keepFiles() {
+  saveFiles() {
     const { files } = attachments;
-    keep(`draft-files-${this.place}`, files.length > 0 ? JSON.stringify(files) : null, "sessionStorage");
+    storage.save(`draft-files-${this.place}`, files.length > 0 ? JSON.stringify(files) : null, "sessionStorage");
   },
   forget(place = this.place) {
-    keep(`draft-${place}`, null, "sessionStorage");
-    keep(`draft-files-${place}`, null, "sessionStorage");
+    storage.save(`draft-${place}`, null, "sessionStorage");
+    storage.save(`draft-files-${place}`, null, "sessionStorage");
   },
 };
 
@@ -358,7 +358,7 @@ function send() {
   if ((text.trim() === "" && files.length === 0) || running.has(current.id)) return;
   drafts.forget();
   drafts.load();
-  ask(current.leaf, text, files);
+  sendMessage(current.leaf, text, files);
 }
 
 function listenForFiles() {
@@ -396,9 +396,9 @@ function listenForFiles() {
   });
 }
 
-// ---- Going about ------------------------------------------------------------------------------------------------
+// ---- Navigation -------------------------------------------------------------------------------------------------
 
-/** Opens what the address names: #CONVERSATION or #CONVERSATION/MESSAGE. */
+/** Opens the conversation of the URL: #CONVERSATION or #CONVERSATION/MESSAGE. */
 async function follow() {
   const [id, message = null] = location.hash.slice(1).split("/");
   const conversation = conversations.find((each) => each.id === id);
@@ -408,7 +408,7 @@ async function follow() {
     return;
   }
   if (conversation !== current) {
-    // Where an answer is coming, the messages in use are newer than those that are kept.
+    // While an answer streams, the messages in use are newer than the saved ones.
     const branches = running.get(id)?.tree ?? new Tree(await store.messages(id));
     if (location.hash.slice(1).split("/")[0] !== id) return; // meanwhile another one was chosen
     [current, tree] = [conversation, branches];
@@ -475,7 +475,7 @@ function nextTheme() {
   const next = { undefined: "light", light: "dark", dark: null }[dataset.theme];
   if (next) dataset.theme = next;
   else delete dataset.theme;
-  keep("theme", next);
+  storage.save("theme", next);
   showTheme();
 }
 
@@ -487,17 +487,17 @@ async function connect() {
     banner("");
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
-    if (error.kind === "key") askKey();
+    if (error.kind === "key") requestKey();
     else banner(error.message, "Try again", connect);
   }
   render();
 }
 
-function askKey() {
+function requestKey() {
   const dialog = $("key-dialog");
   $("key-text").textContent = key.get()
-    ? "The server does not take this key. Whoever started it knows the right one."
-    : "The server asks for a key. Whoever started it knows it.";
+    ? "The server rejects this key. The person who runs it has the right one."
+    : "The server requires a key. The person who runs it has one.";
   if (!dialog.open) dialog.showModal();
 }
 
@@ -511,7 +511,7 @@ function listen() {
   });
   prompt.addEventListener("input", () => {
     fit(prompt);
-    drafts.keepText();
+    drafts.saveText();
   });
   prompt.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -532,7 +532,7 @@ function listen() {
   $("sampling").addEventListener("click", () => settings.open("temperature"));
   $("model").addEventListener("change", ({ target }) => change({ ...current.settings, model: target.value }));
   $("suggestions").append(
-    ...SUGGESTIONS.map((text) => h("button", { type: "button", class: "suggestion", click: () => ask(null, text) }, text)),
+    ...SUGGESTIONS.map((text) => h("button", { type: "button", class: "suggestion", click: () => sendMessage(null, text) }, text)),
   );
   for (const button of document.querySelectorAll("[data-close]"))
     button.addEventListener("click", () => button.closest("dialog").close());
@@ -561,7 +561,7 @@ function listen() {
   addEventListener("hashchange", follow);
   addEventListener("pagehide", () => (leaving = true));
   addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
-  // What has come of an answer is kept before the page may be gone.
+  // The parts of an answer are saved before the page may be closed.
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden) return;
     for (const [id, { message }] of running) {
@@ -571,7 +571,7 @@ function listen() {
   });
 }
 
-/** Takes what is shown from the store again. */
+/** Loads the shown conversation from the store again. */
 async function refresh() {
   const again = conversations.find(({ id }) => id === current.id);
   if (!again && tree.messages.size > 0) return startNew();
@@ -590,19 +590,19 @@ async function start() {
     store = await Store.open();
     await reload();
   } catch (error) {
-    // Without a place to keep them there are no conversations; the API and this page's description of it remain.
-    banner(`This browser keeps no data for the page (${error.message}). Allow it to, and load the page again.`);
+    // Without a store there are no conversations; the API and its description remain.
+    banner(`This browser stores no data for the page (${error.message}). Allow it to, and load the page again.`);
     return;
   }
   store.onChange(async () => {
-    if (running.size > 0) return; // what comes here is newer
+    if (running.size > 0) return; // the streaming answers here are newer
     await reload();
     await refresh();
   });
   attachments = new Attachments($("attachments"), {
     count: (text) => countTokens(text, model()?.id).catch(() => null),
     changed() {
-      drafts.keepFiles();
+      drafts.saveFiles();
       showContext(state().path);
     },
     refused: (line) => toast(line),
@@ -621,7 +621,7 @@ async function start() {
       await reload();
       await refresh();
     },
-    keepAsDefault: ({ model: _, ...rest }) => keep("defaults", JSON.stringify(rest)),
+    saveAsDefault: ({ model: _, ...rest }) => storage.save("defaults", JSON.stringify(rest)),
     confirm,
   });
   listen();

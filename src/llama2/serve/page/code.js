@@ -1,4 +1,4 @@
-// Colours of code, by highlight.js, which is fetched with the first code of a language that has a name.
+// Colours of code, by highlight.js, which is loaded with the first code that names its language.
 
 import { h } from "./dom.js";
 

@@ -1,8 +1,7 @@
-// What a conversation is.
+// Conversations.
 //
-// Messages form a tree: each names the one that it follows as its `parent`. To edit a message or to have it answered
-// again adds another child beside the first, so nothing that was said is lost. `leaf` names the last message of what is
-// shown; the conversation as shown is the path from the root to it.
+// Messages form a tree: each names the one before it as its `parent`. An edit, or another answer, adds a sibling, so
+// nothing is lost. `leaf` is the last message that is shown; the shown conversation is the path from the root to it.
 
 export const SETTINGS = {
   model: null, // null: the server's first
@@ -12,21 +11,21 @@ export const SETTINGS = {
   top_k: 0,
   min_p: 0,
   repetition_penalty: 1,
-  max_tokens: null, // null: what the context holds
+  max_tokens: null, // null: what fits the context
   seed: null, // null: another one for every answer
-  logprobs: false, // whether the likeliest tokens are asked for beside each token
+  logprobs: false, // whether the most probable tokens are requested for each token
 };
 
 export function now() {
   return new Date().toISOString();
 }
 
-/** A name that nothing else has. crypto.randomUUID would need HTTPS or the machine itself. */
+/** A unique name. crypto.randomUUID would need HTTPS or localhost. */
 function identifier() {
   return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** Seeds that a person can copy, and that every language's numbers hold. */
+/** A seed of 32 bits, which is easy to copy. */
 export function randomSeed() {
   return crypto.getRandomValues(new Uint32Array(1))[0];
 }
@@ -36,14 +35,13 @@ export function newConversation(settings) {
   return { id: identifier(), title: "", created: time, updated: time, leaf: null, settings: { ...settings } };
 }
 
-/** What the user says. `files` are text files: [{name, content}]. */
+/** The user's message. `files` are text files: [{name, content}]. */
 export function userMessage(conversation, parent, content, files = []) {
   return { id: identifier(), conversation: conversation.id, parent, role: "user", content, files, created: now() };
 }
 
 /**
- * An answer that has not come yet, but for its beginning `prefix`. `request` holds everything but the messages that it
- * depends on.
+ * An answer without content except its beginning `prefix`. `request` is everything that it depends on besides messages.
  */
 export function assistantMessage(conversation, parent, request, prefix = "") {
   return {
@@ -52,11 +50,11 @@ export function assistantMessage(conversation, parent, request, prefix = "") {
     parent,
     role: "assistant",
     content: prefix,
-    prefix: prefix.length, // characters that the model was given, and went on from
+    prefix: prefix.length, // characters that the model continued
     created: now(),
     request, // {model, system, temperature, …, max_tokens, seed}; null: another program's answer
-    origin: null, // the other program's name for who answered
-    tokens: [], // [token, log-probability, [[token, log-probability] of the likeliest]], if they were asked for
+    origin: null, // the other program's name of its model
+    tokens: [], // [token, log-probability, [[token, log-probability] of the most probable]], if requested
     finish: null, // stop, length; stopped: by the user; error; null: it was never finished
     error: null, // one line
     fingerprint: null, // the server's: equal requests get equal answers while it stays
@@ -67,7 +65,7 @@ export function assistantMessage(conversation, parent, request, prefix = "") {
   };
 }
 
-/** The messages of one conversation, and how they hang together. */
+/** The tree of one conversation's messages. */
 export class Tree {
   constructor(messages = []) {
     this.messages = new Map();
@@ -78,15 +76,15 @@ export class Tree {
 
   add(message) {
     this.messages.set(message.id, message);
-    const beside = this.followers.get(message.parent);
-    if (beside) beside.push(message);
+    const siblings = this.followers.get(message.parent);
+    if (siblings) siblings.push(message);
     else this.followers.set(message.parent, [message]);
   }
 
   remove(message) {
     this.messages.delete(message.id);
-    const beside = this.followers.get(message.parent);
-    beside.splice(beside.indexOf(message), 1);
+    const siblings = this.followers.get(message.parent);
+    siblings.splice(siblings.indexOf(message), 1);
   }
 
   /** The messages from the first one to `leaf`. */
@@ -96,7 +94,7 @@ export class Tree {
     return path.reverse();
   }
 
-  /** The messages that follow the same one as `message` does, itself among them. */
+  /** The siblings of `message`, including itself. */
   versions(message) {
     return this.followers.get(message.parent);
   }
@@ -110,8 +108,8 @@ export class Tree {
 }
 
 /**
- * An answer's parts: {thought, answer, open}. Reasoning models begin with `<think>`, or their template has written it; an
- * `open` thought has not ended. What stands elsewhere is text about these marks.
+ * An answer's parts: {thought, answer, open}. A reasoning model, or its template, begins with `<think>`. An `open` thought
+ * has not ended. These tags elsewhere are text.
  */
 export function partsOf(content) {
   const begun = /^\s*<think>/.exec(content);
@@ -121,19 +119,19 @@ export function partsOf(content) {
   return { thought, answer: end ? content.slice(end.index + end[0].length).trimStart() : "", open: !end };
 }
 
-/** A file in a message: between fences longer than any in it, so that nothing in it can end it. */
-function framed({ name, content }) {
+/** A file in a message, between fences that are longer than any within it. */
+function fencedFile({ name, content }) {
   const longest = Math.max(2, ...Array.from(content.matchAll(/`{3,}/g), ([ticks]) => ticks.length));
   const fence = "`".repeat(longest + 1);
   return `File: ${name}\n${fence}\n${content}${content.endsWith("\n") ? "" : "\n"}${fence}`;
 }
 
-/** A user's message as a model reads it: its files, then what was said. */
+/** A user's message for the model: its files, then its text. */
 export function textOf({ content, files = [] }) {
-  return [...files.map(framed), content].filter((part) => part !== "").join("\n\n");
+  return [...files.map(fencedFile), content].filter((part) => part !== "").join("\n\n");
 }
 
-/** What a model is sent: the system prompt if there is one, then the path's messages, without thoughts. */
+/** The messages for a model: the system prompt if there is one, then the path, without thoughts. */
 export function promptOf(system, path) {
   const messages = path.map((message) => ({
     role: message.role,
@@ -142,7 +140,7 @@ export function promptOf(system, path) {
   return system === "" ? messages : [{ role: "system", content: system }, ...messages];
 }
 
-/** The body of a chat completion for an answer's `request`, which goes on from `prefix`. Settings that do nothing are left out. */
+/** The body of a chat completion for `request`; the answer continues `prefix`. Settings without effect are left out. */
 export function requestBody(request, messages, prefix = "") {
   const { system, logprobs, ...rest } = request;
   const idle = { top_k: 0, min_p: 0, repetition_penalty: 1, max_tokens: null };
@@ -160,14 +158,14 @@ export function requestBody(request, messages, prefix = "") {
   };
 }
 
-/** A conversation's name, from the first thing that was said. */
+/** A conversation's title, from its first message. */
 export function titleOf(text) {
   const line = text.trim().split("\n", 1)[0].trim();
   const characters = Array.from(line);
   return characters.length > 60 ? `${characters.slice(0, 59).join("").trimEnd()}…` : line || "Conversation";
 }
 
-/** Tokens a second after the first one, or null where they came too fast to say. */
+/** Tokens a second after the first one, or null if they came too fast to measure. */
 export function rate({ usage, seconds }) {
   return usage && seconds && usage.completion_tokens > 1 && seconds.rest > 0.02
     ? (usage.completion_tokens - 1) / seconds.rest

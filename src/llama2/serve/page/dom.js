@@ -18,7 +18,7 @@ export function h(tag, properties = {}, ...children) {
 
 const ICONS = new URL("icons.svg", import.meta.url).href;
 
-/** A drawing of icons.svg, which readers of the screen do not hear of. */
+/** A drawing of icons.svg, hidden from screen readers. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("class", "icon");
@@ -54,7 +54,7 @@ export function reconcile(parent, children) {
   }
 }
 
-/** Puts text on the clipboard, also where the page is not served securely. Returns whether it went well. */
+/** Puts text on the clipboard, also where the page is not served securely. Returns whether that worked. */
 export async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);

@@ -5,12 +5,12 @@
 //   {"format": "llama2-conversations", "version": 1, "exported": TIME, "conversations": [
 //     {"id", "title", "created", "updated", "leaf", "settings": {…}, "messages": [{"id", "parent", "role", …}]}]}
 //
-// with the fields that conversation.js gives them. Times are ISO 8601 in UTC. Reading checks every field; what is wrong
-// is told by its place in the file, and then nothing is kept. The exports of ChatGPT and Open WebUI are read as well: see
-// foreign.js.
+// with the fields that conversation.js gives them. Times are ISO 8601 in UTC. Reading checks every field; an
+// error names its place in the file, and then nothing is imported. Exports of ChatGPT and Open WebUI are read as well:
+// see foreign.js.
 //
 // The file of ratings is JSON Lines, one preference record a line. Two answers to the same messages, one rated up and one
-// down, are a comparison; a rating that has no opposite stands alone. The names are those of TRL's conversational
+// down, are a comparison; a rating without an opposite is a record alone. The names are those of TRL's conversational
 // preference datasets:
 //
 //   {"prompt": [{"role", "content"}, …], "chosen": [{"role": "assistant", "content"}],
@@ -36,7 +36,7 @@ export function serialise(entries, exported) {
     messages: messages.toSorted(inTime).map(({ conversation: _, ...message }) => message),
   }));
   const text = `${JSON.stringify({ format: FORMAT, version: VERSION, exported, conversations }, null, 1)}\n`;
-  if (canonical(parse(text)) !== canonical(entries)) throw new Error("what was written does not read back as it was");
+  if (canonical(parse(text)) !== canonical(entries)) throw new Error("the file was written with errors");
   return text;
 }
 
@@ -46,7 +46,7 @@ function inTime(a, b) {
   return (a.role === "assistant") - (b.role === "assistant");
 }
 
-/** What a file holds, as [{conversation, messages}]. Raises Error that says what is wrong with it, and where. */
+/** The contents of a file, as [{conversation, messages}]. Raises Error with the reason and its place. */
 export function parse(text) {
   let file;
   try {
@@ -64,7 +64,7 @@ export function parse(text) {
   return file.conversations.map((conversation, i) => {
     const place = `conversations[${i}]`;
     check(conversation, CONVERSATION, place);
-    if (ids.has(conversation.id)) throw new Error(`${place}.id: stands there twice`);
+    if (ids.has(conversation.id)) throw new Error(`${place}.id: appears twice`);
     ids.add(conversation.id);
     return restore(conversation, place, ids);
   });
@@ -75,7 +75,7 @@ function restore({ messages, ...conversation }, place, ids) {
   messages.forEach((message, i) => {
     const at = `${place}.messages[${i}]`;
     check(message, message?.role === "assistant" ? ASSISTANT : USER, at);
-    if (ids.has(message.id)) throw new Error(`${at}.id: stands there twice`);
+    if (ids.has(message.id)) throw new Error(`${at}.id: appears twice`);
     ids.add(message.id);
     own.set(message.id, message);
   });
@@ -86,7 +86,7 @@ function restore({ messages, ...conversation }, place, ids) {
     const branch = new Set();
     for (let id = message.id; !rooted.has(id); id = own.get(id).parent) {
       if (!own.has(id)) throw new Error(`${place}.messages[${i}].parent: names a message that is not there`);
-      if (branch.has(id)) throw new Error(`${place}.messages[${i}].parent: goes round in a circle`);
+      if (branch.has(id)) throw new Error(`${place}.messages[${i}].parent: is its own ancestor`);
       branch.add(id);
     }
     for (const id of branch) rooted.add(id);
@@ -108,7 +108,7 @@ export function canonical(entries) {
 }
 
 /**
- * What has to be kept so that nothing of either side is lost: {entries, added, merged, same}. Where both know a
+ * The entries to save so that nothing of either side is lost: {entries, added, merged, same}. Where both know a
  * conversation or message, the one of the conversation changed later counts.
  */
 export function merge(present, incoming) {

@@ -9,7 +9,7 @@ export const LONG_PASTE = 4000;
 
 const number = new Intl.NumberFormat("en");
 
-/** A File's text as {name, content}. Raises Error, one line, for what is too large or no text. */
+/** A File's text as {name, content}. Raises Error, one line, for files that are too large or not text. */
 export async function readText(file) {
   const name = cleanName(file.name);
   if (file.size > MAX_BYTES) throw new Error(`${name}: has ${sizeOf(file.size)}, and a file may have ${sizeOf(MAX_BYTES)}; attach a part of it.`);
@@ -31,7 +31,7 @@ export async function readText(file) {
   return { name, content: content.replace(/\r\n?/g, "\n") };
 }
 
-/** A file's name as one line that cannot pretend to be anything else. */
+/** A file's name as one line without control characters. */
 function cleanName(name) {
   return name.replace(/[\p{C}\p{Zl}\p{Zp}`]+/gu, " ").trim().slice(0, 100) || "file";
 }
@@ -50,7 +50,7 @@ export function sizeOfText(text) {
 export class Attachments {
   /**
    * `count(text)` gives how many tokens a text has, or null; `changed()` is called when a file comes, goes, or is counted;
-   * `refused(line)` when one is not taken.
+   * `refused(line)` when one is not accepted.
    */
   constructor(list, { count, changed, refused }) {
     this.list = list;

@@ -2,13 +2,13 @@
 //
 // ChatGPT's conversations.json is a list of {id, title, create_time, update_time, current_node, mapping}, where `mapping`
 // holds nodes {id, parent, message} by id. Open WebUI's export is a list of {id, title, chat}, where `chat.history` holds
-// messages {id, parentId, role, content, timestamp, model} by id, and `currentId`. Both are trees, as here. What is no
-// text between a user and an assistant (tools, images, hidden instructions) is left out, and what follows it stands after
-// what was before it.
+// messages {id, parentId, role, content, timestamp, model} by id, and `currentId`. Both are trees, as here. Only text
+// of users and assistants is imported: tools, images and hidden instructions are left out, and their children follow
+// their parents.
 
 import { SETTINGS } from "./conversation.js";
 
-/** A list as a program has exported it, as the conversations of a file of ours. Raises Error that says what is wrong. */
+/** The conversations of another program's export. Raises Error with the reason. */
 export function translated(list) {
   const conversations = list.map((each, i) => {
     const place = `[${i}]`;
@@ -58,13 +58,13 @@ function conversation(program, head, nodes, place, system = "") {
   const id = `${program}-${named(head.id, `${place}.id`)}`;
   const nodesByName = new Map(nodes.map((node) => [node.name, node]));
   const isMessage = ({ role, text }) => (role === "user" || role === "assistant") && text.trim() !== "";
-  const known = new Map(); // what was found for a node that is no message
-  /** The nearest message from a node on upwards, by its name, or null. */
+  const known = new Map(); // results for nodes that are not messages
+  /** The nearest message at or above a node, by its name, or null. */
   const nearest = (name) => {
     const passed = new Set();
     let at = nodesByName.get(name);
     while (at && !isMessage(at) && !known.has(at.name)) {
-      if (passed.has(at.name)) throw new Error(`${place}: its message ${at.name} goes round in a circle`);
+      if (passed.has(at.name)) throw new Error(`${place}: its message ${at.name} is its own ancestor`);
       passed.add(at.name);
       at = nodesByName.get(at.parent);
     }
@@ -93,10 +93,10 @@ function conversation(program, head, nodes, place, system = "") {
   };
 }
 
-/** What nobody knows of another program's answer. */
+/** The fields that another program's answer does not have. */
 const ANSWER = { request: null, finish: "stop", error: null, fingerprint: null, usage: null, seconds: null, rating: null, rated: null };
 
-/** An id that can stand in an address and in one of ours. */
+/** An id that is valid in a URL and in an id of this page. */
 function named(id, place) {
   if (typeof id !== "string" || !/^[\w-]{1,40}$/.test(id)) throw new Error(`${place}: its id must be 1 to 40 letters, digits or -`);
   return id;

@@ -1,10 +1,10 @@
-// Markdown to elements: CommonMark's blocks and inlines, with GitHub's tables, strikethrough and bare addresses, and with
-// formulas: \(a\), \[a\], $$a$$, and $a$ where no price can be meant.
+// Markdown to elements: CommonMark's blocks and inlines, with GitHub's tables, strikethrough and bare addresses.
+// Formulas are \(a\), \[a\], $$a$$, and $a$ where no price can be meant.
 //
 // The text comes from a model or a user and is not trusted. Every character of it ends in a text node, or in the address
-// of a link whose scheme is http, https or mailto; HTML in it is shown, not obeyed, and an image becomes a link, because
-// showing it would tell another server who reads. Work grows with the length of the text, whatever stands in it, and
-// nesting is bounded.
+// of a link whose scheme is http, https or mailto. HTML in it is shown as text. An image becomes a link, because
+// loading it would inform another server about the reader. Work is linear in the length of any text, and nesting is
+// bounded.
 
 import { code } from "./code.js";
 import { copy, h, icon } from "./dom.js";
@@ -13,7 +13,7 @@ import { math } from "./math.js";
 const MAX_DEPTH = 16;
 const MAX_ADDRESS = 2000;
 
-/** A text that grows, shown in `element`. Only top-level blocks that changed are made again. */
+/** A streaming text, shown in `element`. Only top-level blocks that changed are rendered again. */
 export class MarkdownView {
   constructor(element) {
     this.element = element;
@@ -74,14 +74,14 @@ function outdent(line, columns) {
   return " ".repeat(Math.max(0, present - columns)) + line.replace(/^[ \t]+/, "");
 }
 
-/** Whether a line begins a block even where a paragraph could go on. */
+/** Whether a line begins a block even where a paragraph could continue. */
 function interrupts(line) {
   if (FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line)) return true;
   const item = ITEM.exec(line);
   return item !== null && !blank(line.slice(item[0].length)) && (item[2].length === 1 || /^1[.)]$/.test(item[2]));
 }
 
-/** Whether the lines of a container leave a paragraph open, which then goes on without the container's marks. */
+/** Whether the lines of a container leave a paragraph open, which then continues without the container's marks. */
 class Lazy {
   open = false;
   fence = null;
@@ -105,7 +105,7 @@ class Lazy {
     this.open = this.fence === null && !ends && (this.open || indentation(text) < 4);
   }
 
-  /** Whether a line without marks goes on with the paragraph. */
+  /** Whether a line without marks continues the paragraph. */
   takes(line) {
     return this.open && !blank(line) && !interrupts(line) && !ITEM.test(line);
   }
@@ -300,7 +300,7 @@ function table(lines) {
   return scrolling("table-frame", "Table", h("table", {}, h("thead", {}, row("th", head)), ...rows));
 }
 
-/** What may be wider than the page scrolls by itself, and by the keyboard too. */
+/** An element that scrolls by itself, and by the keyboard, if it is wider than the page. */
 function scrolling(className, label, ...children) {
   return h("div", { class: className, tabindex: "0", role: "group", "aria-label": label }, ...children);
 }
@@ -551,7 +551,7 @@ function count(text, character, end) {
   return found;
 }
 
-/** What stands in parentheses after a link's text: {address, end}, or null. */
+/** The address in parentheses after a link's text: {address, end}, or null. */
 function destination(text, from) {
   if (text[from] !== "(") return null;
   const window = text.slice(from, from + MAX_ADDRESS);
@@ -561,7 +561,7 @@ function destination(text, from) {
   return match && { address: match[1].replace(/\\([!-/:-@[-`{-~])/g, "$1"), end: from + match[0].length };
 }
 
-/** The token of a run of * _ or ~ that stands from `start` to `end`. */
+/** The token of a run of * _ or ~ from `start` to `end`. */
 function run(text, start, end) {
   const character = text[start];
   const before = text.codePointAt(start - 2) > 0xffff ? text.slice(start - 2, start) : (text[start - 1] ?? " ");
@@ -619,7 +619,7 @@ function partners(opener, closer) {
   return !(both && thirds && closer.character !== "~");
 }
 
-/** The elements that tokens stand for. */
+/** The elements of tokens. */
 function assemble(tokens) {
   const root = document.createDocumentFragment();
   const stack = [root];
@@ -632,7 +632,7 @@ function assemble(tokens) {
     else if (token.link) into.append(link(token.link, token.text));
     else if (token.text) into.append(token.text);
     for (const { tag, address } of token.opens ?? []) {
-      // Beyond the limit an element is left out, and its content goes where it would have stood.
+      // Beyond the limit an element is left out, and its content takes its place.
       const parent = stack.at(-1);
       if (stack.length > MAX_DEPTH) {
         stack.push(parent);

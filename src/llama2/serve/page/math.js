@@ -1,18 +1,18 @@
-// Formulas in LaTeX, set by KaTeX, which is fetched with the first of them.
+// LaTeX formulas, by KaTeX, which is loaded with the first of them.
 //
-// KaTeX builds elements and sets their styles one by one, as the page's policy wants it. Three of its MathML elements
-// would have a style attribute, which the policy forbids and the reader does not see; they do without.
+// KaTeX sets styles by properties, as the page's policy requires. Three of its MathML elements have a style attribute,
+// which the policy forbids and nobody sees; it is removed.
 
 import { h } from "./dom.js";
 
-/** A longer formula is shown as it is written. */
+/** A longer formula is shown as its source. */
 const MAX_LENGTH = 4000;
 const OPTIONS = { trust: false, strict: "ignore", maxSize: 20, maxExpand: 500 };
 
 let katex = null;
 let fetching = null;
 
-/** An element that shows `source`, which is what stood between the marks; `written` is the formula with them. */
+/** An element that shows the formula `source`; `written` is the source with its delimiters. */
 export function math(source, written, display) {
   const scrolls = display ? { tabindex: "0", role: "group", "aria-label": "Formula" } : {};
   const element = h("span", { class: display ? "math display" : "math", ...scrolls }, written);
@@ -28,7 +28,7 @@ async function fetchKatex() {
   try {
     katex = await import("./vendor/katex/katex.mjs");
   } catch {
-    // formulas stay as they are written
+    // formulas stay as their source
   }
 }
 
@@ -38,7 +38,7 @@ function typeset(element, source, display) {
     withoutStyle(tree);
     element.replaceChildren(tree.toNode());
   } catch {
-    // It is no formula that KaTeX knows, or nests too deeply.
+    // KaTeX cannot parse it, or it nests too deeply.
   }
 }
 

@@ -1,7 +1,7 @@
-// System prompts by name, kept in this browser.
+// System prompts by name, saved in this browser.
 
 import { h } from "./dom.js";
-import { keep, kept } from "./kept.js";
+import * as storage from "./browser_storage.js";
 
 const BUILT_IN = {
   Brief: "Answer in as few words as the question allows. No introduction, no summary.",
@@ -11,7 +11,7 @@ const BUILT_IN = {
 
 function own() {
   try {
-    const found = JSON.parse(kept("presets") ?? "{}");
+    const found = JSON.parse(storage.load("presets") ?? "{}");
     return new Map(Object.entries(found).filter(([, system]) => typeof system === "string"));
   } catch {
     return new Map();
@@ -44,7 +44,7 @@ export class Presets {
   }
 
   #save(selected) {
-    keep("presets", JSON.stringify(Object.fromEntries(this.presets)));
+    storage.save("presets", JSON.stringify(Object.fromEntries(this.presets)));
     this.#show(selected);
   }
 

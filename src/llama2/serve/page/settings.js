@@ -1,4 +1,4 @@
-// The dialog of settings: of one conversation, and of all of them.
+// The settings dialog: of one conversation, and of all of them.
 
 import { key } from "./api.js";
 import { now, SETTINGS } from "./conversation.js";
@@ -11,10 +11,10 @@ const MAX_IMPORT = 256 * 2 ** 20;
 
 export class Settings {
   /**
-   * `changed(settings)`, `renamed(title)` and `imported()` tell what happened; `settle` ends
-   * all answers before much changes, and `confirm` asks before a deletion.
+   * `changed(settings)`, `renamed(title)` and `imported()` are called after a change. `settle` ends
+   * all answers before an import or a deletion, which `confirm` confirms.
    */
-  constructor(dialog, store, { changed, renamed, settle, imported, keepAsDefault, confirm }) {
+  constructor(dialog, store, { changed, renamed, settle, imported, saveAsDefault, confirm }) {
     this.dialog = dialog;
     this.store = store;
     this.form = dialog.querySelector("form");
@@ -36,8 +36,8 @@ export class Settings {
       },
     });
     on("#keep-settings", () => {
-      keepAsDefault(this.settings);
-      dialog.querySelector("#settings-kept").textContent = "New conversations will begin with these.";
+      saveAsDefault(this.settings);
+      dialog.querySelector("#settings-saved").textContent = "New conversations will begin with these.";
     });
     on("#reset-settings", () => changed({ ...SETTINGS, model: this.settings.model }));
     on("#export", () => this.#export());
@@ -97,14 +97,14 @@ export class Settings {
     await this.#try(async () => {
       const entries = await this.store.everything();
       download(`llama2-conversations-${stamp()}.json`, "application/json", serialise(entries, now()));
-      return `${counted(entries.length, "conversation")} exported; the file reads back as it should.`;
+      return `${counted(entries.length, "conversation")} exported; the file was read back without differences.`;
     });
   }
 
   async #exportRatings() {
     await this.#try(async () => {
       const records = preferences(await this.store.everything());
-      if (records.length === 0) return "There are no ratings yet: thumbs stand below each answer.";
+      if (records.length === 0) return "There are no ratings yet: use the thumbs below each answer.";
       const lines = records.map((record) => `${JSON.stringify(record)}\n`).join("");
       download(`llama2-preferences-${stamp()}.jsonl`, "application/jsonl", lines);
       return `${counted(records.length, "preference record")} exported.`;
@@ -127,15 +127,15 @@ export class Settings {
 
   async #try(action, text) {
     try {
-      this.#tell((await action()) ?? text, false);
+      this.#report((await action()) ?? text, false);
       return true;
     } catch (error) {
-      this.#tell(error.message, true);
+      this.#report(error.message, true);
       return false;
     }
   }
 
-  #tell(text, failed) {
+  #report(text, failed) {
     this.outcome.textContent = text;
     this.outcome.classList.toggle("failed", failed);
     this.outcome.scrollIntoView({ block: "nearest" });

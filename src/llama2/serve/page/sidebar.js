@@ -128,7 +128,7 @@ export class Sidebar {
     return element;
   }
 
-  /** A title as a field: Enter and leaving it take what is written, Escape does not. */
+  /** A title as a field: Enter and leaving it save the text, Escape does not. */
   #field(conversation) {
     const field = h("input", { class: "rename", "aria-label": "Title", maxlength: "200", autocomplete: "off", dir: "auto" });
     field.value = conversation.title;

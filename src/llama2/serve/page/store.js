@@ -1,8 +1,8 @@
 // Conversations in the browser's own database.
 //
-// IndexedDB, because histories outgrow the 5 MB of localStorage, and because a transaction is kept whole or not at all,
-// also when the browser dies. One record a message, so that two windows do not write over each other's, and saving a
-// growing answer costs the same however long the history is.
+// IndexedDB, because histories outgrow the 5 MB of localStorage, and because a transaction is stored whole or not at all,
+// also when the browser dies. Each message is a record, so that two windows do not
+// overwrite each other's. The cost of saving an answer does not depend on the history.
 
 const STORES = ["conversations", "messages"];
 
@@ -14,7 +14,7 @@ export class Store {
       opening.result.createObjectStore("messages", { keyPath: "id" }).createIndex("conversation", "conversation");
     };
     const database = await result(opening);
-    // Another window may need a newer layout; it then waits for nobody.
+    // Another window may need a newer layout, and must not wait.
     database.onversionchange = () => database.close();
     return new Store(database);
   }
@@ -40,7 +40,7 @@ export class Store {
     return result(this.database.transaction("messages").objectStore("messages").index("conversation").getAll(id));
   }
 
-  /** Keeps a conversation's own record and these of its messages, and forgets those named in `gone`: all of it, or nothing. */
+  /** Saves a conversation's record and these of its messages, and deletes those in `gone`, in one transaction. */
   save(conversation, messages = [], gone = []) {
     return this.#write(conversation.id, (stores) => {
       stores.conversations.put(conversation);
@@ -49,7 +49,7 @@ export class Store {
     });
   }
 
-  /** Deletes a conversation. Returns what brings it back: {conversation, messages}. */
+  /** Deletes a conversation. Returns it for an undo: {conversation, messages}. */
   async remove(conversation) {
     const messages = await this.messages(conversation.id);
     await this.#write(conversation.id, (stores) => {
@@ -80,7 +80,7 @@ export class Store {
     }));
   }
 
-  /** Keeps all of [{conversation, messages}], or nothing. */
+  /** Saves all of [{conversation, messages}], or nothing. */
   merge(entries) {
     return this.#write(null, (stores) => {
       for (const { conversation, messages } of entries) {
@@ -120,10 +120,10 @@ export class Store {
     });
     try {
       change({ conversations: transaction.objectStore("conversations"), messages: transaction.objectStore("messages") });
-      transaction.commit(); // on its own the browser commits only what a page that is still there has heard of
+      transaction.commit(); // else the browser commits only while the page is open
     } catch (error) {
       transaction.abort();
-      done.catch(() => {}); // the first error is the one to tell
+      done.catch(() => {}); // the first error is reported
       throw error;
     }
     await done;

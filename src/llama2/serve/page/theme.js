@@ -1,7 +1,7 @@
-// Runs before anything is drawn, so that the page does not flash in the wrong colours. Nothing kept: as the system has it.
+// Runs before the first paint, so that the page does not flash in the wrong colours. The default is the system's theme.
 try {
   const theme = localStorage.getItem("llama2-theme");
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 } catch {
-  // the browser keeps nothing
+  // the browser has no storage
 }

@@ -1,7 +1,7 @@
 // The messages of one conversation on the screen.
 //
-// Of a long history only a window of messages is in the document; scrolling to its ends, or the buttons there, bring
-// more. An article that shows a message stays the same element as long as it is shown, so focus and selection do too.
+// Only a window of a long history is in the document; scrolling to its ends, or the buttons there, bring more. An
+// article keeps its element as long as it is shown, and so its focus and selection.
 
 import { partsOf, rate } from "./conversation.js";
 import { copy, h, icon, iconButton, reconcile } from "./dom.js";
@@ -10,17 +10,17 @@ import { MarkdownView } from "./markdown.js";
 import { tokenView } from "./tokens.js";
 
 const PAGE = 40;
-/** So much of one text is shown: a file that is imported may hold megabytes. */
+/** The most characters of one text that are shown: an imported file may have megabytes. */
 const MAX_SHOWN = 200_000;
 const format = new Intl.NumberFormat("en");
 
 export class Thread {
-  /** `actions`: edit, regenerate, exactly, goOn, rate, version, retry: what the buttons of a message do. */
+  /** `actions`: edit, regenerate, exactly, continueAnswer, rate, version, retry: what the buttons of a message do. */
   constructor({ scroller, list, latest, spoken }, actions) {
     this.scroller = scroller;
     this.list = list;
     this.latest = latest;
-    this.speaker = new Speaker(spoken);
+    this.speaker = new Announcer(spoken);
     this.actions = actions;
     this.articles = new Map(); // message id → Article
     this.path = [];
@@ -42,7 +42,7 @@ export class Thread {
     latest.addEventListener("click", () => this.toEnd());
   }
 
-  /** Another conversation: what was shown is forgotten, and `path`'s end, or the message `at`, is in view. */
+  /** Shows another conversation, with the end of `path`, or the message `at`, in view. */
   open(state, at = null) {
     this.articles.clear();
     this.speaker.silence();
@@ -53,14 +53,14 @@ export class Thread {
   }
 
   /**
-   * Shows `path`. `running` is the Answer that is coming, or null; `versions(message)` are the message and what stands
-   * beside it; `answers(message)` says whether it follows a user's; `notes` maps message ids to a line about them; `failure`
-   * is an ApiError that the last message met.
+   * Shows `path`. `running` is the streaming Answer, or null; `versions(message)` are the message and its siblings;
+   * `answers(message)` is whether it follows a user's; `notes` maps message ids to a line about them; `failure` is the
+   * ApiError of the last message.
    */
   show(state) {
     const { path } = state;
     this.state = state;
-    // The window keeps its place while the path before it stays, and has the end if it had it.
+    // The window keeps its place while the path before it is the same, and its end if it had it.
     const atEnd = this.to === this.path.length;
     this.path = path;
     if (atEnd || this.to > path.length) this.to = path.length;
@@ -69,7 +69,7 @@ export class Thread {
     if (this.follow) this.toEnd();
   }
 
-  /** The running answer has grown. */
+  /** The streaming answer has more text. */
   grow(answer) {
     this.articles.get(answer.message.id)?.grow(answer);
     this.speaker.grow(partsOf(answer.message.content).answer);
@@ -114,7 +114,7 @@ export class Thread {
       const first = this.path[this.from];
       this.from = Math.max(0, this.from - PAGE);
       this.#render();
-      // Where the browser does not hold the place by itself
+      // If the browser does not keep the position by itself
       if (!CSS.supports("overflow-anchor", "auto")) scroller.scrollTop += scroller.scrollHeight - height;
       if (focused) this.element(first.id).focus({ preventScroll: true });
     } else {
@@ -158,21 +158,21 @@ export class Thread {
   }
 }
 
-/** Tells a growing answer to readers of the screen, by whole paragraphs, so that they are not interrupted by words. */
-class Speaker {
+/** Announces a streaming answer to screen readers, by whole paragraphs, so that single words do not interrupt. */
+class Announcer {
   constructor(element) {
     this.element = element;
-    this.told = 0;
+    this.announced = 0;
   }
 
   begin() {
-    this.told = 0;
+    this.announced = 0;
     this.element.replaceChildren();
   }
 
   grow(text) {
     const end = text.lastIndexOf("\n\n");
-    if (end > this.told) this.#say(text, end);
+    if (end > this.announced) this.#say(text, end);
   }
 
   finish(text) {
@@ -188,12 +188,12 @@ class Speaker {
   }
 
   #say(text, end) {
-    for (const part of text.slice(this.told, end).split("\n\n")) if (part.trim()) this.say(part.trim());
-    this.told = end;
+    for (const part of text.slice(this.announced, end).split("\n\n")) if (part.trim()) this.say(part.trim());
+    this.announced = end;
   }
 }
 
-/** What questions and replies share: an article with a row of buttons below it. */
+/** The base of both kinds of messages: an article with a row of buttons below it. */
 class Article {
   constructor(message, name, className) {
     this.message = message;
@@ -201,7 +201,7 @@ class Article {
     this.element = h("article", { class: `message ${className}`, "aria-label": name, tabindex: "-1" });
   }
 
-  /** Fills the row of buttons, if they changed. Whichever had the focus keeps it. */
+  /** Fills the row of buttons, if they changed. The focused button keeps the focus. */
   footer(key, make) {
     if (key === this.key) return;
     this.key = key;
@@ -238,7 +238,7 @@ class Article {
   }
 }
 
-/** What the user said. */
+/** A message of the user. */
 class Question extends Article {
   constructor(message, actions) {
     super(message, "You", "question");
@@ -314,7 +314,7 @@ class Question extends Article {
   }
 }
 
-/** What the model said. */
+/** A message of the model. */
 class Reply extends Article {
   constructor(message, actions) {
     super(message, "Answer", "reply");
@@ -359,7 +359,7 @@ class Reply extends Article {
     this.footer(key, () => [
       this.versions(message, beside, this.actions),
       this.copyButton("Copy answer", () => partsOf(this.message.content).answer || this.message.content),
-      idle && last && !whole && content ? action("continue", "Continue", this.actions.goOn) : null,
+      idle && last && !whole && content ? action("continue", "Continue", this.actions.continueAnswer) : null,
       idle ? action("again", "Regenerate", this.actions.regenerate) : null,
       idle && request && content ? action("exactly", "Regenerate exactly", this.actions.exactly) : null,
       message.tokens?.length ? this.#tokensButton() : null,
@@ -437,7 +437,7 @@ function shown(text) {
   return `${text.slice(0, MAX_SHOWN)}\n\n… ${format.format(text.length - MAX_SHOWN)} more characters, which are copied and sent too.`;
 }
 
-/** One line of how an answer came about. */
+/** One line about how an answer was generated. */
 function facts(message) {
   const { usage, request, origin } = message;
   const speed = rate(message);
@@ -453,15 +453,15 @@ function facts(message) {
 }
 
 const ADVICE = {
-  busy: "Your message is kept; send it again when the server has room.",
+  busy: "Your message is saved; send it again when the server has room.",
   context: "Begin a new conversation, or edit an earlier message to go on from there.",
-  connection: "Your message is kept. Start the server again or check the network, then try again.",
+  connection: "Your message is saved. Start the server again or check the network, then try again.",
   key: "Enter the key to go on.",
   request: "Change the settings or the message, then try again.",
   server: "Its log says more.",
 };
 
-/** A box that says what went wrong, and what to do. While a busy server asks for patience, it counts down. */
+/** A box with an error and its remedy. For a busy server, it counts the seconds down. */
 function trouble({ kind, message, seconds }, label, again) {
   const button = h("button", { type: "button", class: "button", click: () => button.getAttribute("aria-disabled") || again() }, label);
   const advice = ADVICE[kind] ? h("p", {}, ADVICE[kind]) : null;
@@ -482,7 +482,7 @@ function trouble({ kind, message, seconds }, label, again) {
   return box;
 }
 
-/** Makes a text box as high as its text, up to what its style allows. */
+/** Makes a text box as high as its text, up to the limit of its style. */
 export function fit(box) {
   box.style.height = "auto";
   box.style.height = `${box.scrollHeight + box.offsetHeight - box.clientHeight}px`;

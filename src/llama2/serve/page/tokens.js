@@ -1,12 +1,12 @@
-// The tokens of an answer: how likely each was, and what else could have stood there.
+// The tokens of an answer: the probability of each, and the alternatives.
 
 import { h } from "./dom.js";
 
-/** So many tokens are shown. */
+/** The most tokens that are shown. */
 const MAX_SHOWN = 20_000;
 const percent = new Intl.NumberFormat("en", { style: "percent", maximumSignificantDigits: 3 });
 
-/** An element that shows `tokens`, [token, log-probability, [[token, log-probability] of the likeliest]]. */
+/** An element that shows `tokens`, [token, log-probability, [[token, log-probability] of the most probable]]. */
 export function tokenView(tokens) {
   const detail = h("div", { class: "odds", role: "status" }, h("p", {}, "Choose a token: arrow keys go from one to the next."));
   const text = h("div", { class: "tokens", dir: "auto", role: "group", "aria-label": "Tokens" });
@@ -45,7 +45,7 @@ export function tokenView(tokens) {
   return h("div", {}, text, detail);
 }
 
-/** A token's text, with signs for what would not be seen. */
+/** A token's text, with symbols for invisible characters. */
 function visible(token) {
   return token.replace(/[^\P{C}\n]/gu, "□").replace(/\n/g, "↵\n") || "∅";
 }
@@ -65,5 +65,5 @@ function odds([token, logprob, top]) {
       h("th", { scope: "row" }, JSON.stringify(each).slice(1, -1)),
       h("td", {}, value === null ? "0%" : percent.format(Math.exp(value))),
     );
-  return h("table", {}, h("caption", { class: "visually-hidden" }, "Likeliest tokens here"), h("tbody", {}, ...drawn.map(row)));
+  return h("table", {}, h("caption", { class: "visually-hidden" }, "Most probable tokens here"), h("tbody", {}, ...drawn.map(row)));
 }

@@ -1,4 +1,4 @@
-// The description of the API, made from the server's own openapi.json.
+// The description of the API, generated from the server's openapi.json.
 
 import { ApiError, description, key, models } from "../api.js";
 import { h } from "../dom.js";
@@ -16,11 +16,11 @@ async function start() {
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     state.textContent = error.message;
-    if (error.kind === "key") askKey();
+    if (error.kind === "key") requestKey();
   }
 }
 
-function askKey() {
+function requestKey() {
   const input = h("input", { type: "password", name: "key", required: true, autocomplete: "off" });
   const submit = (event) => {
     event.preventDefault();
