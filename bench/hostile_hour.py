@@ -209,7 +209,7 @@ ATTACKS: list[Attack] = [
 ]
 
 
-def attack(port: int, model: str, seed: int, end: float, pause: float, told: Any) -> None:
+def attack(port: int, model: str, seed: int, end: float, pause: float, results: Any) -> None:
     """Attack until `end`, of `time.monotonic`, and then say how often each attack ended in which way."""
     seen: Counter[str] = Counter()
     numbers = random.Random(seed)
@@ -220,7 +220,7 @@ def attack(port: int, model: str, seed: int, end: float, pause: float, told: Any
         except OSError as error:
             seen[f"{chosen.__name__} {type(error).__name__}"] += 1
         time.sleep(pause)
-    told.put(seen)
+    results.put(seen)
 
 
 async def good(server: Process, model: str, seconds: float, clients: int) -> dict[str, Any]:
@@ -310,11 +310,11 @@ def main() -> None:
             return asyncio.run(good(server, model, minutes * 60, args.clients))
 
         context = multiprocessing.get_context("spawn")
-        told = context.Queue()
+        results = context.Queue()
 
         def attacking(minutes: float, seed: int) -> list[Any]:
             end = time.monotonic() + minutes * 60
-            words = [(server.port, model, seed + i, end, args.pause, told) for i in range(args.attackers)]
+            words = [(server.port, model, seed + i, end, args.pause, results) for i in range(args.attackers)]
             processes = [context.Process(target=attack, args=each) for each in words]
             for process in processes:
                 process.start()
@@ -328,7 +328,7 @@ def main() -> None:
         beside = run(args.minutes)
         seen: Counter[str] = Counter()
         for process in processes:
-            seen += told.get(timeout=300)
+            seen += results.get(timeout=300)
             process.join()
         after = run(args.quiet)
         statuses = answered(server.port)

@@ -115,7 +115,7 @@ def post(port: int, path: str, body: dict[str, Any]) -> bytes:
 
 
 @dataclass
-class Told:
+class Measured:
     """What came back of one request; times are those of `time.perf_counter`."""
 
     sent: float
@@ -126,32 +126,32 @@ class Told:
     retry: float | None = None  # seconds, of a refusal
 
 
-async def ask(port: int, path: str, body: dict[str, Any]) -> Told:
+async def send(port: int, path: str, body: dict[str, Any]) -> Measured:
     """One streamed request, on a connection of its own."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    told = Told(time.perf_counter())
+    measured = Measured(time.perf_counter())
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     try:
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
-        told.status = int(lines[0].split()[1])
+        measured.status = int(lines[0].split()[1])
         headers = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
-        if told.status != 200:
+        if measured.status != 200:
             wait = headers.get("retry-after-ms")
-            told.retry = int(wait) / 1000 if wait else float(headers.get("retry-after", "nan"))
+            measured.retry = int(wait) / 1000 if wait else float(headers.get("retry-after", "nan"))
         answer = b""  # until there is text in it, and then the end of it, where the usage is
         while data := await reader.read(1 << 16):
             answer += data
-            if told.first is None and _SAYS.search(answer):
-                told.first = time.perf_counter()
-            if told.first is not None:
+            if measured.first is None and _SAYS.search(answer):
+                measured.first = time.perf_counter()
+            if measured.first is not None:
                 answer = answer[-_END:]
-        told.tokens = int((_USAGE.findall(answer) or [0])[-1])
+        measured.tokens = int((_USAGE.findall(answer) or [0])[-1])
     finally:
         writer.close()
-    told.ended = time.perf_counter()
-    return told
+    measured.ended = time.perf_counter()
+    return measured
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:

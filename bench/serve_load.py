@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from http_load import Process, Told, ask, ours, quantile, running
+from http_load import Measured, Process, ours, quantile, running, send
 from provenance import provenance
 
 from llama2.machine import processors
@@ -39,20 +39,20 @@ def request(model: str, seed: int, length: int, answer: int, end: int) -> dict[s
 
 async def measure(server: Process, bodies: list[dict[str, Any]], streams: int) -> dict[str, Any]:
     """So many clients share the requests."""
-    told: list[Told] = []
+    measured: list[Measured] = []
 
     async def client() -> None:
         while bodies:
-            told.append(await ask(server.port, ROUTE, bodies.pop()))
+            measured.append(await send(server.port, ROUTE, bodies.pop()))
 
     cpu, loop, begun = server.cpu(), server.first_thread(), time.perf_counter()
     await asyncio.gather(*(client() for _ in range(streams)))
     seconds = time.perf_counter() - begun
-    if any(one.status != 200 for one in told):
-        raise SystemExit(f"{server.name}: status {sorted({one.status for one in told})}")
-    first = [one.first - one.sent for one in told if one.first is not None]
+    if any(one.status != 200 for one in measured):
+        raise SystemExit(f"{server.name}: status {sorted({one.status for one in measured})}")
+    first = [one.first - one.sent for one in measured if one.first is not None]
     return {
-        "tokens_per_second": sum(one.tokens for one in told) / seconds,
+        "tokens_per_second": sum(one.tokens for one in measured) / seconds,
         "first_token_p50": quantile(first, 0.5),
         "first_token_p95": quantile(first, 0.95),
         "cpu_share": (server.cpu() - cpu) / seconds,

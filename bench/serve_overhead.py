@@ -1,8 +1,8 @@
 """What a server does beside running the model: HTTP and Python's share of a step's time, by number of streams.
 
-The engine's thread works between two forward passes: it draws tokens, which is arithmetic and told apart, and the rest
-is Python, in which every stream waits; both in seconds on the clock. The event loop works beside a forward pass, but
-takes its processor time from the threads that multiply: that is told in seconds of the processor. The share is that of
+The engine's thread works between two forward passes. It samples tokens, which is arithmetic and measured apart. The
+rest is Python, in which every stream waits. Both are in seconds on the clock. The event loop works beside a forward
+pass, but takes its processor time from the threads that multiply: that is in processor seconds. The share is that of
 both, as if nothing of them ran side by side.
 
     python bench/serve_overhead.py -m smollm2-135m-instruct --rounds 5 > overhead.json
@@ -36,7 +36,7 @@ def serve(shared: str, options: list[str]) -> None:
     from llama2.engine.sampling import Sampler
     from llama2.serve.service import Service
 
-    counts, told = [0.0] * 4, np.memmap(shared, np.float64, "r+")
+    counts, shared_counts = [0.0] * 4, np.memmap(shared, np.float64, "r+")
 
     def timed(owner: type, name: str, place: int) -> None:
         plain = getattr(owner, name)
@@ -49,7 +49,7 @@ def serve(shared: str, options: list[str]) -> None:
                 counts[place] += time.perf_counter() - begun
                 if place == STEP:
                     counts[STEPS] += 1
-                    told[:] = counts
+                    shared_counts[:] = counts
 
         setattr(owner, name, call)
 

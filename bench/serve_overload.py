@@ -1,8 +1,8 @@
 """A server under many times the requests it can serve: whether its Retry-After is right, and its memory flat.
 
 Every client sends one request after another, and waits as a refusal says. A refusal is right within 20 % if the client
-was admitted after the time of its first Retry-After, give or take a fifth of its wait. A server could always be right by
-answering hours, so its throughput is compared with that of four clients, of which none is refused.
+was admitted after the time of its first Retry-After, give or take a fifth of its wait. A server could be right by
+always answering hours, so its throughput is compared with that of four clients, of which none is refused.
 
     python bench/serve_overload.py -m MODEL.gguf --seconds 120 > overload.json
 """
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from http_load import Process, Told, ask, ours, quantile, running
+from http_load import Measured, Process, ours, quantile, running, send
 from provenance import provenance
 
 ROUTE = "/v1/chat/completions"
@@ -36,32 +36,32 @@ def question(model: str, seed: int, tokens: int) -> dict[str, Any]:
 async def load(server: Process, model: str, clients: int, seconds: float, tokens: int) -> dict[str, Any]:
     """The measurements of so many clients."""
     end = time.perf_counter() + seconds
-    answered: list[Told] = []
+    answered: list[Measured] = []
     waits: list[tuple[float, float, float]] = []  # first Retry-After, wait, and time of the refusal
     refused, broken, memory = 0, 0, [server.memory()]
 
     async def client(number: int) -> None:
         nonlocal refused, broken
         await asyncio.sleep(random.Random(number).random())
-        asked = number * 1_000_000
+        chat_number = number * 1_000_000
         while time.perf_counter() < end:
-            asked += 1
+            chat_number += 1
             first: tuple[float, float] | None = None
             while True:
-                told = await ask(server.port, ROUTE, question(model, asked, tokens))
-                if told.status == 429 and told.retry is not None:
+                measured = await send(server.port, ROUTE, question(model, chat_number, tokens))
+                if measured.status == 429 and measured.retry is not None:
                     refused += 1
-                    first = first or (told.retry, told.ended)
-                    if time.perf_counter() + told.retry > end:
+                    first = first or (measured.retry, measured.ended)
+                    if time.perf_counter() + measured.retry > end:
                         return
-                    await asyncio.sleep(told.retry)
+                    await asyncio.sleep(measured.retry)
                     continue
-                if told.status == 200:
-                    answered.append(told)
+                if measured.status == 200:
+                    answered.append(measured)
                 else:
                     broken += 1
                 if first is not None:
-                    waits.append((first[0], told.sent - first[1], first[1]))
+                    waits.append((first[0], measured.sent - first[1], first[1]))
                 break
 
     async def watch() -> None:
@@ -73,9 +73,9 @@ async def load(server: Process, model: str, clients: int, seconds: float, tokens
     begun = time.perf_counter()
     await asyncio.wait(tasks, timeout=seconds + 60)
     took = time.perf_counter() - begun
-    right = [abs(waited - told) <= 0.2 * waited for told, waited, _ in waits]
+    right = [abs(waited - wanted) <= 0.2 * waited for wanted, waited, _ in waits]
     later = [fits for fits, (*_, at) in zip(right, waits, strict=True) if at - begun > _SETTLED]
-    first = [told.first - told.sent for told in answered if told.first is not None]
+    first = [measured.first - measured.sent for measured in answered if measured.first is not None]
     third = len(memory) // 3
     return {
         "clients": clients,
@@ -83,19 +83,19 @@ async def load(server: Process, model: str, clients: int, seconds: float, tokens
         "answered": len(answered),
         "refused": refused,
         "broken": broken,
-        "tokens_per_second": round(sum(told.tokens for told in answered) / took, 1),
+        "tokens_per_second": round(sum(measured.tokens for measured in answered) / took, 1),
         "first_token_p50": quantile(first, 0.5),
         "first_token_p95": quantile(first, 0.95),
         "judged_refusals": len(waits),
         "right_within_20_percent": round(sum(right) / len(right), 3) if right else None,
         "right_once_settled": round(sum(later) / len(later), 3) if later else None,
         "wrong": [
-            {"at": round(at - begun, 2), "retry_after": round(told, 2), "waited": round(waited, 2)}
-            for fits, (told, waited, at) in zip(right, waits, strict=True)
+            {"at": round(at - begun, 2), "retry_after": round(wanted, 2), "waited": round(waited, 2)}
+            for fits, (wanted, waited, at) in zip(right, waits, strict=True)
             if not fits
         ][:100],
-        "retry_after_p50": quantile([told for told, *_ in waits], 0.5),
-        "retry_after_p90": quantile([told for told, *_ in waits], 0.9),
+        "retry_after_p50": quantile([wanted for wanted, *_ in waits], 0.5),
+        "retry_after_p90": quantile([wanted for wanted, *_ in waits], 0.9),
         "memory_mb": [round(value / 1e6, 1) for value in (memory[third], memory[2 * third], memory[-1])],
     }
 

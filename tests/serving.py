@@ -65,10 +65,10 @@ class Server:
         response = connection.getresponse()
         answer: Any = response.read()
         connection.close()
-        told = {name.lower(): value for name, value in response.getheaders()}
-        if answer and told.get("content-type") == "application/json":
+        received = {name.lower(): value for name, value in response.getheaders()}
+        if answer and received.get("content-type") == "application/json":
             answer = json.loads(answer)
-        return response.status, told, answer
+        return response.status, received, answer
 
     def get(self, path: str, **headers: str) -> tuple[int, dict[str, str], Any]:
         return self.request("GET", path, headers=headers)

@@ -165,8 +165,8 @@ def test_idle_connections_give_way(tmp_path: Path) -> None:
             except (TimeoutError, ConnectionResetError) as error:
                 gone += isinstance(error, ConnectionResetError)
         assert gone >= 44
-        told = running.recv(65536)
-        assert b"data: " in told
+        received = running.recv(65536)
+        assert b"data: " in received
         for connection in (*idle, running):
             connection.close()
 

@@ -216,11 +216,11 @@ def test_health_is_for_everybody(guarded: Server) -> None:
 def test_a_stream_of_http_1_0_ends_with_its_connection(server: Server) -> None:
     for path, body in ((CHAT, STREAM), ("/api/generate", b'{"model":"tiny","prompt":"a","options":{"num_predict":4}}')):
         said = server.raw(request("POST", path, "Host: localhost", version="1.0", body=body))
-        head, _, told = said.partition(b"\r\n\r\n")
+        head, _, answer = said.partition(b"\r\n\r\n")
         assert b"transfer-encoding" not in head.lower()
         assert b"connection: close" in head.lower()
         assert b"keep-alive" not in head.lower()
-        assert told.endswith((b"data: [DONE]\n\n", b"}\n"))
+        assert answer.endswith((b"data: [DONE]\n\n", b"}\n"))
     whole = server.raw(request("POST", CHAT, "Host: localhost", version="1.0", body=json.dumps(chat()).encode()))
     head, _, body = whole.partition(b"\r\n\r\n")
     assert int(re.search(rb"content-length: (\d+)", head)[1]) == len(body)  # type: ignore[index]

@@ -399,10 +399,10 @@ def test_one_request_that_fails_in_the_model(tmp_path: Path) -> None:
             assert "a logit is not a number" in error["message"]
             *_, last = events(server.post("/v1/completions", {**body, "prompt": [8], "stream": True})[2])
             assert last["error"]["type"] == "server_error"
-        told = b"".join(iter(lambda: beside.recv(65536), b""))  # it went on beside them all
+        received = b"".join(iter(lambda: beside.recv(65536), b""))  # it went on beside them all
         beside.close()
-        assert b'"finish_reason":"length"' in told
-        assert b"data: [DONE]" in told[-40:]
+        assert b'"finish_reason":"length"' in received
+        assert b"data: [DONE]" in received[-40:]
         for _ in range(3):
             error = refused(server.post("/v1/completions", {**body, "prompt": [7]}), 500)
             assert error["message"] == "MemoryError: no memory for the batch"
@@ -434,8 +434,8 @@ def test_a_clock_that_jumps(tmp_path: Path) -> None:
         assert len(sums) == 5  # queue, prefill, first token, between tokens, request
         assert all(0 <= value < 120 for value in sums.values()), sums
         server.signal()  # and it still waits for the answer that it has begun
-        told = b"".join(iter(lambda: held.recv(65536), b""))
-        assert b"data: [DONE]" in told[-40:]
+        received = b"".join(iter(lambda: held.recv(65536), b""))
+        assert b"data: [DONE]" in received[-40:]
         assert server.process.wait(30) == 0
 
 

@@ -138,9 +138,9 @@ def test_openai_client_responds(smol: openai.OpenAI) -> None:
         {"role": "user", "content": "And of France?"},
     ]
     with smol.responses.stream(model=model, input=conversation, max_output_tokens=5, temperature=0) as stream:
-        told = list(stream)
-    assert [event.sequence_number for event in told] == list(range(len(told)))
-    assert [event.type for event in told if "delta" not in event.type] == [
+        received = list(stream)
+    assert [event.sequence_number for event in received] == list(range(len(received)))
+    assert [event.type for event in received if "delta" not in event.type] == [
         "response.created",
         "response.in_progress",
         "response.output_item.added",
@@ -150,8 +150,8 @@ def test_openai_client_responds(smol: openai.OpenAI) -> None:
         "response.output_item.done",
         "response.incomplete",
     ]
-    deltas = "".join(event.delta for event in told if event.type == "response.output_text.delta")
-    last = told[-1]
+    deltas = "".join(event.delta for event in received if event.type == "response.output_text.delta")
+    last = received[-1]
     assert last.type == "response.incomplete"
     assert last.response.output_text == deltas != ""
     assert last.response.incomplete_details is not None
@@ -169,10 +169,10 @@ def test_log_probabilities_of_responses(smol: openai.OpenAI) -> None:
     whole: Any = smol.responses.create(input=QUESTION, **options)
     assert [place.to_dict() for place in whole.output[0].content[0].logprobs] == expected
     with smol.responses.stream(input=QUESTION, **options) as stream:
-        told: list[Any] = list(stream)
-    deltas = [place for event in told if event.type == "response.output_text.delta" for place in event.logprobs]
-    (done,) = [event for event in told if event.type == "response.output_text.done"]
-    for places in (deltas, done.logprobs, told[-1].response.output[0].content[0].logprobs):
+        received: list[Any] = list(stream)
+    deltas = [place for event in received if event.type == "response.output_text.delta" for place in event.logprobs]
+    (done,) = [event for event in received if event.type == "response.output_text.done"]
+    for places in (deltas, done.logprobs, received[-1].response.output[0].content[0].logprobs):
         assert [place.to_dict() for place in places] == expected
     assert smol.responses.create(model=model, input=QUESTION).output[0].content[0].logprobs == []  # type: ignore[union-attr]
 
@@ -229,8 +229,8 @@ def test_a_seed_repeats_an_answer_and_stop_strings_cut_it(tiny: Server) -> None:
 def test_equal_prompts_of_a_request_have_seeds_of_their_own_unless_one_is_given(tiny: Server) -> None:
     body = {"model": "tiny", "prompt": ["to be"] * 3, "max_tokens": 12, "temperature": 2, "logit_bias": ENDLESS}
     for seed, answers in ({}, 3), ({"seed": 5}, 1):
-        status, _, told = tiny.post("/v1/completions", body | seed)
-        assert (status, len({choice["text"] for choice in told["choices"]})) == (200, answers)
+        status, _, received = tiny.post("/v1/completions", body | seed)
+        assert (status, len({choice["text"] for choice in received["choices"]})) == (200, answers)
 
 
 def test_models_are_loaded_when_they_are_asked_for(tiny: Server) -> None:
@@ -316,10 +316,10 @@ def test_a_stop_signal_lets_streams_finish(tmp_path: Path, count: int) -> None:
         assert (status, answer["error"]["type"]) == (503, "unavailable_error")
         assert int(headers["retry-after"]) > 0
         for stream in streams:
-            told = b"".join(iter(lambda stream=stream: stream.recv(65536), b""))
-            assert b'"finish_reason":"length"' in told
-            assert b'"completion_tokens":1500' in told[-400:]
-            assert b"data: [DONE]" in told[-40:]
+            received = b"".join(iter(lambda stream=stream: stream.recv(65536), b""))
+            assert b'"finish_reason":"length"' in received
+            assert b'"completion_tokens":1500' in received[-400:]
+            assert b"data: [DONE]" in received[-40:]
         assert server.process.wait(10) == 0
 
 
@@ -328,9 +328,9 @@ def test_streams_that_take_too_long_to_finish_are_told_so(tmp_path: Path) -> Non
         stream = server.open(CHAT, chat(max_tokens=8000, stream=True))
         stream.recv(16)
         server.signal()
-        told = b"".join(iter(lambda: stream.recv(65536), b""))
-        assert b'"type":"unavailable_error"' in told[-300:]
-        assert b"[DONE]" not in told
+        received = b"".join(iter(lambda: stream.recv(65536), b""))
+        assert b'"type":"unavailable_error"' in received[-300:]
+        assert b"[DONE]" not in received
         assert server.process.wait(10) == 0
 
 
@@ -366,7 +366,7 @@ def test_a_queue_that_is_full_says_when_to_come_back(tmp_path: Path) -> None:
 def test_more_answers_than_the_cache_holds(tmp_path: Path) -> None:
     """The cache has room for one whole context, 64 blocks, and eight answers grow to 32 blocks each."""
     with serving([write_model(tmp_path, context_length=2048)], "--cache-gb", "0", "--json") as server:
-        server.post(CHAT, chat())  # after which it has told
+        server.post(CHAT, chat())  # after which it has logged
         loaded = next(json.loads(line) for line in server.messages if '"loaded"' in line)
         assert (loaded["context"], loaded["cache_tokens"]) == (2048, 2048)
         body = chat(max_tokens=1000, temperature=1, seed=1)
@@ -392,8 +392,8 @@ def test_models_that_nobody_uses_are_let_go(tmp_path: Path) -> None:
         assert server.post(CHAT, chat())[2]["choices"] == before
         time.sleep(0.2)
         lines = [json.loads(line) for line in server.messages if line.startswith("{")]
-        told = [(line["route"], line["status"]) for line in lines if line["event"] == "request"]
-        assert told == [(CHAT, 200)] * 2
+        received = [(line["route"], line["status"]) for line in lines if line["event"] == "request"]
+        assert received == [(CHAT, 200)] * 2
         assert len({line["prompt_tokens"] for line in lines if line["event"] == "request"}) == 1
         loaded = [line for line in lines if line["event"] == "loaded"]
         assert len(loaded) == 2
@@ -432,7 +432,7 @@ def test_serving_never_imports_torch() -> None:
 
 
 def test_log_probabilities_that_json_cannot_hold(tiny: Server) -> None:
-    """A token that is not drawn for ever has −∞, which is told as −9999."""
+    """A token that is never sampled has −∞, which becomes −9999."""
     answer = tiny.post(CHAT, chat(logprobs=True, top_logprobs=20, max_tokens=2))[2]
     values = [top["logprob"] for place in answer["choices"][0]["logprobs"]["content"] for top in place["top_logprobs"]]
     assert len(values) == 40

@@ -152,10 +152,10 @@ def test_tokens_are_counted(client: anthropic.Anthropic, tools: anthropic.Anthro
     assert client.messages.count_tokens(model=model, messages=QUESTION).input_tokens == 36
     counts = []
     for declared in ([], [WEATHER]):
-        told = tools.messages.count_tokens(model="caller", messages=ASK, tools=declared)
+        counted = tools.messages.count_tokens(model="caller", messages=ASK, tools=declared)
         made = tools.messages.create(model="caller", max_tokens=1, messages=ASK, tools=declared).usage
-        assert told.input_tokens == made.input_tokens + (made.cache_read_input_tokens or 0)
-        counts.append(told.input_tokens)
+        assert counted.input_tokens == made.input_tokens + (made.cache_read_input_tokens or 0)
+        counts.append(counted.input_tokens)
     assert counts[0] < counts[1]
 
 

@@ -265,10 +265,10 @@ def test_slots_say_what_runs_and_nothing_of_its_texts(server: Server) -> None:
 
 def test_tokens_of_texts_and_chats(server: Server) -> None:
     ids = server.post("/tokenize", {"content": TEXT})[2]["tokens"]
-    told = server.post("/tokenize", {"model": "tiny", "prompt": TEXT, "return_token_strs": True})[2]
-    assert told["tokens"] == [1, *ids]
-    assert (told["count"], told["max_model_len"]) == (len(ids) + 1, 512)
-    assert "".join(told["token_strs"]) == "<s> " + TEXT
+    answer = server.post("/tokenize", {"model": "tiny", "prompt": TEXT, "return_token_strs": True})[2]
+    assert answer["tokens"] == [1, *ids]
+    assert (answer["count"], answer["max_model_len"]) == (len(ids) + 1, 512)
+    assert "".join(answer["token_strs"]) == "<s> " + TEXT
     assert server.post("/tokenize", {"prompt": TEXT, "add_special_tokens": False})[2]["tokens"] == ids
     messages = [{"role": "user", "content": "to be"}]
     chat = server.post("/tokenize", {"messages": messages})[2]

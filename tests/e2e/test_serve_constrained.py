@@ -206,8 +206,8 @@ def test_calls_in_responses(client: openai.OpenAI) -> None:
     jsonschema.validate(json.loads(call.arguments), CITY)
     assert (whole.tool_choice.to_dict(), whole.parallel_tool_calls) == (choice, False)  # type: ignore[union-attr]
     with client.responses.stream(input="Rom?", **options) as stream:
-        told = list(stream)
-    kinds = [event.type for event in told if event.type != "response.function_call_arguments.delta"]
+        received = list(stream)
+    kinds = [event.type for event in received if event.type != "response.function_call_arguments.delta"]
     assert kinds == [
         "response.created",
         "response.in_progress",
@@ -216,8 +216,8 @@ def test_calls_in_responses(client: openai.OpenAI) -> None:
         "response.output_item.done",
         "response.completed",
     ]
-    assert [event.sequence_number for event in told] == list(range(len(told)))
-    deltas = "".join(event.delta for event in told if event.type == "response.function_call_arguments.delta")
+    assert [event.sequence_number for event in received] == list(range(len(received)))
+    deltas = "".join(event.delta for event in received if event.type == "response.function_call_arguments.delta")
     assert deltas == call.arguments
     conversation: Any = [
         {"role": "user", "content": "Rom?"},
@@ -235,7 +235,7 @@ def test_calls_in_ollamas_chat(caller: Server) -> None:
     """Its clients cannot demand a call, so a schema that no text can follow leaves nothing else."""
     never = {"type": "string", "pattern": "^never$", "maxLength": 5}
     body = {"model": "caller", "messages": ASK, "tools": [WEATHER], "options": {"seed": 1, "num_predict": 300}}
-    told = []
+    received = []
     for seed in range(8):
         body["options"]["seed"] = seed  # type: ignore[index]
         whole = caller.post("/api/chat", {**body, "stream": False, "format": never})[2]["message"]
@@ -245,12 +245,12 @@ def test_calls_in_ollamas_chat(caller: Server) -> None:
         calls = [call for part in parts for call in part.get("tool_calls", ())]
         assert [call["function"] for call in calls] == [call["function"] for call in whole.get("tool_calls", [])]
         assert calls or whole["content"] == '"never"'
-        told += calls
-    for call in told:
+        received += calls
+    for call in received:
         assert call["function"]["name"] == "weather"
         jsonschema.validate(call["function"]["arguments"], CITY)
-    assert told
-    turns = [*ASK, {"role": "assistant", "content": "", "tool_calls": told[:1]}, {"role": "tool", "content": "sun"}]
+    assert received
+    turns = [*ASK, {"role": "assistant", "content": "", "tool_calls": received[:1]}, {"role": "tool", "content": "sun"}]
     assert caller.post("/api/chat", {**body, "messages": turns, "stream": False})[0] == 200
     turns[2]["tool_name"] = "weather"
     assert caller.post("/api/chat", {**body, "messages": turns, "stream": False})[0] == 200

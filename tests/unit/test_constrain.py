@@ -261,16 +261,16 @@ def test_the_same_bytes_with_drafts_and_in_company(opened: checkpoint.Checkpoint
         prompt = tuple(ours.encode('{"name": "on", "age": 3, "tags": ["new"]} ' * 2))
         return Request(prompt, 150, sampling, processors=(letters.processor(constraint),), lookup=lookup, logprobs=0)
 
-    def told(events: list[Event]) -> list[Any]:
+    def essentials(events: list[Event]) -> list[Any]:
         return [(event.token, event.text, event.finish, event.logprob) for event in events]
 
     def engine(room: int) -> Engine:
         return Engine(NativeRunner(opened, 200, threads=1), ours, max_batch_tokens=room, max_sequences=8)
 
-    alone = [told(run(engine(512), [request(seed, 0)])[0]) for seed in range(6)]
+    alone = [essentials(run(engine(512), [request(seed, 0)])[0]) for seed in range(6)]
     for lookup in (0, 8):
         together = run(engine(40), [request(seed, lookup) for seed in range(6)])
-        assert list(map(told, together)) == alone
+        assert list(map(essentials, together)) == alone
     assert sum(events[-1].accepted_tokens for events in together) > 20
     ended = [json.loads("".join(text for _, text, *_ in one)) for one in alone if one[-1][2] == "stop"]
     assert ended

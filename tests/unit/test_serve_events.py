@@ -17,7 +17,7 @@ from serving import events
 
 
 class Silent:
-    """A stream whose answer begins, is silent for a while, and then ends as told."""
+    """A stream whose answer begins, is silent for a while, and then ends with `last`."""
 
     prompt_tokens, cached_tokens, completion_tokens = 3, 0, 1
 
