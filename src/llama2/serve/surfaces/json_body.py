@@ -40,7 +40,7 @@ class JsonRoute(APIRoute):
             except ClientDisconnect:
                 raise Refusal(400, "body: the client disconnected before its end") from None
             models, named = models_of(request), request.scope["state"].get("model")
-            options = (model, models.settings.max_values, named, next(iter(models.entries)))
+            options: tuple[Any, ...] = (model, models.settings.max_values, named, next(iter(models.entries)))
             if len(given) <= _SMALL:
                 body = read(given, *options)
             else:
