@@ -29,7 +29,7 @@ from provenance import provenance
 from rounds import Figures, MeasurementError
 
 from llama2 import checkpoint
-from llama2.checkpoint import quantize
+from llama2.checkpoint import quantization
 from llama2.checkpoint.mapped import release_pages
 
 #: Rows of a tensor that are compared at once, to bound the memory of their float32 copies.
@@ -72,7 +72,7 @@ def errors(source: Path, outputs: Mapping[str, Path], wanted: int) -> dict[str, 
 
 def floats(data: NDArray[np.uint8], format: str, columns: int) -> NDArray[np.float32]:
     """Rows (n, bytes of a row) in float32."""
-    return quantize.dequantize(np.ascontiguousarray(data).reshape(-1), format, (len(data), columns))
+    return quantization.dequantize(np.ascontiguousarray(data).reshape(-1), format, (len(data), columns))
 
 
 def programs(source: Path, peers: Path | None, folder: Path, format: str, threads: int) -> dict[str, Way]:

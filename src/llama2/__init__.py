@@ -57,9 +57,9 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"llama2.{_HOMES[name]}"), name)
     if name == "__version__":
-        from importlib.metadata import version
+        from llama2.version import package_version
 
-        return version("whole-llama")
+        return package_version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,34 +11,17 @@ from math import prod
 
 from llama2.config import LLAMA_1_SIZES, SIZES, ModelConfig
 from llama2.errors import PlanError
+from llama2.formats import FLOATS, nbytes
+from llama2.formats import FORMATS as NUMBER_FORMATS
 
 #: Every size that has a name.
 NAMED: dict[str, ModelConfig] = SIZES | {f"llama1-{name}": config for name, config in LLAMA_1_SIZES.items()}
-
-#: Number formats: bytes of a block and weights in it. checkpoint/quantize.py says what the bytes mean.
-BLOCKS = {
-    "F32": (4, 1),
-    "F16": (2, 1),
-    "BF16": (2, 1),
-    "Q8_0": (34, 32),
-    "Q5_1": (24, 32),
-    "Q5_0": (22, 32),
-    "Q4_1": (20, 32),
-    "Q4_0": (18, 32),
-    "IQ4_NL": (18, 32),
-    "Q6_K": (210, 256),
-    "Q5_K": (176, 256),
-    "Q4_K": (144, 256),
-    "Q3_K": (110, 256),
-    "Q2_K": (84, 256),
-}
-FLOATS = ("F32", "F16", "BF16")
 
 #: What stands in for a format of 256 weights a block where rows are not multiples of that.
 _SMALLER_BLOCKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}
 
 #: Formats of files, and the number format that most of a file's matrices have.
-FORMATS = {name: name for name in BLOCKS if name not in ("IQ4_NL", "Q5_K", "Q4_K", "Q3_K")} | {
+FORMATS = {name: name for name in NUMBER_FORMATS if name not in ("IQ4_NL", "Q5_K", "Q4_K", "Q3_K")} | {
     "Q5_K_M": "Q5_K",
     "Q4_K_M": "Q4_K",
     "Q3_K_M": "Q3_K",
@@ -131,7 +114,7 @@ def tensor_formats(config: ModelConfig, format: str) -> dict[str, str]:
 def _fitting(format: str, columns: int) -> str:
     """`format`, or what llama-quantize takes instead where rows of `columns` weights are not whole blocks of it."""
     for choice in (format, _SMALLER_BLOCKS.get(format, format)):
-        if columns % BLOCKS[choice][1] == 0:
+        if columns % NUMBER_FORMATS[choice].block == 0:
             return choice
     return "F16"
 
@@ -153,16 +136,8 @@ def _mixed(config: ModelConfig, format: str, matrix: str, layer: int) -> str:
 
 def weight_bytes(config: ModelConfig, formats: Mapping[str, str]) -> dict[str, int]:
     """Bytes of each tensor. Raises PlanError when its rows are not whole blocks of its format."""
-    return {name: _nbytes(name, shape, formats[name]) for name, shape in config.tensor_shapes().items()}
-
-
-def _nbytes(name: str, shape: tuple[int, ...], format: str) -> int:
-    size, block = BLOCKS[format]
-    if shape[-1] % block:
-        raise PlanError(
-            f"{format} needs rows of a multiple of {block} weights, and {name} has {shape[-1]}; choose another format"
-        )
-    return prod(shape) // block * size
+    shapes = config.tensor_shapes()
+    return {name: nbytes(formats[name], shape, name, error=PlanError) for name, shape in shapes.items()}
 
 
 def _head(config: ModelConfig) -> str:

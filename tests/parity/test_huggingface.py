@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import llama2
 from llama2 import checkpoint
-from llama2.checkpoint import Tensor, gguf_writer, huggingface, llama2c, meta, quantize
+from llama2.checkpoint import Tensor, gguf_writer, huggingface, llama2c, meta, quantization
 from llama2.config import RopeScaling
 from llama2.engine.runner import Batch, Runner
 from llama2.engine.runner_native import NativeRunner
@@ -371,7 +371,7 @@ def test_quantised_weights_become_float32(saved: Callable[[str], Path], tmp_path
     model = checkpoint.open(saved("bfloat16"))
     name = "layers.1.attention.wq.weight"
     wq = model.tensors[name]
-    eight = replace(wq, format="Q8_0", source=quantize.quantize(wq.dequantize(), "Q8_0"))
+    eight = replace(wq, format="Q8_0", source=quantization.quantize(wq.dequantize(), "Q8_0"))
     model.tensors = {**model.tensors, name: eight}
     huggingface.write(model, tmp_path)
     again = checkpoint.open(tmp_path).tensors

@@ -18,7 +18,7 @@ import llama2
 from commands import typed
 from conversions import Sources, plain_vocabulary
 from llama2 import checkpoint
-from llama2.checkpoint import huggingface, quantize
+from llama2.checkpoint import huggingface, quantization
 from llama2.config import RopeScaling
 from llama2.convert import bounds, convert, samples
 from llama2.errors import RequestError
@@ -104,7 +104,7 @@ def test_bounds_hold_and_are_no_wider_than_they_must(format: str) -> None:
     x = np.concatenate(rows).astype(np.float32)
     kind = gguf.GGMLQuantizationType[format]
     y = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind).reshape(x.shape).astype(np.float64)
-    block = quantize.FORMATS[format].block
+    block = quantization.FORMATS[format].block
     bound = np.broadcast_to(bounds.BOUNDS[format](x.astype(np.float64).reshape(-1, block)), (x.size // block, block))
     share = np.abs(y - x).reshape(-1, block) / bound
     assert 0.8 < share.max() <= 1

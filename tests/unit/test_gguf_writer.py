@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llama2 import checkpoint
-from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, quantize
+from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, quantization
 from llama2.config import BIASED, RopeScaling
 from llama2.errors import CheckpointError
 from models import TokenizerKind, tiny_config, write_tiny_gguf
@@ -184,7 +184,7 @@ def test_norms_become_float32(tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "source.gguf", format="BF16")
     model = checkpoint.open(tmp_path / "source.gguf")
     norm = model.tensors["norm.weight"]
-    halves = quantize.quantize(norm.dequantize(), "F16")
+    halves = quantization.quantize(norm.dequantize(), "F16")
     model.tensors = {**model.tensors, norm.name: Tensor(norm.name, "F16", norm.shape, lambda: halves)}
     gguf_writer.write(model, tmp_path / "written.gguf")
     (found,) = (t for t in gguf.GGUFReader(tmp_path / "written.gguf").tensors if t.name == "output_norm.weight")

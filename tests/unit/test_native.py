@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 import oracle_sampling as oracle
 from llama2 import native
-from llama2.checkpoint import quantize
+from llama2.checkpoint import quantization
 from llama2.errors import EngineError
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 FLOATS = ["F32", "F16", "BF16"]
-QUANTISED = [name for name in quantize.FORMATS if name not in FLOATS]
+QUANTISED = [name for name in quantization.FORMATS if name not in FLOATS]
 FORMATS = FLOATS + QUANTISED
 SHAPE = (37, 512)  # rows that fill no vector of 4, 8 or 16 lanes; two blocks of 256
 
@@ -34,9 +34,9 @@ def kernels(request: pytest.FixtureRequest) -> ModuleType:
 def weights(format: str, shape: tuple[int, int], rng: np.random.Generator, scales: list[float] | None = None) -> Bytes:
     """Random whole numbers, and any bytes of a quantised block, with floating-point scales out of `scales` (normal)."""
     if format in FLOATS:
-        return quantize.quantize(rng.integers(-127, 128, shape), format)
-    layout = quantize.FORMATS[format].layout
-    blocks = rng.integers(0, 256, quantize.nbytes(format, shape), dtype=np.uint8).view(layout)
+        return quantization.quantize(rng.integers(-127, 128, shape), format)
+    layout = quantization.FORMATS[format].layout
+    blocks = rng.integers(0, 256, quantization.nbytes(format, shape), dtype=np.uint8).view(layout)
     for name in layout.names or ():
         if layout[name].kind == "f":
             blocks[name] = rng.choice(scales, len(blocks)) if scales else rng.normal(0, 1, len(blocks))
@@ -58,7 +58,7 @@ def test_dequantize_equals_numpy_bit_for_bit(kernels: ModuleType, format: str) -
     data = weights(format, SHAPE, np.random.default_rng(0))
     out = np.full(SHAPE, np.nan, np.float32)
     kernels.dequantize(format, data, *SHAPE, out)
-    assert_same_bits(out, quantize.dequantize(data, format, SHAPE))
+    assert_same_bits(out, quantization.dequantize(data, format, SHAPE))
 
 
 @np.errstate(invalid="ignore")  # signalling NaNs are among them
@@ -68,7 +68,7 @@ def test_every_half(kernels: ModuleType) -> None:
     bfloats = (HALVES.astype(np.uint32) << 16).view(np.float32)
     first = np.zeros((1 << 16, 32), np.uint16)
     first[:, 0] = HALVES
-    scaled = np.zeros(1 << 16, quantize.FORMATS["Q8_0"].layout)
+    scaled = np.zeros(1 << 16, quantization.FORMATS["Q8_0"].layout)
     scaled["d"], scaled["q"][:, 0] = HALVES.view(np.float16), 1
     x = np.zeros((1, 32), np.float32)
     x[0, 0] = 1
@@ -94,7 +94,7 @@ def test_product_is_exact_where_floats_can_be(kernels: ModuleType, format: str) 
     x[..., 5] = rng.choice([-127, 127], x.shape[:2])
     x *= rng.choice([1, 2], (*x.shape[:2], 1))
     x = x.reshape(19, -1)
-    expected = x.astype(np.float64) @ quantize.dequantize(data, format, SHAPE).T.astype(np.float64)
+    expected = x.astype(np.float64) @ quantization.dequantize(data, format, SHAPE).T.astype(np.float64)
     np.testing.assert_array_equal(product(kernels, format, data, x), expected)
 
 
@@ -103,7 +103,7 @@ def test_product_within_the_error_of_8_bit_activations(kernels: ModuleType, form
     """An activation is off by half a step of its group at most, a step being its largest magnitude over 127."""
     rng = np.random.default_rng(2)
     data = weights(format, SHAPE, rng)
-    w = quantize.dequantize(data, format, SHAPE).astype(np.float64)
+    w = quantization.dequantize(data, format, SHAPE).astype(np.float64)
     x = (rng.normal(0, 1, (7, SHAPE[1])) * np.exp(rng.normal(0, 3, (7, SHAPE[1])))).astype(np.float32)
     steps = np.abs(x).reshape(7, -1, 32).max(axis=2) / 127 if format in QUANTISED else np.zeros((7, SHAPE[1] // 32))
     bound = np.repeat(steps / 2, 32, axis=1) @ np.abs(w).T + 1e-5 * np.abs(x) @ np.abs(w).T
@@ -116,7 +116,7 @@ def test_float_weights_of_any_width(kernels: ModuleType, format: str, columns: i
     rng = np.random.default_rng(columns)
     data = weights(format, (SHAPE[0], columns), rng)
     x = rng.integers(-200, 200, (5, columns)).astype(np.float32)
-    expected = x @ quantize.dequantize(data, format, (SHAPE[0], columns)).T
+    expected = x @ quantization.dequantize(data, format, (SHAPE[0], columns)).T
     y = product(kernels, format, data, x)
     np.testing.assert_array_equal(y, expected)
     assert_same_bits(product(kernels, format, data, x[3:]), y[3:])
@@ -132,7 +132,7 @@ def test_a_result_depends_on_its_token_and_its_row_alone(kernels: ModuleType, fo
         assert_same_bits(product(kernels, format, data, x[:n]), y[:n])
         assert_same_bits(product(kernels, format, data, x[19 - n :]), y[19 - n :])
     for rows in range(1, SHAPE[0]):
-        part = data[: quantize.nbytes(format, (rows, SHAPE[1]))]
+        part = data[: quantization.nbytes(format, (rows, SHAPE[1]))]
         assert_same_bits(product(kernels, format, part, x[:1], rows), y[:1, :rows])
 
 
@@ -167,15 +167,15 @@ def test_groups_of_zeros_and_nearly_zeros_add_nothing(kernels: ModuleType, forma
 @pytest.mark.parametrize("format", QUANTISED)
 def test_extremes_do_not_saturate(kernels: ModuleType, format: str, byte: int, x: float) -> None:
     """Every weight and every activation at the end of its range, −128 of Q8_0 included."""
-    layout = quantize.FORMATS[format].layout
-    blocks = np.full(quantize.nbytes(format, SHAPE), byte, np.uint8).view(layout)
+    layout = quantization.FORMATS[format].layout
+    blocks = np.full(quantization.nbytes(format, SHAPE), byte, np.uint8).view(layout)
     for name in layout.names or ():
         if layout[name].kind == "f":
             blocks[name] = 1
     data = blocks.view(np.uint8)
     signs = np.ones((3, SHAPE[1]), np.float32)
     signs[1, ::2] = signs[2, ::3] = -1
-    w = quantize.dequantize(data, format, SHAPE).astype(np.float64)
+    w = quantization.dequantize(data, format, SHAPE).astype(np.float64)
     y = product(kernels, format, data, x * signs)
     np.testing.assert_allclose(y, x * signs @ w.T, rtol=1e-6, atol=1e-6 * 127 * np.abs(w).sum(axis=1).max())
     if format == "Q8_0":

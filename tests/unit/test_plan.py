@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llama2 import checkpoint, native, plan
-from llama2.checkpoint import quantize
 from llama2.cli.main import run
 from llama2.config import LLAMA_1_SIZES, SIZES, ModelConfig
 from llama2.engine.engine import Engine
@@ -39,12 +38,6 @@ def total(config: ModelConfig, format: str) -> int:
 
 
 # Weights.
-
-
-def test_blocks_are_what_other_code_says() -> None:
-    assert {name: (rule.size, rule.block) for name, rule in quantize.FORMATS.items()} == plan.BLOCKS
-    sizes = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in plan.BLOCKS}
-    assert {name: (size, block) for name, (block, size) in sizes.items()} == plan.BLOCKS
 
 
 @pytest.mark.parametrize(

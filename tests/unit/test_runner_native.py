@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llama2 import checkpoint, native
-from llama2.checkpoint import Checkpoint, quantize
+from llama2.checkpoint import Checkpoint, quantization
 from llama2.config import BIASED, ModelConfig, RopeScaling
 from llama2.engine import runner_numpy
 from llama2.engine.runner import BLOCK, Batch, Runner
@@ -27,7 +27,7 @@ Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Start = Callable[..., Runner]
 
-QUANTISED = [name for name in quantize.FORMATS if name not in ("F32", "F16", "BF16")]
+QUANTISED = [name for name in quantization.FORMATS if name not in ("F32", "F16", "BF16")]
 
 #: The largest and the mean difference of logits with unquantised weights, as parts of the largest logit; with attention
 #: in bfloat16 more, as rounding to 8 bits meets more ties.

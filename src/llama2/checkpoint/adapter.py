@@ -24,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2 import files
-from llama2.checkpoint import gguf, huggingface, pth, quantize, safetensors
+from llama2.checkpoint import gguf, huggingface, pth, quantization, safetensors
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.mapped import damaged
 from llama2.checkpoint.metadata import Metadata
 from llama2.errors import CheckpointError, RequestError
 from llama2.files import quote
+from llama2.formats import nbytes
 from llama2.native import default_threads
 
 if TYPE_CHECKING:
@@ -292,19 +293,19 @@ def _merged(base: Tensor, updates: Sequence[Update], format: str) -> Bytes:
 
     rows, columns = base.shape
     factors = [_factors(update) for update in updates]
-    table, out = base.data.reshape(rows, -1), np.empty((rows, quantize.nbytes(format, (1, columns))), np.uint8)
+    table, out = base.data.reshape(rows, -1), np.empty((rows, nbytes(format, (1, columns))), np.uint8)
     step = max(1, _CHUNK // columns)
 
     def merge_rows(start: int) -> None:
         part = slice(start, start + step)
-        x = quantize.dequantize(table[part].reshape(-1), base.format, (len(table[part]), columns))
+        x = quantization.dequantize(table[part].reshape(-1), base.format, (len(table[part]), columns))
         for left, right, magnitude in factors:
             x += left[part] @ right
             if magnitude is not None:
                 x *= (magnitude[part] / np.linalg.norm(x, axis=1))[:, None]
         data = x.view(np.uint8)
         if format != "F32":
-            data, _ = quantize.requantize(data.reshape(-1), "F32", x.shape, format, threads=1)
+            data, _ = quantization.requantize(data.reshape(-1), "F32", x.shape, format, threads=1)
         out[part] = data.reshape(len(x), -1)
 
     with ThreadPoolExecutor(default_threads()) as pool:

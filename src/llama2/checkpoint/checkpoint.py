@@ -17,6 +17,7 @@ from llama2 import files, records
 from llama2.config import ModelConfig
 from llama2.ending import section
 from llama2.errors import CheckpointError, DialogError, RequestError, TokenizerError
+from llama2.formats import FORMATS, nbytes
 
 if TYPE_CHECKING:
     from llama2.checkpoint.adapter import Adapter
@@ -36,7 +37,7 @@ class Tensor:
     """
 
     name: str
-    format: str  # "F32", "F16", "BF16", "Q8_0", "Q4_0", … as in quantize.FORMATS
+    format: str  # "F32", "F16", "BF16", "Q8_0", "Q4_0", … as in formats.FORMATS
     shape: tuple[int, ...]
     source: NDArray[np.uint8] | Callable[[], NDArray[np.uint8]]
 
@@ -48,19 +49,17 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """How many bytes `data` has, without touching it."""
-        from llama2.checkpoint import quantize
-
-        return quantize.nbytes(self.format, self.shape)
+        return nbytes(self.format, self.shape)
 
     def dequantize(self) -> NDArray[np.float32]:
         """The tensor's values in float32, in `shape`."""
-        from llama2.checkpoint import quantize
+        from llama2.checkpoint import quantization
 
-        if self.format not in quantize.FORMATS:
+        if self.format not in FORMATS:
             raise CheckpointError(
                 f"tensor {files.quote(self.name)} has format {files.quote(self.format)}, not a float's"
             )
-        return quantize.dequantize(self.data, self.format, self.shape)
+        return quantization.dequantize(self.data, self.format, self.shape)
 
     def in_float32(self) -> Tensor:
         """This tensor in F32, which is made whenever it is touched."""
@@ -69,12 +68,12 @@ class Tensor:
         return replace(self, format="F32", source=lambda: self.dequantize().view(np.uint8).reshape(-1))
 
     def in_format(self, format: str) -> Tensor:
-        """This tensor in one of quantize.FORMATS, without importance; it is made whenever it is touched."""
-        from llama2.checkpoint import quantize
+        """This tensor in one of formats.FORMATS, without importance; it is made whenever it is touched."""
+        from llama2.checkpoint import quantization
 
         if format in ("F32", self.format):
             return self.in_float32() if format == "F32" else self
-        return replace(self, format=format, source=lambda: quantize.quantize(self.dequantize(), format))
+        return replace(self, format=format, source=lambda: quantization.quantize(self.dequantize(), format))
 
 
 @dataclass
@@ -158,10 +157,10 @@ class Checkpoint:
 
     def check_finite(self) -> None:
         """Raise CheckpointError when a weight is NaN or infinite. Reads every float and every block's scales once."""
-        from llama2.checkpoint import quantize
+        from llama2.checkpoint import quantization
 
         for tensor in self.tensors.values():
-            if not quantize.is_finite(tensor.data, tensor.format):
+            if not quantization.is_finite(tensor.data, tensor.format):
                 changed = [a for a in self.adapters if tensor.name in a.updates or tensor.name in a.replacements]
                 raise CheckpointError(
                     f"{self.path}: tensor {tensor.name!r} holds weights that are not finite numbers; "

@@ -25,9 +25,9 @@ from llama2.checkpoint import kept
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps, start_of
 from llama2.checkpoint.metadata import Metadata
-from llama2.checkpoint.quantize import FORMATS, nbytes
 from llama2.config import BIASED, ModelConfig, RopeScaling, yarn_attention_factor
 from llama2.errors import CheckpointError, ConfigError, TokenizerError
+from llama2.formats import FORMATS, nbytes
 from llama2.text.splits import BEGINS, PRE_TOKENIZERS
 from llama2.text.tokenizer import PrependScheme
 
@@ -263,10 +263,11 @@ class _Part(NamedTuple):
                 raise CheckpointError(f"{path}: {what} has format {other}; supported are {', '.join(FORMATS)}")
             if info.offset % alignment:
                 raise damaged(path, f"{what} is not aligned to {alignment} bytes")
-            try:
-                size = nbytes(format, info.shape)
-            except CheckpointError as error:
-                raise damaged(path, f"{what}: {error}") from None
+            if info.shape[-1] % FORMATS[format].block:
+                raise damaged(
+                    path, f"{what} has rows of {info.shape[-1]} weights, which are not whole blocks of {format}"
+                )
+            size = nbytes(format, info.shape)
             spans.append((info.offset, info.offset + size, info.name))
             yield Tensor(info.name, format, info.shape, self.file.view(start + info.offset, size, what))
         refuse_overlaps(path, spans)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.gguf import PREPEND_SCHEME, ROPE_FREQS, names
-from llama2.checkpoint.quantize import FORMATS
 from llama2.config import ModelConfig, yarn_attention_factor
 from llama2.errors import CheckpointError
 from llama2.files import create
+from llama2.formats import FORMATS
 from llama2.text.template import check
 from llama2.text.tokenizer import Tokenizer
 
@@ -32,12 +32,6 @@ IMATRIX_CHUNK = 512
 _ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>")
 
 Keys = dict[str, bytes]  # each value with its type, as the file has it
-
-#: general.file_type by the format that most matrices have, of K formats the mixture named M.
-_FILE_TYPES = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
-    "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
-}  # fmt: skip
 
 #: llama.cpp's name of a pre-tokenizer, where it is not ours.
 _PRE = {"gpt2": "gpt-2"}
@@ -114,7 +108,7 @@ def _general(checkpoint: Checkpoint) -> Keys:
         "general.architecture": _text(_architecture(checkpoint.config)),
         "general.type": _text("model"),
         "general.name": _text(checkpoint.name),
-        "general.file_type": _number(_U32, _FILE_TYPES[most]),
+        "general.file_type": _number(_U32, FORMATS[most].file_type),
     }
     if checkpoint.licence is not None:
         keys["general.license"] = _text(checkpoint.licence)

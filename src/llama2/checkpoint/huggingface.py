@@ -30,6 +30,7 @@ from llama2.checkpoint.metadata import Metadata
 from llama2.config import BIASED, ModelConfig, RopeScaling, yarn_attention_factor
 from llama2.errors import CheckpointError, ConfigError
 from llama2.files import create, inside
+from llama2.formats import FLOATS
 
 if TYPE_CHECKING:
     from llama2.text.tokenizer import Tokenizer
@@ -164,7 +165,7 @@ def _check_quantisation(metadata: Metadata, tensors: Mapping[str, Tensor], notes
     wrong = [
         name
         for name, tensor in tensors.items()
-        if _QUANTISED.fullmatch(name) or (name.endswith("_proj.weight") and tensor.format not in safetensors.DTYPES)
+        if _QUANTISED.fullmatch(name) or (name.endswith("_proj.weight") and tensor.format not in FLOATS)
     ]
     method = _quantisation(metadata)
     if wrong:
@@ -467,10 +468,10 @@ def _rename(folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig) ->
         tensor = tensors.get(names[name])
         if tensor is None:
             raise damaged(folder, f"lacks tensor {quote(names[name])}")
-        if tensor.format not in safetensors.DTYPES:
+        if tensor.format not in FLOATS:
             raise CheckpointError(
                 f"{folder}: tensor {quote(tensor.name)} has format {quote(tensor.format)}; supported are "
-                f"{', '.join(safetensors.DTYPES)}"
+                f"{', '.join(FLOATS)}"
             )
         if tensor.shape != shape:
             raise damaged(folder, f"tensor {quote(tensor.name)} has shape {tensor.shape}, not {shape}")
@@ -597,7 +598,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, shard: int = _SHARD) -> None:
     tensors = []
     for name, theirs in tensor_names(config).items():
         tensor, heads = checkpoint.tensors[name], heads_of(name, config)
-        tensor = tensor if tensor.format in safetensors.DTYPES else tensor.in_float32()
+        tensor = tensor if tensor.format in FLOATS else tensor.in_float32()
         tensors.append(replace(in_halves(tensor, heads) if heads else tensor, name=theirs))
     files = [[tensor for _, tensor in part] for _, part in groupby(_numbered(tensors, shard), key=lambda pair: pair[0])]
     folder.mkdir(parents=True, exist_ok=True)

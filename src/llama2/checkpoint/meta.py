@@ -29,6 +29,7 @@ from llama2.checkpoint.metadata import Metadata
 from llama2.config import ModelConfig, RopeScaling
 from llama2.errors import CheckpointError, ConfigError
 from llama2.files import create
+from llama2.formats import FLOATS
 from llama2.text import files as tokenizer_files
 
 Bytes = NDArray[np.uint8]
@@ -39,7 +40,6 @@ _MISTRAL = "consolidated.safetensors"
 _EMBEDDINGS = "tok_embeddings.weight"
 _ROPE_FREQS = "rope.freqs"  # θ^(−2i/E), which nobody needs
 
-_FLOATS = ("F32", "F16", "BF16")
 _KNOWN = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
     "rope_theta", "max_seq_len", "max_batch_size", "use_scaled_rope", "head_dim", "hidden_dim", "sliding_window",
@@ -208,10 +208,10 @@ def _merged(paths: Sequence[Path], shape: tuple[int, ...], pieces: Sequence[Tens
     """The tensor of this shape that was cut into `pieces`, one from each path; they are joined when it is touched."""
     first, axis = pieces[0], _axis(pieces[0].name, shape)
     for path, piece in zip(paths, pieces, strict=True):
-        if piece.format not in _FLOATS:
+        if piece.format not in FLOATS:
             raise CheckpointError(
                 f"{path}: tensor {quote(piece.name)} has format {quote(piece.format)}; supported are "
-                f"{', '.join(_FLOATS)}"
+                f"{', '.join(FLOATS)}"
             )
         whole = tuple(size * len(pieces) if i == axis else size for i, size in enumerate(piece.shape))
         if whole != shape:
@@ -275,7 +275,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, shards: int = 1) -> None:
     for tensor in tensors:
         axis = _axis(tensor.name, tensor.shape)
         shape = tuple(size // shards if i == axis else size for i, size in enumerate(tensor.shape))
-        cut[tensor.name] = (tensor.format if tensor.format in _FLOATS else "F32", shape)
+        cut[tensor.name] = (tensor.format if tensor.format in FLOATS else "F32", shape)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         files = [stack.enter_context(create(folder / _SHARD.format(i))) for i in range(shards)]
@@ -289,7 +289,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, shards: int = 1) -> None:
 
 def _pieces(tensor: Tensor, shards: int) -> Iterator[Bytes]:
     """What each file has of a tensor."""
-    tensor = tensor if tensor.format in _FLOATS else tensor.in_float32()
+    tensor = tensor if tensor.format in FLOATS else tensor.in_float32()
     axis = _axis(tensor.name, tensor.shape)
     if axis is None:
         yield from [tensor.data] * shards

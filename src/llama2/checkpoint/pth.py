@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from llama2.checkpoint.checkpoint import Tensor
 from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps, start_of
-from llama2.checkpoint.quantize import nbytes
 from llama2.errors import CheckpointError
+from llama2.formats import nbytes
 
 T = TypeVar("T")
 

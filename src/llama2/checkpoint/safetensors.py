@@ -16,12 +16,9 @@ from typing import Any
 
 from llama2.checkpoint.checkpoint import Tensor
 from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps
-from llama2.checkpoint.quantize import nbytes
 from llama2.errors import CheckpointError
 from llama2.files import Repeated, create, parse_json
-
-#: The number formats that Llamas have in safetensors; they have the names of quantize.FORMATS.
-DTYPES = ("F32", "F16", "BF16")
+from llama2.formats import FLOATS, nbytes
 
 _LENGTH = struct.Struct("<Q")
 _MAX_AXES = 8
@@ -73,7 +70,7 @@ def _described(path: Path, what: str, info: Any) -> tuple[str, tuple[int, ...], 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int | None:
     """What a tensor must have; None for a format that is not known here."""
-    if dtype in DTYPES:
+    if dtype in FLOATS:
         return prod(shape) * nbytes(dtype, (1,))
     return prod(shape) * _OTHERS[dtype] if dtype in _OTHERS else None
 
@@ -92,10 +89,10 @@ def write(tensors: Sequence[Tensor], path: Path) -> None:
     """
     ordered = sorted(tensors, key=lambda tensor: tensor.format != "F32")
     for tensor in ordered:
-        if tensor.format not in DTYPES:
+        if tensor.format not in FLOATS:
             raise CheckpointError(
                 f"{path}: tensor {quote(tensor.name)} has format {tensor.format}, which safetensors does not have; "
-                f"convert it to one of {', '.join(DTYPES)} first"
+                f"convert it to one of {', '.join(FLOATS)} first"
             )
     ends = list(accumulate((tensor.nbytes for tensor in ordered), initial=0))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers takes no other

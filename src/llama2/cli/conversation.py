@@ -44,11 +44,11 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all. Raises OSError, or Llama2Error where it cannot be."""
-        import llama2
+        from llama2.version import package_version
 
         if path.exists():
             self.load(path)
-        text = json.dumps({"format": _FORMAT, "version": llama2.__version__, **asdict(self)}, indent=2)
+        text = json.dumps({"format": _FORMAT, "version": package_version(), **asdict(self)}, indent=2)
         with files.create(path, error=Llama2Error) as file:
             file.write(f"{text}\n".encode())
 

@@ -48,9 +48,9 @@ def _program(
 ) -> None:
     """Llama 2, whole: run, change, train, align, measure and serve Llama-family models."""
     if version:
-        import llama2
+        from llama2.version import package_version
 
-        say("llama2", llama2.__version__)
+        say("llama2", package_version())
         raise typer.Exit
     if context.invoked_subcommand is None:
         say(context.get_help())

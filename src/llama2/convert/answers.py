@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.quantize import FORMATS
 from llama2.convert.bounds import DIVERGENCE
 from llama2.convert.samples import PROMPT
 from llama2.engine import agreement
@@ -25,6 +24,7 @@ from llama2.engine.request import Request, Sampling
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.scheduler import blocks_for
 from llama2.errors import EngineError, ParityError
+from llama2.formats import FORMATS
 from llama2.hub.progress import Progress
 
 Row = NDArray[np.float32]  # (V,)

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2 import checkpoint, files, plan
-from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, huggingface, kept, llama2c, meta, quantize
+from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, huggingface, kept, llama2c, meta
 from llama2.checkpoint.mapped import release_pages
 from llama2.convert import answers, receipt
 from llama2.convert.bounds import BOUNDS
 from llama2.convert.staging import RECEIPT, beside, carry_terms, check_room, staged
 from llama2.errors import CheckpointError, ParityError
+from llama2.formats import FLOATS, nbytes
 from llama2.hub import store
 from llama2.hub.progress import Progress, reporting
 from llama2.text.tokenizer import Mode
@@ -30,8 +31,8 @@ Target = Literal["gguf", "hf", "meta", "llama2c"]
 #: The number formats that can be asked of each target.
 FORMATS: dict[str, tuple[str, ...]] = {
     "gguf": ("F32", *BOUNDS),
-    "hf": plan.FLOATS,
-    "meta": plan.FLOATS,
+    "hf": FLOATS,
+    "meta": FLOATS,
     "llama2c": ("F32", "Q8_0"),  # versions 0 and 2, which run.c and runq.c read
 }
 
@@ -106,14 +107,14 @@ def _formats(model: Checkpoint, to: str, format: str | None) -> dict[str, str]:
     """The number format that each tensor becomes."""
     formats = {}
     for name, tensor in model.tensors.items():
-        keeps = to == "gguf" or (to != "llama2c" and tensor.format in plan.FLOATS)
+        keeps = to == "gguf" or (to != "llama2c" and tensor.format in FLOATS)
         chosen = format or (tensor.format if keeps else "F32")
         plain = to == "llama2c" or (to == "gguf" and len(tensor.shape) == 1)  # integers are its writer's work; norms
         formats[name] = "F32" if plain else chosen
         try:
-            quantize.nbytes(formats[name], tensor.shape)
+            nbytes(formats[name], tensor.shape, name)
         except CheckpointError as error:
-            raise CheckpointError(f"{model.path}: {name}: {error}; choose another format") from None
+            raise CheckpointError(f"{model.path}: {error}") from None
     return formats
 
 

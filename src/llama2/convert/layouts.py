@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from llama2.checkpoint import Checkpoint, Tensor, gguf, huggingface, meta
 from llama2.checkpoint.adapter import Adapter, Update
 from llama2.checkpoint.mapped import MappedFile
-from llama2.checkpoint.quantize import dequantize
+from llama2.checkpoint.quantization import dequantize
 from llama2.config import ModelConfig
 from llama2.errors import ParityError
 

@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 
 from llama2 import checkpoint, files, plan
 from llama2.checkpoint import Checkpoint, Tensor, gguf_writer
-from llama2.checkpoint import quantize as formats
 from llama2.checkpoint.mapped import release_pages
+from llama2.checkpoint.quantization import requantize
 from llama2.convert.staging import carry_terms, check_room, staged
 from llama2.engine import agreement
 from llama2.engine.agreement import Agreement
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.scheduler import blocks_for
 from llama2.errors import CheckpointError, Llama2Error
+from llama2.formats import FORMATS as NUMBER_FORMATS
 from llama2.hub.progress import Progress, reporting
 from llama2.text.tokenizer import Mode
 
@@ -102,7 +103,7 @@ def quantize(
         def make(tensor: Tensor, format: str) -> NDArray[np.uint8]:
             nonlocal done
             weights = None if importance is None else importance.get(tensor.name)
-            data, error = formats.requantize(
+            data, error = requantize(
                 tensor.data, tensor.format, tensor.shape, format, _weights(weights), threads=threads
             )
             release_pages()
@@ -133,7 +134,7 @@ def quantize(
             source_bytes=total,
             tensor_formats=chosen,
             errors=errors,
-            requantised=sum(formats.FORMATS[t.format].block > 1 for t in model.tensors.values()),
+            requantised=sum(NUMBER_FORMATS[t.format].block > 1 for t in model.tensors.values()),
         )
 
 

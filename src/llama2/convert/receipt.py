@@ -16,19 +16,20 @@ from typing import Any
 
 import numpy as np
 
-import llama2
 from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.mapped import release_pages
-from llama2.checkpoint.quantize import FORMATS, dequantize, nbytes
+from llama2.checkpoint.quantization import dequantize
 from llama2.config import ModelConfig
 from llama2.convert import layouts, samples
 from llama2.convert.bounds import BOUNDS, Bound, groups
 from llama2.convert.layouts import Bytes, Floats, Stored
 from llama2.errors import DialogError, ParityError, TemplateError, TokenizerError
+from llama2.formats import FORMATS, nbytes
 from llama2.hub import store
 from llama2.hub.progress import Progress
 from llama2.text.dialog import Dialog, Message
 from llama2.text.tokenizer import NORMAL, UNUSED, Tokenizer, Vocabulary
+from llama2.version import package_version
 
 _CHUNK = 1 << 16  # numbers compared at a time, so that temporary arrays stay in the cache
 
@@ -50,7 +51,7 @@ def take(
         digests = {path: pool.submit(store.digest, path, "sha256", _silent) for path in (*inputs, *outputs)}
         try:
             facts: dict[str, Any] = {
-                "tool": {"name": "llama2", "version": llama2.__version__},
+                "tool": {"name": "llama2", "version": package_version()},
                 "configuration": configuration(source, output),
                 "tokenizer": tokenizer(source.tokenizer, output.tokenizer),
                 "chat_template": chat_template(source, output),

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llama2 import files
-from llama2.checkpoint import Checkpoint, quantize
+from llama2.checkpoint import Checkpoint
 from llama2.errors import CheckpointError
+from llama2.formats import nbytes
 
 #: What the name of a file that belongs to a model, or stands in its folder, ends with.
 RECEIPT = "receipt.json"
@@ -106,7 +107,7 @@ def _exchange(new: Path, place: Path, old: Path) -> None:
 
 def check_room(folder: Path, model: Checkpoint, formats: Mapping[str, str]) -> None:
     """Raise CheckpointError when the disk of a staging folder has no room for the model's tensors in `formats`."""
-    need = sum(quantize.nbytes(formats[name], tensor.shape) for name, tensor in model.tensors.items())
+    need = sum(nbytes(formats[name], tensor.shape) for name, tensor in model.tensors.items())
     free = shutil.disk_usage(folder).free
     if free < need:
         raise CheckpointError(

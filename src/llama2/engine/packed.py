@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from llama2.checkpoint import Checkpoint, Tensor, kept
 from llama2.errors import EngineError
+from llama2.formats import FLOATS
 from llama2.hub import store
 from llama2.native import default_threads
 
@@ -94,7 +95,7 @@ def evict(*, keep: Path) -> None:
 
 def _is_packed(checkpoint: Checkpoint, tensor: Tensor) -> bool:
     embedding = tensor.name == "tok_embeddings.weight"
-    return tensor.format not in ("F32", "F16", "BF16") and (not embedding or checkpoint.config.tied_embeddings)
+    return tensor.format not in FLOATS and (not embedding or checkpoint.config.tied_embeddings)
 
 
 def _packed(wanted: Mapping[str, Tensor], sizes: Mapping[str, int], native: ModuleType) -> Iterator[tuple[str, Bytes]]:

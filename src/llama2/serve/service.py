@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-import llama2
 from llama2 import native
 from llama2.api import Model
 from llama2.engine.request import Event, Load, Request, Sampling
@@ -26,6 +25,7 @@ from llama2.serve.metrics import Metrics
 from llama2.serve.settings import ServeSettings
 from llama2.serve.text_limit import TextLimit
 from llama2.serve.token_text import TokenTexts
+from llama2.version import package_version
 
 #: Tokens of the prompt that measures a model's prefill rate.
 _TRIAL = 64
@@ -266,6 +266,6 @@ def _fingerprint(model: Model) -> str:
     """A text that changes whenever equal requests may get different answers."""
     path = model.checkpoint.path
     engine = type(model.engine).__name__
-    what = f"{llama2.__version__} {engine} {native.module().__name__} {path.resolve()} {path.stat().st_mtime_ns}"
+    what = f"{package_version()} {engine} {native.module().__name__} {path.resolve()} {path.stat().st_mtime_ns}"
     what += "".join(f" {adapter.digest()}" for adapter in model.checkpoint.adapters)
     return "fp_" + hashlib.sha256(what.encode()).hexdigest()[:12]

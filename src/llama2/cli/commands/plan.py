@@ -16,6 +16,7 @@ from llama2.cli.output import one_line
 from llama2.config import ModelConfig
 from llama2.console import data, say
 from llama2.errors import HubError, PlanError
+from llama2.formats import FLOATS
 from llama2.plan import GPUS, Machine
 from llama2.speed import LIMIT_SECONDS
 
@@ -153,7 +154,7 @@ def _generate(
         formats = planning.tensor_formats(config, format)
     context, batch = context or config.context_length, options.batch or 1
     planning.weight_bytes(config, formats)  # a format that does not go with the model is told before measuring
-    machine = _machine(on, _HERE, integers=not set(formats.values()) <= set(planning.FLOATS))
+    machine = _machine(on, _HERE, integers=not set(formats.values()) <= set(FLOATS))
     planned = planning.generation(config, formats, machine, context=context, batch=batch, devices=gpus)
     facts = {
         **_about(name, config, machine, gpus, planned.memory),

@@ -13,9 +13,9 @@ RECIPES = {"llama2 pretrain": "llama2.train.settings:PretrainRecipe"}
 
 def continuations(model: Path, prompts: Sequence[str], tokens: int) -> list[str]:
     """Continue texts with the engine that people will use the model with."""
-    import llama2
+    from llama2 import api
 
-    with llama2.load(model) as loaded:
+    with api.load(model) as loaded:
         return [prompt + loaded.generate(prompt, max_tokens=tokens, temperature=0.8, seed=0).text for prompt in prompts]
 
 

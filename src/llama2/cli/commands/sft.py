@@ -108,9 +108,9 @@ def _losses(dialogs: str, before: float | None, after: float | None) -> None:
 
 def answers(model: Path, prompts: Sequence[str], tokens: int) -> list[str]:
     """Questions with answers, by the engine that people will use the model with."""
-    import llama2
+    from llama2 import api
 
-    with llama2.load(model) as loaded:
+    with api.load(model) as loaded:
         return [
             f"{prompt}\n{loaded.chat([{'role': 'user', 'content': prompt}], max_tokens=tokens, seed=0).text}"
             for prompt in prompts

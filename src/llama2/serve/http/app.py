@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-import llama2
 from llama2.serve.http.access_log import AccessLog
 from llama2.serve.http.guard import HEALTH, Guard
 from llama2.serve.http.page_files import PageOrRoutes, page_paths
@@ -17,6 +16,7 @@ from llama2.serve.http.paths import CanonicalPaths
 from llama2.serve.http.refusals import ERRORS, error_response
 from llama2.serve.models import Models
 from llama2.serve.surfaces import anthropic, azure, completion, embeddings, llamacpp, ollama, openai, responses
+from llama2.version import package_version
 
 #: Large bodies that are parsed at once: each takes many times its size meanwhile.
 _PARSERS = 1
@@ -36,7 +36,7 @@ def application(models: Models) -> ASGIApp:
 
     app = FastAPI(
         title="llama2",
-        version=llama2.__version__,
+        version=package_version(),
         summary="OpenAI's, Anthropic's, llama.cpp's and Ollama's routes over Llama-family models.",
         docs_url=None,
         redoc_url=None,

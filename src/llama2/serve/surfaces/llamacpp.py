@@ -9,7 +9,6 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from pydantic import Field
 
-import llama2
 from llama2.engine.request import Request
 from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.serve import metrics
@@ -24,6 +23,7 @@ from llama2.serve.surfaces.messages import to_message
 from llama2.serve.surfaces.prompts import prompt_text
 from llama2.serve.surfaces.wire import ChatMessage, Tokens, Values, Wire
 from llama2.text.dialog import Dialog
+from llama2.version import package_version
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -99,7 +99,7 @@ async def props(http: HttpRequest, model: str | None = None) -> Response:
             "model_path": checkpoint.path.name,
             "chat_template": checkpoint.template or "",
             "modalities": {"vision": False, "audio": False},
-            "build_info": f"llama2 {llama2.__version__}",
+            "build_info": f"llama2 {package_version()}",
             "is_sleeping": False,
         }
     )
@@ -132,7 +132,7 @@ async def slots(http: HttpRequest, model: str | None = None, fail_on_no_slot: st
 @router.get("/version")
 async def version() -> Response:
     """The program's version."""
-    return json_response({"version": llama2.__version__})
+    return json_response({"version": package_version()})
 
 
 @router.get("/tokenizer_info")

@@ -21,7 +21,6 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from pydantic import Field
 
-import llama2
 from llama2.checkpoint import Checkpoint
 from llama2.engine.request import Logprob, Request
 from llama2.engine.runner import BLOCK
@@ -43,6 +42,7 @@ from llama2.serve.surfaces.streaming import CancelOnDisconnect, StreamingRespons
 from llama2.serve.surfaces.wire import ChatMessage, Token, Values, Wire
 from llama2.serve.token_text import chat_logprobs
 from llama2.text.template import knows_tools
+from llama2.version import package_version
 
 if TYPE_CHECKING:
     from llama2.serve.constrain.constraints import Constraint
@@ -282,7 +282,7 @@ async def unchangeable(http: HttpRequest) -> Response:
 @router.get("/api/version")
 async def version() -> Response:
     """The program's version."""
-    return json_response({"version": llama2.__version__})
+    return json_response({"version": package_version()})
 
 
 async def _load(body: OllamaGeneration, http: HttpRequest) -> Response:

@@ -1,9 +1,8 @@
-"""Number formats of Llama weights in GGUF files, each with its layout and its definition in NumPy.
+"""Weights in the number formats of `formats.py` ⇄ float32: what a block's bytes mean, in NumPy.
 
-A row is cut into blocks of weights that share their scales. `Format.layout` is a block's bytes as a NumPy record, and
-`Format.dequantize` says what they mean; the kernels, and what writes the formats (native/quantise.h), are checked
-against it. Within a K block of 256 weights, groups of
-16 or 32 have their own small integer scale. Layouts are those of ggml (ggml-common.h, ggml-quants.c).
+The kernels, and what writes the formats (native/quantise.h), are checked against the functions here. Within a block of
+256 weights, groups of 16 or 32 have their own small integer scale. Layouts are those of ggml (ggml-common.h,
+ggml-quants.c).
 
 Shapes: n blocks.
 """
@@ -13,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llama2.errors import CheckpointError
+from llama2.formats import FORMATS, Format, nbytes
 
 Blocks = NDArray[np.void]  # (n,) records of a format's layout
 Floats = NDArray[np.float32]
@@ -30,35 +30,12 @@ _CODES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 
 _CHUNK = 1 << 17  # weights converted at a time, so that temporary arrays stay in the cache
 
 
-class Format(NamedTuple):
-    """A number format: `block` weights stand in one record of `layout`, in ggml type `ggml_type`."""
-
-    name: str
-    ggml_type: int
-    block: int
-    layout: np.dtype[np.void]
-    dequantize: Callable[[Blocks], Floats]  # (n,) → (n, block)
-
-    @property
-    def size(self) -> int:
-        """Bytes of a block."""
-        return self.layout.itemsize
-
-
-def nbytes(format: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor, exactly. Raises CheckpointError when its rows are not whole blocks."""
-    rule = FORMATS[format]
-    if shape[-1] % rule.block:
-        raise CheckpointError(f"{format} needs rows of a multiple of {rule.block} weights, and has {shape[-1]}")
-    return prod(shape) // rule.block * rule.size
-
-
 def dequantize(data: Bytes, format: str, shape: tuple[int, ...]) -> Floats:
     """The float32 values of a tensor's bytes, in `shape`."""
     rule = FORMATS[format]
     out = np.empty((prod(shape) // rule.block, rule.block), np.float32)
     for rows, blocks in _chunks(data, rule):
-        out[rows] = rule.dequantize(blocks)
+        out[rows] = _DEQUANTIZE[format](blocks)
     return out.reshape(shape)
 
 
@@ -103,7 +80,7 @@ def is_finite(data: Bytes, format: str) -> bool:
     rule = FORMATS[format]
     scales = [name for name in rule.layout.names or () if rule.layout[name].kind == "f"]
     for _, blocks in _chunks(data, rule):
-        for part in [blocks[name] for name in scales] or [rule.dequantize(blocks)]:
+        for part in [blocks[name] for name in scales] or [_DEQUANTIZE[format](blocks)]:
             if not np.isfinite(part).all():
                 return False
     return True
@@ -212,27 +189,20 @@ def _from_q6_k(b: Blocks) -> Floats:
     return _scaled(q, _column(b["d"]) * b["scales"])
 
 
-def _layout(**fields: str) -> np.dtype[np.void]:
-    return np.dtype(list(fields.items()))
-
-
-#: Every supported format by name. d and m are the float16 scale and minimum, q the low and `high` the upper bits.
-FORMATS: dict[str, Format] = {
-    format.name: format
-    for format in (
-        Format("F32", 0, 1, _layout(x="<f4"), _from_float),
-        Format("F16", 1, 1, _layout(x="<f2"), _from_float),
-        Format("BF16", 30, 1, _layout(bits="<u2"), _from_bf16),
-        Format("Q8_0", 8, 32, _layout(d="<f2", q="32i1"), _from_q8_0),
-        Format("Q4_0", 2, 32, _layout(d="<f2", q="16u1"), _from_q4_0),
-        Format("Q4_1", 3, 32, _layout(d="<f2", m="<f2", q="16u1"), _from_q4_1),
-        Format("Q5_0", 6, 32, _layout(d="<f2", high="4u1", q="16u1"), _from_q5_0),
-        Format("Q5_1", 7, 32, _layout(d="<f2", m="<f2", high="4u1", q="16u1"), _from_q5_1),
-        Format("Q2_K", 10, 256, _layout(scales="16u1", q="64u1", d="<f2", m="<f2"), _from_q2_k),
-        Format("Q3_K", 11, 256, _layout(high="32u1", q="64u1", scales="12u1", d="<f2"), _from_q3_k),
-        Format("Q4_K", 12, 256, _layout(d="<f2", m="<f2", scales="12u1", q="128u1"), _from_q4_k),
-        Format("Q5_K", 13, 256, _layout(d="<f2", m="<f2", scales="12u1", high="32u1", q="128u1"), _from_q5_k),
-        Format("IQ4_NL", 20, 32, _layout(d="<f2", q="16u1"), _from_iq4_nl),
-        Format("Q6_K", 14, 256, _layout(q="128u1", high="64u1", scales="16i1", d="<f2"), _from_q6_k),
-    )
+#: A block of each format as float32: (n,) → (n, block).
+_DEQUANTIZE: dict[str, Callable[[Blocks], Floats]] = {
+    "F32": _from_float,
+    "F16": _from_float,
+    "BF16": _from_bf16,
+    "Q8_0": _from_q8_0,
+    "Q5_1": _from_q5_1,
+    "Q5_0": _from_q5_0,
+    "Q4_1": _from_q4_1,
+    "Q4_0": _from_q4_0,
+    "IQ4_NL": _from_iq4_nl,
+    "Q6_K": _from_q6_k,
+    "Q5_K": _from_q5_k,
+    "Q4_K": _from_q4_k,
+    "Q3_K": _from_q3_k,
+    "Q2_K": _from_q2_k,
 }
