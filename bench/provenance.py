@@ -16,7 +16,7 @@ def provenance() -> dict[str, object]:
         "date": records.now(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "commit": records.commit(Path(__file__).parent) or "unknown",
-        "cpu": records.cpu(),
+        "cpu": machine.cpu(),
         "cores": machine.processors(),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -30,7 +30,6 @@ from rounds import Figures, MeasurementError
 
 from llama2 import checkpoint
 from llama2.checkpoint import quantization
-from llama2.checkpoint.mapped import release_pages
 
 #: Rows of a tensor that are compared at once, to bound the memory of their float32 copies.
 ROWS = 256
@@ -66,7 +65,8 @@ def errors(source: Path, outputs: Mapping[str, Path], wanted: int) -> dict[str, 
                     lost[name] += float((off**2).sum())
             for name in outputs:
                 found[name][matrix] = math.sqrt(lost[name] / total) if total else lost[name]
-            release_pages()
+            for file in {file for each in (tensor, *(after[name][matrix] for name in outputs)) for file in each.mapped}:
+                file.release_pages()
     return found
 
 

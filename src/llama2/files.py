@@ -1,4 +1,4 @@
-"""A model's files, which come from strangers: one way to open them, one to parse their JSON, and one to write files.
+"""A model's files, which come from strangers: the one way to open, map, parse and write them.
 
 A folder can hold anything under any name: a FIFO that never answers, a link to a private file, a pointer of Git LFS in
 place of 13 GB, 60 MB of brackets. Every reader gets its bytes here. `error` is the class that the caller raises.
@@ -7,15 +7,21 @@ place of 13 GB, 60 MB of brackets. Every reader gets its bytes here. `error` is 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
+import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from llama2.errors import CheckpointError, Llama2Error
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: The most bytes of a JSON file or a template. A tokenizer_config.json of 30,000 added tokens has 6 MB.
 MAX_TEXT = 1 << 26
@@ -86,12 +92,12 @@ def read(path: Path, *, limit: int = MAX_TEXT, error: type[Llama2Error] = Checkp
         except OSError as reason:
             raise _refused(path, reason, error) from None
     if not text:
-        raise _damaged(path, "is empty", error)
+        raise damaged(path, "is empty", error)
     return text
 
 
-def start(path: Path, size: int) -> bytes:
-    """The first bytes of a file, by which its format is told; none when it is no file, or cannot be read."""
+def first_bytes(path: Path, size: int) -> bytes:
+    """The first bytes of a file, which identify its format; none when it is not a file, or cannot be read."""
     try:
         with open_file(path) as file:
             return file.read(size)
@@ -160,13 +166,13 @@ def parse_json(
     try:
         values = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError:
-        raise _damaged(path, f"{what} is not UTF-8", error) from None
+        raise damaged(path, f"{what} is not UTF-8", error) from None
     except (json.JSONDecodeError, RecursionError) as reason:
-        raise _damaged(path, f"{what} is not JSON ({reason})", error) from None
+        raise damaged(path, f"{what} is not JSON ({reason})", error) from None
     except ValueError:  # Python's own limit, because the time of that conversion grows with the square of the length
         raise error(f"{path}: {what} has a number of more than 4300 digits; choose another model") from None
     if not isinstance(values, dict):
-        raise _damaged(path, f"{what} is not a JSON object", error)
+        raise damaged(path, f"{what} is not a JSON object", error)
     return values
 
 
@@ -198,31 +204,91 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return repeated
 
 
-def _damaged(path: Path, what: str, error: type[Llama2Error]) -> Llama2Error:
+class MappedFile:
+    """A file mapped read-only. Whoever takes bytes of it checks first, with exact integers, that they exist.
+
+    Who shortens a file that is mapped ends this process (SIGBUS): replace it by renaming, as `create` does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import numpy as np  # not at the top: a start of the program that maps nothing is quicker without it
+
+        self.path = path
+        with open_file(path) as file:
+            try:
+                self.size = file.seek(0, 2)
+                if self.size == 0:
+                    raise damaged(path, "is empty")
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        self._bytes = np.frombuffer(self._mapped, np.uint8)
+        self.buffer = self._bytes.data  # for struct, which raises struct.error beyond the end
+
+    def check(self, offset: int, nbytes: int, what: str) -> None:
+        """Raise CheckpointError unless the file has bytes [offset, offset + nbytes), which `what` occupies."""
+        if not 0 <= offset <= offset + nbytes <= self.size:
+            raise damaged(
+                self.path, f"{what} needs bytes {offset} to {offset + nbytes}, and the file ends at {self.size}"
+            )
+
+    def view(self, offset: int, nbytes: int, what: str) -> NDArray[np.uint8]:
+        """Those bytes, checked, and not read before they are touched."""
+        self.check(offset, nbytes, what)
+        return self._bytes[offset : offset + nbytes]
+
+    def release_pages(self) -> None:
+        """Take this mapping's pages out of the process's memory; a page that is touched again is read again.
+
+        Whoever reads a whole model once calls this after each tensor, or resident memory grows by the whole file.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):  # Windows releases pages by itself when memory is short
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def damaged(path: Path, what: str, error: type[Llama2Error] = CheckpointError) -> Llama2Error:
     """The error for a file that contradicts itself or ends early."""
     return error(f"{path}: {what}; the file is damaged or cut short, download it again")
 
 
-@contextmanager
-def create(path: Path, *, error: type[Llama2Error] = CheckpointError) -> Iterator[BinaryIO]:
-    """A file to write that appears at `path` when it is whole. Raises `error` when the system refuses.
+def refuse_overlaps(path: Path, spans: Iterable[tuple[int, int, str]]) -> None:
+    """Raise CheckpointError when two tensors, given as (start, end, name), share bytes of a file."""
+    before, last = 0, ""
+    for start, end, name in sorted(spans):
+        if start < before:
+            raise damaged(path, f"tensors {quote(last)} and {quote(name)} overlap")
+        before, last = end, name
 
-    What an earlier process left half written goes; a link that somebody laid in its place is removed, not followed.
-    Whoever has mapped an older file keeps that, because a file is renamed to `path` and never written there.
+
+@contextmanager
+def replaced(path: Path, *, shared: bool = False, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when it is whole. Otherwise nothing of it remains.
+
+    Its name until then is `path`.part; with `shared`, where several processes may write the same file at the same
+    time, it is a name of its own. What an earlier process left at that name is removed, and a link not followed.
+    Whoever has mapped an older file keeps that one, because `path` itself is never written. Raises OSError.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp" if shared else f"{path.name}.part")
     try:
         part.unlink(missing_ok=True)
-        with os.fdopen(os.open(part, _NEW, 0o666), "wb") as file:
+        with os.fdopen(os.open(part, _NEW, mode), "wb") as file:
             yield file
         part.replace(path)
-    except BaseException as reason:
+    except BaseException:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        if isinstance(reason, OSError):
-            words = reason.strerror or reason
-            raise error(f"{path}: cannot be written ({words}); free some room, or choose another") from reason
         raise
+
+
+@contextmanager
+def create(path: Path, *, error: type[Llama2Error] = CheckpointError) -> Iterator[BinaryIO]:
+    """`replaced`, which raises `error` when the system refuses."""
+    try:
+        with replaced(path) as file:
+            yield file
+    except OSError as reason:
+        words = reason.strerror or reason
+        raise error(f"{path}: cannot be written ({words}); free some room, or choose another") from reason
 
 
 def append(path: Path, text: str, *, error: type[Llama2Error] = CheckpointError) -> None:

@@ -1,4 +1,4 @@
-"""What the machine lets this process use."""
+"""The machine, and what it allows this process to use: processors, memory, names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc/self")
+_MEMINFO = Path("/proc/meminfo")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def processors() -> int:
@@ -43,6 +45,45 @@ def quota(proc: Path = _PROC, root: Path = _CGROUPS) -> float | None:
     return min(limits, default=None)
 
 
+def total_memory() -> int | None:
+    """Bytes of the machine's memory; None on Windows."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_memory(meminfo: Path = _MEMINFO) -> int:
+    """Bytes that Linux could give to this process without swapping; 0 on other systems."""
+    return _kilobytes(meminfo, "MemAvailable:") or 0
+
+
+def peak_memory(proc: Path = _PROC) -> int | None:
+    """Bytes of the largest resident set that this process has had; None on Windows, which counts otherwise."""
+    if peak := _kilobytes(proc / "status", "VmHWM:"):  # Linux's getrusage also counts the process that started this one
+        return peak
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cpu(cpuinfo: Path = _CPUINFO) -> str:
+    """The processor's name, as far as the system reports it."""
+    import platform
+
+    lines = _words(cpuinfo, "\n")
+    if not lines:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _kilobytes(path: Path, key: str) -> int | None:
+    """The bytes that a line of a file in /proc states after `key`; None without such a line."""
+    return next((int(line.split()[1]) * 1024 for line in _words(path, "\n") if line.startswith(key)), None)
+
+
 def _limit(folder: Path) -> float | None:
     words = _words(folder / "cpu.max") or [
         *_words(folder / "cpu.cfs_quota_us"),
@@ -60,18 +101,3 @@ def _words(path: Path, separator: str | None = None) -> list[str]:
         return path.read_text(encoding="utf-8", errors="replace").split(separator)
     except OSError:
         return []
-
-
-def peak_memory() -> int | None:
-    """Bytes of the largest resident set that this process has had; None on Windows, which counts otherwise."""
-    try:
-        with open("/proc/self/status") as status:  # Linux's getrusage also counts the process that started this one
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -49,7 +49,7 @@ def origin() -> dict[str, Any]:
     import shlex
     import sys
 
-    from llama2.machine import processors
+    from llama2.machine import cpu, processors
 
     return {
         "date": now(),
@@ -80,17 +80,6 @@ def commit(folder: Path = Path(__file__).parent) -> str | None:
     except OSError:
         return None
     return described.stdout.decode("utf-8", "replace").strip() or None
-
-
-def cpu() -> str:
-    """The processor's name, as far as the system states it."""
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def installed(distribution: str) -> str | None:

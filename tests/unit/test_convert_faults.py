@@ -19,10 +19,9 @@ import pytest
 
 from conversions import Sources, plain_vocabulary
 from llama2 import checkpoint
-from llama2.checkpoint import kept
 from llama2.cli.main import run
 from llama2.config import ModelConfig
-from llama2.convert import convert
+from llama2.convert import conversion, convert
 from llama2.errors import CheckpointError, Llama2Error
 from llama2c_bytes import llama_tokens, sizes, tokenizer_bin
 from meta_bytes import CONFIG
@@ -199,7 +198,7 @@ def test_the_command(sources: Sources, out: Path, capsys: pytest.CaptureFixture[
 
 def test_a_model_above_memory(sources: Sources, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written before it is told; the comparison without running needs no memory."""
-    monkeypatch.setattr(kept, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(conversion, "available_memory", lambda: 1 << 20)
     with pytest.raises(
         CheckpointError, match=r"model\.gguf: .* GB of memory, and 0\.00 GB are free; --receipt tensors"
     ):

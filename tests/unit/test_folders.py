@@ -256,35 +256,35 @@ def test_keys_of_params_that_do_not_matter_are_noted(tmp_path: Path) -> None:
 
 def test_packed_weights_are_not_those_of_a_file_of_equal_size_and_time(tmp_path: Path) -> None:
     """`cp -p` and reproducible images leave both; answers would be of neither model."""
-    from llama2.checkpoint import kept
+    from llama2.checkpoint import artifacts
 
     arrays = {"a": np.arange(9, dtype=np.uint8)}
     model, place = tmp_path / "m.gguf", tmp_path / "place"
     write_tiny_gguf(model, config=tiny_config())
-    kept.write(place, model, {}, arrays)
-    assert kept.read(place, model, {}) is not None
+    artifacts.write(place, model, {}, arrays)
+    assert artifacts.read(place, model, {}) is not None
 
     before, content = model.stat(), bytearray(model.read_bytes())
     content[-1] ^= 1
     model.write_bytes(content)  # in place: the same inode
     os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (model.stat().st_size, model.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    assert kept.read(place, model, {}) is None
+    assert artifacts.read(place, model, {}) is None
 
-    kept.write(place, model, {}, arrays)
+    artifacts.write(place, model, {}, arrays)
     (tmp_path / "other").write_bytes(model.read_bytes())
     os.utime(tmp_path / "other", ns=(before.st_atime_ns, before.st_mtime_ns))
     (tmp_path / "other").rename(model)
-    assert kept.read(place, model, {}) is None
+    assert artifacts.read(place, model, {}) is None
 
 
 def test_samples_tell_files_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where inode and time of change are the same, as on some network file systems."""
-    from llama2.checkpoint import kept
+    from llama2.checkpoint import artifacts
 
     def identity(content: bytes) -> list[Any]:
         (tmp_path / "m").write_bytes(content)
-        return [entry[5] for entry in kept._identity(tmp_path / "m")["files"]]
+        return [entry[5] for entry in artifacts._identity(tmp_path / "m")["files"]]
 
     content = bytes(2 << 20)
     assert identity(content) == identity(content)
@@ -316,8 +316,7 @@ def test_what_is_written_follows_no_link(kind: str, tmp_path: Path) -> None:
 
 
 def test_who_has_mapped_a_file_keeps_it_when_it_is_replaced(tmp_path: Path) -> None:
-    from llama2.checkpoint.mapped import MappedFile
-    from llama2.files import create
+    from llama2.files import MappedFile, create
 
     path = tmp_path / "model.gguf"
     path.write_bytes(b"old" * 5000)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llama2 import checkpoint, native
-from llama2.checkpoint import Checkpoint, kept
+from llama2.checkpoint import Checkpoint, artifacts
 from llama2.engine import packed
 from llama2.errors import CheckpointError, EngineError
 from models import tiny_config, write_tiny_gguf
@@ -79,8 +79,8 @@ def test_weights_are_mapped_where_memory_is_short(
     available: int, mapped: bool, model: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is mapped follows the file; what was read into memory does not."""
-    monkeypatch.setattr(kept, "available_memory", lambda: available)
-    monkeypatch.setattr(kept, "_PIECE", 1000)  # so that there are many
+    monkeypatch.setattr(artifacts, "available_memory", lambda: available)
+    monkeypatch.setattr(artifacts, "_PIECE", 1000)  # so that there are many
     assert pack(model) == MATRICES
     assert pack(model) == 0
     found = packed.pack(model, native.module())

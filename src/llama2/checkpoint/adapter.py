@@ -26,10 +26,9 @@ from numpy.typing import NDArray
 from llama2 import files
 from llama2.checkpoint import gguf, huggingface, pth, quantization, safetensors
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.mapped import damaged
 from llama2.checkpoint.metadata import Metadata
 from llama2.errors import CheckpointError, RequestError
-from llama2.files import quote
+from llama2.files import damaged, quote
 from llama2.formats import nbytes
 from llama2.native import default_threads
 
@@ -246,8 +245,12 @@ def merge(base: Checkpoint, given: Sequence[tuple[Path, float]]) -> Checkpoint:
             ordered = [
                 _in_pairs(update, huggingface.heads_of(name, config), adapter.halves) for adapter, update in found
             ]
+            read = (tensors[name], *(part for update in ordered for part in (update.left, update.right)))
             tensors[name] = replace(
-                tensors[name], format=format, source=partial(_merged, tensors[name], ordered, format)
+                tensors[name],
+                format=format,
+                source=partial(_merged, tensors[name], ordered, format),
+                mapped=tuple({file for tensor in read for file in tensor.mapped}),
             )
     merged = replace(
         base,

@@ -40,6 +40,7 @@ class Tensor:
     format: str  # "F32", "F16", "BF16", "Q8_0", "Q4_0", … as in formats.FORMATS
     shape: tuple[int, ...]
     source: NDArray[np.uint8] | Callable[[], NDArray[np.uint8]]
+    mapped: tuple[files.MappedFile, ...] = field(default=(), repr=False, compare=False)  # what `data` is read from
 
     @property
     def data(self) -> NDArray[np.uint8]:
@@ -166,6 +167,11 @@ class Checkpoint:
                     f"{self.path}: tensor {tensor.name!r} holds weights that are not finite numbers; "
                     + (f"{changed[-1].path} changed it, give it a smaller scale" if changed else "download it again")
                 )
+
+    def release_pages(self) -> None:
+        """Take the pages of all mapped files of the model out of memory (`MappedFile.release_pages`)."""
+        for file in {file for tensor in self.tensors.values() for file in tensor.mapped}:
+            file.release_pages()
 
     def close(self) -> None:
         """Release the mapping, and end the tokenizer's process. Views still in use keep their pages until they die."""

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.checkpoint import kept
+from llama2.checkpoint import artifacts
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps, start_of
 from llama2.checkpoint.metadata import Metadata
 from llama2.config import BIASED, ModelConfig, RopeScaling, yarn_attention_factor
 from llama2.errors import CheckpointError, ConfigError, TokenizerError
+from llama2.files import MappedFile, damaged, first_bytes, quote, refuse_overlaps
 from llama2.formats import FORMATS, nbytes
 from llama2.text.splits import BEGINS, PRE_TOKENIZERS
 from llama2.text.tokenizer import PrependScheme
@@ -95,7 +95,7 @@ _UNSUPPORTED = {
 
 def matches(path: Path) -> bool:
     """Whether a file begins as GGUF does."""
-    return start_of(path, 4) == b"GGUF"
+    return first_bytes(path, 4) == b"GGUF"
 
 
 def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
@@ -106,7 +106,7 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
     damaged, hostile or of another kind, and ConfigError when its hyperparameters contradict each other.
     """
     facts = {"vocabulary": _LAYOUT}
-    known = kept.read(vocabulary, path, facts) if vocabulary else None
+    known = artifacts.read(vocabulary, path, facts) if vocabulary else None
     starts, sizes = known["spans"].view(np.int64).reshape(2, -1).tolist() if known else ([], [])
     parts = _parts(path, dict(zip(starts, sizes, strict=True)))
     metadata = Metadata(path, parts[0].metadata)
@@ -124,7 +124,7 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
         if vocabulary:
             spans = np.array([[*parts[0].spans], [*parts[0].spans.values()]], np.int64).ravel().view(np.uint8)
             with suppress(OSError):  # as with packed weights, whose warning tells of it
-                kept.write(vocabulary, path, facts, {**arrays, "spans": spans})
+                artifacts.write(vocabulary, path, facts, {**arrays, "spans": spans})
         return arrays
 
     build_tokenizer = _tokenizer(metadata, tensors, keep)
@@ -269,7 +269,7 @@ class _Part(NamedTuple):
                 )
             size = nbytes(format, info.shape)
             spans.append((info.offset, info.offset + size, info.name))
-            yield Tensor(info.name, format, info.shape, self.file.view(start + info.offset, size, what))
+            yield Tensor(info.name, format, info.shape, self.file.view(start + info.offset, size, what), (self.file,))
         refuse_overlaps(path, spans)
 
 

@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 from llama2 import files
 from llama2.checkpoint import pth, safetensors
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.mapped import damaged, quote
 from llama2.checkpoint.metadata import Metadata
 from llama2.config import BIASED, ModelConfig, RopeScaling, yarn_attention_factor
 from llama2.errors import CheckpointError, ConfigError
-from llama2.files import create, inside
+from llama2.files import create, damaged, inside, quote
 from llama2.formats import FLOATS
 
 if TYPE_CHECKING:
@@ -535,7 +534,7 @@ def _licence(folder: Path) -> str | None:
         path = inside(folder, "README.md")
     except CheckpointError:
         return None
-    card = files.start(path, _MAX_TEXT).decode(errors="replace")
+    card = files.first_bytes(path, _MAX_TEXT).decode(errors="replace")
     front = re.match(r"---\r?\n(.*?\n)---", card, re.DOTALL)
     licence = re.search(r"^license:[ \t]*(\S+)", front[1], re.MULTILINE) if front else None
     return licence[1].strip("'\"") if licence else None

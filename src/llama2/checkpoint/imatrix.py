@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from llama2.checkpoint import gguf
 from llama2.checkpoint.checkpoint import Tensor
-from llama2.checkpoint.mapped import MappedFile, damaged, quote
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError
+from llama2.files import MappedFile, damaged, quote
 
 Floats = NDArray[np.float32]
 Entry = tuple[str, int, Callable[[], Floats]]  # a matrix's name, how many columns it has, and what makes their values

@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.mapped import MappedFile, damaged, start_of
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, ConfigError
-from llama2.files import create
+from llama2.files import MappedFile, create, damaged, first_bytes
 from llama2.text import files as tokenizer_files
 from llama2.text import tokenizer_bin
 
@@ -110,7 +109,7 @@ class _Layout:
 
 def matches(path: Path) -> bool:
     """Whether a file begins with llama2.c's magic number, or with the sizes of a possible model."""
-    header = start_of(path, _HEADER.size)
+    header = first_bytes(path, _HEADER.size)
     try:
         return header.startswith(_MAGIC) or bool(_Layout.parse(header))
     except (ConfigError, struct.error):
@@ -144,7 +143,7 @@ def read(path: Path) -> Checkpoint:
             continue
         grouped = layout.group and len(shape) == 2
         source = partial(_from_groups, data, math.prod(shape), layout.group) if grouped else data
-        tensors[name] = Tensor(name, "F32", shape, source)
+        tensors[name] = Tensor(name, "F32", shape, source, (file,))
     return Checkpoint(
         path=path,
         format="llama2c",

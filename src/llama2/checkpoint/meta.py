@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 from llama2 import files as model_files
 from llama2.checkpoint import pth, safetensors
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.mapped import damaged, quote, start_of
 from llama2.checkpoint.metadata import Metadata
 from llama2.config import ModelConfig, RopeScaling
 from llama2.errors import CheckpointError, ConfigError
-from llama2.files import create
+from llama2.files import create, damaged, first_bytes, quote
 from llama2.formats import FLOATS
 from llama2.text import files as tokenizer_files
 
@@ -57,7 +56,7 @@ def matches(path: Path) -> bool:
     """Whether `path` is a folder with weights of Meta's, or a file as they are."""
     if path.is_dir():
         return any(path.glob(_SHARDS)) or ((path / _MISTRAL).exists() and (path / _PARAMS).exists())
-    return start_of(path, 4) == b"PK\3\4"
+    return first_bytes(path, 4) == b"PK\3\4"
 
 
 def read(path: Path) -> Checkpoint:
@@ -223,7 +222,7 @@ def _merged(paths: Sequence[Path], shape: tuple[int, ...], pieces: Sequence[Tens
     if len(pieces) == 1:
         return first
     source = partial(_equal, paths, pieces) if axis is None else partial(_join, pieces, axis)
-    return replace(first, shape=shape, source=source)
+    return replace(first, shape=shape, source=source, mapped=tuple(file for piece in pieces for file in piece.mapped))
 
 
 def _axis(name: str, shape: tuple[int, ...]) -> int | None:

@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint.checkpoint import Tensor
-from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps, start_of
 from llama2.errors import CheckpointError
+from llama2.files import MappedFile, damaged, first_bytes, quote, refuse_overlaps
 from llama2.formats import nbytes
 
 T = TypeVar("T")
@@ -119,7 +119,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, as views that nobody has touched. Raises CheckpointError for any other content."""
     file = MappedFile(path)
     try:
-        entries, storages = (_old if start_of(path, len(_OLD)) == _OLD else _zipped)(file)
+        entries, storages = (_old if first_bytes(path, len(_OLD)) == _OLD else _zipped)(file)
     except (IndexError, struct.error, UnicodeDecodeError):
         raise damaged(path, "has a pickle that breaks off or contradicts itself") from None
 
@@ -141,7 +141,7 @@ def read(path: Path) -> dict[str, Tensor]:
         data = file.view(begin, extent, f"tensor {quote(name)}")
         apart = begin % size or not view.contiguous  # kernels read numbers at multiples of their size
         source = partial(_gather, data, size, view.shape, view.strides) if count and apart else data
-        tensors[name] = Tensor(name, storage.format, view.shape, source)
+        tensors[name] = Tensor(name, storage.format, view.shape, source, (file,))
         spans[begin, begin + extent, view.strides] = name  # a tied head is the embeddings once more
     refuse_overlaps(path, [(begin, end, name) for (begin, end, _), name in spans.items()])
     if sum(prod(tensor.shape) * _SIZES[tensor.format] for tensor in tensors.values()) > 2 * file.size:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llama2.checkpoint.checkpoint import Tensor
-from llama2.checkpoint.mapped import MappedFile, damaged, quote, refuse_overlaps
 from llama2.errors import CheckpointError
-from llama2.files import Repeated, create, parse_json
+from llama2.files import MappedFile, Repeated, create, damaged, parse_json, quote, refuse_overlaps
 from llama2.formats import FLOATS, nbytes
 
 _LENGTH = struct.Struct("<Q")
@@ -51,7 +50,7 @@ def read(path: Path) -> dict[str, Tensor]:
         size = _bytes(dtype, shape)
         if size not in (None, end - begin) or begin > end:
             raise damaged(path, f"{what} has {end - begin} bytes, and {dtype} of shape {list(shape)} needs {size}")
-        tensors[name] = Tensor(name, dtype, shape, file.view(start + begin, end - begin, what))
+        tensors[name] = Tensor(name, dtype, shape, file.view(start + begin, end - begin, what), (file,))
         spans.append((begin, end, name))
     refuse_overlaps(path, spans)
     if (total := sum(end - begin for begin, end, _ in spans)) != file.size - start:

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2 import checkpoint, files, plan
-from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, huggingface, kept, llama2c, meta
-from llama2.checkpoint.mapped import release_pages
+from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, huggingface, llama2c, meta
 from llama2.convert import answers, receipt
 from llama2.convert.bounds import BOUNDS
 from llama2.convert.staging import RECEIPT, beside, carry_terms, check_room, staged
@@ -24,6 +23,7 @@ from llama2.errors import CheckpointError, ParityError
 from llama2.formats import FLOATS, nbytes
 from llama2.hub import store
 from llama2.hub.progress import Progress, reporting
+from llama2.machine import available_memory
 from llama2.text.tokenizer import Mode
 
 Target = Literal["gguf", "hf", "meta", "llama2c"]
@@ -120,7 +120,7 @@ def _formats(model: Checkpoint, to: str, format: str | None) -> dict[str, str]:
 
 def _check_memory(model: Checkpoint, formats: Mapping[str, str]) -> None:
     """Raise CheckpointError when one of the models would not fit this machine's memory, where that is known."""
-    c, available = model.config, kept.available_memory()
+    c, available = model.config, available_memory()
     context = min(c.context_length, answers.PROMPT_TOKENS + answers.TOKENS)
     as_run = {name: formats[name] if formats[name] == "F32" else t.format for name, t in model.tensors.items()}
     machine = plan.Machine("this machine", operations=1, bandwidth=1, overhead=plan.PROCESS)
@@ -140,7 +140,7 @@ def _watched(model: Checkpoint, formats: Mapping[str, str], report: Progress) ->
 
     def read(tensor: Tensor) -> NDArray[np.uint8]:
         nonlocal done
-        release_pages()
+        model.release_pages()
         done = min(total, done + tensor.nbytes)
         report("writing", done, total)
         return tensor.data

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from llama2.checkpoint import Checkpoint, Tensor, gguf, huggingface, meta
 from llama2.checkpoint.adapter import Adapter, Update
-from llama2.checkpoint.mapped import MappedFile
 from llama2.checkpoint.quantization import dequantize
 from llama2.config import ModelConfig
 from llama2.errors import ParityError
+from llama2.files import MappedFile
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -40,6 +40,7 @@ class Stored:
     rows: Callable[[slice], Bytes]
     group: int = 0  # llama2.c: F32 made of integers, so many of which share a scale
     sum: Callable[[slice], Floats] | None = None  # of a merged matrix, some rows of base and adapters, not yet rounded
+    mapped: tuple[MappedFile, ...] = ()  # what rows are read from
 
 
 #: Meta's names, and those of Hugging Face and GGUF; {} is the layer.
@@ -111,7 +112,7 @@ def _shape(tensor: Tensor) -> tuple[int, int]:
 def _gguf(model: Checkpoint) -> dict[str, Stored]:
     held = gguf.stored(model.path)
     found = {ours: _find(held, name) for ours, _, name in _names(model.config)}
-    return {ours: Stored(t.format, _shape(t), _table(t).__getitem__) for ours, t in found.items()}
+    return {ours: Stored(t.format, _shape(t), _table(t).__getitem__, mapped=t.mapped) for ours, t in found.items()}
 
 
 def _huggingface(model: Checkpoint) -> dict[str, Stored]:
@@ -129,7 +130,7 @@ def _huggingface(model: Checkpoint) -> dict[str, Stored]:
                 read = tensor.data.reshape(len(order), -1)[order].reshape(1, -1).__getitem__
             else:
                 read = partial(_gather, _table(tensor), order)
-        found[ours] = Stored(tensor.format, _shape(tensor), read)
+        found[ours] = Stored(tensor.format, _shape(tensor), read, mapped=tensor.mapped)
     return found
 
 
@@ -151,7 +152,8 @@ def _meta(model: Checkpoint) -> dict[str, Stored]:
             read, columns = partial(_side_by_side, tables), columns * len(files)
         else:
             read, rows = partial(_one_below_the_other, tables), rows * len(files)
-        found[ours] = Stored(pieces[0].format, (rows, columns), read)
+        mapped_files = tuple(file for piece in pieces for file in piece.mapped)
+        found[ours] = Stored(pieces[0].format, (rows, columns), read, mapped=mapped_files)
     return found
 
 
@@ -174,6 +176,7 @@ def _llama2c(model: Checkpoint) -> dict[str, Stored]:
     for ours, _, _ in _names(c):
         places[ours.split(".")[-2]].append(ours)
     shapes, found = c.tensor_shapes(), {}
+    read: Callable[[slice], Bytes]
     for kind in (_VERSION_1 if version else _VERSION_0).split():
         if kind in ("cosines", "sines"):
             at += 4 * c.context_length * (c.head_dim // 2)
@@ -184,9 +187,10 @@ def _llama2c(model: Checkpoint) -> dict[str, Stored]:
                 integers, at = file[at : at + count].view(np.int8), at + count
                 scales, at = file[at : at + 4 * (count // group)].view("<f4"), at + 4 * (count // group)
                 read = partial(_from_integers, integers.reshape(rows, -1), scales.reshape(rows, -1))
-                found[name] = Stored("F32", (rows, columns), read, group)
+                found[name] = Stored("F32", (rows, columns), read, group, mapped=(mapped,))
             else:
-                found[name] = Stored("F32", (rows, columns), file[at : at + 4 * count].reshape(rows, -1).__getitem__)
+                read = file[at : at + 4 * count].reshape(rows, -1).__getitem__
+                found[name] = Stored("F32", (rows, columns), read, mapped=(mapped,))
                 at += 4 * count
     return found
 
@@ -212,7 +216,8 @@ def _merged(model: Checkpoint, base: Checkpoint) -> dict[str, Stored]:
                 numbers = tensor.data.reshape(len(order), -1)[order].reshape(1, -1)
                 found[name] = Stored(tensor.format, (1, len(order)), numbers.__getitem__)
             else:
-                found[name] = Stored(tensor.format, _shape(tensor), partial(_gather, _table(tensor), order))
+                read = partial(_gather, _table(tensor), order)
+                found[name] = Stored(tensor.format, _shape(tensor), read, mapped=tensor.mapped)
     for name in {name for adapter in model.adapters for name in adapter.updates}:
         terms = []
         for adapter in model.adapters:
@@ -230,6 +235,7 @@ def _merged(model: Checkpoint, base: Checkpoint) -> dict[str, Stored]:
             found[name].shape,
             partial(_computed, latest, tensor),
             sum=partial(_sum, latest, name, found[name], terms),
+            mapped=(*found[name].mapped, *tensor.mapped),
         )
     return found
 

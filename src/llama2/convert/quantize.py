@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from llama2 import checkpoint, files, plan
 from llama2.checkpoint import Checkpoint, Tensor, gguf_writer
-from llama2.checkpoint.mapped import release_pages
 from llama2.checkpoint.quantization import requantize
 from llama2.convert.staging import carry_terms, check_room, staged
 from llama2.engine import agreement
@@ -106,7 +105,7 @@ def quantize(
             data, error = requantize(
                 tensor.data, tensor.format, tensor.shape, format, _weights(weights), threads=threads
             )
-            release_pages()
+            model.release_pages()
             if not math.isfinite(error):
                 raise CheckpointError(
                     f"{source}: tensor {tensor.name!r} has weights that are not finite numbers, or not in {format}; "

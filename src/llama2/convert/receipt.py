@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from llama2.checkpoint import Checkpoint
-from llama2.checkpoint.mapped import release_pages
 from llama2.checkpoint.quantization import dequantize
 from llama2.config import ModelConfig
 from llama2.convert import layouts, samples
@@ -115,7 +114,8 @@ def tensors(source: Checkpoint, output: Checkpoint, report: Progress) -> dict[st
     done, each = 0, {}
     for name, size in sizes.items():
         each[name] = _tensor(name, before[name], after[name])
-        release_pages()
+        for file in {*before[name].mapped, *after[name].mapped}:
+            file.release_pages()
         done += size
         report("comparing", done, sum(sizes.values()))
     equal = sum("rounded_to" not in facts for facts in each.values())

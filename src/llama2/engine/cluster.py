@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llama2.checkpoint import Checkpoint
-from llama2.checkpoint.kept import available_memory
 from llama2.engine.protocol import EngineProtocol
 from llama2.engine.request import Event, FinishReason, Load, Logprob, Request, answer_limit
 from llama2.engine.runner import BLOCK
 from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.engine.stop import AnswerText
 from llama2.errors import ContextError, EngineError, Llama2Error, RequestError
+from llama2.machine import available_memory
 from llama2.text.tokenizer import one_line
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Weights repacked for the instruction set, kept on disk so that the next start need not do it again.
 
-The file (checkpoint/kept.py) holds each quantised matrix in native/packed.h's layout.
+The file (checkpoint/artifacts.py) holds each quantised matrix in native/packed.h's layout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.checkpoint import Checkpoint, Tensor, kept
+from llama2.checkpoint import Checkpoint, Tensor, artifacts
 from llama2.errors import EngineError
 from llama2.formats import FLOATS
 from llama2.hub import store
@@ -46,11 +46,11 @@ def pack(checkpoint: Checkpoint, native: ModuleType) -> dict[str, Bytes]:
         facts["adapters"] = merged
         what += f"-{hashlib.sha256(' '.join(merged).encode()).hexdigest()[:16]}"
     path = store.kept(checkpoint.path, what)
-    if (found := kept.read(path, checkpoint.path, facts, resident=True)) is not None:
+    if (found := artifacts.read(path, checkpoint.path, facts, resident=True)) is not None:
         return found
     checkpoint.check_finite()
     try:
-        kept.write_stream(path, checkpoint.path, facts, sizes, _packed(wanted, sizes, native))
+        artifacts.write_stream(path, checkpoint.path, facts, sizes, _packed(wanted, sizes, native))
     except OSError as error:
         warnings.warn(
             f"packed weights cannot be kept in {path.parent} ({error.strerror or error}); every start will repack them",
@@ -58,7 +58,7 @@ def pack(checkpoint: Checkpoint, native: ModuleType) -> dict[str, Bytes]:
         )
         return dict(_packed(wanted, sizes, native))
     evict(keep=path)
-    found = kept.read(path, checkpoint.path, facts, resident=True)
+    found = artifacts.read(path, checkpoint.path, facts, resident=True)
     return found if found is not None else dict(_packed(wanted, sizes, native))
 
 

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from llama2 import native
 from llama2.checkpoint import Checkpoint, Tensor
-from llama2.checkpoint.mapped import release_pages
 from llama2.config import ModelConfig
 from llama2.ending import EndsInSection
 from llama2.engine import packed
@@ -35,7 +34,7 @@ class NativeRunner(EndsInSection):
         for tensor in checkpoint.tensors.values():
             if len(tensor.shape) == 1 and not tensor.name.endswith(".bias"):
                 self._set(tensor, _in_float32(tensor), format="F32")
-        release_pages()  # Linux may map megabytes of the file around each
+        checkpoint.release_pages()  # Linux may map megabytes of the file around each
         matrices = packed.pack(checkpoint, module)
         for tensor in checkpoint.tensors.values():
             tied = c.tied_embeddings and tensor.name == "tok_embeddings.weight"  # then read from the output head

@@ -24,7 +24,7 @@ def matches(path: Path) -> bool:
 
     No SentencePiece model has zeros in these places.
     """
-    return files.start(path, _LONGEST.size)[2:] == b"\0\0"
+    return files.first_bytes(path, _LONGEST.size)[2:] == b"\0\0"
 
 
 def read(path: Path, size: int) -> Tokenizer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from llama2.config import ModelConfig
 from llama2.console import data, say
 from llama2.errors import HubError, PlanError
 from llama2.formats import FLOATS
+from llama2.machine import total_memory
 from llama2.plan import GPUS, Machine
 from llama2.speed import LIMIT_SECONDS
 
@@ -292,8 +292,8 @@ def _machine(on: MachineOptions, default: str, *, integers: bool) -> Machine:
                 "with --memory, --tflops, --bandwidth and --watts"
             )
         return replace(gpus[name], **given)
-    if "memory" not in given and hasattr(os, "sysconf"):  # which Windows has not
-        given["memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if "memory" not in given and (memory := total_memory()) is not None:
+        given["memory"] = memory
     for name, rate in {
         "operations": "int8_gemm_rate" if integers else "fma_rate",
         "bandwidth": "read_bandwidth",

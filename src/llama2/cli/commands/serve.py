@@ -141,7 +141,7 @@ class RuntimeOptions:
 
     def runtime(self) -> Runtime:
         """The Runtime of every model."""
-        from llama2.checkpoint.kept import available_memory
+        from llama2.machine import available_memory
 
         half = available_memory() // 2 or None if self.engine == "llama2" else None
         return Runtime(

@@ -1,4 +1,4 @@
-"""What was derived from a model file, kept on disk so that the next start need not do it again.
+"""The cache of artifacts derived from a model file, on disk, so that the next start need not compute them again.
 
 Such a file is: magic, length and CRC-32 of the header, header, then each array from a 64-byte boundary. The header says
 all that the content depends on and how long each array is. Path, sizes, times, inodes and samples of the model's files
@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama2.files import replaced
+from llama2.machine import available_memory
+
 Bytes = NDArray[np.uint8]
 
 _MAGIC = b"llama2 kept arrays\n".ljust(24, b"\0")
@@ -30,7 +33,7 @@ _PIECE = 16 << 20  # bytes that a thread reads at a time
 
 
 def write(path: Path, model: Path, facts: Mapping[str, Any], arrays: Mapping[str, Bytes]) -> None:
-    """Keep `arrays`, to be checked whenever they are read. Raises OSError, and leaves nothing half written."""
+    """Cache `arrays`, which are checked whenever they are read. Raises OSError, and leaves nothing half written."""
     sizes = {name: data.nbytes for name, data in arrays.items()}
     write_stream(path, model, facts, sizes, arrays.items(), check=_crc32(arrays))
 
@@ -45,27 +48,19 @@ def write_stream(
     check: int | None = None,
 ) -> None:
     """`write` for arrays, of these `sizes` in bytes, that come one after another and are too long to check."""
-    import tempfile
-
     text = json.dumps({"facts": {**_identity(model), **facts}, "sizes": sizes, "crc32": check}).encode()
     places, total = _places(_START.size + len(text), sizes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(_START.pack(_MAGIC, len(text), zlib.crc32(text)) + text)
-            for name, data in content:
-                file.seek(places[name])
-                file.write(data.data)
-            file.truncate(total)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replaced(path, shared=True, mode=0o600) as file:
+        file.write(_START.pack(_MAGIC, len(text), zlib.crc32(text)) + text)
+        for name, data in content:
+            file.seek(places[name])
+            file.write(data.data)
+        file.truncate(total)
 
 
 def read(path: Path, model: Path, facts: Mapping[str, Any], *, resident: bool = False) -> dict[str, Bytes] | None:
-    """The arrays that were kept of this `model` and about exactly these `facts`; None when there are none.
+    """The arrays cached for this `model` and exactly these `facts`; None when there are none.
 
     They are mapped; with `resident` they are read into memory of their own if there is plenty. Linux gives that huge
     pages, and a file's mapping seldom, so that it is faster to use.
@@ -89,15 +84,6 @@ def read(path: Path, model: Path, facts: Mapping[str, Any], *, resident: bool = 
     except (OSError, ValueError, struct.error):
         return None
     return arrays
-
-
-def available_memory() -> int:
-    """Bytes that Linux could give to this process without swapping; 0 on other systems."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return 0
 
 
 def _load(path: Path, size: int) -> Bytes:
