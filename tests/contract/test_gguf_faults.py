@@ -118,7 +118,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     ),
     "dimension of 0": (tensor("blk.0.attn_q.weight", dims=[8, 0]), "has a dimension of size 0"),
     "dimension of -1": (tensor("blk.0.attn_q.weight", dims=[8, 2**64 - 1]), "needs bytes"),
-    "rows that are not whole blocks": (tensor("blk.0.attn_q.weight", kind=2), "not of whole blocks of Q4_0"),
+    "rows that are not whole blocks": (tensor("blk.0.attn_q.weight", kind=2), "which are not whole blocks of Q4_0"),
     "data beyond the end": (tensor("output_norm.weight", offset=1 << 20), "needs bytes .* and the file ends at"),
     "data one block beyond the end": (lambda f: f.tensors.append(TensorBytes("x", [8], b"")), "needs bytes"),
     "offset of 2^64 - 32": (tensor("output_norm.weight", offset=2**64 - 32), "needs bytes"),

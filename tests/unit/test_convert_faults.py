@@ -44,7 +44,7 @@ REFUSALS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "odd",
         "gguf",
         {"format": "Q8_0"},
-        r"odd\.gguf: .*: Q8_0 needs rows of a multiple of 32",
+        r"odd\.gguf: Q8_0 needs rows of a multiple of 32 weights, and layers",
     ),
     "a tokenizer that is none": ("gguf", "hf", {"tokenizer": Path(__file__)}, "not a whole SentencePiece model"),
 }

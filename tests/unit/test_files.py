@@ -172,3 +172,25 @@ def test_what_is_written_follows_no_link(tmp_path: Path) -> None:
     files.append(tmp_path / "d", "!")
     assert private.read_text() == "mine"
     assert ((tmp_path / "a").read_bytes(), (tmp_path / "d").read_text()) == (b"new", "é!")
+
+
+def test_processes_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    with files.replaced(path, shared=True) as first, files.replaced(path, shared=True) as second:
+        first.write(b"first")
+        second.write(b"second")
+        assert not path.exists()
+        assert len(list(tmp_path.iterdir())) == 2
+    assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"first", [path])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_nothing_remains_of_a_file_that_was_not_finished(shared: bool, tmp_path: Path) -> None:
+    def stop() -> None:
+        with files.replaced(tmp_path / "f", shared=shared) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""How many processors a process may use, by files as Linux writes them."""
+"""Processors, memory and names of the machine, by files as Linux writes them."""
 
 from __future__ import annotations
 
@@ -59,3 +59,25 @@ def test_processors_are_those_that_are_allowed_in_time(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(machine, "quota", lambda: limit)
     assert machine.processors() == expected
+
+
+def test_memory_by_files_of_proc(tmp_path: Path) -> None:
+    written(tmp_path, {"meminfo": "MemTotal:  8 kB\nMemFree:  2 kB\nMemAvailable:    3 kB\n"})
+    assert machine.available_memory(tmp_path / "meminfo") == 3072
+    assert machine.available_memory(tmp_path / "none") == 0
+    written(tmp_path, {"status": "Name:\tpython\nVmPeak:\t  9 kB\nVmHWM:\t  5 kB\nVmRSS:\t  4 kB\n"})
+    assert machine.peak_memory(tmp_path) == 5120
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="Windows reports neither")
+def test_memory_of_this_machine(tmp_path: Path) -> None:
+    total, peak = machine.total_memory(), machine.peak_memory(tmp_path)  # the latter by getrusage
+    assert total is not None
+    assert peak is not None
+    assert 1 << 20 < peak < total
+
+
+def test_name_of_the_processor(tmp_path: Path) -> None:
+    written(tmp_path, {"cpuinfo": "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nprocessor\t: 1\nmodel name\t: B\n"})
+    assert machine.cpu(tmp_path / "cpuinfo") == "Some CPU @ 3 GHz"
+    assert machine.cpu(tmp_path / "none")

@@ -93,7 +93,7 @@ def test_nbytes(format: str, shape: tuple[int, ...], expected: int) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(CheckpointError, match="multiple of 32 weights, and has 33"):
+    with pytest.raises(CheckpointError, match="multiple of 32 weights, and the tensor has 33"):
         quantization.nbytes("Q4_0", (2, 33))
     with pytest.raises(CheckpointError, match="Q4_K needs rows of a multiple of 256 weights, and the tensor has 32"):
         quantization.quantize(np.zeros(32, np.float32), "Q4_K")

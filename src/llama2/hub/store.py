@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from llama2.errors import HubError
+from llama2.files import replaced
 from llama2.hub.progress import Progress
 
 _CHUNK = 1 << 20
@@ -49,13 +50,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def write_record(path: Path, value: dict[str, Any]) -> None:
     """Write `value` as JSON, atomically. Records only save work: one that cannot be written is left out."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        fresh.replace(path)
-    except OSError:
-        return
+        with replaced(path, shared=True) as file:
+            file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
 def key(path: Path) -> str:

