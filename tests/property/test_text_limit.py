@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama2.checkpoint.checkpoint import open as open_checkpoint
+from llama2.checkpoint.opening import open as open_checkpoint
 from llama2.errors import ContextError
 from llama2.serve import text_limit
 from llama2.serve.text_limit import TextLimit

@@ -251,7 +251,7 @@ def test_a_run_with_little_to_say(folder: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_states_are_named_by_steps(tmp_path: Path) -> None:
-    from llama2.checkpoint.checkpoint import _newest
+    from llama2.checkpoint.opening import _newest
 
     for name in ("step-x9", "step-²", "step-1-9", "step-" + "9" * 30, "step-00000002", "step-00000010"):
         (tmp_path / "states" / name / "model").mkdir(parents=True)

@@ -6,6 +6,7 @@ public format is adapted to that by a file of its own in this package.
 
 from __future__ import annotations
 
-from llama2.checkpoint.checkpoint import Checkpoint, Tensor, open
+from llama2.checkpoint.checkpoint import Checkpoint, Tensor
+from llama2.checkpoint.opening import open
 
 __all__ = ["Checkpoint", "Tensor", "open"]

@@ -190,7 +190,7 @@ def refused(path: Path) -> CheckpointError:
     what = f"is an adapter{f' of {_shown(base)}' if base else ''}, not a model"
     if base and _can_be_named(base):
         return CheckpointError(f"{path}: {what}; give both: -m {base} --adapter {path}")
-    return CheckpointError(f"{path}: {what}; give its base with -m, and this with --adapter")
+    return gguf.adapter_alone(path, what)
 
 
 def _can_be_named(base: str) -> bool:

@@ -111,9 +111,7 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
     parts = _parts(path, dict(zip(starts, sizes, strict=True)))
     metadata = Metadata(path, parts[0].metadata)
     if metadata.find("general.type", str) == "adapter":
-        from llama2.checkpoint import adapter
-
-        raise adapter.refused(path)
+        raise adapter_alone(path)
     _check_architecture(metadata)
     tensors = _tensors(path, parts)
 
@@ -141,6 +139,11 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
         name=metadata.find("general.name", str) or path.stem,
         _build_tokenizer=build_tokenizer,
     )
+
+
+def adapter_alone(path: Path, what: str = "is an adapter, not a model") -> CheckpointError:
+    """The error for an adapter in the place of a model."""
+    return CheckpointError(f"{path}: {what}; give its base with -m, and this with --adapter")
 
 
 def header(path: Path) -> Mapping[str, Any]:
