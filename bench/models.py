@@ -200,7 +200,7 @@ def write_folder(config: ModelConfig, path: Path) -> None:
         for seed, (name, shape) in enumerate(config.tensor_shapes().items())
     }
     checkpoint = Checkpoint(path, "huggingface", config, tensors, {}, name=path.name)
-    checkpoint._build_tokenizer = partial(made_up_vocabulary, config.vocab_size)
+    checkpoint.tokenizer_source = partial(made_up_vocabulary, config.vocab_size)
     huggingface.write(checkpoint, path)
 
 

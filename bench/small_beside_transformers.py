@@ -104,7 +104,7 @@ def models(network: Transformer, corpus: Shards) -> tuple[torch.nn.Module, torch
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("fp32", "bf16"):
             path = Path(folder) / precision
-            like = Checkpoint(path, "huggingface", network.config, {}, {}, _build_tokenizer=corpus.load_tokenizer)
+            like = Checkpoint(path, "huggingface", network.config, {}, {}, tokenizer_source=corpus.load_tokenizer)
             write_model(path, network.state_dict(), like, precision)
             found.append(LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).train())
     return found[0], found[1]

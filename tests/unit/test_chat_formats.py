@@ -359,7 +359,7 @@ def test_llama_2_chat_is_known_by_vocabulary_and_name(tmp_path: Path) -> None:
         tokenizer.vocab_size = size
         path = tmp_path / name
         return Checkpoint(
-            path, "gguf", None, {}, metadata, name=name, _build_tokenizer=lambda: tokenizer
+            path, "gguf", None, {}, metadata, name=name, tokenizer_source=lambda: tokenizer
         ).assumes_format  # type: ignore[arg-type]
 
     assert note("Llama-2-7b-chat-hf", 32000, {}) is None

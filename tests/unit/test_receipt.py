@@ -103,7 +103,7 @@ def vocabulary(**changes: Callable[[Any], Any]) -> Callable[[Checkpoint], Checkp
         parts = {name: getattr(made, name) for name in made.__slots__}
         parts |= {name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "add_bos", "add_eos")}
         parts |= {name: make(parts[name]) for name, make in changes.items()}
-        return replace(model, _build_tokenizer=lambda: from_parts(**parts))
+        return replace(model, tokenizer_source=lambda: from_parts(**parts))
 
     return change
 

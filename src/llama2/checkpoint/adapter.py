@@ -262,7 +262,7 @@ def merge(base: Checkpoint, given: Sequence[tuple[Path, float]]) -> Checkpoint:
     )
     for adapter in adapters:
         _take_texts(merged, adapter, base)
-    if config.vocab_size != base.config.vocab_size and merged._build_tokenizer is base._build_tokenizer:
+    if config.vocab_size != base.config.vocab_size and merged.tokenizer_source is base.tokenizer_source:
         raise CheckpointError(
             f"{(origin.get(_EMBEDDINGS) or origin[_HEAD]).path}: has embeddings of {config.vocab_size} tokens and no "
             f"tokenizer, and the base has {base.config.vocab_size} tokens; put its tokenizer files there"
@@ -329,7 +329,7 @@ def _take_texts(merged: Checkpoint, adapter: Adapter, base: Checkpoint) -> None:
     if templates := huggingface.chat_templates(folder, huggingface.read_object(folder, "tokenizer_config.json")):
         merged.template, merged.templates = templates.get("default"), templates
     if any(files.inside(folder, name).exists() for name in _TOKENIZERS):
-        merged._build_tokenizer = partial(_tokenizer, folder, merged.config.vocab_size, base)
+        merged.tokenizer_source = partial(_tokenizer, folder, merged.config.vocab_size, base)
 
 
 def _tokenizer(folder: Path, size: int, base: Checkpoint) -> Tokenizer:

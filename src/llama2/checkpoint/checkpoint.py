@@ -77,9 +77,11 @@ class Tensor:
 class Checkpoint:
     """A model on disk: configuration, tokenizer, named tensors, chat template and licence.
 
-    `tensors` holds every name of `config.tensor_shapes()` and no other. `metadata` is what the file says of itself,
-    for display. `notes` are sentences on what was ignored or assumed, for whoever opens it. The tokenizer is built on
-    first use. `templates` are all chat templates by name, `template` among them as "default".
+    `tensors` holds every name of `config.tensor_shapes()` and no other; `extras` are tensors beside them, by names of
+    their own, such as a reward model's `value_head.weight`. Hugging Face's folders alone have a place for these.
+    `metadata` is what the file says of itself, for display. `notes` are sentences on what was ignored or assumed, for
+    whoever opens it. `tokenizer_source` is the tokenizer, or a function that makes it on first use. `templates` are all
+    chat templates by name, `template` among them as "default".
     """
 
     path: Path
@@ -95,7 +97,8 @@ class Checkpoint:
     tokenizer_mode: Mode = "auto"  # which parts of a text get a space in front (text.tokenizer.Mode)
     base: Checkpoint | None = None  # the model without its `adapters`, where some were merged
     adapters: tuple[Adapter, ...] = ()
-    _build_tokenizer: Any = field(default=None, repr=False)
+    tokenizer_source: Tokenizer | Callable[[], Tokenizer] | None = field(default=None, repr=False)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named = {name: text for name, text in self.templates.items() if name != "default"}
@@ -104,8 +107,11 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's own tokenizer. Raises TokenizerError when its vocabulary is damaged or unsupported."""
+        if self.tokenizer_source is None:
+            raise TokenizerError(f"{self.path}: has no tokenizer; give one with --tokenizer")
         with self.naming(), section:
-            tokenizer: Tokenizer = self._build_tokenizer()
+            source = self.tokenizer_source
+            tokenizer = source() if callable(source) else source
             if self.tokenizer_mode != "auto":
                 tokenizer.choose(self.tokenizer_mode)
         return tokenizer
@@ -156,7 +162,7 @@ class Checkpoint:
         """Raise CheckpointError when a weight is NaN or infinite. Reads every float and every block's scales once."""
         from llama2.checkpoint import quantization
 
-        for tensor in self.tensors.values():
+        for tensor in (*self.tensors.values(), *self.extras.values()):
             if not quantization.is_finite(tensor.data, tensor.format):
                 changed = [a for a in self.adapters if tensor.name in a.updates or tensor.name in a.replacements]
                 raise CheckpointError(
@@ -164,14 +170,23 @@ class Checkpoint:
                     + (f"{changed[-1].path} changed it, give it a smaller scale" if changed else "download it again")
                 )
 
+    def refuse_extras(self, format: str) -> None:
+        """Raise CheckpointError, for a format of files that has no place for extra tensors, where there are some."""
+        if self.extras:
+            name = files.quote(min(self.extras))
+            raise CheckpointError(
+                f"{self.path}: has the extra tensor {name}, which {format} has no place for; choose hf"
+            )
+
     def release_pages(self) -> None:
         """Take the pages of all mapped files of the model out of memory (`MappedFile.release_pages`)."""
-        for file in {file for tensor in self.tensors.values() for file in tensor.mapped}:
+        tensors = (*self.tensors.values(), *self.extras.values())
+        for file in {file for tensor in tensors for file in tensor.mapped}:
             file.release_pages()
 
     def close(self) -> None:
         """Release the mapping, and end the tokenizer's process. Views still in use keep their pages until they die."""
-        self.tensors = {}
+        self.tensors = self.extras = {}
         if "tokenizer" in self.__dict__:
             self.tokenizer.close()
         if self.base is not None:

@@ -137,7 +137,7 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
         templates=_templates(metadata),
         licence=metadata.find("general.license", str),
         name=metadata.find("general.name", str) or path.stem,
-        _build_tokenizer=build_tokenizer,
+        tokenizer_source=build_tokenizer,
     )
 
 

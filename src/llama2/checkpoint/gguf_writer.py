@@ -44,6 +44,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     several tokens end an answer, for rope scaling that GGUF has no keys for, or when the file system does not allow
     it, and TokenizerError as `Tokenizer.vocabulary` does.
     """
+    checkpoint.refuse_extras("GGUF")
     tensors = _tensors(checkpoint)
     keys = _general(checkpoint) | _hyperparameters(checkpoint.path, checkpoint.config) | _vocabulary(checkpoint)
     keys |= _templates(checkpoint.templates)

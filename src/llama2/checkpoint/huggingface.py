@@ -46,6 +46,8 @@ _STORES: tuple[tuple[str, str, Callable[[Path], dict[str, Tensor]]], ...] = (
     (_WHOLE, _INDEX, safetensors.read),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", pth.read),
 )
+#: Our own key of config.json, for tensors beside those of a Llama.
+_EXTRAS = "extra_tensors"
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 
 _NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
@@ -109,6 +111,7 @@ def read(folder: Path) -> Checkpoint:
     if _store(folder) is None:
         raise _no_weights(metadata)
     tensors = stored(folder, notes)
+    extras = _extras(metadata, tensors)
     _check_quantisation(metadata, tensors, notes)
     if _NAMES["output.weight"] not in tensors and metadata.get("tie_word_embeddings") is None:
         values["tie_word_embeddings"] = True
@@ -129,7 +132,8 @@ def read(folder: Path) -> Checkpoint:
         licence=_licence(folder),
         name=_name(folder),
         notes=tuple(notes),
-        _build_tokenizer=_tokenizer(folder, config, metadata, Metadata(folder / "generation_config.json", generation)),
+        extras=extras,
+        tokenizer_source=_tokenizer(folder, config, metadata, Metadata(folder / "generation_config.json", generation)),
     )
 
 
@@ -157,6 +161,27 @@ def _check_architecture(metadata: Metadata, notes: list[str]) -> None:
         )
     if metadata.get("auto_map") is not None:
         notes.append("auto_map of config.json names Python code, which is not run: the model is computed as a Llama")
+
+
+def _extras(metadata: Metadata, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the tensors that config.json lists under `extra_tensors` out of all the tensors.
+
+    The key is ours: transformers ignores it, and such tensors with a warning. Raises CheckpointError when a listed one
+    is missing, or not of floats.
+    """
+    listed, folder = metadata.get(_EXTRAS), metadata.path.parent
+    names = [] if listed is None else listed
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise damaged(metadata.path, f"{_EXTRAS} is not a list of different names")
+    for name in names:
+        if name not in tensors:
+            raise damaged(folder, f"lacks tensor {quote(name)}, which {_EXTRAS} of config.json lists")
+        if tensors[name].format not in FLOATS:
+            raise CheckpointError(
+                f"{folder}: tensor {quote(name)} has format {quote(tensors[name].format)}; supported are "
+                f"{', '.join(FLOATS)}"
+            )
+    return {name: tensors.pop(name) for name in names}
 
 
 def _check_quantisation(metadata: Metadata, tensors: Mapping[str, Tensor], notes: list[str]) -> None:
@@ -599,6 +624,10 @@ def write(checkpoint: Checkpoint, folder: Path, *, shard: int = _SHARD) -> None:
         tensor, heads = checkpoint.tensors[name], heads_of(name, config)
         tensor = tensor if tensor.format in FLOATS else tensor.in_float32()
         tensors.append(replace(in_halves(tensor, heads) if heads else tensor, name=theirs))
+    for name, tensor in checkpoint.extras.items():
+        if name in {each.name for each in tensors}:
+            raise CheckpointError(f"{checkpoint.path}: extra tensor {quote(name)} has a name of Llama's; rename it")
+        tensors.append(replace(tensor if tensor.format in FLOATS else tensor.in_float32(), name=name))
     files = [[tensor for _, tensor in part] for _, part in groupby(_numbered(tensors, shard), key=lambda pair: pair[0])]
     folder.mkdir(parents=True, exist_ok=True)
     places: dict[str, str] = {}
@@ -659,6 +688,8 @@ def _configurations(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         "use_cache": True,
         **ends,
     }
+    if checkpoint.extras:
+        config[_EXTRAS] = list(checkpoint.extras)
     if c.sliding_window is not None:
         if c.biases:
             raise CheckpointError(

@@ -151,7 +151,7 @@ def read(path: Path) -> Checkpoint:
         tensors={name: tensors[name] for name in config.tensor_shapes()},
         metadata=MappingProxyType({"version": layout.version, "group_size": layout.group}),
         name=path.stem,
-        _build_tokenizer=partial(tokenizer_files.read, path.with_name(_TOKENIZER), config.vocab_size),
+        tokenizer_source=partial(tokenizer_files.read, path.with_name(_TOKENIZER), config.vocab_size),
     )
 
 
@@ -161,6 +161,7 @@ def write(checkpoint: Checkpoint, path: Path, *, version: int = 1) -> None:
     Versions 0 and 1 hold float32, version 2 groups of 64 8-bit integers, or of half as many and so on until they
     divide a row. Raises CheckpointError for a model that such a file cannot express.
     """
+    checkpoint.refuse_extras("llama2.c's format")
     c = checkpoint.config
     tokens = vocabulary(checkpoint)
     eps_differs = not math.isclose(c.norm_eps, _EPS, rel_tol=1e-6)  # GGUF has it in float32

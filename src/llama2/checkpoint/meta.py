@@ -96,7 +96,7 @@ def read(path: Path) -> Checkpoint:
         metadata=MappingProxyType(params),
         name=path.resolve().name,
         notes=tuple(notes),
-        _build_tokenizer=partial(tokenizer_files.read, tokenizer_file(path), config.vocab_size),
+        tokenizer_source=partial(tokenizer_files.read, tokenizer_file(path), config.vocab_size),
     )
 
 
@@ -256,6 +256,7 @@ def write(checkpoint: Checkpoint, folder: Path, *, shards: int = 1) -> None:
     Meta's code knows no other. The context is not written, for its files have no place for it. Raises CheckpointError
     for a model that cannot be expressed, or not be cut so.
     """
+    checkpoint.refuse_extras("Meta's format")
     config = replace(checkpoint.config, tied_embeddings=False)
     params, model = to_params(checkpoint.path, config), checkpoint.tokenizer.model_file()
     if model is None:

@@ -48,7 +48,7 @@ def open(
     if tokenizer is not None:
         from llama2.text import files as tokenizer_files
 
-        opened._build_tokenizer = partial(tokenizer_files.read, tokenizer, opened.config.vocab_size)
+        opened.tokenizer_source = partial(tokenizer_files.read, tokenizer, opened.config.vocab_size)
     if template is not None:
         from llama2.text import chat_formats
 

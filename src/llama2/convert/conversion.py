@@ -149,7 +149,7 @@ def _watched(model: Checkpoint, formats: Mapping[str, str], report: Progress) ->
         name: replace(tensor, source=partial(read, tensor)).in_format(formats[name])
         for name, tensor in model.tensors.items()
     }
-    return replace(model, tensors=tensors, _build_tokenizer=lambda: model.tokenizer)
+    return replace(model, tensors=tensors, tokenizer_source=lambda: model.tokenizer)
 
 
 def _write(model: Checkpoint, path: Path, to: str, shards: int, *, integers: bool) -> None:

@@ -81,6 +81,8 @@ def tensors(model: Checkpoint) -> dict[str, Stored]:
     for name, shape in replace(model.config, tied_embeddings=False).tensor_shapes().items():
         if found[name].shape != (math.prod(shape[:-1]), shape[-1]):
             raise ParityError(f"{name} has shape {found[name].shape}, must be {shape}")
+    for name, tensor in model.extras.items():
+        found[name] = Stored(tensor.format, _shape(tensor), _table(tensor).__getitem__, mapped=tensor.mapped)
     return found
 
 

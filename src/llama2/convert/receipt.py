@@ -110,7 +110,10 @@ def tensors(source: Checkpoint, output: Checkpoint, report: Progress) -> dict[st
     source's, else with the bounds of `bounds`.
     """
     before, after = layouts.tensors(source), layouts.tensors(output)
-    sizes = {name: nbytes(before[name].format, before[name].shape) for name in output.config.tensor_shapes()}
+    if source.extras.keys() != output.extras.keys():
+        raise ParityError(f"the extra tensors {_change([*source.extras], [*output.extras])}")
+    names = (*output.config.tensor_shapes(), *source.extras)
+    sizes = {name: nbytes(before[name].format, before[name].shape) for name in names}
     done, each = 0, {}
     for name, size in sizes.items():
         each[name] = _tensor(name, before[name], after[name])

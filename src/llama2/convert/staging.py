@@ -108,6 +108,7 @@ def _exchange(new: Path, place: Path, old: Path) -> None:
 def check_room(folder: Path, model: Checkpoint, formats: Mapping[str, str]) -> None:
     """Raise CheckpointError when the disk of a staging folder has no room for the model's tensors in `formats`."""
     need = sum(nbytes(formats[name], tensor.shape) for name, tensor in model.tensors.items())
+    need += sum(tensor.nbytes for tensor in model.extras.values())
     free = shutil.disk_usage(folder).free
     if free < need:
         raise CheckpointError(

@@ -55,7 +55,7 @@ class States:
     ) -> None:
         self.run, self.folder = run, states_folder(run)
         self._step, self._keep_last = step, keep_last
-        self._like = Checkpoint(run, "huggingface", config, {}, {}, template, _build_tokenizer=lambda: tokenizer)
+        self._like = Checkpoint(run, "huggingface", config, {}, {}, template, tokenizer_source=tokenizer)
         self._writing: tuple[Path, Future[Any]] | None = None
         self._stack = ExitStack()
         self.failure: str | None = None  # of the last state
