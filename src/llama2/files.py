@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -268,7 +267,7 @@ def replaced(path: Path, *, shared: bool = False, mode: int = 0o666) -> Iterator
     time, it is a name of its own. What an earlier process left at that name is removed, and a link not followed.
     Whoever has mapped an older file keeps that one, because `path` itself is never written. Raises OSError.
     """
-    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp" if shared else f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp" if shared else f"{path.name}.part")
     try:
         part.unlink(missing_ok=True)
         with os.fdopen(os.open(part, _NEW, mode), "wb") as file:
