@@ -77,7 +77,7 @@ def test_writes_and_reports(source: Path, tmp_path: Path) -> None:
 def test_a_quantised_source_is_warned_of(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "q8.gguf", "--format", "q8_0", "--report", "none")
     out, words = run(tmp_path / "q8.gguf", tmp_path / "q2.gguf", "--format", "Q2_K")
-    assert "was quantised already" in words
+    assert "was quantized already" in words
     assert "KL divergence" in out
 
 

@@ -27,6 +27,7 @@ from llama2 import files
 from llama2.checkpoint import gguf, huggingface, pth, quantization, safetensors
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.metadata import Metadata
+from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, RequestError
 from llama2.files import damaged, quote
 from llama2.formats import nbytes
@@ -236,22 +237,8 @@ def merge(base: Checkpoint, given: Sequence[tuple[Path, float]]) -> Checkpoint:
             "save it again with both (peft: save_embedding_layers=True)"
         )
     for name in touched:
-        found = [(adapter, adapter.updates[name]) for adapter in adapters if name in adapter.updates]
-        for adapter, update in found:
-            shape = (update.left.shape[0], update.right.shape[1])
-            _check_shape(adapter, update.module, shape, tensors[name], base)
-        if found:
-            format = _MERGED.get(tensors[name].format, _MERGED_QUANTIZED)
-            ordered = [
-                _in_pairs(update, huggingface.heads_of(name, config), adapter.halves) for adapter, update in found
-            ]
-            read = (tensors[name], *(part for update in ordered for part in (update.left, update.right)))
-            tensors[name] = replace(
-                tensors[name],
-                format=format,
-                source=partial(_merged, tensors[name], ordered, format),
-                mapped=tuple({file for tensor in read for file in tensor.mapped}),
-            )
+        if found := [(adapter, adapter.updates[name]) for adapter in adapters if name in adapter.updates]:
+            tensors[name] = _updated(tensors[name], found, base, config)
     merged = replace(
         base,
         config=config,
@@ -268,6 +255,18 @@ def merge(base: Checkpoint, given: Sequence[tuple[Path, float]]) -> Checkpoint:
             f"tokenizer, and the base has {base.config.vocab_size} tokens; put its tokenizer files there"
         )
     return merged
+
+
+def _updated(tensor: Tensor, found: Sequence[tuple[Adapter, Update]], base: Checkpoint, config: ModelConfig) -> Tensor:
+    """A matrix with what adapters add to it, which is computed when it is touched."""
+    for adapter, update in found:
+        _check_shape(adapter, update.module, (update.left.shape[0], update.right.shape[1]), tensor, base)
+    format = _MERGED.get(tensor.format, _MERGED_QUANTIZED)
+    heads = huggingface.heads_of(tensor.name, config)
+    ordered = [_in_pairs(update, heads, adapter.halves) for adapter, update in found]
+    read = (tensor, *(part for update in ordered for part in (update.left, update.right)))
+    mapped = tuple({file for each in read for file in each.mapped})
+    return replace(tensor, format=format, source=partial(_merged, tensor, ordered, format), mapped=mapped)
 
 
 def _check_shape(

@@ -547,21 +547,8 @@ def _tokenizer(
     if model not in ("llama", "gpt2"):
         raise CheckpointError(f"{path}: has tokenizer {quote(model)}; only llama and gpt2 are supported")
     bpe = model == "gpt2"
-    pre = None
     notes: list[str] = []
-    if bpe:
-        named = metadata.find("tokenizer.ggml.pre", str) or "default"
-        pre = PRE_TOKENIZERS.get(named)
-        if pre is None:
-            known = ", ".join(dict.fromkeys(PRE_TOKENIZERS.values()))
-            raise CheckpointError(
-                f"{path}: has pre-tokenizer {quote(named)}, which is not supported; these are: {known}"
-            )
-        if named == "default":
-            notes.append(
-                "names no pre-tokenizer: text is split by llama.cpp's default rule, perhaps not the model's own"
-            )
-
+    pre = _pre_tokenizer(metadata, notes) if bpe else None
     pieces = metadata.need("tokenizer.ggml.tokens", _Strings)
     merges = metadata.need("tokenizer.ggml.merges", _Strings) if bpe else None
     size = len(pieces)
@@ -578,26 +565,8 @@ def _tokenizer(
         notes.append("has no token types: control tokens are those that it names by id or that mark roles")
     if scores is not None and size and (scores == scores[0]).all():
         notes.append("has the same score for every token: its ids are llama.cpp's, and may not be the model's own")
-
-    def flag(name: str, default: bool) -> bool:
-        value = metadata.find(f"tokenizer.ggml.{name}", bool)
-        return default if value is None else value
-
-    add_bos = flag("add_bos_token", not bpe or pre in BEGINS)
-    ids: dict[str, int | None] = {}
-    for name in ("bos", "eos", "eot", "eom", *(() if bpe else ("unknown",))):
-        token = metadata.find(f"tokenizer.ggml.{name}_token_id", int)
-        default = _DEFAULT_IDS.get(name, size)
-        if token is None and not bpe and default < size and (types is None or types[default] in _SPECIAL):
-            token = default
-        if token is not None and not 0 <= token < size:
-            if name != "bos" or add_bos:
-                raise CheckpointError(
-                    f"{path}: {name} token {token} is not one of its {size} tokens; convert the model again"
-                )
-            token = None
-        ids[name] = token
-
+    add_bos = _flag(metadata, "add_bos_token", not bpe or pre in BEGINS)
+    ids = _special_ids(metadata, size, types, bpe=bpe, add_bos=add_bos)
     scheme = metadata.find(PREPEND_SCHEME, str)
     if scheme not in (None, *get_args(PrependScheme)):
         raise CheckpointError(
@@ -608,11 +577,13 @@ def _tokenizer(
         from llama2.text import tokenizer
 
         kinds = _types(pieces, types, {*ids.values()}, bpe)
-        ends = tokenizer.Ends(ids["bos"], ids["eos"], add_bos, flag("add_eos_token", False), ids["eot"])
+        ends = tokenizer.Ends(ids["bos"], ids["eos"], add_bos, _flag(metadata, "add_eos_token", False), ids["eot"])
         if merges is not None:
             made = tokenizer.from_merges(pieces, kinds, merges, str(pre), ends, memoise=keep)
         else:
-            own = cast(PrependScheme | None, scheme) or ("always" if flag("add_space_prefix", True) else "never")
+            own = cast(PrependScheme | None, scheme) or (
+                "always" if _flag(metadata, "add_space_prefix", True) else "never"
+            )
             values = [] if scores is None else scores.tolist()
             made = tokenizer.from_scores(
                 pieces, values, kinds, ends, unk_id=ids["unknown"], prepend_scheme=own, memoise=keep
@@ -623,6 +594,44 @@ def _tokenizer(
         return made
 
     return build
+
+
+def _pre_tokenizer(metadata: Metadata, notes: list[str]) -> str:
+    """How a byte-level vocabulary splits text. Raises CheckpointError for a rule that is not known here."""
+    named = metadata.find("tokenizer.ggml.pre", str) or "default"
+    if named not in PRE_TOKENIZERS:
+        known = ", ".join(dict.fromkeys(PRE_TOKENIZERS.values()))
+        raise CheckpointError(
+            f"{metadata.path}: has pre-tokenizer {quote(named)}, which is not supported; these are: {known}"
+        )
+    if named == "default":
+        notes.append("names no pre-tokenizer: text is split by llama.cpp's default rule, perhaps not the model's own")
+    return PRE_TOKENIZERS[named]
+
+
+def _flag(metadata: Metadata, name: str, default: bool) -> bool:
+    value = metadata.find(f"tokenizer.ggml.{name}", bool)
+    return default if value is None else value
+
+
+def _special_ids(
+    metadata: Metadata, size: int, types: NDArray[Any] | None, *, bpe: bool, add_bos: bool
+) -> dict[str, int | None]:
+    """The ids of the tokens with a meaning, of which a SentencePiece vocabulary need not name some."""
+    ids: dict[str, int | None] = {}
+    for name in ("bos", "eos", "eot", "eom", *(() if bpe else ("unknown",))):
+        token = metadata.find(f"tokenizer.ggml.{name}_token_id", int)
+        default = _DEFAULT_IDS.get(name, size)
+        if token is None and not bpe and default < size and (types is None or types[default] in _SPECIAL):
+            token = default
+        if token is not None and not 0 <= token < size:
+            if name != "bos" or add_bos:
+                raise CheckpointError(
+                    f"{metadata.path}: {name} token {token} is not one of its {size} tokens; convert the model again"
+                )
+            token = None
+        ids[name] = token
+    return ids
 
 
 def _column(metadata: Metadata, name: str, size: int, dtypes: Sequence[str]) -> NDArray[Any] | None:

@@ -307,13 +307,14 @@ class _Machine:
             self.step(operation)
         return self.pop(kind)
 
+    # long: one case for each operation that torch.save writes; apart, they would only be harder to compare
     def step(self, operation: bytes) -> None:
         push = self.stack.append
         match operation:
             case b"\x80":  # PROTO
                 if not 2 <= (protocol := self.number("B")) <= 5:
                     raise self.refuse(f"a pickle of protocol {protocol}, not 2 to 5")
-            case b"\x95":  # FRAME, which tells a length that nobody needs
+            case b"\x95":  # FRAME, whose length nobody needs
                 self.number("Q")
             case b"}":  # EMPTY_DICT
                 push({})

@@ -37,6 +37,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 
 
+# 11 parameters: the program's public interface, one for each option of `llama2 convert`
 def convert(
     source: str | Path,
     target: str | Path,

@@ -45,7 +45,7 @@ POSITIONS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Quantised:
+class Quantized:
     """What was written."""
 
     path: Path
@@ -55,7 +55,7 @@ class Quantised:
     source_bytes: int  # of the source's tensors
     tensor_formats: dict[str, str]  # by Meta's name
     errors: dict[str, float]  # of every matrix: the root of Σ (x − y)² / Σ x²
-    requantised: int  # matrices that were quantised already, and so have lost twice
+    requantized: int  # matrices that were quantised already, and so have lost twice
 
     @property
     def bits_per_weight(self) -> float:
@@ -63,6 +63,7 @@ class Quantised:
         return 8 * self.bytes / self.parameters
 
 
+# 10 parameters: the program's public interface, one for each option of `llama2 quantize`
 def quantize(
     source: str | Path,
     target: str | Path,
@@ -75,7 +76,7 @@ def quantize(
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> Quantised:
+) -> Quantized:
     """Write the model at `source`, in any format that can be opened, to the GGUF file `target`.
 
     `format` is one of FORMATS; each matrix has the number format that `plan.tensor_formats` tells. `importance` is what
@@ -87,54 +88,68 @@ def quantize(
     """
     source, target = files.named(Path(source)), files.named(Path(target))
     if format not in FORMATS:
-        raise CheckpointError(f"{format} is no format of a file; choose one of {', '.join(FORMATS)}")
+        raise CheckpointError(f"{format} is not a format of a file; choose one of {', '.join(FORMATS)}")
     own = None if tokenizer is None else Path(tokenizer)
     with (
         reporting(progress) as report,
         checkpoint.open(source, tokenizer=own, tokenizer_mode=tokenizer_mode, adapters=adapters) as model,
+        staged(source, target, force=force) as stage,
     ):
         planned, shapes = plan.tensor_formats(model.config, format), model.config.tensor_shapes()
         chosen = {name: planned[name] if len(shape) == 2 else "F32" for name, shape in shapes.items()}
+        check_room(stage, model, chosen)
         errors: dict[str, float] = {}
-        total = sum(tensor.nbytes for tensor in model.tensors.values())
-        done = 0
+        quantized = _quantized(model, chosen, importance or {}, errors, threads=threads, report=report)
+        gguf_writer.write(quantized, stage / target.name)
+        carry_terms(source, model, stage / target.name)
+        parameters, before = model.config.parameters(), model.tensors.values()
+        source_bytes = sum(tensor.nbytes for tensor in before)
+        requantized = sum(NUMBER_FORMATS[tensor.format].block > 1 for tensor in before)
+    return Quantized(
+        path=target,
+        format=format,
+        parameters=parameters,
+        bytes=target.stat().st_size,
+        source_bytes=source_bytes,
+        tensor_formats=chosen,
+        errors=errors,
+        requantized=requantized,
+    )
 
-        def make(tensor: Tensor, format: str) -> NDArray[np.uint8]:
-            nonlocal done
-            weights = None if importance is None else importance.get(tensor.name)
-            data, error = requantize(
-                tensor.data, tensor.format, tensor.shape, format, _weights(weights), threads=threads
+
+def _quantized(
+    model: Checkpoint,
+    chosen: Mapping[str, str],
+    importance: Importance,
+    errors: dict[str, float],
+    *,
+    threads: int | None,
+    report: Progress,
+) -> Checkpoint:
+    """The model with tensors in the `chosen` formats, each made when it is touched; `errors` gets those of matrices."""
+    total, done = sum(tensor.nbytes for tensor in model.tensors.values()), 0
+
+    def make(tensor: Tensor, format: str) -> NDArray[np.uint8]:
+        nonlocal done
+        weights = _weights(importance.get(tensor.name))
+        data, error = requantize(tensor.data, tensor.format, tensor.shape, format, weights, threads=threads)
+        model.release_pages()
+        if not math.isfinite(error):
+            raise CheckpointError(
+                f"{model.path}: tensor {tensor.name!r} has weights that are not finite numbers, or not in {format}; "
+                "download it again, or choose another format"
             )
-            model.release_pages()
-            if not math.isfinite(error):
-                raise CheckpointError(
-                    f"{source}: tensor {tensor.name!r} has weights that are not finite numbers, or not in {format}; "
-                    "download it again, or choose another format"
-                )
-            if len(tensor.shape) == 2:
-                errors[tensor.name] = error
-            done += tensor.nbytes
-            report("quantising", done, total)
-            return data
+        if len(tensor.shape) == 2:
+            errors[tensor.name] = error
+        done += tensor.nbytes
+        report("quantizing", done, total)
+        return data
 
-        tensors = {
-            name: replace(tensor, format=chosen[name], source=partial(make, tensor, chosen[name]))
-            for name, tensor in model.tensors.items()
-        }
-        with staged(source, target, force=force) as stage:
-            check_room(stage, model, chosen)
-            gguf_writer.write(replace(model, tensors=tensors), stage / target.name)
-            carry_terms(source, model, stage / target.name)
-        return Quantised(
-            path=target,
-            format=format,
-            parameters=model.config.parameters(),
-            bytes=target.stat().st_size,
-            source_bytes=total,
-            tensor_formats=chosen,
-            errors=errors,
-            requantised=sum(NUMBER_FORMATS[t.format].block > 1 for t in model.tensors.values()),
-        )
+    tensors = {
+        name: replace(tensor, format=chosen[name], source=partial(make, tensor, chosen[name]))
+        for name, tensor in model.tensors.items()
+    }
+    return replace(model, tensors=tensors)
 
 
 def _weights(importance: NDArray[np.float32] | None) -> NDArray[np.float32] | None:

@@ -62,7 +62,7 @@ def command(
     from llama2.checkpoint import gguf_writer
     from llama2.checkpoint import imatrix as matrices
     from llama2.checkpoint import open as open_checkpoint
-    from llama2.convert import quantize as quantising
+    from llama2.convert import quantize as quantizing
     from llama2.convert import staging
 
     if imatrix is not None and calibrate is not None:
@@ -70,8 +70,8 @@ def command(
     if save_imatrix is not None and calibrate is None:
         raise typer.BadParameter("--save-imatrix keeps what --calibrate makes; give that too")
     format = format.upper()
-    if format not in quantising.FORMATS:
-        raise typer.BadParameter(f"--format {format} is not one of {', '.join(quantising.FORMATS)}")
+    if format not in quantizing.FORMATS:
+        raise typer.BadParameter(f"--format {format} is not one of {', '.join(quantizing.FORMATS)}")
     path, adapters = local_path(source), local_adapters(adapter)
     own: Any = {"tokenizer": tokenizer, "tokenizer_mode": tokenizer_mode, "adapters": adapters}
     importance = None
@@ -80,13 +80,13 @@ def command(
             importance = matrices.read(imatrix, model.config)
     elif calibrate is not None:
         staging.check(path, target, force)  # before a long calculation
-        sums = quantising.calibrate(path, read_text(calibrate), **own, threads=threads)
-        importance = quantising.means(sums)
+        sums = quantizing.calibrate(path, read_text(calibrate), **own, threads=threads)
+        importance = quantizing.means(sums)
         if save_imatrix is not None:
             with open_checkpoint(path, adapters=adapters) as model:
                 gguf_writer.write_imatrix(sums, model.config, calibrate.name, save_imatrix)
     with exit_on_signals():
-        written = quantising.quantize(
+        written = quantizing.quantize(
             path,
             target,
             format,
@@ -95,8 +95,8 @@ def command(
             threads=threads,
             force=force,
         )
-    if written.requantised:
-        warn(f"{source} was quantised already, so its matrices lost twice; quantise from F16 or BF16 if you can")
+    if written.requantized:
+        warn(f"{source} was quantized already, so its matrices lost twice; quantize from F16 or BF16 if you can")
     facts: dict[str, Any] = {
         "source": source,
         "path": str(target),
@@ -111,7 +111,7 @@ def command(
         "errors": written.errors,
     }
     if report == "full":
-        agreement = quantising.compare(
+        agreement = quantizing.compare(
             path,
             target,
             None if text is None else read_text(text),
