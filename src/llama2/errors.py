@@ -6,7 +6,7 @@ and exits with 1; `--debug` shows the traceback. Anything else that escapes is a
 
 
 class Llama2Error(Exception):
-    """Base of everything a user can cause and mend."""
+    """Base of everything a user can cause and fix."""
 
 
 class ConfigError(Llama2Error):
@@ -54,7 +54,7 @@ class PlanError(Llama2Error):
 
 
 class RecipeError(Llama2Error):
-    """A recipe has a setting that is unknown, missing, or of no use, or is no TOML."""
+    """A recipe has a setting that is unknown, missing, or of no use, or is not TOML."""
 
 
 class DataError(Llama2Error):

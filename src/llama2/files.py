@@ -37,7 +37,7 @@ _NEW, _END = _WRITE | os.O_EXCL, _WRITE | os.O_APPEND | getattr(os, "O_NONBLOCK"
 
 
 class Repeated(dict[str, Any]):
-    """A JSON object with keys that stand twice and differ, `twice`. The last value counts, as in Python's json."""
+    """A JSON object with keys that are there twice and differ, `twice`. The last value counts, as in Python's json."""
 
     __slots__ = ("twice",)
     twice: frozenset[str]
@@ -158,8 +158,8 @@ def parse_json(
     """The JSON object that `text` is, `what` of the file at `path`.
 
     Values are not judged: whole numbers may have 4,300 digits, floats be NaN, texts hold lone surrogates. An object
-    with keys that stand twice and differ is a `Repeated`. Raises `error` for what is not an object, and for what could
-    need more than `memory` bytes beside its own.
+    with keys that are there twice and differ is a `Repeated`. Raises `error` for what is not an object, or could need
+    more than `memory` bytes beside its own.
     """
     refuse_memory(path, text, what, memory=memory, error=error)
     try:
@@ -204,7 +204,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class MappedFile:
-    """A file mapped read-only. Whoever takes bytes of it checks first, with exact integers, that they exist.
+    """A file mapped read-only. Who takes bytes of it checks first, with exact integers, that they exist.
 
     Who shortens a file that is mapped ends this process (SIGBUS): replace it by renaming, as `create` does.
     """
@@ -239,7 +239,7 @@ class MappedFile:
     def release_pages(self) -> None:
         """Take this mapping's pages out of the process's memory; a page that is touched again is read again.
 
-        Whoever reads a whole model once calls this after each tensor, or resident memory grows by the whole file.
+        Who reads a whole model once calls this after each tensor, or resident memory grows by the whole file.
         """
         if hasattr(mmap, "MADV_DONTNEED"):  # Windows releases pages by itself when memory is short
             self._mapped.madvise(mmap.MADV_DONTNEED)
@@ -265,7 +265,7 @@ def replaced(path: Path, *, shared: bool = False, mode: int = 0o666) -> Iterator
 
     Its name until then is `path`.part; with `shared`, where several processes may write the same file at the same
     time, it is a name of its own. What an earlier process left at that name is removed, and a link not followed.
-    Whoever has mapped an older file keeps that one, because `path` itself is never written. Raises OSError.
+    Who has mapped an older file keeps that one, because `path` itself is never written. Raises OSError.
     """
     part = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp" if shared else f"{path.name}.part")
     try:
@@ -313,5 +313,5 @@ def lines(file: IO[bytes], limit: int) -> Iterator[bytes | None]:
 
 
 def quote(text: str) -> str:
-    """A name from a file as it may stand in a message: on one line, and short."""
+    """A name from a file as a message may show it: on one line, and short."""
     return repr(text if len(text) <= 80 else text[:77] + "…")

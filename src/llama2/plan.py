@@ -17,7 +17,7 @@ from llama2.formats import FORMATS as NUMBER_FORMATS
 #: Every size that has a name.
 NAMED: dict[str, ModelConfig] = SIZES | {f"llama1-{name}": config for name, config in LLAMA_1_SIZES.items()}
 
-#: What stands in for a format of 256 weights a block where rows are not multiples of that.
+#: What replaces a format of 256 weights a block where rows are not multiples of that.
 _SMALLER_BLOCKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}
 
 #: Formats of files, and the number format that most of a file's matrices have.
@@ -165,7 +165,7 @@ def generation(
     (residual, its norm, queries, keys, values, attention's output, both halves of the feed-forward) and the logits.
     FLOPs: 2 a weight, 4 L H E for each key that a token attends to; a prompt needs the output head once.
     seconds: the longer of FLOPs / operations and bytes / bandwidth, as if nothing else took time, and devices had
-    nothing to tell each other. A step reads the weights but the embeddings, and in decoding all keys and values.
+    nothing to send each other. A step reads the weights but the embeddings, and in decoding all keys and values.
     Raises PlanError for a value out of range.
     """
     _positive(batch=batch, devices=devices)

@@ -237,7 +237,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     ),
     "quantised in an unknown way": (
         quantised("q_proj.scales", quantization_config="\x1b[2J"),
-        "holds quantised weights",
+        "holds quantized weights",
     ),
     "other activation": (config(hidden_act="gelu"), 'hidden_act="gelu" is not supported'),
     "text for a width": (config(hidden_size="8"), "hidden_size must be a whole number"),
@@ -378,7 +378,7 @@ def test_links(tmp_path: Path) -> None:
             "holds GPTQ weights, which are not supported",
         ),
         (["config.json", INDEX], "has no weight_map from tensors to files"),
-        (["config.json", "pytorch_model.bin"], "pytorch_model.bin: is no file of torch.save"),
+        (["config.json", "pytorch_model.bin"], "pytorch_model.bin: is not a file of torch.save"),
         ([WHOLE], "has 'model.safetensors', and neither config.json nor params.json; download that too"),
         (["tokenizer.json", "tokenizer_config.json"], r"has a tokenizer \('tokenizer.json'\), and no model"),
         (["x.gguf"], "is a folder of GGUF files; give one, such as 'x.gguf' in it"),

@@ -139,7 +139,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
         second(lambda t: t.update({"output.weight": torch.ones(352).bfloat16()})),
         r"tensor 'output\.weight' makes \(704,\) of 2 files",
     ),
-    "something that is no tensor": (second(lambda t: t.update({"norm.weight": 1})), "its entry 'norm.weight' is no"),
+    "something that is not a tensor": (second(lambda t: t.update({"norm.weight": 1})), "its entry 'norm.weight' is no"),
 }
 
 

@@ -89,7 +89,7 @@ def test_refusals(source: Path, tmp_path: Path) -> None:
     _, words = run(source, tmp_path / "q.gguf", "--imatrix", source, status=1)
     assert "no importance of any matrix" in words
     _, words = run(source, tmp_path / "no" / "q.gguf", status=1)
-    assert "is no folder; make it first" in words
+    assert "is not a folder; make it first" in words
     damaged = bytearray(source.read_bytes())
     damaged[-4:] = np.float32(np.nan).tobytes()
     (tmp_path / "nan.gguf").write_bytes(damaged)

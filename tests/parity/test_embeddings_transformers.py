@@ -1,4 +1,4 @@
-"""Embeddings against transformers' hidden states on the same dequantised weights; and the same bits in any company."""
+"""Embeddings against transformers' hidden states on the same dequantized weights; and the same bits in any company."""
 
 from __future__ import annotations
 

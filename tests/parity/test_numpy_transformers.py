@@ -1,4 +1,4 @@
-"""The NumPy runner against transformers' LlamaForCausalLM in float32, on the same dequantised weights."""
+"""The NumPy runner against transformers' LlamaForCausalLM in float32, on the same dequantized weights."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -454,7 +454,7 @@ def test_files_that_are_not_there(base: Path, tmp_path: Path) -> None:
         opened(base, adapter)
     for path, message in (
         (base, "is a model, not an adapter; give it with -m"),
-        (tmp_path, "is no adapter: it has no adapter_config"),
+        (tmp_path, "is not an adapter: it has no adapter_config"),
     ):
         with pytest.raises(CheckpointError, match=message):
             opened(base, path)

@@ -68,7 +68,7 @@ def test_places_that_are_refused(sources: Sources, out: Path) -> None:
         (copy, copy / "x.gguf", "is the source, in it or around it; choose another place"),
         (copy, copy, "is the source"),
         (copy, out, "is the source, in it or around it"),
-        (copy, out / "no" / "x.gguf", "no: is no folder; make it first"),
+        (copy, out / "no" / "x.gguf", "no: is not a folder; make it first"),
     ):
         for force in (False, True):
             with pytest.raises(CheckpointError, match=message):

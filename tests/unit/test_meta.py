@@ -144,7 +144,7 @@ def test_ring_of_files(tmp_path: Path) -> None:
 
 
 def test_params_of_gguf(tmp_path: Path) -> None:
-    """Its float32 epsilon becomes 1e-5 again; quantised weights become float32, and a tied head a tensor."""
+    """Its float32 epsilon becomes 1e-5 again; quantized weights become float32, and a tied head a tensor."""
     config = replace(CONFIG, vocab_size=320, hidden_dim=64, tied_embeddings=True, rope_theta=500000.0)
     weights = write_tiny_gguf(tmp_path / "a.gguf", config=config, format="Q8_0")
     meta.write(checkpoint.open(tmp_path / "a.gguf"), tmp_path / "a", shards=2)

@@ -29,7 +29,7 @@ Start = Callable[..., Runner]
 
 QUANTISED = [name for name in quantization.FORMATS if name not in ("F32", "F16", "BF16")]
 
-#: The largest and the mean difference of logits with unquantised weights, as parts of the largest logit; with attention
+#: The largest and the mean difference of logits with unquantized weights, as parts of the largest logit; with attention
 #: in bfloat16 more, as rounding to 8 bits meets more ties.
 CLOSE = {False: (2e-4, 1e-5), True: (4e-3, 2e-4)}
 

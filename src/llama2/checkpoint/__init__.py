@@ -1,6 +1,6 @@
 """A model on disk ⇄ Checkpoint(config, tokenizer, tensors): memory-mapped, lazy, every size checked before use.
 
-Names are Meta's (`layers.0.attention.wq.weight`); rows of wq and wk stand in Meta's interleaved rotary order. Each
+Names are Meta's (`layers.0.attention.wq.weight`); rows of wq and wk are in Meta's interleaved rotary order. Each
 public format is adapted to that by a file of its own in this package.
 """
 

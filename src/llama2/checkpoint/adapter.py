@@ -51,7 +51,7 @@ _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _PART = re.compile(
     r"(.+?)(?:\.base_layer)?\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.default)?(?:\.weight)?"
 )
-#: What may stand in the name of a tensor that replaces the base's.
+#: What may be in the name of a tensor that replaces the base's.
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
 #: A key of rank_pattern or alpha_pattern that is a module's name or its end. Others are regular expressions.
 _LITERAL = re.compile(r"\^?(?:\w|\\?\.)+\$?", re.ASCII)
@@ -72,7 +72,7 @@ _UNSUPPORTED = (
 #: Values of init_lora_weights that leave the base as it is. The others take from the base what they begin with.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 
-#: What matrices of each base become. What was quantised becomes Q8_0, which loses far less than the base has lost.
+#: What matrices of each base become. What was quantized becomes Q8_0, which loses far less than the base has lost.
 _MERGED = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _MERGED_QUANTIZED = "Q8_0"
 
@@ -98,7 +98,7 @@ class Adapter:
     path: Path
     scale: float  # what the caller multiplies its own scale with
     base: str | None  # what it was trained on, as its file says
-    halves: bool  # whether rows of wq and wk stand in Hugging Face's order
+    halves: bool  # whether rows of wq and wk are in Hugging Face's order
     updates: Mapping[str, Update]
     replacements: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -166,7 +166,7 @@ def split(word: str | PathLike[str]) -> tuple[str, float]:
 def beside(path: Path) -> tuple[str, ...]:
     """What to say of an adapter that lies in a model's folder. Raises CheckpointError where it lies there alone.
 
-    Which of both is meant, the folder does not tell, so the adapter is merged only when it is asked for.
+    The folder does not say which of both is meant, so the adapter is merged only on request.
     """
     if path.name in (CONFIG, *_WEIGHTS) and path.with_name(CONFIG).is_file():
         raise refused(path.parent)
@@ -202,14 +202,14 @@ def _can_be_named(base: str) -> bool:
 
 
 def _shown(text: str) -> str:
-    """A name from a file as it may stand in a message, without quotation marks."""
+    """A name from a file as a message may show it, without quotation marks."""
     return quote(text)[1:-1]
 
 
 def merge(base: Checkpoint, given: Sequence[tuple[Path, float]]) -> Checkpoint:
     """The base with adapters merged in, each with its factor, in this order.
 
-    Merged matrices keep the base's number format if that is F32, F16 or BF16, and become Q8_0 where it is quantised.
+    Merged matrices keep the base's number format if that is F32, F16 or BF16, and become Q8_0 where it is quantized.
     Where an adapter's folder has a tokenizer or a chat template, they count instead of the base's, as it was trained
     with them. Raises CheckpointError when an adapter is damaged, is of another base, or does what is not supported.
     """
@@ -372,7 +372,7 @@ def _read(path: Path, scale: float, base: Checkpoint) -> Adapter:
     if gguf.matches(path):
         return _llamacpp(path, scale, base)
     raise CheckpointError(
-        f"{path}: is no adapter; give a folder with {CONFIG}, or a GGUF file of llama.cpp's converter"
+        f"{path}: is not an adapter; give a folder with {CONFIG}, or a GGUF file of llama.cpp's converter"
     )
 
 
@@ -552,7 +552,7 @@ def _check_layers(settings: Metadata, weights: Path, updates: Mapping[str, Updat
 
 
 def _llamacpp(path: Path, scale: float, base: Checkpoint) -> Adapter:
-    """An adapter as llama.cpp's convert_lora_to_gguf.py writes it; rows of wq and wk stand in Meta's order."""
+    """An adapter as llama.cpp's convert_lora_to_gguf.py writes it; rows of wq and wk are in Meta's order."""
     metadata = Metadata(path, gguf.header(path))
     if metadata.find("general.type", str) != "adapter":
         raise CheckpointError(f"{path}: is a model, not an adapter; give it with -m")
@@ -565,13 +565,13 @@ def _llamacpp(path: Path, scale: float, base: Checkpoint) -> Adapter:
         raise _unsupported(path, "adapter.alora.invocation_tokens")
     alpha = metadata.need("adapter.lora.alpha", float)
     if not abs(alpha) <= _MAX_NUMBER:
-        raise damaged(path, "adapter.lora.alpha is no number")
+        raise damaged(path, "adapter.lora.alpha is not a number")
     known = {theirs: ours for ours, theirs in gguf.names(replace(base.config, tied_embeddings=False)).items()}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in gguf.stored(path).items():
         module, _, part = name.rpartition(".lora_")
         if module not in known or part not in ("a", "b"):
-            raise CheckpointError(f"{path}: has tensor {quote(name)}, which is no part of an adapter of {base.path}")
+            raise CheckpointError(f"{path}: has tensor {quote(name)}, which is not a part of an adapter of {base.path}")
         parts.setdefault(known[module], {})[part] = tensor
     return Adapter(path, scale, None, False, dict(_pairs(path, parts, alpha, scale)))
 

@@ -107,7 +107,7 @@ def _load(path: Path, size: int) -> Bytes:
 
 
 def _identity(model: Path) -> dict[str, Any]:
-    """What tells a model's files from others at the same path, be they of equal size and time; reads 128 KB of them."""
+    """What distinguishes a model's files from others at the same path, also of equal size and time; reads 128 KB."""
     files = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else [model]
     each = max(1, _SAMPLES // max(1, len(files)))
     identity = []

@@ -29,7 +29,7 @@ class Tensor:
     """One named tensor, still in its file's number format.
 
     `shape` is PyTorch's order, (rows, columns) or (n,). `source` is a read-only uint8 view of exactly the tensor's
-    bytes in the mapped file if they stand there in Meta's order, else what makes a copy of them in that order.
+    bytes in the mapped file if they are there in Meta's order, else what makes a copy of them in that order.
     """
 
     name: str
@@ -79,9 +79,9 @@ class Checkpoint:
 
     `tensors` holds every name of `config.tensor_shapes()` and no other; `extras` are tensors beside them, by names of
     their own, such as a reward model's `value_head.weight`. Hugging Face's folders alone have a place for these.
-    `metadata` is what the file says of itself, for display. `notes` are sentences on what was ignored or assumed, for
-    whoever opens it. `tokenizer_source` is the tokenizer, or a function that makes it on first use. `templates` are all
-    chat templates by name, `template` among them as "default".
+    `metadata` is what the file says of itself, for display. `notes` are sentences on what was ignored or assumed.
+    `tokenizer_source` is the tokenizer, or a function that makes it on first use. `templates` are all chat templates by
+    name, `template` among them as "default".
     """
 
     path: Path
@@ -132,7 +132,7 @@ class Checkpoint:
 
     @property
     def assumes_format(self) -> str | None:
-        """What to tell a person whose model names no chat format, and has Llama 2's for want of one; None if sure.
+        """What to say where a model names no chat format, and gets Llama 2's for want of one; None if sure.
 
         Without a template, a model is Llama 2 Chat by its vocabulary and its name; Meta's own files say no more.
         """

@@ -2,7 +2,7 @@
 
 A file is: magic, version, counts, metadata, tensor descriptions, padding, tensors. Nothing is believed: counts have
 limits, every length is compared with the file's own before it is used, and text is bounded. The rows of wq and wk
-already stand in Meta's interleaved rotary order.
+already are in Meta's interleaved rotary order.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
         arrays = make()
         if vocabulary:
             spans = np.array([[*parts[0].spans], [*parts[0].spans.values()]], np.int64).ravel().view(np.uint8)
-            with suppress(OSError):  # as with packed weights, whose warning tells of it
+            with suppress(OSError):  # as with packed weights, which warn
                 artifacts.write(vocabulary, path, facts, {**arrays, "spans": spans})
         return arrays
 

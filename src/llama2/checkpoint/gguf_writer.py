@@ -21,7 +21,7 @@ from llama2.formats import FORMATS
 from llama2.text.template import check
 from llama2.text.tokenizer import Tokenizer
 
-_ALIGNMENT = 32  # the default, so that no key tells it
+_ALIGNMENT = 32  # the default, so that no key states it
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9  # GGUF's value types
 _STRUCTS = {_U32: "I", _I32: "i", _F32: "f", _BOOL: "?"}
 
@@ -126,7 +126,7 @@ def _architecture(c: ModelConfig) -> str:
 
 
 def _hyperparameters(path: Path, c: ModelConfig) -> Keys:
-    """Raises CheckpointError for rope scaling that no key can tell."""
+    """Raises CheckpointError for rope scaling that no key can express."""
     keys = {
         "context_length": _number(_U32, c.context_length),
         "embedding_length": _number(_U32, c.dim),

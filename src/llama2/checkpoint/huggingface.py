@@ -2,7 +2,7 @@
 
 Weights are safetensors, or PyTorch's pickles where there are none. What is used is checked, and the rest is not judged.
 
-transformers rotates a head's first half against its second, so rows of wq and wk stand with all first numbers of
+transformers rotates a head's first half against its second, so rows of wq and wk are ordered with all first numbers of
 Meta's pairs before all second ones. They are put into Meta's order when a tensor is touched, and back when written.
 """
 
@@ -41,7 +41,7 @@ _MAX_SHARDS = 1 << 10
 _MAX_TEMPLATES = 1 << 6  # beside the default one
 _SHARD = 5 * 10**9  # bytes of tensors in one file, as transformers has it
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
-#: What weights stand in: one file, or several and their index. The first that a folder has counts, as in transformers.
+#: Where weights are: in one file, or several and their index. The first that a folder has counts, as in transformers.
 _STORES: tuple[tuple[str, str, Callable[[Path], dict[str, Tensor]]], ...] = (
     (_WHOLE, _INDEX, safetensors.read),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", pth.read),
@@ -67,8 +67,8 @@ _LAYER_NAMES = {
 _IGNORED = re.compile(
     r"(?:.*\.)?(?:rotary_emb\.\w+|inv_freq|masked_bias|position_ids|(?:causal|attention)_mask|attn\.bias)"
 )
-#: What quantised weights leave beside, or in place of, a matrix: names of GPTQ, AWQ, bitsandbytes and their like.
-_QUANTISED = re.compile(
+#: What quantized weights leave beside, or in place of, a matrix: names of GPTQ, AWQ, bitsandbytes and their like.
+_QUANTIZED = re.compile(
     r".*\.(?:qweight|qzeros|scales|g_idx|SCB|CB|absmax|quant_map|weight_(?:scale|zero_point|packed|shape|format)\w*|"
     r"weight\.(?:absmax|quant_map|nested\w*|quant_state\.\w+)|codebooks?|input_scale)"
 )
@@ -112,7 +112,7 @@ def read(folder: Path) -> Checkpoint:
         raise _no_weights(metadata)
     tensors = stored(folder, notes)
     extras = _extras(metadata, tensors)
-    _check_quantisation(metadata, tensors, notes)
+    _check_quantization(metadata, tensors, notes)
     if _NAMES["output.weight"] not in tensors and metadata.get("tie_word_embeddings") is None:
         values["tie_word_embeddings"] = True
         notes.append("its output head is taken to be its embeddings, because it has none and config.json does not say")
@@ -184,25 +184,25 @@ def _extras(metadata: Metadata, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return {name: tensors.pop(name) for name in names}
 
 
-def _check_quantisation(metadata: Metadata, tensors: Mapping[str, Tensor], notes: list[str]) -> None:
-    """Raise CheckpointError for weights that are quantised. A configuration beside whole weights is of no use here."""
+def _check_quantization(metadata: Metadata, tensors: Mapping[str, Tensor], notes: list[str]) -> None:
+    """Raise CheckpointError for weights that are quantized. A configuration beside whole weights is of no use here."""
     wrong = [
         name
         for name, tensor in tensors.items()
-        if _QUANTISED.fullmatch(name) or (name.endswith("_proj.weight") and tensor.format not in FLOATS)
+        if _QUANTIZED.fullmatch(name) or (name.endswith("_proj.weight") and tensor.format not in FLOATS)
     ]
-    method = _quantisation(metadata)
+    method = _quantization(metadata)
     if wrong:
         raise CheckpointError(
-            f"{metadata.path.parent}: holds {method or 'quantised weights'} ({quote(wrong[0])}), which are not "
-            "supported; choose the unquantised model or a GGUF"
+            f"{metadata.path.parent}: holds {method or 'quantized weights'} ({quote(wrong[0])}), which are not "
+            "supported; choose the unquantized model or a GGUF"
         )
     if method is not None:
         notes.append(f"its configuration speaks of {method}; it has none, and that is ignored")
 
 
-def _quantisation(metadata: Metadata) -> str | None:
-    """What a model's configuration says of its weights, method and bits; None where they are not quantised."""
+def _quantization(metadata: Metadata) -> str | None:
+    """What a model's configuration says of its weights, method and bits; None where they are not quantized."""
     folder, settings, method = metadata.path.parent, metadata.get("quantization_config"), None
     for name, usual in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         if settings is None and files.exists(folder / name):
@@ -212,7 +212,7 @@ def _quantisation(metadata: Metadata) -> str | None:
     values = _table(settings)
     method = values.get("quant_method", method)
     if not isinstance(method, str) or not re.fullmatch(r"[\w.-]{1,40}", method, re.ASCII):
-        method = "quantised"
+        method = "quantized"
     weights = [_table(_table(group).get("weights")) for group in _table(values.get("config_groups")).values()]
     claimed = [values.get("bits"), values.get("w_bit"), *(group.get("num_bits") for group in weights)]
     claimed += [bits for bits in (4, 8) if values.get(f"load_in_{bits}bit") is True or method == f"fp{bits}"]
@@ -262,13 +262,13 @@ def _shards(folder: Path, index: str) -> bool:
 
 def _no_weights(metadata: Metadata) -> CheckpointError:
     """Why a folder with a configuration has no weights that can be read, and what to do."""
-    folder, method = metadata.path.parent, _quantisation(metadata)
+    folder, method = metadata.path.parent, _quantization(metadata)
     names = sorted(path.name for path in folder.iterdir())
     if found := [name for name in names if name.endswith(".gguf")]:
         return CheckpointError(f"{folder}: has no weights but GGUF files; give one, such as {quote(found[0])} in it")
     if method is not None:
         return CheckpointError(
-            f"{folder}: holds {method}, which are not supported; choose the unquantised model or a GGUF"
+            f"{folder}: holds {method}, which are not supported; choose the unquantized model or a GGUF"
         )
     if found := [name for name in names if re.fullmatch(r"\w+-\d+-of-\d+\.(?:safetensors|bin)", name)]:
         return CheckpointError(f"{folder}: has {found[0]}, and no index of such files; download it too, *.index.json")
@@ -600,7 +600,7 @@ def _ids(metadata: Metadata, key: str, config: ModelConfig) -> list[int]:
 
 
 def _shown(value: Any) -> str:
-    """A value of a JSON file as it may stand in a message: on one line, and short."""
+    """A value of a JSON file as a message may show it: on one line, and short."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "…"
 
@@ -608,7 +608,7 @@ def _shown(value: Any) -> str:
 def write(checkpoint: Checkpoint, folder: Path, *, shard: int = _SHARD) -> None:
     """Write a model to `folder`, with one tensor in memory at a time. A file has at least one, and up to `shard` bytes.
 
-    Floats keep their format; quantised weights become F32. Raises CheckpointError for rotary scaling that config.json
+    Floats keep their format; quantized weights become F32. Raises CheckpointError for rotary scaling that config.json
     cannot express, and when the file system does not allow it; TokenizerError as `text.tokenizer_folder.written` does.
     """
     from llama2.text import tokenizer_folder

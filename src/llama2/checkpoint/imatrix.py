@@ -59,7 +59,7 @@ def _gguf(path: Path, wanted: Container[str]) -> Iterator[Entry]:
         counts = tensors.get(f"{matrix}.counts")
         count = 0.0 if counts is None or math.prod(counts.shape) != 1 else counts.dequantize().item()
         if not count > 0:
-            raise damaged(path, f"does not tell of how many inputs {quote(name)} is the sum")
+            raise damaged(path, f"does not say of how many inputs {quote(name)} is the sum")
         yield matrix, math.prod(sums.shape), partial(_mean, sums, count)
 
 

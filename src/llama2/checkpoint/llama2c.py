@@ -1,8 +1,8 @@
 """llama2.c's `.bin` files, versions 0, 1 and 2 ⇄ Checkpoint (spec 1.4d; its export.py, run.c).
 
 A model is a header of seven sizes and, without gaps, the tensors in an order that the version fixes: 0 and 1 in
-float32, 2 with matrices in groups of 8-bit integers that share a float32 scale. What the header does not tell is what
-run.c has built in: norm_eps 1e-5, rotary base 10000, <s> and </s> at 1 and 2. Rows of wq and wk stand in Meta's order.
+float32, 2 with matrices in groups of 8-bit integers that share a float32 scale. What the header does not say is what
+run.c has built in: norm_eps 1e-5, rotary base 10000, <s> and </s> at 1 and 2. Rows of wq and wk are in Meta's order.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def refuse_other_tokenizer(path: Path, tokens: bytes) -> None:
 
 
 def _from_groups(data: Bytes, count: int, group: int) -> Bytes:
-    """float32 of `count` integers, each times the scale of its group; all scales stand behind all integers."""
+    """float32 of `count` integers, each times the scale of its group; all scales follow all integers."""
     values = data[:count].view(np.int8).reshape(-1, group).astype(np.float32)
     values *= data[count:].view("<f4")[:, None]
     return values.reshape(-1).view(np.uint8)

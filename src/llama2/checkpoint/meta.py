@@ -62,8 +62,8 @@ def matches(path: Path) -> bool:
 def read(path: Path) -> Checkpoint:
     """Open a folder of Meta's, cut for any number of processes. Nothing of a tensor is read before it is touched.
 
-    Its tokenizer lies in the folder or the one above. Its files do not tell for how long a context it was trained;
-    that is concluded from what they tell. Raises CheckpointError when a file is missing, damaged or hostile, and
+    Its tokenizer lies in the folder or the one above. Its files do not say for how long a context it was trained;
+    that is concluded from what they say. Raises CheckpointError when a file is missing, damaged or hostile, and
     ConfigError when the hyperparameters contradict each other.
     """
     if not path.is_dir():
@@ -181,8 +181,8 @@ def _scaling(path: Path, dim: int, notes: list[str]) -> RopeScaling:
     """
     factor = 8.0 if dim >= 4096 else 32.0
     notes.append(
-        f"{path.name} does not tell the factor of its rotary scaling; {factor:.0f} is assumed, as models of this width "
-        "were published"
+        f"{path.name} does not state the factor of its rotary scaling; {factor:.0f} is assumed, as models of this "
+        "width were published"
     )
     return RopeScaling("llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 
@@ -226,7 +226,7 @@ def _merged(paths: Sequence[Path], shape: tuple[int, ...], pieces: Sequence[Tens
 
 
 def _axis(name: str, shape: tuple[int, ...]) -> int | None:
-    """Along which axis a tensor is cut; None for a norm, which stands whole in every file."""
+    """Along which axis a tensor is cut; None for a norm, which is whole in every file."""
     if len(shape) == 1:
         return None
     return 1 if name.endswith((_EMBEDDINGS, "attention.wo.weight", "feed_forward.w2.weight")) else 0
@@ -252,7 +252,7 @@ def _rows(tensor: Tensor) -> Bytes:
 def write(checkpoint: Checkpoint, folder: Path, *, shards: int = 1) -> None:
     """Write a model to `folder`, cut into so many files, with one tensor in memory at a time.
 
-    Floats keep their format; quantised weights become F32. A tied output head is written as a tensor of its own, for
+    Floats keep their format; quantized weights become F32. A tied output head is written as a tensor of its own, for
     Meta's code knows no other. The context is not written, for its files have no place for it. Raises CheckpointError
     for a model that cannot be expressed, or not be cut so.
     """

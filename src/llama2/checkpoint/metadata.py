@@ -22,7 +22,7 @@ class Metadata(NamedTuple):
     values: Mapping[str, Any]
 
     def get(self, key: str) -> Any:
-        """The value, of whichever type; None where there is none. Raises when it stands twice, and differs."""
+        """The value, of whichever type; None where there is none. Raises when it is there twice, and differs."""
         if isinstance(self.values, Repeated) and key in self.values.twice:
             raise CheckpointError(f"{self.path}: has {key} twice, with different values; remove one")
         return self.values.get(key)

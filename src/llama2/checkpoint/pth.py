@@ -68,7 +68,7 @@ _STORAGES = {
     "F16": _Name(b"torch\nHalfStorage\n"),
     "BF16": _Name(b"torch\nBFloat16Storage\n"),
 }
-#: Numbers of other kinds, such as position_ids and masks beside the weights: whoever uses a tensor looks at its format.
+#: Numbers of other kinds, such as position_ids and masks beside the weights: who uses a tensor checks its format.
 _OTHERS = {
     "F64": (_Name(b"torch\nDoubleStorage\n"), 8),
     "I64": (_Name(b"torch\nLongStorage\n"), 8),
@@ -162,7 +162,7 @@ def _views(path: Path, entries: dict[str, Any]) -> dict[str, _View]:
     """The entries, all of which must be tensors."""
     for name, entry in entries.items():
         if type(entry) is not _View:
-            raise CheckpointError(f"{path}: its entry {quote(name)} is no tensor; save the model's weights alone")
+            raise CheckpointError(f"{path}: its entry {quote(name)} is not a tensor; save the model's weights alone")
     return entries
 
 
@@ -201,7 +201,7 @@ def _old(file: MappedFile) -> tuple[dict[str, _View], dict[str, tuple[int, int]]
     storages: dict[str, tuple[int, int]] = {}
     for key in keys:
         if type(key) is not str or key not in known or key in storages:
-            raise damaged(path, "has a storage that belongs to no tensor, or stands twice")
+            raise damaged(path, "has a storage that belongs to no tensor, or is there twice")
         (count,) = _COUNT.unpack(file.view(at, _COUNT.size, f"storage {quote(key)}").tobytes())
         at, size = at + _COUNT.size, count * _SIZES[known[key].format]
         file.check(at, size, f"storage {quote(key)}")
@@ -222,7 +222,7 @@ def _members(file: MappedFile) -> dict[str, tuple[int, int]]:
         return values
 
     if file.view(0, min(4, file.size), "the magic").tobytes() != b"PK\3\4":
-        raise CheckpointError(f"{path}: is no file of torch.save; save the weights again with PyTorch")
+        raise CheckpointError(f"{path}: is not a file of torch.save; save the weights again with PyTorch")
     at = file.size - _END.size
     *_, entries, size, start, _ = fields(_END, at, b"PK\5\6", "end of a zip's directory")
     locator = at - _LOCATOR.size
@@ -251,7 +251,7 @@ def _members(file: MappedFile) -> dict[str, tuple[int, int]]:
             or "\\" in name
             or {"", ".", ".."} & {*name.removesuffix("/").split("/")}
         ):
-            raise damaged(path, f"has a member {quote(name)}, which is no path in a folder of its own")
+            raise damaged(path, f"has a member {quote(name)}, which is not a path in a folder of its own")
         if name in members:
             raise damaged(path, f"has member {quote(name)} twice")
         size, packed, offset = _wide(path, extra, [size, packed, offset])
@@ -433,7 +433,7 @@ class _Machine:
             identity = identity[:5]
         kind, name, key, _, count = identity if _are(identity, str, _Name, str, str, int) else ("", _DICT, "", "", 0)
         if kind != "storage" or name not in _FORMATS or count < 0:
-            raise self.refuse("a persistent object that is no storage of tensors")
+            raise self.refuse("a persistent object that is not a storage of tensors")
         return _Storage(_FORMATS[name], key, count)
 
     def reduce(self, name: _Name, arguments: tuple[Any, ...]) -> dict[str, Any] | _View:
@@ -464,7 +464,7 @@ class _Machine:
             raise IndexError
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str:
-                raise self.refuse("a key that is no text")
+                raise self.refuse("a key that is not text")
             if key in target:
                 raise damaged(self.path, f"has {quote(key)} twice")
             target[key] = value

@@ -1,6 +1,6 @@
 """Weights in the number formats of `formats.py` ⇄ float32: what a block's bytes mean, in NumPy.
 
-The kernels, and what writes the formats (native/quantise.h), are checked against the functions here. Within a block of
+The kernels, and what writes the formats (native/quantize.h), are checked against the functions here. Within a block of
 256 weights, groups of 16 or 32 have their own small integer scale. Layouts are those of ggml (ggml-common.h,
 ggml-quants.c).
 
@@ -76,7 +76,7 @@ def requantize(
 
 
 def is_finite(data: Bytes, format: str) -> bool:
-    """Whether no weight is NaN or infinite. In a quantised block that is decided by its floating-point scales alone."""
+    """Whether no weight is NaN or infinite. In a quantized block that is decided by its floating-point scales alone."""
     rule = FORMATS[format]
     scales = [name for name in rule.layout.names or () if rule.layout[name].kind == "f"]
     for _, blocks in _chunks(data, rule):

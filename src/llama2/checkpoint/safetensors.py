@@ -21,8 +21,8 @@ from llama2.formats import FLOATS, nbytes
 
 _LENGTH = struct.Struct("<Q")
 _MAX_AXES = 8
-_MAX_HEADER = 1 << 24  # the largest Llama's has 200,000; a trainer's notes may stand beside it
-#: Bytes of the numbers that no weight of a Llama has; of formats that are not here, the offsets tell.
+_MAX_HEADER = 1 << 24  # the largest Llama's has 200,000; a trainer's notes may come with it
+#: Bytes of the numbers that no weight of a Llama has; of formats that are not here, the offsets say it.
 _OTHERS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4}
 _OTHERS |= {"U32": 4, "I64": 8, "U64": 8, "F64": 8}
 
@@ -30,7 +30,7 @@ _OTHERS |= {"U32": 4, "I64": 8, "U64": 8, "F64": 8}
 def read(path: Path) -> dict[str, Tensor]:
     """Every tensor of a file under its own name, as a view that nobody has touched. Raises CheckpointError.
 
-    Its format may be one that only the file knows: whoever uses a tensor looks at that, and at its shape.
+    Its format may be one that only the file knows: who uses a tensor checks that, and its shape.
     """
     file = MappedFile(path)
     file.check(0, _LENGTH.size, "the header's length")
@@ -84,7 +84,7 @@ def _numbers(values: Any) -> list[int] | None:
 def write(tensors: Sequence[Tensor], path: Path) -> None:
     """A file of these tensors, one in memory at a time. Raises CheckpointError.
 
-    Wider numbers stand first, so that each tensor lies at a multiple of its numbers' size.
+    Wider numbers come first, so that each tensor lies at a multiple of its numbers' size.
     """
     ordered = sorted(tensors, key=lambda tensor: tensor.format != "F32")
     for tensor in ordered:

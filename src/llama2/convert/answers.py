@@ -29,7 +29,7 @@ from llama2.hub.progress import Progress
 
 Row = NDArray[np.float32]  # (V,)
 
-#: Greedy tokens, and how many at most stand before them.
+#: Greedy tokens, and how many at most come before them.
 TOKENS, PROMPT_TOKENS = 200, 32
 
 #: Where a configuration's numbers are rounded, as rotary divisors are in GGUF, logits differ in their last bits.
@@ -39,7 +39,7 @@ _ROUNDED = 1e-6
 def compare(source: Checkpoint, output: Checkpoint, lossy: Collection[str], report: Progress) -> dict[str, Any]:
     """Let the source continue a text greedily, and the output along the same tokens, and compare all logits.
 
-    `lossy` are the formats to which tensors were rounded. Without any, every logit must have the same bits: quantised
+    `lossy` are the formats to which tensors were rounded. Without any, every logit must have the same bits: quantized
     weights that became float32 run as float32 on both sides, for the engine multiplies the others as integers. With
     some, only bounds are possible, and the next token's distribution must not diverge further than they allow. Raises
     ParityError, and EngineError when a model cannot run.

@@ -54,13 +54,13 @@ def convert(
 ) -> dict[str, Any]:
     """Write the model at `source` to `target` in another file format, verify it, and return its receipt.
 
-    The receipt also stands at `target`.receipt.json, or receipt.json in its folder. `format` is one of FORMATS[to];
+    The receipt is also at `target`.receipt.json, or receipt.json in its folder. `format` is one of FORMATS[to];
     without it numbers stay as they are where the file format has them, and become F32 elsewhere. `tokenizer` replaces
     the source's own, `tokenizer_mode` decides what is written of its spaces in front of text, and `adapters` are merged
     into it, as `checkpoint.open` does. `shards` is for Meta's. With `run`, both models answer through the engine, one
     after the other.
 
-    Nothing stands at `target` unless the receipt is in order. Raises ParityError when it is not; CheckpointError,
+    Nothing is at `target` unless the receipt is in order. Raises ParityError when it is not; CheckpointError,
     ConfigError and TokenizerError when `source` cannot be read, or not be expressed or written so.
     """
     source, target = files.named(Path(source)), files.named(Path(target))
@@ -136,7 +136,7 @@ def _check_memory(model: Checkpoint, formats: Mapping[str, str]) -> None:
 
 
 def _watched(model: Checkpoint, formats: Mapping[str, str], report: Progress) -> Checkpoint:
-    """The model in `formats`; `report` is told whenever a tensor is read."""
+    """The model in `formats`; `report` is called whenever a tensor is read."""
     total, done = sum(tensor.nbytes for tensor in model.tensors.values()), 0
 
     def read(tensor: Tensor) -> NDArray[np.uint8]:

@@ -1,7 +1,7 @@
-"""Where each number of a model stands in its files, by the definitions of the formats (spec 1.4) and nothing else.
+"""Where each number of a model is in its files, by the definitions of the formats (spec 1.4) and nothing else.
 
 A format's reader and writer share their tables of names, cuts and orders, so a mistake in a table undoes itself on the
-way back. The receipt compares files through what stands here, which knows none of those tables: a second opinion.
+way back. The receipt compares files through this module, which knows none of those tables: a second opinion.
 
 R rows  C columns  E head size  S files
 """
@@ -62,7 +62,7 @@ _NAMES = {
 #: Matrices whose columns Meta divides among its files; the rows of all others are divided.
 _CUT_BY_COLUMNS = ("tok_embeddings", "wo", "w2")
 
-#: The orders of llama2.c's versions: all layers of one kind stand together.
+#: The orders of llama2.c's versions: all layers of one kind are together.
 _VERSION_0 = "tok_embeddings attention_norm wq wk wv wo ffn_norm w1 w2 w3 norm cosines sines output"
 _VERSION_1 = "attention_norm ffn_norm norm tok_embeddings wq wk wv wo w1 w2 w3 output"
 

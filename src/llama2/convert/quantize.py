@@ -1,6 +1,6 @@
 """A model in fewer bits, as GGUF: written tensor by tensor, and compared with its source on a text.
 
-With an importance matrix the columns whose inputs are strong count more in what a quantised matrix gets wrong: the
+With an importance matrix the columns whose inputs are strong count more in what a quantized matrix gets wrong: the
 error of its output is Σ (Δw · x)², whose expectation over inputs that do not depend on one another is Σ Δw² · E x².
 """
 
@@ -55,7 +55,7 @@ class Quantized:
     source_bytes: int  # of the source's tensors
     tensor_formats: dict[str, str]  # by Meta's name
     errors: dict[str, float]  # of every matrix: the root of Σ (x − y)² / Σ x²
-    requantized: int  # matrices that were quantised already, and so have lost twice
+    requantized: int  # matrices that were quantized already, and so have lost twice
 
     @property
     def bits_per_weight(self) -> float:
@@ -79,10 +79,10 @@ def quantize(
 ) -> Quantized:
     """Write the model at `source`, in any format that can be opened, to the GGUF file `target`.
 
-    `format` is one of FORMATS; each matrix has the number format that `plan.tensor_formats` tells. `importance` is what
+    `format` is one of FORMATS; each matrix has the number format of `plan.tensor_formats`. `importance` is what
     `imatrix.read` or `calibrate` returns. `tokenizer_mode` decides what is written of spaces in front of text, and
     `adapters` are merged in before, as `checkpoint.open` does. One tensor is in memory at a time. Files with the
-    licence and its like stand beside `target`, as those of `convert` do. Nothing is left when something goes wrong.
+    licence and its like are beside `target`, as those of `convert` do. Nothing is left when something goes wrong.
     Raises CheckpointError when `target` is there and is not to be replaced by `force`, when a weight is not finite, or
     as the reader and the writer do.
     """

@@ -228,7 +228,7 @@ def tokenizer(source: Tokenizer, output: Tokenizer) -> dict[str, Any]:
 
 def _vocabularies(source: Tokenizer, output: Tokenizer) -> dict[int, str]:
     """Compare all parts, and return the tokens that are unused in one vocabulary and not in the other: not every format
-    tells them apart, and it makes no difference if no text yields them, not even their own.
+    distinguishes them, and it makes no difference if no text yields them, not even their own.
     """
     before, after = _attempt(source.vocabulary), _attempt(output.vocabulary)
     if not (isinstance(before, Vocabulary) and isinstance(after, Vocabulary)):

@@ -1,4 +1,4 @@
-"""What the receipt tells both models: 1,000 strings, 50 dialogs, how a text begins. The same ones everywhere."""
+"""What the receipt gives to both models: 1,000 strings, 50 dialogs, how a text begins. The same ones everywhere."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from llama2.checkpoint import Checkpoint
 from llama2.errors import CheckpointError
 from llama2.formats import nbytes
 
-#: What the name of a file that belongs to a model, or stands in its folder, ends with.
+#: What the name of a file that belongs to a model, or is in its folder, ends with.
 RECEIPT = "receipt.json"
 
 #: Files that a model's licence asks to pass on, and between folders the model's card.
@@ -24,10 +24,10 @@ _CARD = "README.md"
 
 @contextmanager
 def staged(source: Path, target: Path, *, force: bool) -> Iterator[Path]:
-    """A folder in which to write what becomes `target`, under its name, and files that are to stand beside it.
+    """A folder in which to write what becomes `target`, under its name, and files that belong beside it.
 
     At the end they take their places, the model last. Whatever happens before, nothing is left. With `force`, what
-    stands at `target` is replaced then, by one renaming; a folder by two, for which it must be one that was written
+    is at `target` is replaced then, by one renaming; a folder by two, for which it must be one that was written
     here. Raises CheckpointError as `check` does, and when the folder of `target` cannot be written.
     """
     check(source, target, force)
@@ -56,7 +56,7 @@ def check(source: Path, target: Path, force: bool) -> None:
     if there == here or there.is_relative_to(here) or here.is_relative_to(there):
         raise CheckpointError(f"{target}: is the source, in it or around it; choose another place")
     if not target.parent.is_dir():
-        raise CheckpointError(f"{target.parent}: is no folder; make it first")
+        raise CheckpointError(f"{target.parent}: is not a folder; make it first")
     if not (target.exists() or target.is_symlink()):
         return
     if not force:
@@ -118,7 +118,7 @@ def check_room(folder: Path, model: Checkpoint, formats: Mapping[str, str]) -> N
 
 
 def beside(model: Path, name: str) -> Path:
-    """Where a file that belongs to a model stands: in its folder, or beside its file, whose name is put in front."""
+    """Where a file that belongs to a model is: in its folder, or beside its file, whose name is put in front."""
     return model / name if model.is_dir() else model.with_name(f"{model.name}.{name}")
 
 

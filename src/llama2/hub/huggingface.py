@@ -44,7 +44,7 @@ _BESIDE_SAFETENSORS, _BESIDE_PICKLES = (
     for name in ("model.safetensors", "pytorch_model.bin")
 )
 _BESIDE_META = re.compile(rf"params\.json|tokenizer\.model|\w*checklist\.chk|{_NOTICES}", re.IGNORECASE)
-#: Weights in the order in which a repository with several kinds is taken, each with what stands beside them.
+#: Weights in the order in which a repository with several kinds is taken, each with the files beside them.
 _WEIGHTS = ((_SAFETENSORS, _BESIDE_SAFETENSORS), (_PICKLES, _BESIDE_PICKLES), (_META, _BESIDE_META))
 
 
@@ -57,12 +57,12 @@ class Repository:
     """`org/name`, and what of it: `:Q4_K_M` one GGUF file, `@revision` a branch, tag or commit."""
 
     repo: str
-    quantisation: str | None = None
+    quantization: str | None = None
     revision: str = "main"
 
     def __str__(self) -> str:
         mark = "" if self.revision == "main" else f"@{self.revision}"
-        return self.repo + (f":{self.quantisation}" if self.quantisation else "") + mark
+        return self.repo + (f":{self.quantization}" if self.quantization else "") + mark
 
     @property
     def folder(self) -> Path:
@@ -106,10 +106,10 @@ def label(file: str) -> str:
 def choose(repository: Repository, files: list[str]) -> list[str]:
     """The files of a repository that make up the model, side files first. Raises HubError with what there is."""
     gguf = sorted(f for f in files if f.lower().endswith(".gguf"))
-    if wanted := (repository.quantisation or "").lower():
+    if wanted := (repository.quantization or "").lower():
         found = [f for f in gguf if wanted in (label(f).lower(), PurePosixPath(f).name.lower())]
         if not found:
-            raise HubError(f"{repository.repo}: no GGUF file {repository.quantisation}; there is {_labels(gguf)}")
+            raise HubError(f"{repository.repo}: no GGUF file {repository.quantization}; there is {_labels(gguf)}")
     else:
         for weights, beside in _WEIGHTS:
             if found := sorted(f for f in files if weights.fullmatch(f)):
@@ -145,7 +145,7 @@ def _labels(gguf: list[str]) -> str:
 
 
 def find(repository: Repository, progress: Progress) -> Path | None:
-    """The model in the Hub's cache, whoever fetched it, verified; None unless all of it is there. No network."""
+    """The model in the Hub's cache, verified, no matter who fetched it; None unless all of it is there. No network."""
     snapshot = _snapshot(repository)
     if snapshot is None:
         return None
@@ -365,7 +365,7 @@ def local() -> Iterator[tuple[Repository, Path, list[Path]]]:
                     folder_is_llama = (
                         path == snapshot and _is_llama(snapshot) and _required(snapshot, files) <= {*names}
                     )
-                    if folder_is_llama or (path != snapshot and repository.quantisation):
+                    if folder_is_llama or (path != snapshot and repository.quantization):
                         yield repository, path, [snapshot / f for f in files]
 
 

@@ -1,4 +1,4 @@
-"""What a model's licence asks of its user, told once, when the model is fetched."""
+"""What a model's licence asks of its user, shown once, when the model is fetched."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def digest(path: Path, algorithm: str, progress: Progress) -> str:
 
 
 def verified(path: Path, expected: str, progress: Progress, algorithm: str = "sha256") -> bool:
-    """Whether `path` has this digest: hashed once, then believed while path, size and modification time stand.
+    """Whether `path` has this digest: hashed once, then believed while path, size and modification time are the same.
 
     Raises HubError when the file cannot be read.
     """
