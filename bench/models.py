@@ -33,7 +33,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from numpy.typing import NDArray
 
 from llama2 import hub
-from llama2.checkpoint import Checkpoint, Tensor, huggingface
+from llama2.checkpoint import Checkpoint, Tensor, hf_folder
 from llama2.config import SIZES, ModelConfig
 from llama2.text import tokenizer
 from llama2.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer
@@ -201,7 +201,7 @@ def write_folder(config: ModelConfig, path: Path) -> None:
     }
     checkpoint = Checkpoint(path, "huggingface", config, tensors, {}, name=path.name)
     checkpoint.tokenizer_source = partial(made_up_vocabulary, config.vocab_size)
-    huggingface.write(checkpoint, path)
+    hf_folder.write(checkpoint, path)
 
 
 def made_up_vocabulary(size: int) -> Tokenizer:

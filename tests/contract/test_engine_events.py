@@ -11,7 +11,7 @@ import pytest
 
 from fakes import plain
 from llama2 import checkpoint
-from llama2.checkpoint import huggingface
+from llama2.checkpoint import hf_folder
 from llama2.engine.cluster import ClusterEngine
 from llama2.engine.engine import Engine
 from llama2.engine.protocol import EngineProtocol
@@ -41,7 +41,7 @@ def numpy(path: Path) -> EngineProtocol:
 def vllm(path: Path) -> EngineProtocol:
     pytest.importorskip("vllm", reason="vLLM has an environment of its own; see docs/decisions/0009")
     folder = path.with_name("folder")
-    huggingface.write(checkpoint.open(path), folder)
+    hf_folder.write(checkpoint.open(path), folder)
     return ClusterEngine(checkpoint.open(folder), context=CONTEXT, sequences=8, dtype="float32")
 
 

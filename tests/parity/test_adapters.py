@@ -12,7 +12,7 @@ import torch
 
 from adapters import LINEAR, Arrays, merged, random_parts, write_adapter
 from llama2 import checkpoint
-from llama2.checkpoint import huggingface
+from llama2.checkpoint import hf_folder
 from llama2.engine.runner import Batch
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
@@ -38,7 +38,7 @@ def test_logits(format: str, folder: bool, tmp_path: Path) -> None:
     base = checkpoint.open(path)
     if folder:
         path = tmp_path / "base"
-        huggingface.write(base, path)
+        hf_folder.write(base, path)
     network = transformers_model(base)
     weights: Arrays = {name: value.numpy() for name, value in network.state_dict().items()}
     first = random_parts(weights, LINEAR, rank=4)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import llama2
 from llama2 import checkpoint
-from llama2.checkpoint import Tensor, gguf_writer, huggingface, llama2c, meta, quantization
+from llama2.checkpoint import Tensor, gguf_writer, hf_folder, llama2c, meta, quantization
 from llama2.config import RopeScaling
 from llama2.engine.runner import Batch, Runner
 from llama2.engine.runner_native import NativeRunner
@@ -125,7 +125,7 @@ def test_transformers_loads_what_is_written(name: str, saved: Callable[[str], Pa
     from safetensors.torch import load_file
 
     model = checkpoint.open(saved(name))
-    huggingface.write(model, tmp_path, shard=100_000)
+    hf_folder.write(model, tmp_path, shard=100_000)
     before, after = network_of(saved(name)), network_of(tmp_path)
     for key, value in before.state_dict().items():
         assert np.array_equal(value.numpy(), after.state_dict()[key].numpy()), key
@@ -160,7 +160,7 @@ def test_gguf_gives_the_same_bits(name: str, saved: Callable[[str], Path], tmp_p
     np.testing.assert_allclose(
         again.config.inverse_frequencies(), model.config.inverse_frequencies(), rtol=1e-7, atol=0
     )
-    huggingface.write(again, tmp_path)  # and back: from divisors to their rule, from float32 to decimals
+    hf_folder.write(again, tmp_path)  # and back: from divisors to their rule, from float32 to decimals
     assert checkpoint.open(tmp_path).config == model.config
 
 
@@ -175,7 +175,7 @@ def test_what_one_format_cannot_say(saved: Callable[[str], Path], tmp_path: Path
     both = checkpoint.open(saved("biases"))
     both.config = replace(both.config, sliding_window=16)
     with pytest.raises(CheckpointError, match=r"both biases and a sliding window, which no config\.json can say"):
-        huggingface.write(both, tmp_path / "folder")
+        hf_folder.write(both, tmp_path / "folder")
     assert not list(tmp_path.iterdir())
 
 
@@ -206,17 +206,17 @@ def test_rows_by_hand() -> None:
     """Two heads of 8: Meta's rows of a head are Hugging Face's 0 4 1 5 2 6 3 7, and these Meta's 0 2 4 6 1 3 5 7."""
     rows = np.arange(16, dtype="<u2").repeat(3).view(np.uint8)  # 16 rows of three numbers
     tensor = Tensor("wk", "F16", (16, 3), rows)
-    pairs, halves = huggingface.in_pairs(tensor, 2), huggingface.in_halves(tensor, 2)
+    pairs, halves = hf_folder.in_pairs(tensor, 2), hf_folder.in_halves(tensor, 2)
     first, second = [0, 4, 1, 5, 2, 6, 3, 7], [0, 2, 4, 6, 1, 3, 5, 7]
     assert pairs.data.view("<u2")[::3].tolist() == first + [row + 8 for row in first]
     assert halves.data.view("<u2")[::3].tolist() == second + [row + 8 for row in second]
-    assert np.array_equal(huggingface.in_halves(pairs, 2).data, rows)
-    assert huggingface.in_pairs(tensor, 4).data.view("<u2")[::3].tolist()[:4] == [0, 2, 1, 3]
+    assert np.array_equal(hf_folder.in_halves(pairs, 2).data, rows)
+    assert hf_folder.in_pairs(tensor, 4).data.view("<u2")[::3].tolist()[:4] == [0, 2, 1, 3]
 
 
 def test_nothing_is_read_before_it_is_touched(saved: Callable[[str], Path], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    huggingface.write(checkpoint.open(saved("grouped")), tmp_path)
+    hf_folder.write(checkpoint.open(saved("grouped")), tmp_path)
     model = checkpoint.open(tmp_path)
     with path.open("r+b") as file:  # the mapping sees what is written into the file after it was opened
         file.seek(8 + int.from_bytes(file.read(8), "little"))
@@ -275,7 +275,7 @@ def test_weights_at_odd_addresses(name: str, saved: Callable[[str], Path], tmp_p
 
 def test_weights_that_changed_are_checked_again(saved: Callable[[str], Path], tmp_path: Path) -> None:
     """What is kept of a folder is known by the times of its files, not by the folder's own."""
-    huggingface.write(checkpoint.open(saved("grouped")), tmp_path)
+    hf_folder.write(checkpoint.open(saved("grouped")), tmp_path)
     path = tmp_path / "model.safetensors"
     NativeRunner(checkpoint.open(tmp_path), 1)
     with path.open("r+b") as file:
@@ -363,7 +363,7 @@ def test_divisors_that_follow_no_rule(saved: Callable[[str], Path], tmp_path: Pa
     divisors = (1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0)
     model.config = replace(model.config, rope_scaling=RopeScaling("llama3", divisors=divisors))
     with pytest.raises(CheckpointError, match=r"has rotary divisors that are not Llama 3\.1's"):
-        huggingface.write(model, tmp_path)
+        hf_folder.write(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -373,14 +373,14 @@ def test_quantised_weights_become_float32(saved: Callable[[str], Path], tmp_path
     wq = model.tensors[name]
     eight = replace(wq, format="Q8_0", source=quantization.quantize(wq.dequantize(), "Q8_0"))
     model.tensors = {**model.tensors, name: eight}
-    huggingface.write(model, tmp_path)
+    hf_folder.write(model, tmp_path)
     again = checkpoint.open(tmp_path).tensors
     assert {key for key, tensor in again.items() if tensor.format == "F32"} == {name}
     assert np.array_equal(again[name].dequantize(), eight.dequantize())
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"  # which holds them all
 
 
-@pytest.mark.parametrize("write", [huggingface.write, gguf_writer.write])
+@pytest.mark.parametrize("write", [hf_folder.write, gguf_writer.write])
 def test_one_tensor_is_in_memory_at_a_time(
     write: Callable[[Any, Path], None], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -402,9 +402,9 @@ def test_vocabularies_that_cannot_be_written(saved: Callable[[str], Path], tmp_p
     folder = write_config(tmp_path / "model", saved("grouped"))
     (folder / "tokenizer.model").write_bytes(train_sentencepiece())
     with pytest.raises(TokenizerError, match=rf"^{folder}: the user-defined token '▁▁▁' has a space"):
-        huggingface.write(checkpoint.open(folder), tmp_path / "written")
+        hf_folder.write(checkpoint.open(folder), tmp_path / "written")
     (folder / "tokenizer.model").write_bytes(train_sentencepiece(model_type="unigram"))
-    for write in (huggingface.write, gguf_writer.write):
+    for write in (hf_folder.write, gguf_writer.write):
         with pytest.raises(TokenizerError, match=rf"^{folder}: its SentencePiece model is not BPE"):
             write(checkpoint.open(folder), tmp_path / "written")
     (folder / "tokenizer.model").unlink()
@@ -417,7 +417,7 @@ def test_files_that_cannot_be_written(saved: Callable[[str], Path], tmp_path: Pa
     model = checkpoint.open(saved("grouped"))
     (tmp_path / "taken" / "model.safetensors").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"taken/model\.safetensors: cannot be written \(Is a directory\)"):
-        huggingface.write(model, tmp_path / "taken")
+        hf_folder.write(model, tmp_path / "taken")
     shutil.rmtree(tmp_path / "taken")
     name, tensor = "layers.1.feed_forward.w3.weight", model.tensors["layers.1.feed_forward.w3.weight"]
 
@@ -425,7 +425,7 @@ def test_files_that_cannot_be_written(saved: Callable[[str], Path], tmp_path: Pa
         raise OSError(28, "No space left on device")  # as a write would, half-way
 
     model.tensors = {**model.tensors, name: replace(tensor, source=full)}
-    for path, write in ((tmp_path / "model.gguf", gguf_writer.write), (tmp_path, huggingface.write)):
+    for path, write in ((tmp_path / "model.gguf", gguf_writer.write), (tmp_path, hf_folder.write)):
         with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\); free some room"):
             write(model, path)
     assert not list(tmp_path.iterdir())
@@ -555,7 +555,7 @@ def test_what_ends_an_answer(saved: Callable[[str], Path], tmp_path: Path) -> No
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2], "temperature": 0.6}))
     model = checkpoint.open(folder)
     assert model.tokenizer.stop_ids == {2, 5, 7}
-    huggingface.write(model, tmp_path)
+    hf_folder.write(model, tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {
         "bos_token_id": 1,
         "eos_token_id": [7, 2],
@@ -591,6 +591,6 @@ def test_chat_templates(
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: llama2\n---\n# A model\n")
     model = checkpoint.open(folder)
     assert (model.template, model.licence, model.name) == (expected, "llama2", "model")
-    huggingface.write(model, tmp_path)
+    hf_folder.write(model, tmp_path)
     again = checkpoint.open(tmp_path)
     assert (again.template, again.licence) == (expected, "llama2")

@@ -12,7 +12,7 @@ import torch
 
 from fakes import ByteTokenizer
 from llama2 import checkpoint
-from llama2.checkpoint import huggingface
+from llama2.checkpoint import hf_folder
 from llama2.config import BIASED, ModelConfig
 from llama2.engine.engine import Engine
 from llama2.engine.request import Request, Sampling
@@ -72,7 +72,7 @@ def saved(model: Transformer, folder: Path) -> checkpoint.Checkpoint:
     write_tiny_gguf(folder / "shape.gguf", config=model.config)
     shape = checkpoint.open(folder / "shape.gguf")
     shape.config, shape.tensors = model.config, model.tensors()
-    huggingface.write(shape, folder / "model")
+    hf_folder.write(shape, folder / "model")
     return checkpoint.open(folder / "model")
 
 

@@ -14,7 +14,7 @@ import pytest
 import llama2
 from commands import typed
 from llama2 import checkpoint
-from llama2.checkpoint import gguf_writer, huggingface
+from llama2.checkpoint import gguf_writer, hf_folder
 from llama2.checkpoint.checkpoint import Checkpoint
 from llama2.engine.request import Request
 from llama2.errors import DialogError, TemplateError
@@ -212,7 +212,7 @@ def test_an_answer_ends_by_the_format(tmp_path: Path) -> None:
 def written(tmp_path: Path, settings: dict[str, Any], generation: dict[str, Any] | None = None) -> Checkpoint:
     """A tiny folder with these `settings` of its tokenizer and of generation."""
     write_tiny_gguf(tmp_path / "source.gguf")
-    huggingface.write(checkpoint.open(tmp_path / "source.gguf"), tmp_path / "model")
+    hf_folder.write(checkpoint.open(tmp_path / "source.gguf"), tmp_path / "model")
     for name, values in (("tokenizer", settings), ("generation", generation or {})):
         path = tmp_path / "model" / f"{name}_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -249,7 +249,7 @@ def test_conversions_keep_named_templates(tmp_path: Path) -> None:
     )
     source = checkpoint.open(tmp_path / "tiny.gguf")
     assert source.templates == NAMED
-    huggingface.write(source, tmp_path / "folder")
+    hf_folder.write(source, tmp_path / "folder")
     folder = checkpoint.open(tmp_path / "folder")
     assert folder.templates == NAMED
     gguf_writer.write(folder, tmp_path / "again.gguf")
@@ -316,11 +316,11 @@ def test_a_lone_surrogate_in_a_template_or_beside_it(tmp_path: Path) -> None:
     wrong = "chat template: character 0 is a lone surrogate, U\\+D800; remove it"
     with pytest.raises(TemplateError, match=wrong):
         Dialog(TURNS[:1]).render(model.tokenizer, model.template)
-    for write, path in ((huggingface.write, "folder"), (gguf_writer.write, "file.gguf")):
+    for write, path in ((hf_folder.write, "folder"), (gguf_writer.write, "file.gguf")):
         with pytest.raises(TemplateError, match=wrong):
             write(model, tmp_path / path)
     model.template, model.templates = None, {}
-    huggingface.write(model, tmp_path / "other")
+    hf_folder.write(model, tmp_path / "other")
     assert json.loads((tmp_path / "other" / "generation_config.json").read_text())["note"] == "\udfff"
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import llama2
 from llama2 import checkpoint
-from llama2.checkpoint import huggingface
+from llama2.checkpoint import hf_folder
 from llama2.engine.cluster import ClusterEngine, sampling_params
 from llama2.engine.request import Request, Sampling
 from llama2.errors import EngineError, RequestError
@@ -118,6 +118,6 @@ def test_a_model_that_vllm_cannot_have(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="engine='other'"):
         llama2.load(path, engine="other")  # type: ignore[arg-type]
     if importlib.util.find_spec("vllm") is None:
-        huggingface.write(checkpoint.open(path), tmp_path / "folder")
+        hf_folder.write(checkpoint.open(path), tmp_path / "folder")
         with pytest.raises(EngineError, match="needs vllm, which is not installed"):
             llama2.load(tmp_path / "folder", engine="vllm")

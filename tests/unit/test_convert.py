@@ -18,7 +18,7 @@ import llama2
 from commands import typed
 from conversions import Sources, plain_vocabulary
 from llama2 import checkpoint
-from llama2.checkpoint import huggingface, quantization
+from llama2.checkpoint import hf_folder, quantization
 from llama2.config import RopeScaling
 from llama2.convert import bounds, convert, samples
 from llama2.errors import RequestError
@@ -149,7 +149,7 @@ def test_formats_that_are_only_read_stay_or_become_float32(format: str, tmp_path
 def test_rotary_scaling(scaling: RopeScaling, sources: Sources, out: Path) -> None:
     """GGUF has Llama 3.1's as float32 divisors, so that logits may differ in their last bits."""
     model = checkpoint.open(sources["tied"])
-    huggingface.write(replace(model, config=replace(model.config, rope_scaling=scaling)), out / "scaled")
+    hf_folder.write(replace(model, config=replace(model.config, rope_scaling=scaling)), out / "scaled")
     receipt = convert(out / "scaled", out / "scaled.gguf", "gguf")
     assert receipt["answers"]["mean_divergence"] <= 1e-9
     assert receipt["answers"]["divergence_limit"] == (1e-6 if scaling.kind == "llama3" else 0)
@@ -191,7 +191,7 @@ def test_the_mode_of_spaces_is_written(to: Any, mode: str, tmp_path: Path, capsy
     """By the tokenizers library: Metaspace's "first", and for legacy the normalizer that transformers had before it."""
     write_tiny_gguf(tmp_path / "tiny.gguf")
     source, target = tmp_path / "source", tmp_path / "target.gguf"
-    huggingface.write(checkpoint.open(tmp_path / "tiny.gguf"), source)
+    hf_folder.write(checkpoint.open(tmp_path / "tiny.gguf"), source)
     rules = json.loads((source / "tokenizer.json").read_text())
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prefix = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from llama2 import checkpoint
-from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, huggingface, llama2c, meta
+from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, hf_folder, llama2c, meta
 from llama2.convert import convert
 from llama2.errors import CheckpointError, TokenizerError
 from models import write_tiny_gguf
@@ -33,7 +33,7 @@ def with_head(folder: Path) -> Checkpoint:
 
 @pytest.mark.parametrize("shard", [5 * 10**9, 1000])
 def test_extra_tensors_are_read_back(shard: int, tmp_path: Path) -> None:
-    huggingface.write(with_head(tmp_path), tmp_path / "hf", shard=shard)
+    hf_folder.write(with_head(tmp_path), tmp_path / "hf", shard=shard)
     with checkpoint.open(tmp_path / "hf") as opened:
         assert [*opened.extras] == ["value_head.weight", "value_head.bias"]
         assert opened.extras["value_head.bias"].format == "F16"
@@ -47,7 +47,7 @@ def test_extra_tensors_are_read_back(shard: int, tmp_path: Path) -> None:
 
 
 def test_a_conversion_carries_extra_tensors(tmp_path: Path) -> None:
-    huggingface.write(with_head(tmp_path), tmp_path / "hf")
+    hf_folder.write(with_head(tmp_path), tmp_path / "hf")
     facts = convert(tmp_path / "hf", tmp_path / "copy", "hf", run=False)
     assert facts["tensors"]["each"]["value_head.weight"] == {"source": "F32", "output": "F32"}
     with checkpoint.open(tmp_path / "copy") as copy:
@@ -77,7 +77,7 @@ def test_other_formats_refuse_them_by_name(write: Callable[..., None], format: s
     ],
 )
 def test_what_config_json_lists(listed: Any, reason: str, tmp_path: Path) -> None:
-    huggingface.write(with_head(tmp_path), tmp_path / "hf")
+    hf_folder.write(with_head(tmp_path), tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
     assert config["extra_tensors"] == ["value_head.weight", "value_head.bias"]
@@ -90,7 +90,7 @@ def test_a_name_of_llama_s_is_refused(tmp_path: Path) -> None:
     model = with_head(tmp_path)
     extras = {"lm_head.weight": replace(model.extras["value_head.weight"], name="lm_head.weight")}
     with pytest.raises(CheckpointError, match=r"'lm_head\.weight' has a name of Llama's; rename it"):
-        huggingface.write(replace(model, extras=extras), tmp_path / "hf")
+        hf_folder.write(replace(model, extras=extras), tmp_path / "hf")
 
 
 def test_a_head_that_is_not_finite(tmp_path: Path) -> None:

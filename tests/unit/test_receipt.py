@@ -15,7 +15,7 @@ import pytest
 
 from conversions import Sources
 from llama2 import checkpoint
-from llama2.checkpoint import Checkpoint, gguf, gguf_writer, huggingface, llama2c, meta
+from llama2.checkpoint import Checkpoint, gguf, gguf_writer, hf_folder, llama2c, meta
 from llama2.convert import answers, convert, receipt
 from llama2.errors import EngineError, ParityError
 from llama2.text import tokenizer as tokenizers
@@ -25,7 +25,7 @@ from texts import from_parts
 Patch = pytest.MonkeyPatch
 
 LAST = CONFIG.vocab_size - 1
-WRITERS = {"meta": meta, "hf": huggingface, "gguf": gguf_writer, "llama2c": llama2c}
+WRITERS = {"meta": meta, "hf": hf_folder, "gguf": gguf_writer, "llama2c": llama2c}
 
 
 def swapped(module: Any, table: str, *names: str) -> Callable[[Patch], None]:
@@ -53,7 +53,7 @@ def damaged(to: str, change: Callable[[Checkpoint], Checkpoint]) -> Callable[[Pa
 
 def rewritten(file: str, change: Callable[[Any], object]) -> Callable[[Patch], None]:
     """A JSON file of Hugging Face's is changed after it was written."""
-    write = huggingface.write
+    write = hf_folder.write
 
     def written(model: Checkpoint, folder: Path) -> None:
         write(model, folder)
@@ -61,7 +61,7 @@ def rewritten(file: str, change: Callable[[Any], object]) -> Callable[[Patch], N
         change(values)
         (folder / file).write_text(json.dumps(values))
 
-    return lambda patch: patch.setattr(huggingface, "write", written)
+    return lambda patch: patch.setattr(hf_folder, "write", written)
 
 
 def config(**changes: Any) -> Callable[[Checkpoint], Checkpoint]:
@@ -117,7 +117,7 @@ def backwards(pieces: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 def unpermuted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(huggingface, "heads_of", lambda *_: None)
+    patch.setattr(hf_folder, "heads_of", lambda *_: None)
 
 
 WQ = r"layers\.0\.attention\.wq\.weight has \d+ of \d+ numbers wrong"
@@ -127,12 +127,12 @@ Mistake = tuple[str, str, Callable[[Patch], None], str]  # source, to, what, mes
 SHARED: dict[str, Mistake] = {
     "hf, wq and wk swapped": (
         *("gguf", "hf"),
-        swapped(huggingface, "_LAYER_NAMES", "attention.wq", "attention.wk"),
+        swapped(hf_folder, "_LAYER_NAMES", "attention.wq", "attention.wk"),
         WQ,
     ),
     "from hf, wq and wk swapped": (
         *("hf", "gguf"),
-        swapped(huggingface, "_LAYER_NAMES", "attention.wq", "attention.wk"),
+        swapped(hf_folder, "_LAYER_NAMES", "attention.wq", "attention.wk"),
         WQ,
     ),
     "gguf, wq and wk swapped": ("hf", "gguf", swapped(gguf, "_LAYER_NAMES", "attn_q", "attn_k"), WQ),
@@ -141,11 +141,11 @@ SHARED: dict[str, Mistake] = {
         swapped(llama2c, "_LEGACY_ORDER", "attention.wq", "attention.wk"),
         WQ,
     ),
-    "hf, no permutation": ("gguf", "hf", lambda patch: patch.setattr(huggingface, "heads_of", lambda *_: None), WQ),
+    "hf, no permutation": ("gguf", "hf", lambda patch: patch.setattr(hf_folder, "heads_of", lambda *_: None), WQ),
     "from hf, no permutation": (
         "hf",
         "gguf",
-        lambda patch: patch.setattr(huggingface, "heads_of", lambda *_: None),
+        lambda patch: patch.setattr(hf_folder, "heads_of", lambda *_: None),
         WQ,
     ),
     "meta, wo cut along its rows": (
@@ -168,7 +168,7 @@ SHARED: dict[str, Mistake] = {
 WRITTEN: dict[str, Mistake] = {
     "hf, no permutation when written": (
         *("gguf", "hf"),
-        lambda patch: patch.setattr(huggingface, "in_halves", lambda tensor, heads: tensor),
+        lambda patch: patch.setattr(hf_folder, "in_halves", lambda tensor, heads: tensor),
         WQ,
     ),
     "meta, shards in another order": (

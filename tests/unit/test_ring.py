@@ -11,7 +11,7 @@ import torch
 
 from conversions import CHATML
 from llama2 import checkpoint
-from llama2.checkpoint import gguf_writer, huggingface, llama2c, meta
+from llama2.checkpoint import gguf_writer, hf_folder, llama2c, meta
 from llama2.config import BIASED, RopeScaling
 from llama2.convert import convert
 from meta_bytes import CONFIG, random_tensors, write_folder
@@ -26,7 +26,7 @@ def test_ring(version: int, tmp_path: Path) -> None:
     path = write_folder(tmp_path / "first", tensors, 8)
     (path / "tokenizer.model").write_bytes(train_sentencepiece(CONFIG.vocab_size, user_defined=()))
     first = checkpoint.open(path)
-    huggingface.write(first, tmp_path / "second", shard=1 << 18)
+    hf_folder.write(first, tmp_path / "second", shard=1 << 18)
     gguf_writer.write(checkpoint.open(tmp_path / "second"), tmp_path / "third.gguf")
     llama2c.write(checkpoint.open(tmp_path / "third.gguf"), tmp_path / "fourth.bin", version=version)
     meta.write(checkpoint.open(tmp_path / "fourth.bin"), tmp_path / "last", shards=2)

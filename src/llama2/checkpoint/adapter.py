@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2 import files
-from llama2.checkpoint import gguf, huggingface, pth, quantization, safetensors
+from llama2.checkpoint import gguf, hf_folder, pth, quantization, safetensors
 from llama2.checkpoint.checkpoint import Checkpoint, Tensor
 from llama2.checkpoint.metadata import Metadata
 from llama2.config import ModelConfig
@@ -226,8 +226,8 @@ def merge(base: Checkpoint, given: Sequence[tuple[Path, float]]) -> Checkpoint:
                 raise CheckpointError(f"{adapter.path}: replaces {name}, as {origin[name].path} does; give one of them")
             origin[name] = adapter
             _check_shape(adapter, tensor.name, tensor.shape, tensors[name], base, grows=name in (_EMBEDDINGS, _HEAD))
-            heads = huggingface.heads_of(name, config) if adapter.halves else None
-            tensors[name] = replace(huggingface.in_pairs(tensor, heads) if heads else tensor, name=name)
+            heads = hf_folder.heads_of(name, config) if adapter.halves else None
+            tensors[name] = replace(hf_folder.in_pairs(tensor, heads) if heads else tensor, name=name)
     if (rows := tensors[_EMBEDDINGS].shape[0]) != config.vocab_size:
         config = replace(config, vocab_size=rows)
     if not config.tied_embeddings and tensors[_HEAD].shape[0] != rows:
@@ -262,7 +262,7 @@ def _updated(tensor: Tensor, found: Sequence[tuple[Adapter, Update]], base: Chec
     for adapter, update in found:
         _check_shape(adapter, update.module, (update.left.shape[0], update.right.shape[1]), tensor, base)
     format = _MERGED.get(tensor.format, _MERGED_QUANTIZED)
-    heads = huggingface.heads_of(tensor.name, config)
+    heads = hf_folder.heads_of(tensor.name, config)
     ordered = [_in_pairs(update, heads, adapter.halves) for adapter, update in found]
     read = (tensor, *(part for update in ordered for part in (update.left, update.right)))
     mapped = tuple({file for each in read for file in each.mapped})
@@ -285,8 +285,8 @@ def _in_pairs(update: Update, heads: int | None, halves: bool) -> Update:
     """The update with rows in Meta's order."""
     if heads is None or not halves:
         return update
-    magnitude = update.magnitude and huggingface.in_pairs(update.magnitude, heads)
-    return replace(update, left=huggingface.in_pairs(update.left, heads), magnitude=magnitude)
+    magnitude = update.magnitude and hf_folder.in_pairs(update.magnitude, heads)
+    return replace(update, left=hf_folder.in_pairs(update.left, heads), magnitude=magnitude)
 
 
 def _merged(base: Tensor, updates: Sequence[Update], format: str) -> Bytes:
@@ -325,7 +325,7 @@ def _take_texts(merged: Checkpoint, adapter: Adapter, base: Checkpoint) -> None:
     folder = adapter.path
     if not folder.is_dir():
         return
-    if templates := huggingface.chat_templates(folder, huggingface.read_object(folder, "tokenizer_config.json")):
+    if templates := hf_folder.chat_templates(folder, hf_folder.read_object(folder, "tokenizer_config.json")):
         merged.template, merged.templates = templates.get("default"), templates
     if any(files.inside(folder, name).exists() for name in _TOKENIZERS):
         merged.tokenizer_source = partial(_tokenizer, folder, merged.config.vocab_size, base)
@@ -346,7 +346,7 @@ def _tokenizer(folder: Path, size: int, base: Checkpoint) -> Tokenizer:
             tokenizer = tokenizer_folder.read(folder, size=size, bos_id=own.bos_id, eos_id=own.eos_id)
         tokenizer.stop_ids |= own.stop_ids
         return tokenizer
-    pad = huggingface.read_object(folder, "tokenizer_config.json").get("pad_token")
+    pad = hf_folder.read_object(folder, "tokenizer_config.json").get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
     named = {token: text for text, token in tokenizer.control.items()}
     for token in range(size, tokenizer.vocab_size):
@@ -420,7 +420,7 @@ def _peft(folder: Path, scale: float, base: Checkpoint) -> Adapter:
         place[key] = tensor
 
     known = {
-        theirs: ours for ours, theirs in huggingface.tensor_names(replace(base.config, tied_embeddings=False)).items()
+        theirs: ours for ours, theirs in hf_folder.tensor_names(replace(base.config, tied_embeddings=False)).items()
     }
 
     def target(name: str) -> str:

@@ -60,12 +60,12 @@ def open(
 def _read(path: Path, vocabulary: Path | None) -> Checkpoint:
     path = _newest(path)
     if not gguf.matches(path):  # the other formats are imported when they are asked: a start must be quick
-        from llama2.checkpoint import adapter, huggingface, llama2c, meta
+        from llama2.checkpoint import adapter, hf_folder, llama2c, meta
 
         path = _folder_of(path)
         beside = adapter.beside(path)  # raises where there is an adapter alone
-        if huggingface.matches(path) or meta.matches(path):
-            opened = huggingface.read(path) if huggingface.matches(path) else meta.read(path)
+        if hf_folder.matches(path) or meta.matches(path):
+            opened = hf_folder.read(path) if hf_folder.matches(path) else meta.read(path)
             opened.notes += beside
             return opened
         if llama2c.matches(path):

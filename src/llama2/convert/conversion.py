@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2 import checkpoint, files, plan
-from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, huggingface, llama2c, meta
+from llama2.checkpoint import Checkpoint, Tensor, gguf_writer, hf_folder, llama2c, meta
 from llama2.convert import answers, receipt
 from llama2.convert.bounds import BOUNDS
 from llama2.convert.staging import RECEIPT, beside, carry_terms, check_room, staged
@@ -157,7 +157,7 @@ def _write(model: Checkpoint, path: Path, to: str, shards: int, *, integers: boo
     if to == "gguf":
         gguf_writer.write(model, path)
     elif to == "hf":
-        huggingface.write(model, path)
+        hf_folder.write(model, path)
     elif to == "meta":
         meta.write(model, path, shards=shards)
     else:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.checkpoint import Checkpoint, Tensor, gguf, huggingface, meta
+from llama2.checkpoint import Checkpoint, Tensor, gguf, hf_folder, meta
 from llama2.checkpoint.adapter import Adapter, Update
 from llama2.checkpoint.quantization import dequantize
 from llama2.config import ModelConfig
@@ -119,7 +119,7 @@ def _gguf(model: Checkpoint) -> dict[str, Stored]:
 
 def _huggingface(model: Checkpoint) -> dict[str, Stored]:
     """transformers turns number i of a head with number i + E/2, Meta number 2i with 2i + 1: pair i of a head."""
-    held, half = huggingface.stored(model.path), model.config.head_dim // 2
+    held, half = hf_folder.stored(model.path), model.config.head_dim // 2
     found = {}
     for ours, name, _ in _names(model.config):
         tensor = _find(held, name)

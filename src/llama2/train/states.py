@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from llama2 import files
-from llama2.checkpoint import Checkpoint, Tensor, huggingface
+from llama2.checkpoint import Checkpoint, Tensor, hf_folder
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, RunError
 from llama2.records import MODEL, STATE, states_folder
@@ -190,7 +190,7 @@ def write_model(folder: Path, weights: dict[str, Any], like: Checkpoint, precisi
     for name, weight in weights.items():
         data = weight.detach().to("cpu", dtype).contiguous()
         tensors[name] = Tensor(name, format, tuple(data.shape), data.view(torch.uint8).flatten().numpy())
-    huggingface.write(replace(like, tensors=tensors), folder)
+    hf_folder.write(replace(like, tensors=tensors), folder)
 
 
 def _is_main() -> bool:
