@@ -127,7 +127,7 @@ def open_checkpoint(
         raise RequestError(f"progress={shown(progress)} must be a function")
     return checkpoint.open(
         path,
-        vocabulary=store.kept(path, "vocabulary"),
+        vocabulary=store.artifact(path, "vocabulary"),
         tokenizer=None if tokenizer is None else Path(path_text("tokenizer", tokenizer)),
         tokenizer_mode=tokenizer_mode,
         adapters=located(adapter, partial(hub.locate, progress=progress)),

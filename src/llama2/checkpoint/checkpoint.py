@@ -40,7 +40,7 @@ class Tensor:
 
     @property
     def data(self) -> NDArray[np.uint8]:
-        """The tensor's bytes in Meta's order. Nothing is read before this; a copy is made each time, and not kept."""
+        """The tensor's bytes in Meta's order. Nothing is read before this; a copy is made each time, and not cached."""
         return self.source() if callable(self.source) else self.source
 
     @property

@@ -42,7 +42,7 @@ _MAX_TEXT = 1 << 23  # bytes of all names and single strings together
 _MAX_STRING = 1 << 13  # bytes of a token, or of a merge of two; the longest known token has 512
 _MAX_ARRAY = 1 << 23  # bytes of all tokens, or of all merges; Llama 3's merges have 2^22
 
-# Raised whenever what is kept of a vocabulary changes.
+# Raised whenever the cached artifacts of a vocabulary change.
 _LAYOUT = 2
 
 #: Our own key, for a tokenizer that puts a space before the beginning of a text alone: llama.cpp has none for that.
@@ -101,7 +101,7 @@ def matches(path: Path) -> bool:
 def read(path: Path, vocabulary: Path | None = None) -> Checkpoint:
     """Open a Llama in GGUF; of a split model, the first part.
 
-    Reads the header alone; tensors and vocabulary stay in the file until they are asked for. From the second time on, a
+    Reads the header alone; tensors and vocabulary stay in the file until they are needed. From the second time on, a
     file `vocabulary` saves walking over the vocabulary and putting it in order. Raises CheckpointError when the file is
     damaged, hostile or of another kind, and ConfigError when its hyperparameters contradict each other.
     """
@@ -368,7 +368,7 @@ class _Cursor:
 
 
 class _Strings(Sequence[str]):
-    """An array of strings of known length, decoded when one is first asked for."""
+    """An array of strings of known length, decoded when one is first needed."""
 
     def __init__(self, path: Path, data: NDArray[np.uint8], count: int, what: str) -> None:
         self._path, self._data, self._count, self._what = path, data, count, what

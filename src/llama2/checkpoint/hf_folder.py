@@ -96,7 +96,7 @@ def matches(path: Path) -> bool:
 def read(folder: Path) -> Checkpoint:
     """Open a Llama in a folder of Hugging Face's format.
 
-    Reads JSON and headers alone; tensors and vocabulary stay in their files until they are asked for. Raises
+    Reads JSON and headers alone; tensors and vocabulary stay in their files until they are needed. Raises
     CheckpointError when a file is damaged, hostile or of another kind, and ConfigError when the hyperparameters
     contradict each other.
     """

@@ -31,7 +31,7 @@ from llama2.text.tokenizer import Mode
 
 Importance = Mapping[str, NDArray[np.float32]]  # (columns,) of a matrix, by Meta's name
 
-#: Formats of files that can be asked for.
+#: Formats of files that can be requested.
 FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K", "BF16", "F16", "F32")
 
 #: What every column counts at least, as a share of the mean: a text may leave inputs out that another has.

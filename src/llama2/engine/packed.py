@@ -45,7 +45,7 @@ def pack(checkpoint: Checkpoint, native: ModuleType) -> dict[str, Bytes]:
         merged = [adapter.digest() for adapter in checkpoint.adapters]
         facts["adapters"] = merged
         what += f"-{hashlib.sha256(' '.join(merged).encode()).hexdigest()[:16]}"
-    path = store.kept(checkpoint.path, what)
+    path = store.artifact(checkpoint.path, what)
     if (found := artifacts.read(path, checkpoint.path, facts, resident=True)) is not None:
         return found
     checkpoint.check_finite()

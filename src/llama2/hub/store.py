@@ -1,4 +1,4 @@
-"""The folder where everything fetched is kept: its place, its locks, and which files are known to be whole."""
+"""The folder of everything that was fetched: its place, its locks, and which files are known to be whole."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def key(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
 
 
-def kept(model: Path, what: str) -> Path:
-    """The file that keeps `what` was derived from a model file: its packed weights, its vocabulary."""
+def artifact(model: Path, what: str) -> Path:
+    """The cached file of what is derived from a model file: its packed weights, its vocabulary."""
     return home() / "packed" / f"{key(model)}-{what}.bin"
 
 
 def forget(model: Path) -> int:
-    """Remove what `kept` has of a model file; bytes freed."""
+    """Remove the artifacts of a model file; bytes freed."""
     freed = 0
     for file in (home() / "packed").glob(f"{key(model)}*"):
         freed += file.stat().st_size

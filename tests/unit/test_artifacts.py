@@ -1,4 +1,4 @@
-"""What is kept of a vocabulary: used from the second time on, never believed when it may be another file's."""
+"""Cached artifacts of a vocabulary: used from the second time on, never believed when it may be another file's."""
 
 import os
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def ids(model: Path, place: Path | None) -> list[int]:
     return [*encoded, *tokenizer.control.values(), *sorted(tokenizer.stop_ids), tokenizer.vocab_size]
 
 
-def test_the_second_start_takes_what_the_first_one_kept(model: Path, place: Path, prepared: list[Any]) -> None:
+def test_the_second_start_takes_what_the_first_one_cached(model: Path, place: Path, prepared: list[Any]) -> None:
     plain = ids(model, None)
     assert [ids(model, place) for _ in range(3)] == [plain] * 3
     assert len(prepared) == 2
@@ -104,7 +104,7 @@ def test_another_layout_is_taken_in_anew(
 
 
 @pytest.mark.parametrize("obstacle", ["a file where the folder should be", "a folder where the file should be"])
-def test_without_a_place_to_write_nothing_is_kept(obstacle: str, model: Path, place: Path, prepared: list[Any]) -> None:
+def test_without_a_place_nothing_is_cached(obstacle: str, model: Path, place: Path, prepared: list[Any]) -> None:
     if obstacle.startswith("a file"):
         place.parent.write_text("not a folder")
     else:
@@ -114,7 +114,7 @@ def test_without_a_place_to_write_nothing_is_kept(obstacle: str, model: Path, pl
     assert not [*place.parent.glob("*.tmp")]
 
 
-def test_a_vocabulary_that_is_refused_is_not_kept(model: Path, place: Path) -> None:
+def test_a_vocabulary_that_is_refused_is_not_cached(model: Path, place: Path) -> None:
     model.write_bytes(model.read_bytes().replace(b"\x01\0\0\0\0\0\0\0b", b"\x01\0\0\0\0\0\0\0a"))  # token b: a again
     for _ in range(2):
         with pytest.raises(TokenizerError, match="has token 'a' twice"):
