@@ -63,7 +63,6 @@ def graph() -> ModuleType:
         sys.path.remove(str(BENCH))
 
 
-@pytest.mark.xfail(reason="until the last ones have moved", strict=False)
 def test_imports_lead_down_and_nowhere_twice(graph: ModuleType) -> None:
     found = graph.report()
     assert (found.circles, found.upward, found.of_root) == ([], [], [])
@@ -115,13 +114,11 @@ def imported(modules: list[str], before: str = "") -> tuple[list[str], bool]:
     return seen, torch
 
 
-@pytest.mark.xfail(reason="until the last ones have moved", strict=False)
 def test_importing_does_nothing() -> None:
     """No thread, process, handler of a signal, of an end or of a log, and no environment variable read or changed."""
     assert imported([name for name in names() if not name.startswith(TORCH)]) == ([], False)
 
 
-@pytest.mark.xfail(reason="until the last ones have moved", strict=False)
 def test_importing_what_needs_torch_does_nothing() -> None:
     assert imported([name for name in names() if name.startswith(TORCH)])[0] == []
 

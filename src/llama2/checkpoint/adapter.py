@@ -9,12 +9,10 @@ R rows  C columns  r rank  V vocabulary  D width
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -25,8 +23,10 @@ from numpy.typing import NDArray
 
 from llama2 import files
 from llama2.checkpoint import gguf, hf_folder, pth, quantization, safetensors
-from llama2.checkpoint.checkpoint import Checkpoint, Tensor
+from llama2.checkpoint.checkpoint import Checkpoint
+from llama2.checkpoint.lora import Adapter, Update
 from llama2.checkpoint.metadata import Metadata
+from llama2.checkpoint.tensor import Tensor
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, RequestError
 from llama2.files import damaged, quote
@@ -75,72 +75,6 @@ _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 #: What matrices of each base become. What was quantized becomes Q8_0, which loses far less than the base has lost.
 _MERGED = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _MERGED_QUANTIZED = "Q8_0"
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What an adapter adds to a matrix: scale * left @ right, with rows in the order of the adapter's file.
-
-    With a magnitude (DoRA, Liu et al. 2024, 4.1), each row of the sum is then stretched to that length.
-    """
-
-    module: str  # its name in the file
-    left: Tensor  # (R, r)
-    right: Tensor  # (r, C)
-    scale: float
-    magnitude: Tensor | None = None  # (R,)
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter that was merged. `updates` and `replacements` are by Meta's name of a matrix."""
-
-    path: Path
-    scale: float  # what the caller multiplies its own scale with
-    base: str | None  # what it was trained on, as its file says
-    halves: bool  # whether rows of wq and wk are in Hugging Face's order
-    updates: Mapping[str, Update]
-    replacements: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The folder's name, or the file's."""
-        return self.path.resolve().name.removesuffix(".gguf")
-
-    def files(self) -> list[Path]:
-        """What it was read from."""
-        if not self.path.is_dir():
-            return [self.path]
-        return [self.path / CONFIG, _weights(self.path)]
-
-    def summary(self) -> dict[str, Any]:
-        """What `llama2 show` and a server's log say of it."""
-        ranks = sorted({update.right.shape[0] for update in self.updates.values()})
-        return {
-            "name": self.name,
-            "path": str(self.path),
-            "base": self.base,
-            "scale": self.scale,
-            "matrices": len(self.updates),
-            "ranks": ranks,
-            "replaced": sorted(self.replacements),
-        }
-
-    def digest(self) -> str:
-        """SHA-256 of everything that changes numbers. Reads all of the adapter."""
-        digest = hashlib.sha256()
-        for name, update in sorted(self.updates.items()):
-            tensors = [update.left, update.right, *([update.magnitude] if update.magnitude else [])]
-            _hash(digest, [name, update.scale, self.halves], tensors)
-        for name, tensor in sorted(self.replacements.items()):
-            _hash(digest, [name, self.halves], [tensor])
-        return digest.hexdigest()
-
-
-def _hash(digest: Any, facts: list[Any], tensors: list[Tensor]) -> None:
-    digest.update(json.dumps([facts, *([t.format, t.shape] for t in tensors)]).encode())
-    for tensor in tensors:
-        digest.update(np.ascontiguousarray(tensor.data).data)
 
 
 def split(word: str | PathLike[str]) -> tuple[str, float]:
@@ -443,7 +377,7 @@ def _peft(folder: Path, scale: float, base: Checkpoint) -> Adapter:
     if tied and settings.values.get("ensure_weight_tying"):
         raise _unsupported(settings.path, "ensure_weight_tying=true")
     _check_layers(settings, weights, updates, base)
-    return Adapter(folder, scale, made_for, True, updates, replacements)
+    return Adapter(folder, (folder / CONFIG, weights), scale, made_for, True, updates, replacements)
 
 
 def _scaling(settings: Metadata) -> Callable[[str], tuple[int, float]]:
@@ -573,7 +507,7 @@ def _llamacpp(path: Path, scale: float, base: Checkpoint) -> Adapter:
         if module not in known or part not in ("a", "b"):
             raise CheckpointError(f"{path}: has tensor {quote(name)}, which is not a part of an adapter of {base.path}")
         parts.setdefault(known[module], {})[part] = tensor
-    return Adapter(path, scale, None, False, dict(_pairs(path, parts, alpha, scale)))
+    return Adapter(path, (path,), scale, None, False, dict(_pairs(path, parts, alpha, scale)))
 
 
 def _pairs(

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint import artifacts
-from llama2.checkpoint.checkpoint import Checkpoint, Tensor
+from llama2.checkpoint.checkpoint import Checkpoint
 from llama2.checkpoint.metadata import Metadata
+from llama2.checkpoint.tensor import Tensor
 from llama2.config import BIASED, ModelConfig, RopeScaling, yarn_attention_factor
 from llama2.errors import CheckpointError, ConfigError, TokenizerError
 from llama2.files import MappedFile, damaged, first_bytes, quote, refuse_overlaps

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.checkpoint.checkpoint import Checkpoint, Tensor
+from llama2.checkpoint.checkpoint import Checkpoint
 from llama2.checkpoint.gguf import PREPEND_SCHEME, ROPE_FREQS, names
+from llama2.checkpoint.tensor import Tensor
 from llama2.config import ModelConfig, yarn_attention_factor
 from llama2.errors import CheckpointError
 from llama2.files import create

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from llama2 import files
 from llama2.checkpoint import pth, safetensors
-from llama2.checkpoint.checkpoint import Checkpoint, Tensor
+from llama2.checkpoint.checkpoint import Checkpoint
 from llama2.checkpoint.metadata import Metadata
+from llama2.checkpoint.tensor import Tensor
 from llama2.config import BIASED, ModelConfig, RopeScaling, yarn_attention_factor
 from llama2.errors import CheckpointError, ConfigError
 from llama2.files import create, damaged, inside, quote

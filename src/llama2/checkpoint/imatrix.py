@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint import gguf
-from llama2.checkpoint.checkpoint import Tensor
+from llama2.checkpoint.tensor import Tensor
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError
 from llama2.files import MappedFile, damaged, quote

@@ -18,7 +18,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.checkpoint.checkpoint import Checkpoint, Tensor
+from llama2.checkpoint.checkpoint import Checkpoint
+from llama2.checkpoint.tensor import Tensor
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, ConfigError
 from llama2.files import MappedFile, create, damaged, first_bytes

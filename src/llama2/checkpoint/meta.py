@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from llama2 import files as model_files
 from llama2.checkpoint import pth, safetensors
-from llama2.checkpoint.checkpoint import Checkpoint, Tensor
+from llama2.checkpoint.checkpoint import Checkpoint
 from llama2.checkpoint.metadata import Metadata
+from llama2.checkpoint.tensor import Tensor
 from llama2.config import ModelConfig, RopeScaling
 from llama2.errors import CheckpointError, ConfigError
 from llama2.files import create, damaged, first_bytes, quote

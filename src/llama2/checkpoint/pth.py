@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.checkpoint.checkpoint import Tensor
+from llama2.checkpoint.tensor import Tensor
 from llama2.errors import CheckpointError
 from llama2.files import MappedFile, damaged, first_bytes, quote, refuse_overlaps
 from llama2.formats import nbytes

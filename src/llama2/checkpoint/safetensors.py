@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llama2.checkpoint.checkpoint import Tensor
+from llama2.checkpoint.tensor import Tensor
 from llama2.errors import CheckpointError
 from llama2.files import MappedFile, Repeated, create, damaged, parse_json, quote, refuse_overlaps
 from llama2.formats import FLOATS, nbytes

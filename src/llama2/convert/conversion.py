@@ -176,7 +176,7 @@ def _inputs(model: Checkpoint, tokenizer: Path | None) -> list[Path]:
         files = sorted(path.parent.glob(f"{glob.escape(split[1])}-?????{split[2]}"))
     else:
         files = [path]
-    files += [file for adapter in model.adapters for file in adapter.files()]
+    files += [file for adapter in model.adapters for file in adapter.files]
     beside = {"meta": meta.tokenizer_file(path), "llama2c": path.with_name("tokenizer.bin")}.get(model.format)
     own = tokenizer or beside
     return files if own is None or own in files else [*files, own]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.checkpoint import Checkpoint, Tensor, gguf, hf_folder, meta
-from llama2.checkpoint.adapter import Adapter, Update
+from llama2.checkpoint.lora import Adapter, Update
 from llama2.checkpoint.quantization import dequantize
 from llama2.config import ModelConfig
 from llama2.errors import ParityError
