@@ -298,7 +298,11 @@ def _tokenizer(folder: Path, size: int, base: Checkpoint) -> Tokenizer:
 def _read(path: Path, scale: float, base: Checkpoint) -> Adapter:
     if path.is_dir():
         if not (path / CONFIG).exists():
-            kind = "a model, not an adapter; give it with -m" if _has_model(path) else f"no adapter: it has no {CONFIG}"
+            kind = (
+                "a model, not an adapter; give it with -m"
+                if _has_model(path)
+                else f"not an adapter: it has no {CONFIG}"
+            )
             raise CheckpointError(f"{path}: is {kind}")
         return _peft(path, scale, base)
     if path.name in (*_WEIGHTS, CONFIG):
