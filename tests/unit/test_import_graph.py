@@ -119,7 +119,6 @@ def test_importing_does_nothing() -> None:
     assert imported([name for name in names() if not name.startswith(TORCH)]) == ([], False)
 
 
-@pytest.mark.xfail(reason="a filter of warnings in train/ is about to move", strict=False)
 def test_importing_what_needs_torch_does_nothing() -> None:
     assert imported([name for name in names() if name.startswith(TORCH)])[0] == []
 
