@@ -1,10 +1,11 @@
-"""Steps of training on few tokens, in one process or several: what comes of them, and under torchrun a program.
+"""Steps of training on few tokens, in one process or several: what comes of them, and a program for several.
 
-python -m torch.distributed.run --nproc-per-node 4 steps.py OUT NAME...
+python steps.py PROCESSES OUT NAME...
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import forked
 from llama2.data.loader import IGNORED, TokenBatch
 from llama2.model import parallel
 from llama2.model.transformer import Transformer
@@ -35,7 +37,7 @@ WAYS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "FSDP2, bfloat16": (2, 1, {}),
     "both, bfloat16": (2, 2, {}),
 }
-STEPS = 20
+STEPS = int(os.environ.get("LLAMA2_SHARDED_STEPS", "5"))
 
 
 def rows(count: int, length: int, seed: int, ignored: int = 0) -> TokenBatch:
@@ -79,7 +81,7 @@ def whole(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 def train(name: str) -> dict[str, Any]:
-    """Of 20 steps of two micro-batches, whose rows have unlike many targets: losses, norms, gradients by name."""
+    """Of the steps of two micro-batches, whose rows have unlike many targets: losses, norms, gradients by name."""
     data, tensor, settings = WAYS[name]
     mesh = init_device_mesh("cpu", (data, tensor), mesh_dim_names=("dp", "tp")) if data * tensor > 1 else None
     rank = 0 if mesh is None else mesh.get_local_rank("dp")
@@ -102,10 +104,15 @@ def train(name: str) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
+def write(folder: Path, names: list[str]) -> None:
+    """What each process does; the first one writes what came of it."""
     dist.init_process_group("gloo")
-    for way in sys.argv[2:]:
-        result = train(way)
+    for name in names:
+        result = train(name)
         if dist.get_rank() == 0:
-            torch.save(result, Path(sys.argv[1]) / f"{way}.pt")
+            torch.save(result, folder / f"{name}.pt")
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    forked.start(int(sys.argv[1]), write, Path(sys.argv[2]), sys.argv[3:])

@@ -36,16 +36,12 @@ def losses(folder: Path) -> dict[int, tuple[float, float]]:
     return {line["step"]: (line["loss"], line["norm"]) for line in lines}
 
 
-def pretrain(folder: Path, name: str, *settings: str, processes: int) -> dict[int, tuple[float, float]]:
-    launch = [sys.executable, "-m"]
-    if processes > 1:
-        launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [*launch, "llama2", "pretrain", "recipe.toml", "--name", name, *settings]
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
+def in_two(folder: Path, *words: str) -> None:
+    """Run Python with these words: what starts two processes, each on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return losses(folder / "runs" / name)
 
 
 def build(folder: Path) -> None:
@@ -62,23 +58,44 @@ def build(folder: Path) -> None:
     (folder / "recipe.toml").write_text(RECIPE)
 
 
-def test_from_one_to_two_and_back(tmp_path: Path) -> None:
+def test_from_one_to_two_and_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     build(tmp_path)
-    alone = pretrain(tmp_path, "alone", processes=1)
-    shared = pretrain(tmp_path, "shared", processes=2)
-    assert list(alone) == list(shared) == [1, 2, 3, 4, 5, 6]
-    for name, processes in (("alone", 2), ("shared", 1)):
-        went_on = tmp_path / "runs" / f"{name}-goes-on"
-        shutil.copytree(tmp_path / "runs" / name, went_on)
-        shutil.rmtree(went_on / "states" / "step-00000006")
-        resumed = pretrain(tmp_path, went_on.name, "--resume", processes=processes)
-        for step, figures in alone.items():
-            assert resumed[step] == pytest.approx(figures, rel=1e-4), (name, step)
-            assert shared[step] == pytest.approx(figures, rel=1e-4), step
-    more = [pretrain(tmp_path, f"more-{n}", "start=runs/alone", "steps=3", processes=n) for n in (1, 2)]
-    assert more[0][1][0] < alone[1][0]  # which began from random weights
-    for step, figures in more[0].items():
-        assert more[1][step] == pytest.approx(figures, rel=1e-4), step
+    monkeypatch.chdir(tmp_path)
+
+    def command(name: str, *settings: str) -> list[str]:
+        return ["pretrain", "recipe.toml", "--name", name, *settings]
+
+    def alone(*words: str) -> None:
+        code, _, error = typed(capsys, *words)
+        assert code == 0, error
+
+    alone(*command("alone"))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    in_two(tmp_path, *torchrun, "-m", "llama2", *command("shared"))
+    resumed = {"alone": "alone-in-two", "shared": "shared-in-one"}
+    for name, copy in resumed.items():
+        shutil.copytree(Path("runs", name), Path("runs", copy))
+        shutil.rmtree(Path("runs", copy, "states", "step-00000006"))
+    alone(*command("shared-in-one", "--resume"))
+    more = ("start=runs/alone", "steps=3")
+    alone(*command("more-1", *more))
+    commands = [command("alone-in-two", "--resume"), command("more-2", *more)]
+    in_two(tmp_path, str(Path(__file__).parents[1] / "forked.py"), "2", json.dumps(commands))
+
+    expected = losses(Path("runs/alone"))
+    assert list(expected) == [1, 2, 3, 4, 5, 6]
+    for name in ("shared", *resumed.values()):
+        found = losses(Path("runs", name))
+        assert list(found) == list(expected)
+        for step, figures in expected.items():
+            assert found[step] == pytest.approx(figures, rel=1e-4), (name, step)
+    first, second = losses(Path("runs/more-1")), losses(Path("runs/more-2"))
+    assert first[1][0] < expected[1][0]  # which began from random weights
+    assert list(first) == [1, 2, 3]
+    for step, figures in first.items():
+        assert second[step] == pytest.approx(figures, rel=1e-4), step
     weights = []
     for name in ("alone", "shared"):
         with llama2.load(tmp_path / "runs" / name) as model:

@@ -149,23 +149,25 @@ def test_shares_are_a_smaller_network_of_every_size(tmp_path: Path) -> None:
         parallel.load(tiny(tmp_path, config=tiny_config(hidden_dim=77)), 0, 2, dtype=torch.float32)
 
 
-#: Opens a model in every process; the first one runs a conversation and says what its logits were.
+#: Opens a model in two processes; the first one runs a conversation and says what its logits were.
 SHARED = """
 import sys
 import numpy as np
 sys.path[:0] = sys.argv[3:]
+import forked
 from llama2 import checkpoint
 from llama2.engine import runner_torch
 from test_runner_native import conversation
-runner = runner_torch.start(checkpoint.open(sys.argv[1]), 16)
-np.save(sys.argv[2], conversation(runner))
-print("only the first process comes here")
+def converse():
+    runner = runner_torch.start(checkpoint.open(sys.argv[1]), 16)
+    np.save(sys.argv[2], conversation(runner))
+    print("only the first process comes here", flush=True)
+forked.start(2, converse)
 """
 
 
-def torchrun(*words: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def python(*words: str) -> str:
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -174,7 +176,7 @@ def test_two_processes_share_a_model(tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf", config=tiny_config(tied_embeddings=True))
     (tmp_path / "shared.py").write_text(SHARED)
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    told = torchrun(*(str(tmp_path / name) for name in ("shared.py", "tiny.gguf", "logits.npy")), *paths)
+    told = python(*(str(tmp_path / name) for name in ("shared.py", "tiny.gguf", "logits.npy")), *paths)
     assert told == "only the first process comes here\n"
     expected = conversation(TorchRunner(checkpoint.open(tmp_path / "tiny.gguf"), 16))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=0, atol=1e-5)
@@ -183,7 +185,8 @@ def test_two_processes_share_a_model(tmp_path: Path) -> None:
 def test_a_command_on_two_processes_answers_once(tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf")
     words = ("generate", "-m", str(tmp_path / "tiny.gguf"), "to be", "--temperature", "0", "--max-tokens", "20")
-    told = torchrun("-m", "llama2", *words, "--runner", "torch", "--json")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    told = python(*torchrun, "-m", "llama2", *words, "--runner", "torch", "--json")
     with llama2.load(tmp_path / "tiny.gguf", runner="numpy") as model:
         answer = model.generate("to be", temperature=0, max_tokens=20)
     assert json.loads(told)["token_ids"] == answer.token_ids
