@@ -90,7 +90,7 @@ def command(recipe: Path, name: str, *settings: str, resume: bool = False, proce
 
 
 def _finish(words: list[str]) -> float:
-    """Run a program to its end, and tell the seconds it took."""
+    """Run a program to its end, and return the seconds it took."""
     begun = time.perf_counter()
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -146,7 +146,7 @@ def killed(recipe: Path, kills: int, start: float, seconds: float, seed: int) ->
 
 
 def changed(recipe: Path, first: int, then: int, half: int) -> float:
-    """How far the losses of a run by `first` processes change, relatively, when `then` go on from step `half`."""
+    """How far the losses of a run by `first` processes change, relatively, when `then` continue from step `half`."""
     name = f"{first}-{then}"
     run = recipe.parent / "runs" / name
     # The schedule of a run goes by its steps, so the first part is the whole run, and what follows is taken away.

@@ -3,7 +3,7 @@
     python bench/run_races.py -o run_races.json
 
 In each of `--rounds` rounds, two processes at once do one to three things at random with the run of the same name:
-begin it, go on with it, list it. Half of the trainings are killed with SIGKILL at a random moment. A command ends
+begin it, resume it, list it. Half of the trainings are killed with SIGKILL at a random moment. A command ends
 well, or is refused because the run is there, is not there, or is another process's; anything else is a fault. After
 each round, every state must be whole, the last one no older than before, its model open to the last number, and the
 list undamaged. A run that has ended must have the losses and the weights, bit by bit, of one that was alone; then the

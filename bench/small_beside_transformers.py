@@ -8,7 +8,7 @@ Three models read the same batches, step by step in one process:
     theirs        transformers' LlamaForCausalLM, loss and schedule, and torch's AdamW, from the same weights
     theirs again  the same, from weights that were rounded to bfloat16
 
-Training is chaotic, so that two correct programs drift apart. The third model tells how far: what separates `theirs`
+Training is chaotic, so that two correct programs drift apart. The third model shows how far: what separates `theirs`
 from `theirs again` is noise. The curves agree when what separates ours from theirs is, on average over the last half of
 the steps, at most `--times` that, or 0.001 nats.
 """
@@ -177,8 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             losses[name].append(train(batches))
             seconds[name] += time.perf_counter() - begun
         if step % 10 == 0 or step == asked.steps:
-            told = "  ".join(f"{name} {curve[-1]:.4f}" for name, curve in losses.items())
-            print(f"step {step}/{asked.steps}  {told}", file=sys.stderr, flush=True)
+            line = "  ".join(f"{name} {curve[-1]:.4f}" for name, curve in losses.items())
+            print(f"step {step}/{asked.steps}  {line}", file=sys.stderr, flush=True)
     result = {
         **provenance(),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""A run that one process began goes on in two, and the other way round."""
+"""A run that one process began continues in two, and the other way round."""
 
 import json
 import os
@@ -89,13 +89,13 @@ def test_from_one_to_two_and_back(
     for name in ("shared", *resumed.values()):
         found = losses(Path("runs", name))
         assert list(found) == list(expected)
-        for step, figures in expected.items():
-            assert found[step] == pytest.approx(figures, rel=1e-4), (name, step)
+        for step, metrics in expected.items():
+            assert found[step] == pytest.approx(metrics, rel=1e-4), (name, step)
     first, second = losses(Path("runs/more-1")), losses(Path("runs/more-2"))
     assert first[1][0] < expected[1][0]  # which began from random weights
     assert list(first) == [1, 2, 3]
-    for step, figures in first.items():
-        assert second[step] == pytest.approx(figures, rel=1e-4), step
+    for step, metrics in first.items():
+        assert second[step] == pytest.approx(metrics, rel=1e-4), step
     weights = []
     for name in ("alone", "shared"):
         with llama2.load(tmp_path / "runs" / name) as model:
@@ -105,7 +105,7 @@ def test_from_one_to_two_and_back(
         np.testing.assert_allclose(weights[1][name], weight, rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_goes_on_from_a_model_by_its_name(
+def test_continues_from_a_model_by_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(tmp_path)

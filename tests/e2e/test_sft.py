@@ -78,9 +78,9 @@ def test_learns_answers_by_heart(place: Path, capsys: pytest.CaptureFixture[str]
     assert lines[0]["loss"] == pytest.approx(loss_of_answers(place / "tiny.gguf"), rel=1e-5)
     assert lines[0]["tokens"] == lines[1]["tokens"] / 2
     before, after = (loss_of_answers(place / model) for model in ("tiny.gguf", "runs/mine"))
-    told = re.fullmatch(r"loss of answers in dialogs learnt: (\S+) before, (\S+) after", out.splitlines()[0])
-    assert told
-    assert (float(told[1]), float(told[2])) == (pytest.approx(before, abs=6e-4), pytest.approx(after, abs=6e-4))
+    found = re.fullmatch(r"loss of answers in dialogs trained on: (\S+) before, (\S+) after", out.splitlines()[0])
+    assert found
+    assert (float(found[1]), float(found[2])) == (pytest.approx(before, abs=6e-4), pytest.approx(after, abs=6e-4))
     with llama2.load(place / "runs" / "mine") as model:
         for dialog in DIALOGS:
             answer = model.chat([{"role": "user", "content": dialog["prompt"]}], temperature=0, max_tokens=20)
@@ -99,7 +99,7 @@ def test_as_many_steps_as_epochs_take(place: Path, capsys: pytest.CaptureFixture
     code, _, error = typed(capsys, "sft", "mine.toml", *batch)
     assert code == 0, error
     first = Run.open(place / "runs" / "mine")
-    rows = -(-4 // 2)  # four dialogs are learnt, two to a row
+    rows = -(-4 // 2)  # four dialogs are trained on, two to a row
     assert [line["step"] for line in first.metrics()] == list(range(1, 2 * rows // 2 + 1))
     assert "validation" in first.metrics()[-1]
     assert first.recipe["steps"] == 2
@@ -112,7 +112,7 @@ def test_as_many_steps_as_epochs_take(place: Path, capsys: pytest.CaptureFixture
         assert replace(more.config, norm_eps=tiny.config.norm_eps) == tiny.config  # GGUF has it in float32
 
 
-def test_what_is_left_out_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_left_out_is_reported(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = {"prompt": "what " * 40, "completion": "bat"}
     (place / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in [*DIALOGS, long]))
     code, _, error = typed(capsys, "sft", "mine.toml", "steps=1", "data.too_long=leave out")
@@ -174,12 +174,12 @@ def test_without_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> No
     )
     assert (run.recipe["steps"], run.recipe["optimizer"]["lr"]) == (20, 1.28e-3)
     assert [line["step"] for line in run.metrics() if "validation" in line] == [5, 10, 15, 20]
-    held, learnt = out.splitlines()[:2]
+    held, trained = out.splitlines()[:2]
     numbers = re.findall(r"[0-9.]+", held)
     assert held == f"loss of answers in dialogs held out: {numbers[0]} before, {numbers[1]} after"
     assert numbers[1] == f"{run.metrics()[-1]['validation']:.3f}"
     assert float(numbers[1]) < float(numbers[0]) == round(run.origin["before"]["validation"], 3)
-    assert learnt.startswith("loss of answers in dialogs learnt: ")
+    assert trained.startswith("loss of answers in dialogs trained on: ")
     code, again, error = typed(capsys, *command, "--skip-bad", "--resume")
     assert (code, again) == (0, out), error
     code, _, error = typed(capsys, *command, "--skip-bad", "--out", "other", "steps=1")

@@ -1,4 +1,4 @@
-"""The loop of training: what it leaves behind, how it goes on after an end, and what it does when things go wrong."""
+"""The loop of training: what it leaves behind, how it continues after an end, and what it does when things go wrong."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_what_a_spike_is() -> None:
 
 
 def test_a_run_leaves_all_that_there_is_to_know(asked: Any, tmp_path: Path) -> None:
-    watch = Stop(-1)
+    reporter = Stop(-1)
     samples: list[tuple[Path, list[str], int]] = []
 
     def sample(model: Path, prompts: Sequence[str], tokens: int) -> list[str]:
@@ -154,7 +154,7 @@ def test_a_run_leaves_all_that_there_is_to_know(asked: Any, tmp_path: Path) -> N
         return [f"{prompt} sat" for prompt in prompts]
 
     overrides = ("samples.prompts=['the cat']", "samples.tokens=5", "watts=100")
-    run = pretrain(asked(*overrides), tmp_path / "run", sample=sample, reporter=watch)
+    run = pretrain(asked(*overrides), tmp_path / "run", sample=sample, reporter=reporter)
     lines = run.metrics()
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all(line["tokens"] == line["step"] * 4 * 16 for line in lines)
@@ -172,7 +172,7 @@ def test_a_run_leaves_all_that_there_is_to_know(asked: Any, tmp_path: Path) -> N
     assert [step["step"] for step in map(json.loads, (run.folder / "samples.jsonl").open())] == [3, 6, 8]
     assert samples[-1] == (run.folder / "states/step-00000008/model", ["the cat"], 5)
     assert list((run.folder / "tensorboard").glob("events*"))
-    assert "MFU = " in watch.header[1]
+    assert "MFU = " in reporter.header[1]
 
 
 def test_the_model_opens_without_torch(asked: Any, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_the_model_opens_without_torch(asked: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("end", [1, 4, 7])
-def test_a_run_that_ended_goes_on_as_if_it_had_not(asked: Any, tmp_path: Path, end: int, precision: str) -> None:
+def test_a_run_that_ended_continues_as_if_it_had_not(asked: Any, tmp_path: Path, end: int, precision: str) -> None:
     recipe = asked(f"precision={precision}")
     whole = pretrain(recipe, tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -230,7 +230,7 @@ def test_a_damaged_state_is_named(asked: Any, tmp_path: Path) -> None:
         pretrain(asked(), tmp_path / "run", resume=True)
 
 
-def test_a_second_command_changes_nothing_of_a_run_that_goes_on(asked: Any, tmp_path: Path) -> None:
+def test_a_second_command_changes_nothing_of_a_run_that_continues(asked: Any, tmp_path: Path) -> None:
     """Also while a state is half written, which a second process once removed."""
 
     class Second(Stop):
@@ -313,21 +313,21 @@ class Full(Stop):
 
 def test_a_full_disk_costs_a_state_and_no_more(asked: Any, tmp_path: Path) -> None:
     whole = pretrain(asked(), tmp_path / "whole")
-    watch = Full(tmp_path / "run", 5, 7)
-    run = pretrain(asked(), tmp_path / "run", reporter=watch)
+    reporter = Full(tmp_path / "run", 5, 7)
+    run = pretrain(asked(), tmp_path / "run", reporter=reporter)
     assert losses(run) == losses(whole)
-    assert [note for note in watch.notes if "step-00000006: cannot be saved (" in note]
+    assert [note for note in reporter.notes if "step-00000006: cannot be saved (" in note]
     names = sorted(path.name for path in (run.folder / "states").iterdir())
     assert names == ["step-00000003", "step-00000008"]
 
 
 def test_a_disk_that_is_full_at_the_end_is_an_error(asked: Any, tmp_path: Path) -> None:
-    watch = Full(tmp_path / "run", 7, -1)
+    reporter = Full(tmp_path / "run", 7, -1)
     try:
         with pytest.raises(RunError, match=r"step-00000008: cannot be saved \(.*and continue with --resume"):
-            pretrain(asked(), tmp_path / "run", reporter=watch)
+            pretrain(asked(), tmp_path / "run", reporter=reporter)
     finally:
-        watch.full.__exit__(None, None, None)
+        reporter.full.__exit__(None, None, None)
     assert pretrain(asked(), tmp_path / "run", resume=True).metrics()[-1]["step"] == 8
 
 
@@ -394,10 +394,10 @@ def test_losses_that_are_no_numbers_change_nothing_and_end_the_run(asked: Any, t
 def test_what_is_wrong_is_said_before_any_step(
     asked: Any, tmp_path: Path, overrides: list[str], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error) as told:
+    with pytest.raises(error) as caught:
         pretrain(asked(*overrides), tmp_path / "run", sample=lambda *_: [])
-    assert message in str(told.value)
-    assert "\n" not in str(told.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -435,7 +435,7 @@ def test_another_schedule_needs_a_warm_up_of_its_own(asked: Any, tmp_path: Path,
     assert table == float(value)
 
 
-def test_a_run_that_ended_goes_on_after_a_new_warm_up(asked: Any, tmp_path: Path) -> None:
+def test_a_run_that_ended_continues_after_a_new_warm_up(asked: Any, tmp_path: Path) -> None:
     """It ends at a tenth of 1e-2, rises to 2e-2 in two steps, and falls to a tenth of that at step 16."""
     pretrain(asked(), tmp_path / "run")
     more = asked("steps=16", "optimizer.lr=2e-2", "optimizer.rewarm=2")
@@ -474,7 +474,7 @@ def test_what_may_differ_freely(asked: Any, corpus: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_other_data_are_refused(asked: Any, corpus: Path, tmp_path: Path, step: int) -> None:
-    """Also where there is no state yet that tells what they were."""
+    """Also where there is no state yet that states what they were."""
     with pytest.raises(Stopped):
         pretrain(asked(), tmp_path / "run", reporter=Stop(step))
     shutil.copytree(corpus, tmp_path / "other")
@@ -552,8 +552,10 @@ def test_each_source_is_validated(asked: Any, corpus: Path, tmp_path: Path) -> N
     manifest = json.loads((tmp_path / "three/manifest.json").read_text())
     manifest["splits"]["validation"][0]["sources"] = {"books": 12, "web": 6, "code": 2}
     (tmp_path / "three/manifest.json").write_text(json.dumps(manifest))
-    watch = Stop(-1)
-    run = pretrain(asked(f"data.corpus={tmp_path / 'three'}", "data.validation=10"), tmp_path / "run", reporter=watch)
+    reporter = Stop(-1)
+    run = pretrain(
+        asked(f"data.corpus={tmp_path / 'three'}", "data.validation=10"), tmp_path / "run", reporter=reporter
+    )
     last = run.metrics()[-1]
     assert list(last["sources"]) == ["books", "web", "code"]
     opened = checkpoint.open(run.folder)
@@ -588,27 +590,29 @@ def test_samples_follow_no_link_and_end_no_run(asked: Any, tmp_path: Path) -> No
     (tmp_path / "private").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples.jsonl").symlink_to(tmp_path / "private")
-    watch = Stop(-1)
+    reporter = Stop(-1)
     settings = ("samples.prompts=['a']", "samples.tokens=1", "save.every=8")
-    pretrain(asked(*settings), tmp_path / "run", sample=lambda *_: ["ab"], reporter=watch)
+    pretrain(asked(*settings), tmp_path / "run", sample=lambda *_: ["ab"], reporter=reporter)
     assert (tmp_path / "private").read_text() == "mine"
-    assert len(watch.notes) == 1
-    assert "samples.jsonl: cannot be written" in watch.notes[0]
+    assert len(reporter.notes) == 1
+    assert "samples.jsonl: cannot be written" in reporter.notes[0]
 
 
 def test_samples_that_fail_end_no_run(asked: Any, tmp_path: Path) -> None:
     def sample(*_: Any) -> list[str]:
         raise ValueError("no\nroom")
 
-    watch = Stop(-1)
-    run = pretrain(asked("samples.prompts=['a']", "samples.tokens=1"), tmp_path / "run", sample=sample, reporter=watch)
+    reporter = Stop(-1)
+    run = pretrain(
+        asked("samples.prompts=['a']", "samples.tokens=1"), tmp_path / "run", sample=sample, reporter=reporter
+    )
     assert run.metrics()[-1]["step"] == 8
-    assert watch.notes == [f"step {step}: no samples (no room); the run continues" for step in (3, 6, 8)]
+    assert reporter.notes == [f"step {step}: no samples (no room); the run continues" for step in (3, 6, 8)]
     lines = [json.loads(line) for line in (run.folder / "samples.jsonl").open()]
     assert lines[0] == {"step": 3, "note": "no room"}
 
 
-def test_without_a_compiler_it_goes_on(asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_it_continues(asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = pretrain(asked("steps=2"), tmp_path / "plain")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler",))

@@ -44,7 +44,7 @@ workers = 1
 WORDS = [a + b + c for a in "bdfgklmn" for b in "aeiou" for c in ("", "n", "r", "st", "ld")]
 
 
-class Told:
+class Recorder:
     """Keeps what a run says."""
 
     def __init__(self) -> None:
@@ -91,8 +91,8 @@ def asked(*overrides: str) -> PretrainRecipe:
 
 
 def test_a_folder_becomes_a_runs_corpus(place: Path) -> None:
-    told = Told()
-    run = pretrain(asked("data.dir=mine"), place / "runs/a", reporter=told)
+    reporter = Recorder()
+    run = pretrain(asked("data.dir=mine"), place / "runs/a", reporter=reporter)
     assert run.metrics()[-1]["step"] == 2
     manifest = json.loads((place / "runs/a/corpus/manifest.json").read_bytes())
     assert list(manifest["sources"]) == ["documents"]
@@ -123,9 +123,9 @@ def test_a_run_goes_on_with_its_corpus_whatever_became_of_the_folder(place: Path
     pretrain(asked("data.dir=mine"), place / "runs/a", resume=True)
     assert (place / "runs/a/corpus/manifest.json").read_bytes() == corpus
     (place / "runs/a/run.json").unlink()  # another run, in a folder with a corpus
-    told = Told()
-    pretrain(asked("data.dir=mine"), place / "runs/a", reporter=told)
-    assert "corpus: is built again, because documents: 2 files are new (3.txt, …)" in told.one("built again")
+    reporter = Recorder()
+    pretrain(asked("data.dir=mine"), place / "runs/a", reporter=reporter)
+    assert "corpus: is built again, because documents: 2 files are new (3.txt, …)" in reporter.one("built again")
     assert (place / "runs/a/corpus/manifest.json").read_bytes() != corpus
 
 
@@ -150,17 +150,19 @@ def test_too_little_to_hold_out_a_row_is_said_before_the_build(place: Path) -> N
     assert not (place / "runs/a/corpus").exists()
 
 
-def test_many_repetitions_are_told(place: Path) -> None:
-    told = Told()
+def test_many_repetitions_are_reported(place: Path) -> None:
+    reporter = Recorder()
     pretrain(
-        asked("data.dir=mine", "steps=2", "batch.size=4000", "batch.micro_size=2000"), place / "runs/a", reporter=told
+        asked("data.dir=mine", "steps=2", "batch.size=4000", "batch.micro_size=2000"),
+        place / "runs/a",
+        reporter=reporter,
     )
-    assert "times; fewer steps, or more text" in told.one("each text is read")
+    assert "times; fewer steps, or more text" in reporter.one("each text is read")
 
 
 @pytest.fixture
 def base(place: Path) -> Path:
-    """A run to go on from."""
+    """A run to continue from."""
     pretrain(asked("data.dir=mine"), place / "runs/base")
     return place / "runs/base"
 
@@ -172,11 +174,11 @@ def test_training_goes_on_from_a_model(place: Path, base: Path, kind: str) -> No
     if kind == "gguf":
         convert(model, start, "gguf", format="Q8_0")
     texts(place / "other", 4, seed=9)
-    told = Told()
+    reporter = Recorder()
     settings = ("data.dir=other", f"start={start}", "optimizer.lr=1e-30", "optimizer.weight_decay=0")
-    run = pretrain(asked(*settings), place / "runs/next", reporter=told)
+    run = pretrain(asked(*settings), place / "runs/next", reporter=reporter)
     assert run.recipe["start"] == str(start)
-    assert "warms up again, to 1e-30 in 2 steps" in told.one("continues from")
+    assert "warms up again, to 1e-30 in 2 steps" in reporter.one("continues from")
     with checkpoint.open(start) as before, checkpoint.open(run.folder) as after:
         assert replace(after.config, norm_eps=1e-5) == replace(before.config, norm_eps=1e-5)
         assert after.config.norm_eps == pytest.approx(before.config.norm_eps)
@@ -195,13 +197,13 @@ def test_a_corpus_of_the_models_own_tokens(place: Path, base: Path) -> None:
     pretrain(asked(), place / "runs/other")
     settings = asked().model_dump(mode="json", exclude={"data", "start"})
 
-    def go_on(corpus: str) -> None:
+    def continue_on(corpus: str) -> None:
         data = {"corpus": corpus, "length": 16, "validation": 3}
         pretrain(PretrainRecipe.model_validate({**settings, "start": str(base), "data": data}), place / "runs/next")
 
     with pytest.raises(DataError, match=r"corpora/some: does not have the tokens of .*; give data.dir or data.recipe"):
-        go_on("corpora/some")
-    go_on(str(base / "corpus"))
+        continue_on("corpora/some")
+    continue_on(str(base / "corpus"))
 
 
 def test_rows_longer_than_the_model_reads(place: Path, base: Path) -> None:
@@ -216,7 +218,7 @@ def test_a_run_that_went_on_from_a_model_is_resumed(place: Path, base: Path) -> 
     class Stopped(BaseException):
         pass
 
-    class Stop(Told):
+    class Stop(Recorder):
         def step(self, report: StepReport) -> None:
             if report.step == 3:
                 raise Stopped

@@ -96,11 +96,11 @@ class Many(recipe.Settings):
 
 
 def test_settings_tell_what_they_are() -> None:
-    told = [
+    listed = [
         (each.name, each.kind, "required" if each.required else each.default, each.meaning)
         for each in recipe.settings(Many)
     ]
-    assert told == [
+    assert listed == [
         ("share", "number, > 0, ≤ 1", "0.5", "a share"),
         ("size", "whole number, ≥ 3", "none", ""),
         ("big", "whole number, ≥ 1, < 4,294,967,296", "1", ""),

@@ -1,4 +1,4 @@
-"""`llama2 runs` by figures that were worked out by hand."""
+"""`llama2 runs` by metrics that were worked out by hand."""
 
 from __future__ import annotations
 
