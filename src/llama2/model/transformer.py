@@ -77,7 +77,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     """Grouped-query attention (Ainslie et al. 2023): query head j reads key/value head j // (H / K).
 
     q (B, T, H, E), k and v (B, S, K, E) → (B, T, H, E). `visible`, which broadcasts to (B, T, S), says which keys a
-    token may read; without it, S = T and a token reads those up to its own.
+    token may read. Without it, S = T and a token reads those up to its own.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T or S, E)
     mask = None if visible is None else visible[..., None, :, :]
@@ -250,8 +250,8 @@ class Transformer(nn.Module):
         """Draw random weights, also for a model that was built on the meta device and then given memory.
 
         Meta published no initialisation. Normal with deviation 0.02 is `initializer_range` of the released models'
-        configuration at Hugging Face; dividing it by √(2L) where a block adds to the residual is GPT-2's rule (Radford
-        et al. 2019), which keeps the sum of 2L additions from growing with depth.
+        configuration at Hugging Face. Where a block adds to the residual, it is divided by √(2L): GPT-2's rule (Radford et
+        al. 2019), which keeps the sum of 2L additions from growing with depth.
         """
         for name, parameter in self.named_parameters():
             self.draw(name, parameter, generator)

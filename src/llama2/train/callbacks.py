@@ -59,7 +59,7 @@ class SpikeGuard(Callback):
                 run = self._saver.states.run
                 raise RunError(
                     f"{run}: step {s.step}: {s.nonfinite} steps in a row had no finite loss or gradient; "
-                    f"lower optimizer.lr, and continue from the last state in another run, with start={run}"
+                    f"lower optimizer.lr, and continue in another run with start={run}"
                 )
             report.add_note("skipped: loss or gradient is not finite")
             return
@@ -76,16 +76,14 @@ class SpikeGuard(Callback):
         at, rewinds, rows = loop.state.step, loop.state.rewinds + 1, self._loader.state()["rows"]
         if rewinds > self._rule.rewinds:
             raise RunError(
-                f"{self._saver.states.run}: step {at}: the loss rose to {report.loss:.2f}, after {rewinds - 1} times "
-                "that the run went back and on with other rows; lower optimizer.lr, or raise spikes.deviations"
+                f"{self._saver.states.run}: step {at}: the loss rose to {report.loss:.2f}, after {rewinds - 1} "
+                "rewinds to the last state; lower optimizer.lr, or raise spikes.deviations"
             )
         self._saver.restore(loop, saved)
         loop.state.rewinds = rewinds
         self._loader.skip(rows - self._loader.state()["rows"])
         report.step, report.tokens, report.epoch = loop.state.step, loop.state.tokens, self._loader.epoch
-        report.add_note(
-            f"the loss rose to {report.loss:.2f} at step {at}: back to step {saved}, and on with other rows"
-        )
+        report.add_note(f"the loss rose to {report.loss:.2f} at step {at}: back to step {saved}, then other rows")
         return True
 
 

@@ -2,7 +2,7 @@
 
 The system's own lock on a file ends with its process, however that ends. It may not reach another machine, so the file
 also says who has it, and its time changes every few seconds during the run. The library filelock has the system's
-lock or a lease, not both: the first does not reach another machine, and a killed process's lease delays `--resume`.
+lock or a lease, not both. The first does not reach another machine; a killed process's lease delays `--resume`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ twenty dialogs that would be a single step. So these are the rules for what a re
 - the learning rate rises through the first tenth of the steps, at most 100, then falls along a cosine to a tenth;
 - its peak is 2e-5 × 4096 / width, and 2e-5 for wider models. That rates of Adam go with 1 / width is what Yang et al.
   (2022, "Tensor Programs V") derive and measure; the paper's own rate is the same for all of its widths;
-- there are four evaluations, a network is compiled where it reads a million tokens or more, and products are done in
-  bfloat16 where the processor has instructions for them.
+- there are four evaluations, and a network is compiled where it reads a million tokens or more;
+- products are done in bfloat16 where the processor has instructions for them.
 """
 
 from __future__ import annotations
