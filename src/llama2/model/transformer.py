@@ -250,8 +250,8 @@ class Transformer(nn.Module):
         """Draw random weights, also for a model that was built on the meta device and then given memory.
 
         Meta published no initialisation. Normal with deviation 0.02 is `initializer_range` of the released models'
-        configuration at Hugging Face. Where a block adds to the residual, it is divided by √(2L): GPT-2's rule (Radford et
-        al. 2019), which keeps the sum of 2L additions from growing with depth.
+        configuration at Hugging Face. Where a block adds to the residual, it is divided by √(2L): GPT-2's rule (Radford
+        et al. 2019), which keeps the sum of 2L additions from growing with depth.
         """
         for name, parameter in self.named_parameters():
             self.draw(name, parameter, generator)
