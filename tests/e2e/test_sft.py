@@ -165,7 +165,10 @@ def test_without_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> No
         f"1 left out; the first: mine/a.json:{line}: the dialog has no messages",
     ]
     # 2e-5 × 4096 / 64; the context is 256; a tenth of twenty; at most ten epochs of two rows.
-    assert "rows of 256 tokens, 2 dialogs held out; 20 steps of 1 rows, 10 epochs; rate 0.00128 after 2 steps" in error
+    assert (
+        "rows of 256 tokens, 2 dialogs held out; 20 steps of 1 rows, 10 epochs; learning rate 0.00128 after 2 steps"
+        in error
+    )
     run = Run.open(place / "runs" / "mine")
     assert (run.recipe["start"], run.recipe["data"]["length"], run.recipe["data"]["validation"]) == (
         "tiny.gguf",
