@@ -22,7 +22,7 @@ class RopeScaling:
     `rope_freqs.weight`) gives them in `divisors`, one for each pair of dimensions, and they win.
 
     `yarn` (Peng et al. 2023) blends likewise, from pairs that turn `beta_fast` times within the original context to
-    those that turn `beta_slow` times; `truncate` rounds both ends to whole pairs. `attention_factor` multiplies cosine
+    those of `beta_slow` times. `truncate` rounds both ends to whole pairs. `attention_factor` multiplies cosine
     and sine. `dynamic` raises the base for positions beyond the original context (decision 11).
     """
 

@@ -1,7 +1,7 @@
 """What is printed for people: everywhere in the package, and nothing in it prints otherwise.
 
-File names, licences, templates and whatever else a stranger wrote may hold characters that a terminal obeys, and such
-as make a text look like another one. Here they become visible.
+What a stranger wrote, such as file names, licences and templates, may hold characters that a terminal obeys. Others
+make a text look like another one. Here they become visible.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The interpreter's end, and what it must not interrupt.
 
 At its end, the interpreter stops what daemon threads still do, wherever they are. Within a library of C++ or Rust that
-gave the interpreter's lock away, that aborts the process; with a lock in hand, the end itself may wait for it. So what
-does either is a section: the end waits for who is in one, and who enters one later waits until the process is gone.
+gave the interpreter's lock away, that aborts the process. With a lock in hand, the end itself may wait for it. So what
+does either is a section. The end waits for threads in one; a thread that enters one later waits until the process is
+gone.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ section = Section()
 
 
 class EndsInSection:
-    """What holds weights in objects of C++. The last of them closes the file, which gives the lock away for a moment,
-    and the interpreter's end must not come there: a destructor of C++ cannot be stopped half-way.
+    """What holds weights in objects of C++.
+
+    The last of them closes the file, which gives the lock away for a moment. The interpreter's end must not come there:
+    a destructor of C++ cannot be stopped half-way.
     """
 
     def __del__(self) -> None:

@@ -1,7 +1,7 @@
 """A model's files, which come from strangers: the one way to open, map, parse and write them.
 
-A folder can hold anything under any name: a FIFO that never answers, a link to a private file, a pointer of Git LFS in
-place of 13 GB, 60 MB of brackets. Every reader gets its bytes here. `error` is the class that the caller raises.
+A folder can hold anything under any name: a FIFO that never answers, a link to a private file, 60 MB of brackets. Every
+reader gets its bytes here. `error` is the class that the caller raises.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def inside(folder: Path, name: str, *, error: type[Llama2Error] = CheckpointErro
 def refuse_links_out(path: Path, *, error: type[Llama2Error] = CheckpointError) -> Path:
     """The path itself. Raises `error` for a link that a stranger may have laid to a private file.
 
-    Good are links within a folder, to blobs of a Hub's cache, to a file of the same name, and of weights to any file
-    (docs/decisions/0012-links-to-model-files.md).
+    Good are links within a folder, to blobs of a Hub's cache, and to a file of the same name. Weights may link to any
+    file (docs/decisions/0012-links-to-model-files.md).
     """
     root, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     blob = target.parent.name == "blobs" and target.parent.with_name("snapshots").is_dir()
@@ -263,8 +263,8 @@ def refuse_overlaps(path: Path, spans: Iterable[tuple[int, int, str]]) -> None:
 def replaced(path: Path, *, shared: bool = False, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A file to write that becomes `path` when it is whole. Otherwise nothing of it remains.
 
-    Its name until then is `path`.part; with `shared`, where several processes may write the same file at the same
-    time, it is a name of its own. What an earlier process left at that name is removed, and a link not followed.
+    Its name until then is `path`.part. With `shared` it is a name of its own, for processes that write the same file at
+    the same time. What an earlier process left at that name is removed, and a link not followed.
     Who has mapped an older file keeps that one, because `path` itself is never written. Raises OSError.
     """
     part = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp" if shared else f"{path.name}.part")

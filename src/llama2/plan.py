@@ -95,8 +95,8 @@ STEP = 512
 def tensor_formats(config: ModelConfig, format: str) -> dict[str, str]:
     """The number format of each tensor, by name, in a file of `format`, one of FORMATS.
 
-    F32, F16 and BF16 are all tensors'. Otherwise norms are F32, and matrices as llama.cpp's llama-quantize chooses: the
-    output head is Q6_K or Q8_0, and Q2_K and the `_M` formats spend more bits where they matter most. A matrix whose
+    F32, F16 and BF16 are all tensors'. Otherwise norms are F32, and matrices as llama.cpp's llama-quantize chooses. The
+    output head is Q6_K or Q8_0; Q2_K and the `_M` formats spend more bits where they matter most. A matrix whose
     rows are not whole blocks of its format has a format of more bits that fits.
     """
     base = FORMATS[format]
@@ -161,11 +161,12 @@ def generation(
 ) -> Generation:
     """Plan the engine's work with weights in `formats`; several devices share every matrix (tensor parallel).
 
-    memory: weights in their formats; keys and values in 16 bits; in float32 what a step's tokens hold at once
-    (residual, its norm, queries, keys, values, attention's output, both halves of the feed-forward) and the logits.
-    FLOPs: 2 a weight, 4 L H E for each key that a token attends to; a prompt needs the output head once.
-    seconds: the longer of FLOPs / operations and bytes / bandwidth, as if nothing else took time, and devices had
-    nothing to send each other. A step reads the weights but the embeddings, and in decoding all keys and values.
+    memory: weights in their formats; keys and values in 16 bits; activations of a step's tokens and the logits in
+    float32. Activations are the residual, its norm, queries, keys, values, attention's output, both halves of the
+    feed-forward.
+    FLOPs: 2 a weight, 4 L H E for each key that a token attends to. A prompt needs the output head once.
+    seconds: the longer of FLOPs / operations and bytes / bandwidth. Nothing else is taken to need time, nor do devices
+    send each other anything. A step reads the weights but the embeddings, and in decoding all keys and values.
     Raises PlanError for a value out of range.
     """
     _positive(batch=batch, devices=devices)
@@ -257,10 +258,10 @@ class Training:
 def training(config: ModelConfig, gpu: Machine, run: TrainingRun, *, gpus: int = 1) -> Training:
     """Plan AdamW in mixed precision, with all that lasts sharded over `gpus` (FSDP2).
 
-    memory: 16 bytes a parameter (float32 parameters, gradients, AdamW's mean and variance) over all GPUs; gathered, the
-    bfloat16 parameters of the layer at work and of the next, and a layer's gradients in bfloat16 and float32, or on
-    one device a bfloat16 copy of all parameters, and the head's gradient in both beside the embeddings'; activations
-    (`saved_bytes`); logits of CHUNK tokens and their gradients in float32.
+    memory: 16 bytes a parameter over all GPUs, for float32 parameters, gradients, AdamW's mean and variance.
+    Gathered are the bfloat16 parameters of the layer at work and of the next, and a layer's gradients in bfloat16 and
+    float32. One device has instead a bfloat16 copy of all parameters, and the head's gradient in both beside the
+    embeddings'. Activations are `saved_bytes`. Logits of CHUNK tokens and their gradients are in float32.
     FLOPs: 6 N a token, and 3 times the causal attention of a forward pass. hours = FLOPs / (operations * MFU).
     Raises PlanError when `gpus` is out of range.
     """
@@ -308,8 +309,8 @@ def _layer(config: ModelConfig) -> int:
 def saved_bytes(config: ModelConfig) -> int:
     """Bytes that a layer keeps for each token until its backward pass, in bfloat16 with fused norms and attention.
 
-    Both norms' inputs and outputs (4 D); queries and attention's output (2 H E); keys and values (2 K E); gate, its
-    SiLU, up, and their product (4 F); and a float32 logarithm of a sum for each head.
+    Both norms' inputs and outputs are 4 D, queries and attention's output 2 H E, keys and values 2 K E. Gate, its SiLU,
+    up, and their product are 4 F. Each head has a float32 logarithm of a sum.
     """
     heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     return 2 * (4 * config.dim + 2 * heads + 2 * kv + 4 * config.hidden_dim) + 4 * config.n_heads

@@ -2,9 +2,10 @@
 
 Such a file is: magic, length and CRC-32 of the header, header, then each array from a 64-byte boundary. The header says
 all that the content depends on and how long each array is. Path, sizes, times, inodes and samples of the model's files
-are among it, because a file can be replaced by another of equal size and time. A
-file counts only if its header is whole and about the same things, its length is exactly what it should be, and its
-content has the CRC-32 that the header states, if it states one; files appear whole or not at all.
+are part of it. A file can be replaced by another of equal size and time.
+
+A file counts only if its header is whole and states the same, and its length is exactly right. Its content must have
+the CRC-32 that the header states, if there is one. Files appear whole or not at all.
 """
 
 from __future__ import annotations

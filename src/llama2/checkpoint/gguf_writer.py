@@ -42,8 +42,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     """Write a model to `path`, one tensor in memory at a time.
 
     Tensors keep their format, but norms and biases become F32, as llama.cpp wants them. Raises CheckpointError when
-    several tokens end an answer, for rope scaling that GGUF has no keys for, or when the file system does not allow
-    it, and TokenizerError as `Tokenizer.vocabulary` does.
+    several tokens end an answer, for rope scaling without keys in GGUF, or when the file system does not allow it.
+    Raises TokenizerError as `Tokenizer.vocabulary` does.
     """
     checkpoint.refuse_extras("GGUF")
     tensors = _tensors(checkpoint)

@@ -2,8 +2,8 @@
 
 Weights are safetensors, or PyTorch's pickles where there are none. What is used is checked, and the rest is not judged.
 
-transformers rotates a head's first half against its second, so rows of wq and wk are ordered with all first numbers of
-Meta's pairs before all second ones. They are put into Meta's order when a tensor is touched, and back when written.
+transformers rotates a head's first half against its second. So rows of wq and wk have all first numbers of Meta's pairs
+before all second ones. They are put into Meta's order when a tensor is touched, and back when written.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Importance matrices in llama.cpp's two file formats (its tools/imatrix): how strong the input of each column is.
 
 GGUF holds for each matrix the F32 tensors NAME.in_sum2, sums over a text of the squares of each column's inputs, and
-NAME.counts. The older .dat, little-endian: a count of entries; of each the length of its name, the name, how many
-calls, how many values, and the values, means times calls.
+NAME.counts. The older .dat is little-endian: a count of entries, then each of them. An entry is the length of its name,
+the name, how many calls, how many values, and the values, which are means times calls.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """llama2.c's `.bin` files, versions 0, 1 and 2 ⇄ Checkpoint (spec 1.4d; its export.py, run.c).
 
-A model is a header of seven sizes and, without gaps, the tensors in an order that the version fixes: 0 and 1 in
-float32, 2 with matrices in groups of 8-bit integers that share a float32 scale. What the header does not say is what
-run.c has built in: norm_eps 1e-5, rotary base 10000, <s> and </s> at 1 and 2. Rows of wq and wk are in Meta's order.
+A model is a header of seven sizes and, without gaps, the tensors in an order that the version fixes. Versions 0 and 1
+have float32; in version 2, groups of 8-bit integers of a matrix share a float32 scale. What the header does not say is
+what run.c has built in: norm_eps 1e-5, rotary base 10000, <s> and </s> at 1 and 2. Rows of wq and wk are in Meta's
+order.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def read(path: Path) -> Checkpoint:
 def write(checkpoint: Checkpoint, path: Path, *, version: int = 1) -> None:
     """Write a model to `path`, and its `tokenizer.bin` beside it, with one tensor in memory at a time.
 
-    Versions 0 and 1 hold float32, version 2 groups of 64 8-bit integers, or of half as many and so on until they
-    divide a row. Raises CheckpointError for a model that such a file cannot express.
+    Versions 0 and 1 hold float32, version 2 groups of 64 8-bit integers. Groups are halved until they divide a row.
+    Raises CheckpointError for a model that such a file cannot express.
     """
     checkpoint.refuse_extras("llama2.c's format")
     c = checkpoint.config

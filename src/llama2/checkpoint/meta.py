@@ -1,8 +1,8 @@
 """Meta's folders ⇄ Checkpoint (spec 1.4a): `params.json`, `consolidated.00.pth` and so on, `tokenizer.model`.
 
-Each of the weight files is what one process of Meta's tensor parallelism holds: a part of every matrix, cut along the
-axis that suits its product, and every norm. Names, shapes and order of rows are the Checkpoint's own. Mistral's folders
-are the same with one `consolidated.safetensors`, and with widths in `params.json` that Meta computes.
+A weight file is what one process of Meta's tensor parallelism holds: a part of every matrix, and every norm. A matrix
+is split along the axis that suits its product. Names, shapes and order of rows are the Checkpoint's own. Mistral's
+folders are the same with one `consolidated.safetensors`, and with widths in `params.json` that Meta computes.
 """
 
 from __future__ import annotations
@@ -177,8 +177,9 @@ def _context(params: Metadata, theta: float, eps: float, *, mistral: bool) -> in
 
 
 def _scaling(path: Path, dim: int, notes: list[str]) -> RopeScaling:
-    """Llama 3.1's rule. `use_scaled_rope` says that there is one, and nothing of its numbers: Llama 3.1 and 3.3, from
-    8B (dim 4096) on, were published with factor 8, the 1B and 3B of Llama 3.2 with 32.
+    """Llama 3.1's rule. `use_scaled_rope` says that there is one, and nothing of its numbers.
+
+    Llama 3.1 and 3.3, from 8B (dim 4096) on, were published with factor 8; the 1B and 3B of Llama 3.2 with 32.
     """
     factor = 8.0 if dim >= 4096 else 32.0
     notes.append(

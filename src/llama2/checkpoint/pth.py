@@ -1,12 +1,12 @@
 """torch.save's files (`.pth`, `.bin`) ⇄ named tensors, without PyTorch and without running what a file names.
 
-A file is a zip whose members are stored as they are: `NAME/data.pkl`, a pickle of a dict from names to tensors, and
-`NAME/data/KEY`, the numbers of storage KEY. Before PyTorch 1.6 it was five pickles (a magic number, the protocol, the
-machine, the dict, the keys of its storages) and then of each storage its count in 8 bytes, and its numbers.
+A file is a zip whose members are not compressed. `NAME/data.pkl` is a pickle of a dict from names to tensors, and
+`NAME/data/KEY` has the numbers of storage KEY. Before PyTorch 1.6 it was five pickles: a magic number, the protocol,
+the machine, the dict, the keys of its storages. Then followed the count of each storage in 8 bytes, and its numbers.
 
 A pickle is a program for a stack machine, and torch.load(f, weights_only=False) would call whatever it names. The
-machine here has only the operations that torch.save writes for a dict of tensors, and the names that such a program may
-contain are words to it. Anything else is refused; there is no other way in.
+machine here has only the operations that torch.save writes for a dict of tensors. The names in such a program are
+words to it. Anything else is refused; there is no other way in.
 
 Sources: PKWARE's APPNOTE.TXT 4.3 and 4.5.3, Python's pickletools, torch/serialization.py and torch/_utils.py.
 """

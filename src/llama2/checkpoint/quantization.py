@@ -56,11 +56,11 @@ def requantize(
 ) -> tuple[Bytes, float]:
     """A tensor's bytes in another format, and the relative error: the root of Σ (x − y)² / Σ x².
 
-    Scales and minima are searched for that leave the least squared error, in which `importance` (columns,) is how much
-    each column counts; but Q8_0 always, and other formats of 32 weights where it is None, round as ggml does. The bytes
-    are the same on every processor and with any number of threads. The error is NaN or infinite when a weight is not
-    finite, or not so in the new format. Raises CheckpointError when rows are not whole blocks of either format, and for
-    IQ4_NL, which is read alone.
+    Scales and minima are searched for that leave the least squared error. `importance` (columns,) is how much each
+    column counts in it. Q8_0 always rounds as ggml does, and so do other formats of 32 weights where it is None. The
+    bytes are the same on every processor and with any number of threads. The error is NaN or infinite when a weight is
+    not finite, or not so in the new format. Raises CheckpointError when rows are not whole blocks of either format, and
+    for IQ4_NL, which is read alone.
     """
     from llama2 import native
 
@@ -115,8 +115,8 @@ def _scaled(q: NDArray[Any], scale: Floats, minimum: Floats | None = None) -> Fl
 def _scale_min(packed: Bytes) -> tuple[Bytes, Bytes]:
     """Eight 6-bit scales and minima of a Q4_K or Q5_K block from 12 bytes: (n, 8) each.
 
-    Bytes 0–3 and 4–7 hold the first four of each and, in their top two bits, those of the last four, whose low nibbles
-    are in bytes 8–11.
+    Bytes 0–3 and 4–7 hold the first four of each. Their top two bits are those of the last four, whose low nibbles are
+    in bytes 8–11.
     """
     a, b, low = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([a & 63, (low & 15) | (a >> 6 << 4)], axis=1)

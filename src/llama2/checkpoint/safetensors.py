@@ -1,7 +1,8 @@
 """A safetensors file ⇄ named tensors (spec 1.4b; the format's description in huggingface/safetensors).
 
-A file is: length of the header in 8 bytes, little-endian; header in JSON, from each name to `dtype`, `shape` and
-`data_offsets`; the tensors, row-major, without gaps. A file is taken only if its tensors fill it to the last byte.
+A file is the length of the header in 8 bytes, little-endian, the header, and the tensors, row-major, without gaps. The
+header is JSON, from each name to `dtype`, `shape` and `data_offsets`. A file is taken only if its tensors fill it to
+the last byte.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Tensor:
     """One named tensor, still in its file's number format.
 
     `shape` is PyTorch's order, (rows, columns) or (n,). `source` is a read-only uint8 view of exactly the tensor's
-    bytes in the mapped file if they are there in Meta's order, else what makes a copy of them in that order.
+    bytes in the mapped file, if they are in Meta's order. Else it is a function that copies them in that order.
     """
 
     name: str

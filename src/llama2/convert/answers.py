@@ -39,8 +39,8 @@ _ROUNDED = 1e-6
 def compare(source: Checkpoint, output: Checkpoint, lossy: Collection[str], report: Progress) -> dict[str, Any]:
     """Let the source continue a text greedily, and the output along the same tokens, and compare all logits.
 
-    `lossy` are the formats to which tensors were rounded. Without any, every logit must have the same bits: quantized
-    weights that became float32 run as float32 on both sides, for the engine multiplies the others as integers. With
+    `lossy` are the formats to which tensors were rounded. Without any, every logit must have the same bits. Quantized
+    weights that became float32 run as float32 on both sides, as the engine multiplies others as integers. With
     some, only bounds are possible, and the next token's distribution must not diverge further than they allow. Raises
     ParityError, and EngineError when a model cannot run.
     """

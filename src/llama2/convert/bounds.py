@@ -1,7 +1,7 @@
 """How far a rounded number may be from its source: what each number format allows, from the source's numbers alone.
 
-A block's scale d and minimum m are float16, so they are off by up to 2^−11 of themselves, or 2^−25 where they are tiny;
-a code of n stands for n·d and carries n times that. Shapes: n blocks of B numbers.
+A block's scale d and minimum m are float16: they are off by up to 2^−11 of themselves, or 2^−25 where they are tiny. A
+code of n stands for n·d and carries n times that. Shapes: n blocks of B numbers.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def _q8_0(x: Floats) -> Floats:
 
 
 def _signed(x: Floats, half: int) -> Floats:
-    """Half of d = max|x| / half; codes −half to half − 1, where −half has the sign of the largest, so the other end of
-    the range falls short by up to d.
+    """Half of d = max|x| / half, with codes −half to half − 1.
+
+    −half has the sign of the largest, so the other end of the range falls short by up to d.
     """
     largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
     d = np.abs(largest) / half

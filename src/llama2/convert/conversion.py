@@ -56,7 +56,7 @@ def convert(
 
     The receipt is also at `target`.receipt.json, or receipt.json in its folder. `format` is one of FORMATS[to];
     without it numbers stay as they are where the file format has them, and become F32 elsewhere. `tokenizer` replaces
-    the source's own, `tokenizer_mode` decides what is written of its spaces in front of text, and `adapters` are merged
+    the source's own; `tokenizer_mode` decides what is written of its spaces in front of text. `adapters` are merged
     into it, as `checkpoint.open` does. `shards` is for Meta's. With `run`, both models answer through the engine, one
     after the other.
 

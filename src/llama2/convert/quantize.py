@@ -1,7 +1,7 @@
 """A model in fewer bits, as GGUF: written tensor by tensor, and compared with its source on a text.
 
-With an importance matrix the columns whose inputs are strong count more in what a quantized matrix gets wrong: the
-error of its output is Σ (Δw · x)², whose expectation over inputs that do not depend on one another is Σ Δw² · E x².
+With an importance matrix, columns with strong inputs count more in the error of a quantized matrix. The error of its
+output is Σ (Δw · x)². Over inputs that do not depend on one another, its expectation is Σ Δw² · E x².
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def quantize(
     `imatrix.read` or `calibrate` returns. `tokenizer_mode` decides what is written of spaces in front of text, and
     `adapters` are merged in before, as `checkpoint.open` does. One tensor is in memory at a time. Files with the
     licence and its like are beside `target`, as those of `convert` do. Nothing is left when something goes wrong.
-    Raises CheckpointError when `target` is there and is not to be replaced by `force`, when a weight is not finite, or
-    as the reader and the writer do.
+    Raises CheckpointError when `target` is there, without `force`, or when a weight is not finite. The reader and the
+    writer raise theirs.
     """
     source, target = files.named(Path(source)), files.named(Path(target))
     if format not in FORMATS:

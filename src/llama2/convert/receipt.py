@@ -106,8 +106,10 @@ def configuration(source: Checkpoint, output: Checkpoint) -> dict[str, Any]:
 
 
 def tensors(source: Checkpoint, output: Checkpoint, report: Progress) -> dict[str, Any]:
-    """Every number of the files compared, by `layouts`: bit by bit where the output's format holds all values of the
-    source's, else with the bounds of `bounds`.
+    """Compare every number of the files, by `layouts`.
+
+    Numbers must have the same bits where the output's format holds all values of the source's. Else `bounds` has
+    bounds.
     """
     before, after = layouts.tensors(source), layouts.tensors(output)
     if source.extras.keys() != output.extras.keys():
@@ -227,8 +229,9 @@ def tokenizer(source: Tokenizer, output: Tokenizer) -> dict[str, Any]:
 
 
 def _vocabularies(source: Tokenizer, output: Tokenizer) -> dict[int, str]:
-    """Compare all parts, and return the tokens that are unused in one vocabulary and not in the other: not every format
-    distinguishes them, and it makes no difference if no text yields them, not even their own.
+    """Compare all parts, and return the tokens that are unused in one vocabulary and not in the other.
+
+    Not every format distinguishes them. It makes no difference if no text yields them, not even their own.
     """
     before, after = _attempt(source.vocabulary), _attempt(output.vocabulary)
     if not (isinstance(before, Vocabulary) and isinstance(after, Vocabulary)):
@@ -252,9 +255,9 @@ def _vocabularies(source: Tokenizer, output: Tokenizer) -> dict[int, str]:
 
 
 def library(folder: Path, source: Tokenizer) -> dict[str, Any]:
-    """What transformers reads beside the `tokenizer.model` that we do: which tokens begin and end a text, and what the
-    tokenizers library makes of the same texts and of every token's own.
+    """Compare what transformers reads beside `tokenizer.model`: which tokens begin and end a text, `tokenizer.json`.
 
+    The tokenizers library must give the same tokens for the same texts, and for every token's own.
     Texts with a control token are left out: there, it is one, and here it is text.
     """
     from tokenizers import Tokenizer as Library

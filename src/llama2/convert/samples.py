@@ -39,8 +39,10 @@ _EDGES = (
 
 
 def strings() -> list[str]:
-    """Words of many scripts, digits, code, emoji, white space, what looks like control tokens; each third string also
-    has a code point at random, each twentieth one that is seldom right, or half of a surrogate pair, which is refused.
+    """Words of many scripts, digits, code, emoji, white space, what looks like control tokens.
+
+    Each third string also has a code point at random. Each twentieth has one that is seldom right, or half of a
+    surrogate pair, which is refused.
     """
     made = [*_EDGES]
     for number in range(STRINGS - len(_EDGES)):

@@ -26,9 +26,9 @@ _CARD = "README.md"
 def staged(source: Path, target: Path, *, force: bool) -> Iterator[Path]:
     """A folder in which to write what becomes `target`, under its name, and files that belong beside it.
 
-    At the end they take their places, the model last. Whatever happens before, nothing is left. With `force`, what
-    is at `target` is replaced then, by one renaming; a folder by two, for which it must be one that was written
-    here. Raises CheckpointError as `check` does, and when the folder of `target` cannot be written.
+    At the end they take their places, the model last. Whatever happens before, nothing is left. With `force`, what is
+    at `target` is replaced then, by one renaming. A folder takes two, and must be one that was written here. Raises
+    CheckpointError as `check` does, and when the folder of `target` cannot be written.
     """
     check(source, target, force)
     stage = target.with_name(f"{target.name}.part")

@@ -29,9 +29,9 @@ class Local(NamedTuple):
 def locate(name: str, *, progress: Progress | None = None) -> Path:
     """The verified local file (or folder) of a model, fetched first if it is not here.
 
-    `name` is a registered name (`smollm2-135m-instruct`), an existing path, or a repository of the Hugging Face Hub:
-    `org/name`, `org/name:Q4_K_M` for one of its GGUF files, each with `@revision` if wanted. What is here is used
-    without touching the network; `pull` brings a repository up to date. `progress` replaces the bar on stderr.
+    `name` is a registered name (`smollm2-135m-instruct`), an existing path, or a repository of the Hugging Face Hub. A
+    repository is `org/name`, one of its GGUF files `org/name:Q4_K_M`, each with `@revision` if wanted. A local one is
+    used without touching the network; `pull` brings a repository up to date. `progress` replaces the bar on stderr.
     Raises HubError.
     """
     return find(name, progress=progress) or pull(name, progress=progress)

@@ -1,8 +1,8 @@
 """Models of the Hugging Face Hub, in its own cache layout (`models--org--name/{blobs,refs,snapshots}`).
 
 huggingface_hub speaks to the server, and is imported only then: it takes long, and what is here needs no server. It
-does not continue a download that another process began, nor compare hashes, so large files are streamed here by its
-`http_get` and become blobs of the cache only after their SHA-256 was found right.
+does not continue a download that another process began, nor compare hashes. So large files are streamed here by its
+`http_get`. They become blobs of the cache only after their SHA-256 was found right.
 """
 
 from __future__ import annotations
