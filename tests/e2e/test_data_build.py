@@ -36,6 +36,8 @@ tasks = 2
 workers = 1
 """
 
+pytestmark = pytest.mark.usefixtures("quick_logs")
+
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

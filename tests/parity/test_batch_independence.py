@@ -205,7 +205,7 @@ def test_samples_and_logprobs_through_the_engine(model: Checkpoint) -> None:
 def test_other_instruction_sets(isa: str) -> None:
     """The tests above on some tiny models, under each further instruction set of this machine; plain code is slow."""
     others = " and ".join(
-        f"not {name}" for name in ("default", "instruction", "Q2_K", "Q3_K", "Q5_K", "IQ4_NL", "Q5_1")
+        f"not {name}" for name in ("default", "instruction", "torch", "Q2_K", "Q3_K", "Q5_K", "IQ4_NL", "Q5_1")
     )
     tests = [sys.executable, "-m", "pytest", "-q", __file__, "-k", others]
     result = subprocess.run(tests, env={**os.environ, "LLAMA2_ISA": isa}, capture_output=True, text=True, check=False)

@@ -435,8 +435,10 @@ def test_models_appear_whole_and_are_kept(written: ModuleType, tmp_path: Path) -
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_the_bandwidth_probe_runs(tmp_path: Path) -> None:
+def test_the_bandwidth_probe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = importlib.import_module("limits")
+    monkeypatch.setattr(limits, "SIZE", 256)  # an int8 product of 2048 takes half a minute on some processors
+    monkeypatch.setattr(limits, "SECONDS", 0.01)
     probe = limits.compile_probe(tmp_path)
     assert float(limits.run([str(probe), "2", "0.01"]).stdout) > 1e8  # the slowest memory reads a GB/s
     assert subprocess.run([probe, "0", "1"], capture_output=True, check=False).returncode == 2

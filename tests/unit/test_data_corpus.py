@@ -25,6 +25,8 @@ from llama2.data.words import Words
 from llama2.errors import DataError
 from llama2.text import tokenizer, trainer
 
+pytestmark = pytest.mark.usefixtures("quick_logs")
+
 
 def ids(*numbers: int) -> Any:
     return np.array(numbers, np.int64)
@@ -170,6 +172,7 @@ def story(seed: int, words: int = 120) -> list[str]:
     return ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(3, 8))) for _ in range(words)]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_duplicates_of_all_tasks_leave_one(tmp_path: Path) -> None:
     near = story(1)
     near[60] = "different"
@@ -349,6 +352,7 @@ def expect_the_same(asked: BuildRecipe, again: Path) -> None:
     assert all((asked.output / name).read_bytes() == (again / name).read_bytes() for name in files)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_build_that_was_stopped_goes_on(
     stopped: BuildRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +363,7 @@ def test_a_build_that_was_stopped_goes_on(
     expect_the_same(stopped, tmp_path / "again")
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("what", ["a setting", "a text"])
 def test_a_build_that_was_stopped_begins_anew_when(what: str, stopped: BuildRecipe, tmp_path: Path) -> None:
     """… has changed: what earlier stages left was made of something else."""

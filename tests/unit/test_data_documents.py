@@ -30,6 +30,8 @@ from llama2.data.words import Words
 from llama2.errors import DataError
 from llama2.text.worker import Worker
 
+pytestmark = pytest.mark.usefixtures("quick_logs")
+
 
 def documents(
     folder: Path, limit: int = 1 << 20, pattern: str = "*", **source: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,7 @@ class Recorder:
         return fact
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_logs", "no_plots")
 
 
 def texts(folder: Path, count: int, words: int = 400, seed: int = 0) -> Path:
@@ -77,12 +78,17 @@ def texts(folder: Path, count: int, words: int = 400, seed: int = 0) -> Path:
     return folder
 
 
+def prepare(folder: Path) -> None:
+    """Recipes, and documents in `mine`."""
+    (folder / "tiny.toml").write_text(RECIPE)
+    (folder / "data.toml").write_text(DATA)
+    texts(folder / "mine", 3)
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.toml").write_text(RECIPE)
-    (tmp_path / "data.toml").write_text(DATA)
-    texts(tmp_path / "mine", 3)
+    prepare(tmp_path)
     return tmp_path
 
 
@@ -153,17 +159,28 @@ def test_too_little_to_hold_out_a_row_is_said_before_the_build(place: Path) -> N
 def test_many_repetitions_are_reported(place: Path) -> None:
     reporter = Recorder()
     pretrain(
-        asked("data.dir=mine", "steps=2", "batch.size=4000", "batch.micro_size=2000"),
+        asked("data.dir=mine", "steps=2", "batch.size=400", "batch.micro_size=400"),
         place / "runs/a",
         reporter=reporter,
     )
     assert "times; fewer steps, or more text" in reporter.one("each text is read")
 
 
+@pytest.fixture(scope="module")
+def trained(quick_logs: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in a folder of its own, which no test changes."""
+    folder = tmp_path_factory.mktemp("trained")
+    prepare(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pretrain(asked("data.dir=mine"), folder / "runs/base")
+    return folder / "runs/base"
+
+
 @pytest.fixture
-def base(place: Path) -> Path:
-    """A run to continue from."""
-    pretrain(asked("data.dir=mine"), place / "runs/base")
+def base(place: Path, trained: Path) -> Path:
+    """A run to continue from: a copy of its own for each test."""
+    shutil.copytree(trained, place / "runs/base")
     return place / "runs/base"
 
 
