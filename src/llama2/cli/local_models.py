@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from llama2.cli.options import Adapter, Tokenizer, TokenizerMode
 
 Name = Annotated[str, typer.Argument(help="smollm2-135m-instruct, a path, org/name, org/name:Q4_K_M, each @revision.")]
 
@@ -21,8 +24,17 @@ def local_path(name: str) -> Path:
     return path
 
 
-def local_adapters(words: list[str] | None) -> list[tuple[Path, float]]:
-    """Paths and scales of the adapters of `--adapter`. Raises HubError for one that is not here."""
-    from llama2 import api
+@dataclass(frozen=True)
+class FileOptions:
+    """What goes with a model's files."""
 
-    return api.located(words or (), local_path)
+    tokenizer: Tokenizer = None
+    tokenizer_mode: TokenizerMode = "auto"
+    adapter: Adapter = None
+
+    def arguments(self) -> dict[str, Any]:
+        """These options as `checkpoint.open` takes them. Raises HubError for an adapter that is not here."""
+        from llama2 import api
+
+        adapters = api.located(self.adapter or (), local_path)
+        return {"tokenizer": self.tokenizer, "tokenizer_mode": self.tokenizer_mode, "adapters": adapters}

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llama2.cli.local_models import local_adapters, local_path
-from llama2.cli.options import Adapter, Tokenizer, TokenizerMode
+from llama2.cli.local_models import FileOptions, local_path
 from llama2.cli.output import one_line, warn
 from llama2.cli.signals import exit_on_signals
 from llama2.console import data, say
@@ -17,7 +16,7 @@ from llama2.console import data, say
 EXAMPLE = "Example: llama2 convert Llama-2-7b-chat-hf llama-2-7b-chat.gguf --to gguf --format Q8_0"
 
 
-def command(
+def command(  # 9 parameters: one for each option
     *,
     source: Annotated[str, typer.Argument(metavar="SRC", help="A model that is here: name, file or folder.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The file or folder to make.")],
@@ -25,9 +24,7 @@ def command(
         Literal["gguf", "hf", "meta", "llama2c"],
         typer.Option(help="Files for llama.cpp, for transformers, as Meta's, or for llama2.c."),
     ],
-    tokenizer: Tokenizer = None,
-    tokenizer_mode: TokenizerMode = "auto",
-    adapter: Adapter = None,
+    files: FileOptions,
     shards: Annotated[int, typer.Option(min=1, metavar="N", help="Meta: so many files, for so many processes.")] = 1,
     format: Annotated[
         str | None,
@@ -58,9 +55,7 @@ def command(
             target,
             to,
             format=format.upper() if format else None,
-            tokenizer=tokenizer,
-            tokenizer_mode=tokenizer_mode,
-            adapters=local_adapters(adapter),
+            **files.arguments(),
             shards=shards,
             run=receipt == "full",
             force=force,

@@ -17,6 +17,7 @@ from llama2.console import say
 
 if TYPE_CHECKING:
     from llama2.train.sft import Tuned
+    from llama2.train.tuning import SftRecipe
 
 EXAMPLE = "Example: llama2 sft -m smollm2-135m-instruct dialogs.jsonl --out mine"
 RECIPES = {"llama2 sft": "llama2.train.tuning:SftRecipe"}
@@ -67,25 +68,31 @@ def command(
 
     The run is a folder in runs/. It opens like any model: llama2 chat -m runs/NAME.
     """
-    from llama2 import hub
-    from llama2 import recipe as recipes
     from llama2.train.sft import sft
-    from llama2.train.tuning import SftRecipe
 
-    given = [*(words or ())]
-    if recipe is None and given and given[0].endswith(".toml"):
-        recipe = Path(given.pop(0))
-    settings = [word for word in given if _OVERRIDE.match(word) and not files.exists(Path(word))]
-    data = [word for word in given if word not in settings]
-    if recipe is None and not data and not any(setting.startswith("data.files=") for setting in settings):
-        raise typer.BadParameter("give files of dialogs, or a recipe", param_hint="DATA")
-    start = model or (None if recipe else hub.DEFAULT)
-    flags: dict[str, Any] = {"start": start, "data.files": data or None, "template": template}
+    words = [*(words or ())]
+    if recipe is None and words and words[0].endswith(".toml"):
+        recipe = Path(words.pop(0))
+    flags: dict[str, Any] = {"start": model, "template": template}
     flags |= {"data.skip_bad": skip_bad or None, "full": full or None}
-    settings += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    chosen = recipes.load(recipe, SftRecipe, settings) if recipe else recipes.make({}, SftRecipe, settings, where="sft")
+    chosen = _recipe(recipe, words, flags)
     folder = options.folder(recipe or chosen.data.files[0])
     _summary(run(sft, chosen, folder, options, sample=answers), folder)
+
+
+def _recipe(recipe: Path | None, words: list[str], flags: dict[str, Any]) -> SftRecipe:
+    """The recipe, or one that is made of words and flags alone; KEY=VALUE is a setting unless a file is called so."""
+    from llama2 import hub
+    from llama2 import recipe as recipes
+    from llama2.train.tuning import SftRecipe
+
+    settings = [word for word in words if _OVERRIDE.match(word) and not files.exists(Path(word))]
+    data = [word for word in words if word not in settings]
+    if recipe is None and not data and not any(setting.startswith("data.files=") for setting in settings):
+        raise typer.BadParameter("give files of dialogs, or a recipe", param_hint="DATA")
+    flags = {**flags, "start": flags["start"] or (None if recipe else hub.DEFAULT), "data.files": data or None}
+    settings += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    return recipes.load(recipe, SftRecipe, settings) if recipe else recipes.make({}, SftRecipe, settings, where="sft")
 
 
 def _summary(tuned: Tuned, folder: Path) -> None:

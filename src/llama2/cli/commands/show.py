@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from llama2.cli.local_models import Name, local_adapters, local_path
-from llama2.cli.options import Adapter, Json, Template, TokenizerMode
+from llama2.cli.local_models import FileOptions, Name, local_path
+from llama2.cli.options import Json, Template
 from llama2.cli.output import one_line, size
 from llama2.console import data, say
 
@@ -19,19 +16,15 @@ EXAMPLE = "Example: llama2 show smollm2-135m-instruct"
 
 def command(
     name: Name,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="tokenizer.model or tokenizer.bin, instead of its own.")
-    ] = None,
-    adapter: Adapter = None,
-    tokenizer_mode: TokenizerMode = "auto",
+    *,
+    files: FileOptions,
     template: Template = None,
     as_json: Json = False,
 ) -> None:
     """Describe a model that is here: its architecture, number formats, tokenizer, template and licence."""
     from llama2 import checkpoint
 
-    options: Any = {"tokenizer": tokenizer, "tokenizer_mode": tokenizer_mode, "template": template}
-    with checkpoint.open(local_path(name), adapters=local_adapters(adapter), **options) as model:
+    with checkpoint.open(local_path(name), template=template, **files.arguments()) as model:
         facts = _describe(model)
     if as_json:
         data(json.dumps(facts))
