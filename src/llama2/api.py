@@ -44,7 +44,7 @@ Adapters = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 
 class Options(TypedDict, total=False):
-    """What may be asked of an answer: a Request's limits and the fields of Sampling, with their defaults.
+    """Options of an answer: a Request's limits and the fields of Sampling, with their defaults.
 
     `stop` may also be one text. Without a `seed`, one is drawn, so that each answer differs.
     """
@@ -82,7 +82,7 @@ def load(
 
     `tokenizer` is a file that replaces the model's own: `tokenizer.model`, `tokenizer.json`, or llama2.c's
     `tokenizer.bin`. `tokenizer_mode` decides where spaces are put in front of text: "legacy" before each part between
-    added tokens, "file" as the model's files say, "auto" as the model was tuned, where that is known.
+    added tokens, "file" as the files say, "auto" as the model was tuned, if known.
 
     `template` replaces the chat template. It is a chat format's name such as "vicuna" (`text.chat_formats` has them),
     one of several that the model has by name, or a Jinja file.
@@ -168,10 +168,10 @@ class Prompt(NamedTuple):
 class Model:
     """A checkpoint, and the engine that runs it. Close it, or use it in `with`, to release the file.
 
-    The cache holds `sequences` requests of the whole context at once, or more that are shorter; when it is full, those
-    that came last wait. What nobody needs of it keeps prompts and answers, so that a prompt which begins like one of
-    them, as the next turn of a dialog does, is not read again from its beginning. Several threads may use one model;
-    their requests share the steps of its engine.
+    The cache holds `sequences` requests of the whole context at once, or more that are shorter. When it is full, those
+    that came last wait. Blocks that no request uses stay cached. So a prompt that begins like an earlier one, as the
+    next turn of a dialog does, is not computed again from its beginning. Several threads may use one model; their
+    requests share the steps of its engine.
     """
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime | None = None) -> None:
@@ -205,8 +205,8 @@ class Model:
 
         `tools` are declarations of functions in OpenAI's form. A dialog that ends with the assistant's message is to be
         continued there. One that the chat format cannot write as it is becomes one that it can (`text.turns`); if
-        `strict`, it is refused. Raises DialogError when the messages contain a role marker and it is not to be
-        neutralised, or make no dialog; TemplateError when the model's chat template fails.
+        `strict`, it is refused. Raises DialogError when the messages do not make a dialog, or contain a role
+        marker that is not to be neutralised. Raises TemplateError when the model's chat template fails.
         """
         flag("neutralise", neutralise)
         if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(t, Mapping) for t in tools)):
@@ -251,8 +251,8 @@ class Model:
     def chat(self, messages: Messages, *, neutralise: bool = False, **options: Unpack[Options]) -> Answer:
         """The assistant's answer to a user's text, or to messages with `role` and `content`.
 
-        Raises like `render`; RequestError for an option that is unknown or out of range; ContextError when the
-        messages leave no room for an answer; EngineError when the model fails.
+        Raises like `render`. Raises RequestError for an option that is unknown or out of range, ContextError when the
+        messages leave no room for an answer, and EngineError when the model fails.
         """
         return self._answer(self._chat(messages, neutralise, options))
 
@@ -277,7 +277,7 @@ class Model:
 
         `pooling` takes the last token's state, which alone has read the whole text, or the mean of all; `normalise`
         makes each vector 1 long. A vector is the same, bit for bit, whatever is embedded beside it. Raises RequestError
-        for an input that is empty or is no text, ContextError for one longer than the context, EngineError when the
+        for an input that is empty or not a text, ContextError for one longer than the context, EngineError when the
         model fails.
         """
         flag("normalise", normalise)
@@ -297,8 +297,8 @@ class Model:
     ) -> list[Request]:
         """Requests for the embeddings of texts or token ids, of each as much as the context holds if `truncate`.
 
-        All of them are checked. Raises RequestError for an input that is empty, is no text or has a token that the
-        model does not know, ContextError for one that is longer than the context.
+        All of them are checked. Raises RequestError for an input that is empty, is not a text, or has a token that the
+        model does not know. Raises ContextError for one longer than the context.
         """
         if not isinstance(inputs, Sequence):
             raise RequestError(f"inputs={shown(inputs)} must be a list of texts")

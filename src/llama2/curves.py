@@ -22,10 +22,10 @@ _HALF_LIFE = 20
 def draw(curves: dict[str, list[dict[str, Any]]], against: Axis, file: Path) -> None:
     """Draw loss, each step's and their mean with a half-life of 20 steps, and beside it validation loss, if any.
 
-    Raises RunError when no run has figures, or matplotlib is missing.
+    Raises RunError when no run has metrics, or matplotlib is missing.
     """
     if not any(curves.values()):
-        raise RunError("no run has figures to draw; let one do a step")
+        raise RunError("no run has metrics to draw; let one do a step")
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -292,7 +292,7 @@ def test_train_a_tokenizer(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert SentencePieceProcessor(model_file="tokenizer.model").get_piece_size() == 300
     code, _, err = typed(capsys, "tokenizer", "train", *files)
     assert code == 1
-    assert "tokenizer.model: is there already" in err
+    assert "tokenizer.model: already exists" in err
     code, _, err = typed(capsys, "data", "build", "recipe.toml", "tokenizer={file='tokenizer.model'}")
     assert (code, err) == (0, "")
     assert Path("corpus/tokenizer.model").read_bytes() == Path("tokenizer.model").read_bytes()

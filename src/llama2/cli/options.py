@@ -102,7 +102,7 @@ class ModelOptions:
 
     @property
     def name(self) -> str:
-        """The model asked for, or the default one."""
+        """The chosen model, or the default one."""
         from llama2 import hub
 
         return self.model or hub.DEFAULT
@@ -197,7 +197,7 @@ def _bias(entry: str) -> tuple[int, float]:
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` as typer needs it: fields of its dataclass parameters stand as options of its own."""
+    """`command` as typer needs it: fields of its dataclass parameters become options."""
     hints = get_type_hints(command, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
 

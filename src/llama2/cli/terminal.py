@@ -48,7 +48,7 @@ Ctrl-C stops an answer, Ctrl-D leaves."""
 
 
 @dataclass
-class Chat:
+class TerminalChat:
     """A conversation with a person at a terminal."""
 
     model: Model
@@ -60,7 +60,7 @@ class Chat:
         """Answer and obey until Ctrl-D or /exit. An error ends the line that caused it, not the chat."""
         session = _session()
         name, context = Path(self.conversation.model).name, self.model.engine.context
-        aside(f"{name}, context of {context} tokens; /help shows what there is")
+        aside(f"{name}, context of {context} tokens; /help lists the commands")
         while True:
             try:
                 line = session.prompt("> ")
@@ -80,11 +80,11 @@ class Chat:
     def _ask(self, question: str) -> None:
         messages = [*self.conversation.messages, {"role": "user", "content": question}]
         request = Request((), **self.limits, sampling=seeded(self.conversation.sampling))
-        asked = self.model.prompt(messages, neutralise=self.neutralise)
-        for note in asked.notes:
+        prompt = self.model.prompt(messages, neutralise=self.neutralise)
+        for note in prompt.notes:
             aside(note)
-        request = self.model.answering(request, asked)
-        with _keys_kept():
+        request = self.model.answering(request, prompt)
+        with _hidden_keys():
             reply = follow(self.model.engine, request, stream)
         say()
         context, used = self.model.engine.context, reply.prompt_tokens + len(reply.token_ids)
@@ -92,7 +92,7 @@ class Chat:
         if reply.text.strip():
             self.conversation.messages = [*messages, {"role": "assistant", "content": reply.text}]
         else:
-            say("There is no answer, so the question is not kept either.")
+            say("There is no answer, so the question is dropped too.")
         if reply.finish_reason == "length":
             full = f"the context is full, {used} of {context} tokens; /clear begins anew."
             say("The answer ends here:", full if request.max_tokens is None else "--max-tokens is reached.")
@@ -116,8 +116,8 @@ class Chat:
             case "/load":
                 self._load(Path(os.path.expanduser(argument)))
             case "/help":
-                for name, wants, does in _COMMANDS:
-                    say(f"  {name + ' ' + wants:<16}{does}")
+                for name, argument_name, action in _COMMANDS:
+                    say(f"  {name + ' ' + argument_name:<16}{action}")
                 say(_KEYS)
             case "/exit":
                 raise EOFError
@@ -131,7 +131,7 @@ class Chat:
         say(f"Loaded {len(loaded.turns)} messages from {path}.")
         before, now = (" + ".join([c.model, *c.adapters]) for c in (loaded, self.conversation))
         if before != now:
-            say(f"They are with {before}; {now} goes on.")
+            say(f"They are with {before}; {now} continues.")
         self.conversation = replace(loaded, model=self.conversation.model, adapters=self.conversation.adapters)
 
 
@@ -145,8 +145,8 @@ class _History(FileHistory):
 
 
 @contextmanager
-def _keys_kept() -> Iterator[None]:
-    """What is typed within the block is not shown amid the answer, and stands in the next line; Ctrl-C works on."""
+def _hidden_keys() -> Iterator[None]:
+    """Keys typed within the block are not shown amid the answer, and appear in the next line. Ctrl-C still works."""
     if sys.platform == "win32":  # whose console shows nothing that is typed ahead
         yield
         return

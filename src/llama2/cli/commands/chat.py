@@ -48,7 +48,7 @@ def command(
 
         adapters = [] if model.adapter else conversation.adapters
         for name in (conversation.model, *(split(adapter)[0] for adapter in adapters)):
-            _require_here(name, resume)
+            _require_local(name, resume)
     if model.model is None:  # the adapters belong to the model of the conversation
         model = replace(model, model=conversation.model, adapter=model.adapter or conversation.adapters)
     conversation.model, conversation.adapters = model.name, [*(model.adapter or ())]
@@ -57,11 +57,11 @@ def command(
         conversation.system = system
 
     if not words and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
-        from llama2.cli.terminal import Chat
+        from llama2.cli.terminal import TerminalChat
 
         with model.load(template=template) as loaded:
             _note(loaded)
-            Chat(loaded, conversation, options.limits(), neutralise).run()
+            TerminalChat(loaded, conversation, options.limits(), neutralise).run()
         return
     question = prompt(words)
     if not question.strip():
@@ -70,10 +70,10 @@ def command(
     with model.load(template=template) as loaded:
         _note(loaded)
         request = Request((), **options.limits(), sampling=seeded(conversation.sampling))
-        asked = loaded.prompt(messages, neutralise=neutralise)
-        for note in asked.notes:
+        rendered = loaded.prompt(messages, neutralise=neutralise)
+        for note in rendered.notes:
             warn(note)
-        request = loaded.answering(request, asked)
+        request = loaded.answering(request, rendered)
         print_answer(loaded.engine, request, model.name, as_json=as_json)
 
 
@@ -82,8 +82,8 @@ def _note(model: Model) -> None:
         warn(note)
 
 
-def _require_here(name: str, file: Path) -> None:
-    """Fetch nothing because a file says so: ask, or raise HubError where nobody can be asked."""
+def _require_local(name: str, file: Path) -> None:
+    """Do not fetch a model because a file names it: ask the user, or raise HubError where there is no terminal."""
     from llama2 import hub
 
     if hub.find(name) is not None:

@@ -50,7 +50,7 @@ def command(  # 9 parameters: one for each option
     from llama2.convert.receipt import lost
 
     with exit_on_signals():
-        facts = run(
+        proof = run(
             local_path(source),
             target,
             to,
@@ -60,20 +60,20 @@ def command(  # 9 parameters: one for each option
             run=receipt == "full",
             force=force,
         )
-    for words in lost(facts):
+    for words in lost(proof):
         warn(f"{target}: {to} has no place for {words}")
-    data(json.dumps(facts)) if as_json else say(_summary(target, facts))
+    data(json.dumps(proof)) if as_json else say(_summary(target, proof))
 
 
-def _summary(target: Path, facts: dict[str, Any]) -> str:
-    tensors, template, answers = facts["tensors"], facts["chat_template"], facts.get("answers")
+def _summary(target: Path, proof: dict[str, Any]) -> str:
+    tensors, template, answers = proof["tensors"], proof["chat_template"], proof.get("answers")
     rounded = [each for each in tensors["each"].values() if "rounded_to" in each]
     words = [f"{tensors['bitwise_equal']} of {tensors['count']} tensors have the same numbers, bit by bit"]
     if rounded:
         formats = ", ".join(sorted({each["rounded_to"] for each in rounded}))
         worst = max(each["relative_rms"] for each in rounded)
         words.append(f"{len(rounded)} are rounded to {formats}, off by up to {worst:.2%} (RMS)")
-    words.append(f"{facts['tokenizer']['strings']:,} texts have the same tokens")
+    words.append(f"{proof['tokenizer']['strings']:,} texts have the same tokens")
     if template["kept"]:
         words.append(f"{template['dialogs']} dialogs too")
     if answers:

@@ -27,17 +27,17 @@ def build(
         Path, typer.Argument(metavar="FOLDER|RECIPE", help="Documents, or a TOML file such as recipes/data/nano.toml.")
     ],
     settings: RecipeSettings = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a corpus that is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a corpus that exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
     show_settings: ShowSettings = False,
 ) -> None:
     """Read, clean, deduplicate, mix and tokenise documents, and write a card that says what is in them.
 
-    All documents of a FOLDER are read: texts, Markdown, code, HTML, JSON lines, Parquet and WARC, also compressed; what
-    is no text, and what is hidden, is left out. A RECIPE chooses by patterns. The corpus is written to corpora/FOLDER,
-    or to output=.
+    All documents of a FOLDER are read: texts, Markdown, code, HTML, JSON lines, Parquet and WARC, also compressed.
+    Hidden files, and files without text, are left out. A RECIPE chooses by patterns. The corpus is written to
+    corpora/FOLDER, or to output=.
 
-    A build that was stopped goes on where it stopped. A corpus that is there stays, if it was built from the same.
+    A stopped build continues where it stopped. An existing corpus stays, if it was built from the same documents.
     """
     from rich.console import Console
     from rich.text import Text
@@ -50,20 +50,20 @@ def build(
     if recipe.is_dir():
         named = files.named(recipe).name
         table = {"dir": str(recipe), "output": str(Path("corpora") / named)}
-        asked = recipes.make(table, BuildRecipe, settings or (), where=str(recipe))
+        chosen = recipes.make(table, BuildRecipe, settings or (), where=str(recipe))
     else:
-        asked = recipes.load(recipe, BuildRecipe, settings or ())
+        chosen = recipes.load(recipe, BuildRecipe, settings or ())
     with Console(stderr=True).status("Looking for documents") as status:  # nothing where there is no terminal
 
         def announce(stage: str) -> None:
-            status.update(Text(visible(f"Building {asked.output}: {stage}")))
+            status.update(Text(visible(f"Building {chosen.output}: {stage}")))
 
-        manifest = run(asked, force=force, announce=announce, note=warn)
+        manifest = run(chosen, force=force, announce=announce, note=warn)
     if manifest is None:
-        say(f"{asked.output}: is being built by {asked.executor.kind}; it is whole once it has a manifest.json")
+        say(f"{chosen.output}: is being built by {chosen.executor.kind}; it is whole once it has a manifest.json")
     elif as_json:
         data(manifest.model_dump_json())
     else:
         for split, each in manifest.splits.items():
             tokens, documents = sum(shard.tokens for shard in each), sum(shard.documents for shard in each)
-            say(f"{asked.output}: {split}: {tokens:,} tokens in {documents:,} documents")
+            say(f"{chosen.output}: {split}: {tokens:,} tokens in {documents:,} documents")

@@ -26,7 +26,7 @@ def command(
 ) -> None:
     """Continue a text, without a chat format.
 
-    An empty text starts from BOS. Ctrl-C ends the answer and leaves what there is.
+    An empty text starts from BOS. Ctrl-C ends the answer, and what was drawn is printed.
     """
     if logprobs is not None and not as_json:
         raise typer.BadParameter("--logprobs needs --json")

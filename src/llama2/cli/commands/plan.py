@@ -119,25 +119,26 @@ def command(
 ) -> None:
     """Plan memory, FLOPs, time, cost, energy and carbon.
 
-    Generation: what so many sequences take at the end of their context, and the least time that the machine's limits
-    allow; `llama2 bench` tells which share of them is reached.
+    Generation: memory of so many sequences at the end of their context, and the least time that the machine's limits
+    allow. `llama2 bench` measures which share of these limits is reached.
 
-    Training (--train): AdamW in mixed precision, sharded over the GPUs; hours = (6 * parameters * tokens + attention)
-    / (operations a second * MFU), energy = hours * watts, carbon = energy * PUE * intensity.
+    Training (--train): AdamW in mixed precision, sharded over the GPUs.
+    hours = (6 * parameters * tokens + attention) / (operations a second * MFU).
+    energy = hours * watts. carbon = energy * PUE * intensity.
     """
     if paper:
         _refuse("--paper", {"MODEL": model, "--context": context, "--train": train or None}, machine, generation)
         _refuse("--paper", {}, replace(training, mfu=None))
-        facts, lines = _paper(planning.MFU if training.mfu is None else training.mfu)
+        record, lines = _paper(planning.MFU if training.mfu is None else training.mfu)
     elif model is None:
         raise typer.BadParameter("name a size or a model, or give --paper")
     elif train:
         _refuse("--train", {}, generation)
-        facts, lines = _train(model, context, machine, training)
+        record, lines = _train(model, context, machine, training)
     else:
         _refuse("generation; --train plans training", {}, training)
-        facts, lines = _generate(model, context, machine, generation)
-    data(json.dumps(facts)) if as_json else say("\n".join(lines))
+        record, lines = _generate(model, context, machine, generation)
+    data(json.dumps(record)) if as_json else say("\n".join(lines))
 
 
 def _generate(
@@ -153,11 +154,11 @@ def _generate(
             raise typer.BadParameter(f"--format {options.format} is not one of {', '.join(planning.FORMATS)}")
         formats = planning.tensor_formats(config, format)
     context, batch = context or config.context_length, options.batch or 1
-    planning.weight_bytes(config, formats)  # a format that does not go with the model is told before measuring
+    planning.weight_bytes(config, formats)  # a format that does not go with the model is refused before measuring
     machine = _machine(on, _HERE, integers=not set(formats.values()) <= set(FLOATS))
     planned = planning.generation(config, formats, machine, context=context, batch=batch, devices=gpus)
-    facts = {
-        **_about(name, config, machine, gpus, planned.memory),
+    record = {
+        **_header(name, config, machine, gpus, planned.memory),
         "format": format,
         "context": context,
         "batch": batch,
@@ -181,7 +182,7 @@ def _generate(
     ]
     if planned.joules is not None:
         lines.append(_row("energy", f"{planned.joules:,.2f} J", "for a token of decode, at full power"))
-    return facts, lines
+    return record, lines
 
 
 def _train(
@@ -201,8 +202,8 @@ def _train(
         given[whole] = int(given[whole])
     settings = planning.TrainingRun(context=context or config.context_length, **given)
     planned = planning.training(config, machine, settings, gpus=gpus)
-    facts = {
-        **_about(name, config, machine, gpus, planned.memory),
+    record = {
+        **_header(name, config, machine, gpus, planned.memory),
         **asdict(settings),
         **{field: value for field, value in asdict(planned).items() if field != "memory"},
     }
@@ -228,12 +229,12 @@ def _train(
             _row("energy", f"{planned.megawatt_hours:,.2f} MWh", source),
             _row("carbon", f"{planned.tonnes:,.2f} t", f"of CO₂ equivalent, at {settings.intensity:g} kg a kWh"),
         ]
-    return facts, lines
+    return record, lines
 
 
 def _paper(mfu: float) -> tuple[dict[str, Any], list[str]]:
     rows = planning.reproduce(mfu)
-    facts = {"mfu": mfu, "pue": planning.PUE, "intensity": planning.INTENSITY}
+    record = {"mfu": mfu, "pue": planning.PUE, "intensity": planning.INTENSITY}
     lines = [
         "Llama 2's pretraining (paper, table 2) and ours: 2e12 tokens on A100-80GB",
         f"GPU-hours = (6 × parameters × tokens + attention) / (312 T/s × MFU of {mfu:.1%})",
@@ -252,7 +253,7 @@ def _paper(mfu: float) -> tuple[dict[str, Any], list[str]]:
     lines += ["", f"{'':5} {'MFU of its hours':>26}   {'without attention':>17}"]
     for name, row in rows.items():
         lines.append(f"{name:5} {row.paper_mfu:>26.1%}   {row.paper_mfu_6n:>17.1%}")
-    return facts | {"rows": {name: asdict(row) for name, row in rows.items()}}, lines
+    return record | {"rows": {name: asdict(row) for name, row in rows.items()}}, lines
 
 
 def _model(name: str) -> tuple[ModelConfig, Mapping[str, str] | None]:
@@ -272,7 +273,7 @@ def _model(name: str) -> tuple[ModelConfig, Mapping[str, str] | None]:
 
 
 def _machine(on: MachineOptions, default: str, *, integers: bool) -> Machine:
-    """The machine asked for, with numbers that are given; this one's others are measured."""
+    """The chosen machine, with numbers that are given; of this machine, the others are measured."""
     given: dict[str, Any] = {
         name: value * unit
         for name, value, unit in (
@@ -311,11 +312,11 @@ def _refuse(mode: str, given: Mapping[str, object], *groups: Any) -> None:
         given = {**given, **{f"--{f.name.replace('_', '-')}": getattr(group, f.name) for f in fields(group)}}
     unused = [name for name, value in given.items() if value is not None]
     if unused:
-        raise typer.BadParameter(f"{', '.join(unused)} says nothing to {mode}")
+        raise typer.BadParameter(f"{', '.join(unused)} does not apply to {mode}")
 
 
-def _about(name: str, config: ModelConfig, machine: Machine, gpus: int, memory: Mapping[str, int]) -> dict[str, Any]:
-    """What both plans tell a program first."""
+def _header(name: str, config: ModelConfig, machine: Machine, gpus: int, memory: Mapping[str, int]) -> dict[str, Any]:
+    """The first fields of both plans' JSON."""
     total = sum(memory.values())
     return {
         "model": name,

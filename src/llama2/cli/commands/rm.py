@@ -25,7 +25,7 @@ def command(
     from llama2 import hub
 
     if not yes and not sys.stdin.isatty():
-        raise typer.BadParameter("nobody is here to be asked; --yes deletes without asking")
+        raise typer.BadParameter("there is no terminal to ask in; --yes deletes without asking")
     if not yes and not typer.confirm(f"Delete {visible(name)}?", err=True):
         raise typer.Exit(1)
     freed = hub.remove(name)

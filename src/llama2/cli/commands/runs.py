@@ -31,7 +31,7 @@ def command(
         list[str] | None, typer.Argument(metavar="NAME", help="Runs, by default all of the folder.", show_default=False)
     ] = None,
     *,
-    folder: Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where runs are kept.")] = Path("runs"),
+    folder: Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Folder of all runs.")] = Path("runs"),
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw loss and validation loss: a .png, .svg or .pdf.")
     ] = None,
@@ -41,8 +41,8 @@ def command(
     """List training runs, and draw them side by side.
 
     LOSS is the mean of the last 50 steps, with the 95 % interval of a mean of as many independent ones. VALIDATION is
-    the last that was measured, and each source's is in --json; PPL is its perplexity. A dash stands for what a run has
-    no figures of, or only damaged ones.
+    the last measured loss, and --json has each source's; PPL is its perplexity. A dash marks metrics that a run does
+    not have, or that are damaged.
     """
     if plot is not None and plot.suffix not in FORMATS:
         raise typer.BadParameter(f"--plot {plot}: the name must end in one of {', '.join(FORMATS)}")
@@ -71,7 +71,7 @@ def command(
 
 
 def _all(folder: Path) -> dict[str, Run]:
-    """Whatever in a folder says that it is a run."""
+    """Every run in a folder."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     return {path.name: Run(path) for path in paths if files.exists(path / ORIGIN)}
 
@@ -82,13 +82,13 @@ def _find(folder: Path, name: str) -> Run:
         if files.exists(path / ORIGIN):
             return Run(path)
     there = ", ".join([*_all(folder)][:_NAMES]) or "none"
-    raise RunError(f"{name}: is no run of {folder} (there: {there}); name one of them, or a run's folder")
+    raise RunError(f"{name}: is not a run of {folder} (there: {there}); name one of them, or a run's folder")
 
 
 def summary(name: str, run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a run has come to, None for what it has no figures of, and its curve.
+    """A run's metrics, None for those it does not have, and its curve.
 
-    `damage` says which of its files cannot be read; what they would have told is not known either.
+    `damage` says which of its files cannot be read; their metrics are None too.
     """
     damage: list[str] = []
 
@@ -103,8 +103,8 @@ def summary(name: str, run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     lines: list[dict[str, Any]] = read(run.curve, [])
     steps = read(lambda: run.recipe, {}).get("steps")
     last, nothing = lines[-1] if lines else {}, None if damage else 0
-    losses = _figures(lines[-LAST:], "loss")
-    speeds, shares = _figures(lines, "tokens_per_second"), _figures(lines, "mfu")
+    losses = _metric(lines[-LAST:], "loss")
+    speeds, shares = _metric(lines, "tokens_per_second"), _metric(lines, "mfu")
     measured: dict[str, Any] = next((line for line in reversed(lines) if line.get("validation") is not None), {})
     validation = measured.get("validation")
     row = {
@@ -130,8 +130,8 @@ def summary(name: str, run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return row, lines
 
 
-def _figures(lines: list[dict[str, Any]], name: str) -> list[float]:
-    """What the lines that have it say of a figure."""
+def _metric(lines: list[dict[str, Any]], name: str) -> list[float]:
+    """A metric, of the lines that have it."""
     return [line[name] for line in lines if line.get(name) is not None]
 
 
@@ -151,8 +151,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         return f"{value:.3g}" if abs(value) >= _WIDE else f"{value:{form}}"
 
     def text(value: str) -> str:
-        told = one_line(value)
-        return told if len(told) <= _WIDEST else f"{told[: _WIDEST - 1]}…"
+        line = one_line(value)
+        return line if len(line) <= _WIDEST else f"{line[: _WIDEST - 1]}…"
 
     loss = shown(row["loss"], ".4f")
     if row["loss_interval"] is not None:

@@ -256,7 +256,7 @@ def command(
     }
     listener = listen(settings)
     first = next(iter(load))
-    load[first] = _begun(load[first])
+    load[first] = _loading(load[first])
 
     from llama2.serve.http import access_log, server  # which take as long as the model does
     from llama2.serve.models import Models, ModelSource
@@ -283,7 +283,7 @@ def _share_free_memory() -> None:
         mallopt(arena_max, 1)
 
 
-def _begun(load: Callable[[], Any]) -> Callable[[], Any]:
+def _loading(load: Callable[[], Any]) -> Callable[[], Any]:
     """`load`, which begins at once for its first caller."""
     future: Future[Any] = Future()
     futures = [future]

@@ -25,39 +25,39 @@ def command(
     from llama2 import checkpoint
 
     with checkpoint.open(local_path(name), template=template, **files.arguments()) as model:
-        facts = _describe(model)
+        info = _describe(model)
     if as_json:
-        data(json.dumps(facts))
+        data(json.dumps(info))
         return
-    formats = ", ".join(f"{form} × {count}" for form, count in facts["formats"].items())
-    heads = f"{facts['heads']} heads, {facts['kv_heads']} key/value heads"
+    formats = ", ".join(f"{form} × {count}" for form, count in info["formats"].items())
+    heads = f"{info['heads']} heads, {info['kv_heads']} key/value heads"
     rows = {
-        "name": facts["name"],
-        "architecture": f"{facts['architecture']}, {facts['layers']} layers of width {facts['dim']}, {heads}",
-        "parameters": f"{facts['parameters']:,}",
+        "name": info["name"],
+        "architecture": f"{info['architecture']}, {info['layers']} layers of width {info['dim']}, {heads}",
+        "parameters": f"{info['parameters']:,}",
         "formats": formats,
-        "context": f"{facts['context']:,} tokens",
-        "tokenizer": _vocabulary(facts["tokenizer"]),
-        "template": _template(facts["chat"], "by --template" if template else "its own"),
-        "ends": _ends(facts["chat"]),
-        "licence": facts["licence"] or "not stated",
-        "path": facts["path"],
-        "size": f"{size(facts['size'])}, {facts['format']}",
+        "context": f"{info['context']:,} tokens",
+        "tokenizer": _vocabulary(info["tokenizer"]),
+        "template": _template(info["chat"], "by --template" if template else "its own"),
+        "ends": _ends(info["chat"]),
+        "licence": info["licence"] or "not stated",
+        "path": info["path"],
+        "size": f"{size(info['size'])}, {info['format']}",
     }
-    if facts["adapters"]:
-        rows["adapters"] = "; ".join(map(_adapter, facts["adapters"]))
-    for title, value in [*rows.items(), *(("note", note) for note in facts["notes"])]:
+    if info["adapters"]:
+        rows["adapters"] = "; ".join(map(_adapter, info["adapters"]))
+    for title, value in [*rows.items(), *(("note", note) for note in info["notes"])]:
         say(f"{title:13} {one_line(value)}")
 
 
-def _adapter(facts: dict[str, Any]) -> str:
+def _adapter(info: dict[str, Any]) -> str:
     """One adapter in words."""
-    ranks = ", ".join(map(str, facts["ranks"]))
-    words = [f"{facts['name']} × {facts['scale']:g}: {facts['matrices']} matrices of rank {ranks}"]
-    if facts["replaced"]:
-        words.append(f"replaces {', '.join(facts['replaced'])}")
-    if facts["base"]:
-        words.append(f"made for {facts['base']}")
+    ranks = ", ".join(map(str, info["ranks"]))
+    words = [f"{info['name']} × {info['scale']:g}: {info['matrices']} matrices of rank {ranks}"]
+    if info["replaced"]:
+        words.append(f"replaces {', '.join(info['replaced'])}")
+    if info["base"]:
+        words.append(f"made for {info['base']}")
     return ", ".join(words)
 
 
@@ -113,10 +113,10 @@ def _chat(model: Any) -> dict[str, Any]:
     }
 
 
-def _vocabulary(facts: dict[str, Any]) -> str:
+def _vocabulary(info: dict[str, Any]) -> str:
     """A tokenizer in words; where it puts spaces in front is a question of SentencePiece alone."""
-    mode = f", mode {facts['mode']}" if facts["mode"] and facts["kind"] == "sentencepiece" else ""
-    return " ".join(filter(None, [facts["kind"], facts["pre"], f"({facts['vocabulary']:,} tokens){mode}"]))
+    mode = f", mode {info['mode']}" if info["mode"] and info["kind"] == "sentencepiece" else ""
+    return " ".join(filter(None, [info["kind"], info["pre"], f"({info['vocabulary']:,} tokens){mode}"]))
 
 
 def _template(chat: dict[str, Any], origin: str) -> str:
