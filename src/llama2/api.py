@@ -81,8 +81,8 @@ def load(
     then replace its fields.
 
     `tokenizer` is a file that replaces the model's own: `tokenizer.model`, `tokenizer.json`, or llama2.c's
-    `tokenizer.bin`. `tokenizer_mode` decides where spaces are put in front of text: "legacy" before each part between
-    added tokens, "file" as the files say, "auto" as the model was tuned, if known.
+    `tokenizer.bin`. `tokenizer_mode` decides where spaces are put in front of text. "legacy" puts one before
+    each part between added tokens, "file" does as the files say, and "auto" as the model was tuned, if known.
 
     `template` replaces the chat template. It is a chat format's name such as "vicuna" (`text.chat_formats` has them),
     one of several that the model has by name, or a Jinja file.
@@ -251,8 +251,8 @@ class Model:
     def chat(self, messages: Messages, *, neutralise: bool = False, **options: Unpack[Options]) -> Answer:
         """The assistant's answer to a user's text, or to messages with `role` and `content`.
 
-        Raises like `render`. Raises RequestError for an option that is unknown or out of range, ContextError when the
-        messages leave no room for an answer, and EngineError when the model fails.
+        Raises like `render`. Raises RequestError for an option that is unknown or out of range. Raises ContextError
+        when the messages leave no room for an answer, and EngineError when the model fails.
         """
         return self._answer(self._chat(messages, neutralise, options))
 

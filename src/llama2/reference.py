@@ -1,7 +1,7 @@
 """The surface of Meta's deprecated reference (spec 10.6): its scripts run with `from llama2 import Llama, Dialog`.
 
 Requests run as a batch of the engine. A row's random numbers depend on the build's seed and on how many rows came
-before it, so a script gives the same answers each time it runs, and asking twice gives two answers.
+before it. So a script gives the same answers each time it runs. The same prompt given twice has two answers.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Llama:
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Answer tokens of each prompt, without the end token, and their log-probabilities under the raw logits.
 
-        With `echo` the prompt comes first, its first token with log-probability 0; an end token within the prompt then
+        With `echo` the prompt comes first, its first token with log-probability 0. An end token within the prompt then
         cuts the row there, as in the reference. Raises RequestError for more than `max_batch_size` prompts,
         ContextError for one longer than `max_seq_len`.
         """

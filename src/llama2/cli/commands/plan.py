@@ -123,8 +123,8 @@ def command(
     allow. `llama2 bench` measures which share of these limits is reached.
 
     Training (--train): AdamW in mixed precision, sharded over the GPUs.
-    hours = (6 * parameters * tokens + attention) / (operations a second * MFU).
-    energy = hours * watts. carbon = energy * PUE * intensity.
+    Hours = (6 * parameters * tokens + attention) / (operations a second * MFU).
+    Energy = hours * watts. Carbon = energy * PUE * intensity.
     """
     if paper:
         _refuse("--paper", {"MODEL": model, "--context": context, "--train": train or None}, machine, generation)
