@@ -44,7 +44,7 @@ def program(command: str | None) -> typer.Typer:
 def _program(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback; goes with any command.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback; works with any command.")] = False,
 ) -> None:
     """Llama 2, whole: run, change, train, align, measure and serve Llama-family models."""
     if version:

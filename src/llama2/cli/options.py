@@ -151,21 +151,27 @@ class AnswerOptions:
             metavar="N", help="Draft up to N tokens a step from earlier text: the same answer, faster if it repeats."
         ),
     ] = 0
-    temperature: Annotated[float | None, _sampling("temperature", "0 takes the likeliest token.")] = None
-    top_p: Annotated[float | None, _sampling("top_p", "Keep the likeliest tokens up to this mass.")] = None
-    top_k: Annotated[int | None, _sampling("top_k", "Keep so many tokens; 0 keeps all.")] = None
-    min_p: Annotated[float | None, _sampling("min_p", "Drop tokens below this share of the likeliest.")] = None
+    temperature: Annotated[float | None, _sampling("temperature", "Temperature; 0 takes the likeliest token.")] = None
+    top_p: Annotated[
+        float | None, _sampling("top_p", "Nucleus sampling: keep the likeliest tokens up to this probability.")
+    ] = None
+    top_k: Annotated[int | None, _sampling("top_k", "Keep this many of the likeliest tokens; 0 keeps all.")] = None
+    min_p: Annotated[
+        float | None, _sampling("min_p", "Drop tokens below this fraction of the likeliest's probability.")
+    ] = None
     repetition_penalty: Annotated[
-        float | None, _sampling("repetition_penalty", "Above 1: fewer tokens of prompt and answer again.")
+        float | None,
+        _sampling("repetition_penalty", "Penalty for tokens of prompt and answer; above 1, they repeat less."),
     ] = None
     presence_penalty: Annotated[
-        float | None, _sampling("presence_penalty", "Taken off a token that the answer has.")
+        float | None, _sampling("presence_penalty", "Subtracted from the logit of each token in the answer.")
     ] = None
     frequency_penalty: Annotated[
-        float | None, _sampling("frequency_penalty", "Taken off for each time the answer has it.")
+        float | None,
+        _sampling("frequency_penalty", "Subtracted from a token's logit for each occurrence in the answer."),
     ] = None
     logit_bias: Annotated[
-        list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit; may be repeated.")
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="Bias added to a token's logit; may be repeated.")
     ] = None
     seed: Annotated[
         int | None, typer.Option(help="Same seed, same answer.", show_default="drawn anew for each answer")

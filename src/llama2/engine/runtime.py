@@ -24,7 +24,8 @@ class Runtime:
         Literal["llama2", "vllm"], "The engine: our own, or vLLM, which divides a model among GPUs and machines."
     ] = "llama2"
     runner: Annotated[
-        Literal["native", "numpy", "torch"], "Library of the arithmetic; torch uses a GPU if there is one."
+        Literal["native", "numpy", "torch"],
+        "Backend: native code, NumPy, or PyTorch, on a GPU if there is one.",
     ] = "native"
     compile: Annotated[bool, "Compile the torch runner's network: slow at first, then faster."] = False
     threads: Annotated[int | None, "Threads that compute."] = None  # None: every core

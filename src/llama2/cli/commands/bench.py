@@ -28,7 +28,7 @@ def command(
     prompt: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt that prefill reads.")] = 512,
     generate: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that decode writes.")] = 128,
     depth: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt before decode.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once, each of so many tokens.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, metavar="N", help="Repeats; their medians are printed.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every repeat.")] = False,
 ) -> None:
@@ -40,7 +40,7 @@ def command(
     Its share of the limit = 2 * (weights of the layers + weights of the output head / prompt) * tokens/s
     / int8 operations/s. A multiply-add is two operations. Attention's own products are left out.
 
-    decode tokens/s = batch * generate / seconds of so many steps. Each step gives every sequence a token.
+    decode tokens/s = batch * generate / seconds of these steps. Each step gives every sequence a token.
     Its share of the limit = bytes of weights that a step needs, as the file holds them, * steps/s
     / bytes/s of reading memory. Keys and values are left out.
 

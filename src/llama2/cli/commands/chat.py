@@ -34,7 +34,7 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="Continue a saved conversation: its model, sampling, messages.")
     ] = None,
     neutralise: Annotated[
-        bool, typer.Option("--neutralise", help="Defuse marks of the chat format in messages instead of refusing them.")
+        bool, typer.Option("--neutralise", help="Break role markers in messages instead of refusing them.")
     ] = False,
     as_json: Json = False,
 ) -> None:

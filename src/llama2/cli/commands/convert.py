@@ -25,7 +25,7 @@ def command(  # 9 parameters: one for each option
         typer.Option(help="Files for llama.cpp, for transformers, as Meta's, or for llama2.c."),
     ],
     files: FileOptions,
-    shards: Annotated[int, typer.Option(min=1, metavar="N", help="Meta: so many files, for so many processes.")] = 1,
+    shards: Annotated[int, typer.Option(min=1, metavar="N", help="Meta: number of files, one for each process.")] = 1,
     format: Annotated[
         str | None,
         typer.Option(

@@ -37,7 +37,7 @@ class MachineOptions:
         ),
     ] = None
     gpus: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="So many of them share the model.", show_default="1")
+        int | None, typer.Option(min=1, metavar="N", help="Number of GPUs that share the model.", show_default="1")
     ] = None
     memory: Annotated[float | None, typer.Option(metavar="GB", help="Memory of each, instead of its own.")] = None
     tflops: Annotated[float | None, typer.Option(metavar="X", help="10^12 operations a second of each, instead.")] = (
@@ -79,26 +79,29 @@ class TrainingOptions:
         int | None, typer.Option(min=1, metavar="N", help="Training: sequences at once on a GPU.", show_default="1")
     ] = None
     recompute: Annotated[
-        bool | None, typer.Option("--recompute", help="Training: keep layers' inputs alone (activation checkpointing).")
+        bool | None,
+        typer.Option("--recompute", help="Training: store layer inputs alone, recompute activations."),
     ] = None
     mfu: Annotated[
         float | None,
         typer.Option(
             metavar="X",
-            help="Training: the share of the operations that is put to use.",
+            help="Training: model FLOPs utilization.",
             show_default=f"{planning.MFU}, what the paper's four runs reached together",
         ),
     ] = None
-    price: Annotated[float | None, typer.Option(metavar="X", help="Training: of a GPU for an hour.")] = None
+    price: Annotated[float | None, typer.Option(metavar="X", help="Training: price of a GPU for an hour.")] = None
     pue: Annotated[
         float | None,
         typer.Option(
-            metavar="X", help="Training: the data centre's energy over its GPUs'.", show_default=str(planning.PUE)
+            metavar="X",
+            help="Training: data-centre energy divided by GPU energy.",
+            show_default=str(planning.PUE),
         ),
     ] = None
     intensity: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Training: kg of CO2eq for a kWh.", show_default=str(planning.INTENSITY)),
+        typer.Option(metavar="X", help="Training: kg of CO2eq a kWh.", show_default=str(planning.INTENSITY)),
     ] = None
 
 
@@ -119,7 +122,7 @@ def command(
 ) -> None:
     """Plan memory, FLOPs, time, cost, energy and carbon.
 
-    Generation: memory of so many sequences at the end of their context, and the least time that the machine's limits
+    Generation: memory of all sequences at the end of their context, and the least time that the machine's limits
     allow. `llama2 bench` measures which share of these limits is reached.
 
     Training (--train): AdamW in mixed precision, sharded over the GPUs.

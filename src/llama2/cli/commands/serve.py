@@ -160,23 +160,23 @@ class RequestOptions:
     """What holds for requests that do not say."""
 
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Where a request has none.", show_default=_UNSTATED)
+        float | None, typer.Option(min=0.0, help="Temperature of requests without one.", show_default=_UNSTATED)
     ] = None
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Where a request has none.", show_default=_UNSTATED)
+        float | None, typer.Option(min=0.0, max=1.0, help="Top-p of requests without one.", show_default=_UNSTATED)
     ] = None
     top_k: Annotated[
-        int | None, typer.Option(min=0, help="Where a request has none; 0 is all.", show_default=_UNSTATED)
+        int | None, typer.Option(min=0, help="Top-k of requests without one; 0 is all.", show_default=_UNSTATED)
     ] = None
     min_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Where a request has none.", show_default=_UNSTATED)
+        float | None, typer.Option(min=0.0, max=1.0, help="Min-p of requests without one.", show_default=_UNSTATED)
     ] = None
     lookup: Annotated[
         int,
         typer.Option(min=0, max=1024, metavar="N", help="Draft up to N tokens a step where a request has no number."),
     ] = 0
     neutralise: Annotated[
-        bool, typer.Option("--neutralise", help="Defuse marks of the chat format in messages instead of refusing them.")
+        bool, typer.Option("--neutralise", help="Break role markers in messages instead of refusing them.")
     ] = False
     turns: Annotated[
         Literal["join", "strict"],
