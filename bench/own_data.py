@@ -20,7 +20,7 @@ from provenance import provenance
 import llama2
 from llama2 import checkpoint, hub, recipe
 from llama2.cli.training import ConsoleReporter
-from llama2.engine.agreement import log_softmax, logits, windows
+from llama2.engine.divergence import log_softmax, logits, windows
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.scheduler import blocks_for
 from llama2.train.sft import sft

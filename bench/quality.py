@@ -1,6 +1,6 @@
 """How much a runner's arithmetic costs in quality: teacher-forced comparison with the NumPy oracle on real text.
 
-Windows, positions and figures are those of llama2.engine.agreement. One JSON object on stdout.
+Windows, positions and figures are those of llama2.engine.divergence. One JSON object on stdout.
 
     python bench/quality.py -m MODEL.gguf --text wikitext-2-test.txt
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from provenance import provenance
 
 from llama2 import checkpoint
-from llama2.engine.agreement import Agreement, compare, logits, windows
+from llama2.engine.divergence import DivergenceReport, compare, logits, windows
 from llama2.engine.runner import Runner
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
@@ -40,7 +40,7 @@ def measure(model: Path, text: str, *, window: int, positions: int, threads: int
                 rows[name] = logits(runner, tokens)
                 seconds[name] += time.perf_counter() - start
             parts.append(compare(rows["native"], rows["numpy"], tokens[1:]))
-        agreement = Agreement.join(parts)
+        agreement = DivergenceReport.join(parts)
         if len(agreement.loss) < positions:
             raise SystemExit(f"the text has {len(agreement.loss)} positions; give a longer one or fewer --positions")
         return {

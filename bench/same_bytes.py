@@ -129,7 +129,7 @@ def main() -> None:
                 "different": wrong,
                 "tokens": sum(event.token is not None for events in told for event in events),
                 "reasons": Counter(event.finish for event in last),
-                "preemptions": engine.load.preemptions,
+                "preemptions": engine.stats.preemptions,
                 "prompt_tokens": sum(len(request.prompt) for request in asked),
                 "cached_tokens": sum(event.cached_tokens for event in last),
                 "drafted_tokens": sum(event.drafted_tokens for event in last),

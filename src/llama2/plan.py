@@ -145,7 +145,7 @@ def _head(config: ModelConfig) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class GenerationPlan:
     """What writing `batch` answers at once takes, all of them at the end of their context."""
 
     memory: dict[str, int]  # bytes on each device, by part
@@ -158,7 +158,7 @@ class Generation:
 
 def generation(
     config: ModelConfig, formats: Mapping[str, str], machine: Machine, *, context: int, batch: int, devices: int = 1
-) -> Generation:
+) -> GenerationPlan:
     """Plan the engine's work with weights in `formats`; several devices share every matrix (tensor parallel).
 
     memory: weights in their formats; keys and values in 16 bits; activations of a step's tokens and the logits in
@@ -188,7 +188,7 @@ def generation(
     prefill_seconds = _seconds(machine, batch * prefill / devices, -(-batch * context // STEP) * read)
     step_seconds = _seconds(machine, batch * decode / devices, read + cache)
     joules = None if machine.watts is None else machine.watts * devices * step_seconds / batch
-    return Generation(
+    return GenerationPlan(
         memory=memory,
         prefill_flops=prefill // context,
         decode_flops=decode,

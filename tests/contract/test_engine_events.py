@@ -15,7 +15,7 @@ from llama2.checkpoint import hf_folder
 from llama2.engine.cluster import ClusterEngine
 from llama2.engine.engine import Engine
 from llama2.engine.protocol import EngineProtocol
-from llama2.engine.request import Event, Load, Request, Sampling
+from llama2.engine.request import EngineStats, Event, Request, Sampling
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.runner_numpy import NumpyRunner
 from llama2.errors import ContextError, RequestError
@@ -62,7 +62,7 @@ def _ends_idle(engine: EngineProtocol) -> object:
     yield
     assert not engine.busy
     assert engine.step() == []
-    load = engine.load
+    load = engine.stats
     assert (load.running, load.waiting, load.prefill_tokens, load.held_blocks) == (0, 0, 0, 0)
 
 
@@ -204,12 +204,12 @@ def test_followed_and_added_requests_do_not_lose_each_others_events(engine: Engi
 
 def test_what_there_is_to_do_can_be_seen(engine: EngineProtocol) -> None:
     ids = [engine.add(letters(seed)) for seed in range(3)]
-    load: Load = engine.load
+    load: EngineStats = engine.stats
     assert load.running + load.waiting == 3
     assert load.prefill_tokens == 3 * len(PROMPT)
     told = [event for _ in range(5) for event in engine.step()]
     assert {event.request for event in told} <= set(ids)
-    load = engine.load
+    load = engine.stats
     assert load.running + load.waiting == 3
     assert 0 < load.held_blocks <= load.blocks
     drain(engine)

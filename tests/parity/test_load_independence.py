@@ -78,7 +78,7 @@ def together(engine: Engine, asked: list[Request], rng: random.Random) -> list[l
             engine.cancel(noise.pop())
     while engine.busy:
         take(engine.step())
-    assert engine.load.held_blocks == 0
+    assert engine.stats.held_blocks == 0
     return [told[id] for id in ids]
 
 
@@ -119,6 +119,6 @@ def test_such_a_load_preempts_shares_and_drafts(model: Checkpoint) -> None:
     rng = random.Random(0)
     engine = Engine(NativeRunner(model, 16, threads=2), model.tokenizer, context=CONTEXT)
     told = together(engine, requests(rng, 32), rng)
-    assert engine.load.preemptions > 2
+    assert engine.stats.preemptions > 2
     assert sum(events[-1].cached_tokens > 0 for events in told) > 5
     assert sum(events[-1].accepted_tokens for events in told) > 5

@@ -151,7 +151,7 @@ def answers(
     while engine.busy:
         for event in engine.step():
             told[event.request].append(event)
-    assert engine.load.held_blocks == 0
+    assert engine.stats.held_blocks == 0
     return [told[id] for id in range(len(arrivals))], runner.steps
 
 

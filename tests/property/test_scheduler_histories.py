@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llama2.engine.cache import BlockCache, chain
+from llama2.engine.cache import BlockCache, hash_blocks
 from llama2.engine.runner import BLOCK
 from llama2.engine.scheduler import Scheduler, Sequence, blocks_for
 
@@ -85,21 +85,21 @@ class Histories(RuleBasedStateMachine):
         return numbers
 
     def extend_keys(self, s: Tokens) -> None:
-        chain(s.keys, np.array(s.tokens, np.int32))
+        hash_blocks(s.block_hashes, np.array(s.tokens, np.int32))
         numbers = self.follow(s.tokens)
-        for i, key in enumerate(s.keys):
-            known = (numbers[(i + 1) * BLOCK - 1], s.keys[i - 1] if i else None)
+        for i, key in enumerate(s.block_hashes):
+            known = (numbers[(i + 1) * BLOCK - 1], s.block_hashes[i - 1] if i else None)
             assert self.content.setdefault(key, known) == known
 
-    @rule(data=st.data(), shares=st.sampled_from([True, True, True, False]), copies=st.integers(1, 3))
-    def add(self, data: st.DataObject, shares: bool, copies: int) -> None:
+    @rule(data=st.data(), prefix_caching=st.sampled_from([True, True, True, False]), copies=st.integers(1, 3))
+    def add(self, data: st.DataObject, prefix_caching: bool, copies: int) -> None:
         """Some requests with one prompt: the beginning of one of two texts, and some tokens of its own."""
         room = self.total * BLOCK
         text = data.draw(st.sampled_from([[0] * room, [1] * room]), "text")[: data.draw(st.integers(0, room), "begin")]
         prompt = (text + data.draw(st.lists(st.integers(0, 2), min_size=not text, max_size=40), "own"))[:room]
         limit = data.draw(st.integers(len(prompt), room), "limit")
         for _ in range(copies):
-            s = Tokens(0, length=len(prompt), limit=limit, shares=shares, tokens=list(prompt))
+            s = Tokens(0, length=len(prompt), limit=limit, prefix_caching=prefix_caching, tokens=list(prompt))
             self.extend_keys(s)
             self.scheduler.add(s)
             self.unfinished.append(s)
@@ -140,7 +140,7 @@ class Histories(RuleBasedStateMachine):
             for at in range(s.cached, end):
                 block = s.blocks[at // BLOCK]
                 assert sum(block in other.blocks for other in self.scheduler.running) == 1, "written into by two"
-                assert at // BLOCK >= s.published
+                assert at // BLOCK >= s.committed
                 self.memory[block][at % BLOCK] = numbers[at]
             read = [self.memory[block] for block in s.blocks[: blocks_for(s.cached + count)]]
             assert list(itertools.chain(*read))[: s.cached + count] == numbers[: s.cached + count]
@@ -166,10 +166,10 @@ class Histories(RuleBasedStateMachine):
         if answers:
             assert sum(count for s, count in plan if s not in answers) <= self.prefill
         for s in counts:  # what another computes already is not begun
-            key = s.keys[s.cached // BLOCK] if s.cached % BLOCK == 0 and s.cached + BLOCK < s.length else None
+            key = s.block_hashes[s.cached // BLOCK] if s.cached % BLOCK == 0 and s.cached + BLOCK < s.length else None
             for earlier in self.scheduler.running[: self.scheduler.running.index(s)]:
                 ahead = earlier.length - earlier.cached > 1 and earlier.cached // BLOCK <= s.cached // BLOCK
-                assert not (s.shares and ahead and key in earlier.keys)
+                assert not (s.prefix_caching and ahead and key in earlier.block_hashes)
 
     @invariant()
     def everybody_is_in_order_of_arrival(self) -> None:
@@ -186,7 +186,7 @@ class Histories(RuleBasedStateMachine):
         cache = self.scheduler.cache
         held = Counter(block for s in self.scheduler.running for block in s.blocks)
         assert [held[block] for block in range(self.total)] == cache._holders
-        assert sorted([*held, *cache._kept, *cache._free]) == list(range(self.total))
+        assert sorted([*held, *cache._evictable, *cache._free]) == list(range(self.total))
         assert cache.available == self.total - len(held)
         for s in self.scheduler.running:
             assert blocks_for(s.cached) <= len(s.blocks) <= blocks_for(s.limit)
@@ -197,8 +197,8 @@ class Histories(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         cache = self.scheduler.cache
-        assert {block: key for key, block in cache._blocks.items()} == cache._keys
-        assert set(cache._kept) <= set(cache._keys)
+        assert {block: key for key, block in cache._blocks.items()} == cache._hashes
+        assert set(cache._evictable) <= set(cache._hashes)
         for key, block in cache._blocks.items():
             history, before = self.content[key]
             assert self.memory[block][-1] == history

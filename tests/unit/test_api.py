@@ -199,9 +199,9 @@ def test_wrong_options_are_refused_at_once(model: Model, options: dict[str, Any]
 def test_a_closed_stream_frees_the_cache(model: Model) -> None:
     events = model.chat_stream("to be?", seed=1)  # which does not end at once
     next(events)
-    assert model.engine.load.held_blocks > 0
+    assert model.engine.stats.held_blocks > 0
     events.close()  # type: ignore[attr-defined]
-    assert model.engine.load.held_blocks == 0
+    assert model.engine.stats.held_blocks == 0
 
 
 def test_a_failed_answer_is_an_exception(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

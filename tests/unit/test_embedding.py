@@ -40,7 +40,7 @@ def test_last_and_mean_in_chunks_of_any_size(size: int) -> None:
         assert event.embedding is not None
         assert event.embedding.tolist() == [(len(prompt) - 1) / 2] * 2  # of 0 … T − 1
     assert not e.busy
-    assert e.load.held_blocks == 0
+    assert e.stats.held_blocks == 0
 
 
 def test_a_cached_beginning_serves_the_last_state_but_not_a_mean() -> None:
@@ -62,7 +62,7 @@ def test_beside_answers_and_after_preemption() -> None:
     events: list[Event] = []
     while e.busy:
         events += e.step()
-    assert e.load.preemptions > 0
+    assert e.stats.preemptions > 0
     found = {event.request: event.embedding for event in events if event.embedding is not None}
     assert {id: vector.tolist() for id, vector in found.items()} == {
         id: [(len(p) - 1) / 2] * 2 for id, p in asked.items()
@@ -108,10 +108,10 @@ def test_several_requests_that_one_iterator_follows() -> None:
     e = engine()
     events = e.run(*(Request((1,), 50, Sampling(temperature=0)) for _ in range(3)))
     next(events)
-    assert e.load.running == 3
+    assert e.stats.running == 3
     events.close()  # type: ignore[attr-defined]
     assert not e.busy
-    assert e.load.held_blocks == 0
+    assert e.stats.held_blocks == 0
 
 
 def test_normalised() -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fakes import END, VOCABULARY, ByteTokenizer, HistoryRunner, one, plain, saying
 from llama2.engine.engine import Engine
-from llama2.engine.request import Event, Load, Logprob, Request, Sampling
+from llama2.engine.request import EngineStats, Event, Logprob, Request, Sampling
 from llama2.engine.runner import BLOCK
 from llama2.errors import ContextError, RequestError
 
@@ -42,7 +42,7 @@ def text(events: Sequence[Event]) -> str:
 
 
 def idle(engine: Engine) -> bool:
-    return not engine.busy and engine.load.held_blocks == 0
+    return not engine.busy and engine.stats.held_blocks == 0
 
 
 def test_an_answer_is_told_token_by_token_and_ends_with_its_reason() -> None:
@@ -160,9 +160,9 @@ def test_a_cancelled_request_frees_its_cache_at_once_and_says_so() -> None:
     first = e.add(ask(stop=("abca!",)))
     other = e.add(ask())
     e.step()
-    assert e.load.held_blocks == 2
+    assert e.stats.held_blocks == 2
     e.cancel(first)
-    assert e.load.held_blocks == 1
+    assert e.stats.held_blocks == 1
     e.cancel(first)
     events = e.step()
     assert [(event.request, event.finish, event.text) for event in events[:1]] == [(first, "cancelled", "a")]
@@ -534,7 +534,7 @@ def test_a_preempted_request_goes_on_where_it_was(lookup: int, scored: bool) -> 
     e = Engine(HistoryRunner(count, n_blocks=7), ByteTokenizer(), max_batch_tokens=24, max_sequences=8)
     told = streams(e, [e.add(request) for request in requests()])
     assert list(map(plain, told)) == list(map(plain, alone))
-    assert e.load.preemptions >= 2
+    assert e.stats.preemptions >= 2
     assert idle(e)
 
 
@@ -545,7 +545,7 @@ def test_a_prompt_is_scored_once_though_it_was_preempted_before_its_end() -> Non
     e.add(first)
     e.step()
     id = e.add(second)
-    while not e.load.preemptions:
+    while not e.stats.preemptions:
         assert e.step()[0].request != id
     told = [event for event in drain(e) if event.request == id]
     assert plain(told) == plain(expected)
@@ -570,7 +570,7 @@ def test_others_need_not_wait_for_a_forward_pass() -> None:
     assert inside.wait(60)
     third = e.add(Request((3,), 3, GREEDY))
     e.cancel(first)
-    assert (e.load.running, e.load.waiting, e.load.held_blocks) == (1, 1, 1)
+    assert (e.stats.running, e.stats.waiting, e.stats.held_blocks) == (1, 1, 1)
     go_on.set()
     thread.join()
     assert [(event.request, event.token, event.finish) for event in told] == [
@@ -585,15 +585,17 @@ def test_others_need_not_wait_for_a_forward_pass() -> None:
 
 def test_what_an_engine_has_to_do() -> None:
     e = engine(count, max_batch_tokens=40, max_sequences=2)
-    assert replace(e.load, blocks=0) == Load(0, 0, 0, 0, 0, 0, 0)
+    assert replace(e.stats, blocks=0) == EngineStats(0, 0, 0, 0, 0, 0, 0)
     for i in range(3):
         e.add(Request((i,) * 60, 3, GREEDY))
-    assert e.load == Load(
-        running=0, waiting=3, prefill_tokens=180, blocks=8, held_blocks=0, kept_blocks=0, preemptions=0
+    assert e.stats == EngineStats(
+        running=0, waiting=3, prefill_tokens=180, blocks=8, held_blocks=0, evictable_blocks=0, preemptions=0
     )
     e.step()
-    assert e.load == Load(
-        running=2, waiting=1, prefill_tokens=140, blocks=8, held_blocks=2, kept_blocks=0, preemptions=0
+    assert e.stats == EngineStats(
+        running=2, waiting=1, prefill_tokens=140, blocks=8, held_blocks=2, evictable_blocks=0, preemptions=0
     )
     drain(e)
-    assert e.load == Load(running=0, waiting=0, prefill_tokens=0, blocks=8, held_blocks=0, kept_blocks=3, preemptions=0)
+    assert e.stats == EngineStats(
+        running=0, waiting=0, prefill_tokens=0, blocks=8, held_blocks=0, evictable_blocks=3, preemptions=0
+    )

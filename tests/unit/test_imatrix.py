@@ -12,7 +12,7 @@ import pytest
 from llama2 import checkpoint
 from llama2.checkpoint import gguf_writer, imatrix
 from llama2.convert import quantize
-from llama2.engine import agreement, runner_numpy
+from llama2.engine import divergence, runner_numpy
 from llama2.engine.runner_native import NativeRunner
 from llama2.errors import CheckpointError, Llama2Error
 from models import tiny_config, write_tiny_gguf
@@ -38,10 +38,10 @@ def test_sums_are_those_of_every_product_s_inputs(tied: bool, tmp_path: Path, mo
     monkeypatch.setattr(runner_numpy, "attend", noted_attend)
     with checkpoint.open(tmp_path / "m.gguf") as model:
         oracle = runner_numpy.NumpyRunner(model, 1)
-        agreement.logits(oracle, TOKENS)
+        divergence.logits(oracle, TOKENS)
         native = NativeRunner(model, 1)
-        sums = native.observe()
-        agreement.logits(native, TOKENS)
+        sums = native.activation_statistics()
+        divergence.logits(native, TOKENS)
     head = "tok_embeddings.weight" if tied else "output.weight"
     expected = {head: normed[-1][:-1]}  # after the last token nothing follows
     for i in range(2):

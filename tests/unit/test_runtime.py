@@ -30,7 +30,7 @@ def test_a_runtime_and_keyword_arguments_are_the_same(path: Path) -> None:
         llama2.load(path, given, context=16) as shorter,
     ):
         assert (model.engine.context, same.engine.context, shorter.engine.context) == (32, 32, 16)
-        assert model.engine.load.blocks == same.engine.load.blocks == 2  # of 32 positions each
+        assert model.engine.stats.blocks == same.engine.stats.blocks == 2  # of 32 positions each
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from llama2.engine.cache import BlockCache, chain
+from llama2.engine.cache import BlockCache, hash_blocks
 from llama2.engine.runner import BLOCK
 from llama2.engine.scheduler import Scheduler, Sequence, blocks_for
 
 Plan = list[tuple[int, int]]
 
 
-def sequence(id: int, prompt: list[int], answer: int = 9, *, shares: bool = True) -> Sequence:
-    s = Sequence(id, length=len(prompt), limit=len(prompt) + answer, shares=shares)
-    chain(s.keys, np.array(prompt, np.int32))
+def sequence(id: int, prompt: list[int], answer: int = 9, *, prefix_caching: bool = True) -> Sequence:
+    s = Sequence(id, length=len(prompt), limit=len(prompt) + answer, prefix_caching=prefix_caching)
+    hash_blocks(s.block_hashes, np.array(prompt, np.int32))
     return s
 
 
@@ -28,8 +28,8 @@ def step(scheduler: Scheduler[Sequence]) -> Plan:
         s.cached += count
         if s.cached == s.length:
             s.length += 1
-            if len(s.keys) < s.cached // BLOCK:
-                s.keys.append(bytes([s.id, s.cached // BLOCK]))
+            if len(s.block_hashes) < s.cached // BLOCK:
+                s.block_hashes.append(bytes([s.id, s.cached // BLOCK]))
     return [(s.id, count) for s, count in plan]
 
 
@@ -90,7 +90,7 @@ def test_a_prompt_that_begins_as_another_waits_for_it_and_runs_what_is_its_own()
     assert step(scheduler) == [(0, 25), (2, 13)]
     assert step(scheduler) == [(0, 1), (1, 4), (2, 1)]
     assert second.blocks[:3] == first.blocks[:3]
-    assert (second.reused, other.reused, first.reused) == (96, 32, 0)
+    assert (second.prefix_hit_tokens, other.prefix_hit_tokens, first.prefix_hit_tokens) == (96, 32, 0)
     assert other.blocks[0] == first.blocks[0]
     assert other.blocks[1] != first.blocks[1]
 
@@ -103,7 +103,7 @@ def test_a_prompt_goes_on_by_itself_when_the_one_it_waited_for_is_cancelled() ->
     assert step(scheduler) == [(0, 40)]
     scheduler.remove(first)
     assert step(scheduler) == [(1, 40)]
-    assert second.reused == 32
+    assert second.prefix_hit_tokens == 32
 
 
 def test_what_a_cancelled_or_ended_sequence_computed_is_found_again_but_the_last_token_runs() -> None:
@@ -111,12 +111,12 @@ def test_what_a_cancelled_or_ended_sequence_computed_is_found_again_but_the_last
     scheduler.add(first := sequence(0, [0] * 64))
     assert step(scheduler) == [(0, 64)]
     scheduler.remove(first)
-    assert (scheduler.cache.available, scheduler.cache.kept) == (100, 2)
+    assert (scheduler.cache.available, scheduler.cache.evictable) == (100, 2)
     scheduler.add(sequence(1, [0] * 64))
     assert step(scheduler) == [(1, 32)]  # its second block would leave nothing that gives logits
     scheduler.add(sequence(2, [0] * 65))
     assert step(scheduler) == [(1, 1), (2, 1)]
-    scheduler.add(sequence(3, [0] * 65, shares=False))
+    scheduler.add(sequence(3, [0] * 65, prefix_caching=False))
     assert step(scheduler) == [(1, 1), (2, 1), (3, 65)]
     scheduler.schedule()
     assert scheduler.running[1].blocks[:2] == scheduler.running[2].blocks[:2]  # of two alike, one is kept
@@ -139,7 +139,7 @@ def test_what_was_used_least_recently_is_evicted_first_and_ends_before_beginning
     keys = [bytes([i]) for i in range(6)]
     a, b = cache.allocate(3), cache.allocate(3)
     for block, key in zip(a + b, keys, strict=True):
-        assert cache.publish(block, key) == block
+        assert cache.commit(block, key) == block
     cache.release(a)
     cache.release(b)
     assert cache.find(keys[0]) == a[0]  # only the beginning of a, which thereby becomes the last to go
@@ -207,9 +207,9 @@ def test_limits() -> None:
 
 def test_a_key_stands_for_all_tokens_up_to_the_end_of_its_block() -> None:
     a, b, c = list[bytes](), list[bytes](), list[bytes]()
-    chain(a, np.arange(70, dtype=np.int32))
-    chain(b, np.arange(40, dtype=np.int32))
-    chain(b, np.arange(64, dtype=np.int32))
-    chain(c, np.r_[np.int32(9), np.arange(1, 64, dtype=np.int32)])
+    hash_blocks(a, np.arange(70, dtype=np.int32))
+    hash_blocks(b, np.arange(40, dtype=np.int32))
+    hash_blocks(b, np.arange(64, dtype=np.int32))
+    hash_blocks(c, np.r_[np.int32(9), np.arange(1, 64, dtype=np.int32)])
     assert a == b
     assert len(set(a + c)) == 4

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llama2.checkpoint import Checkpoint, Tensor
 from llama2.convert.bounds import DIVERGENCE
 from llama2.convert.samples import PROMPT
-from llama2.engine import agreement
+from llama2.engine import divergence
 from llama2.engine.answer import collect
 from llama2.engine.engine import Engine
 from llama2.engine.request import Request, Sampling
@@ -119,5 +119,5 @@ class _Answer:
 
 
 def _divergence(p: Row, q: Row) -> float:
-    log_p, log_q = (agreement.log_softmax(x[None].astype(np.float64)) for x in (p, q))
-    return float(agreement.divergence(log_p, log_q)[0])
+    log_p, log_q = (divergence.log_softmax(x[None].astype(np.float64)) for x in (p, q))
+    return float(divergence.kl_divergence(log_p, log_q)[0])

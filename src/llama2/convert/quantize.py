@@ -20,8 +20,8 @@ from llama2 import checkpoint, files, plan
 from llama2.checkpoint import Checkpoint, Tensor, gguf_writer
 from llama2.checkpoint.quantization import requantize
 from llama2.convert.staging import carry_terms, check_room, staged
-from llama2.engine import agreement
-from llama2.engine.agreement import Agreement
+from llama2.engine import divergence
+from llama2.engine.divergence import DivergenceReport
 from llama2.engine.runner_native import NativeRunner
 from llama2.engine.scheduler import blocks_for
 from llama2.errors import CheckpointError, Llama2Error
@@ -179,13 +179,13 @@ def calibrate(
         checkpoint.open(source, tokenizer=own, tokenizer_mode=tokenizer_mode, adapters=adapters) as model,
     ):
         width = min(WINDOW, model.config.context_length)
-        windows = list(agreement.windows(text, model.tokenizer, width, CALIBRATION))
+        windows = list(divergence.windows(text, model.tokenizer, width, CALIBRATION))
         if not windows or len(windows[0]) < width:
             raise Llama2Error(f"the calibration text has less than {width} tokens; give a longer one")
         runner = NativeRunner(model, blocks_for(width), threads=threads)
-        sums = runner.observe()
+        sums = runner.activation_statistics()
         for i, tokens in enumerate(windows):
-            agreement.logits(runner, tokens)
+            divergence.logits(runner, tokens)
             report("calibrating", i + 1, len(windows))
         count = sum(map(len, windows))
         head = "tok_embeddings.weight" if model.config.tied_embeddings else "output.weight"
@@ -207,7 +207,7 @@ def compare(
     adapters: Sequence[tuple[Path, float]] = (),
     positions: int = POSITIONS,
     threads: int | None = None,
-) -> Agreement:
+) -> DivergenceReport:
     """How the model at `target` agrees with the one at `source`, of the same tokenizer, on a text.
 
     `text` is by default one that comes with the program. One model is in memory at a time, and V float32 logits of the
@@ -218,17 +218,17 @@ def compare(
     own = None if tokenizer is None else Path(tokenizer)
     with checkpoint.open(source, tokenizer=own, tokenizer_mode=tokenizer_mode, adapters=adapters) as model:
         width = min(WINDOW, model.config.context_length)
-        windows = list(agreement.windows(text, model.tokenizer, width, positions))
+        windows = list(divergence.windows(text, model.tokenizer, width, positions))
         if not windows:
             raise Llama2Error("the text has no two tokens, so that nothing can be predicted; give a longer one")
         reference = _logits(model, windows, threads)
     with checkpoint.open(target) as model:
         runner = _runner(model, windows, threads)
         parts = [
-            agreement.compare(agreement.logits(runner, tokens), rows, tokens[1:])
+            divergence.compare(divergence.logits(runner, tokens), rows, tokens[1:])
             for tokens, rows in zip(windows, reference, strict=True)
         ]
-    return Agreement.join(parts)
+    return DivergenceReport.join(parts)
 
 
 def _runner(model: Checkpoint, windows: list[NDArray[np.int32]], threads: int | None) -> NativeRunner:
@@ -237,4 +237,4 @@ def _runner(model: Checkpoint, windows: list[NDArray[np.int32]], threads: int | 
 
 def _logits(model: Checkpoint, windows: list[NDArray[np.int32]], threads: int | None) -> list[NDArray[np.float32]]:
     runner = _runner(model, windows, threads)
-    return [agreement.logits(runner, tokens) for tokens in windows]
+    return [divergence.logits(runner, tokens) for tokens in windows]

@@ -1,5 +1,6 @@
-"""Who holds which block of the paged key/value cache, and what can be found again. Bookkeeping: the cache itself is the
-runner's.
+"""Who holds which block of the paged key/value cache, and what can be found again.
+
+This is bookkeeping: the cache itself is the runner's.
 
 Only full blocks are shared, and a full block is never written again, so no write ever needs a copy first. What that
 costs: sequences that begin alike each run the tokens of their last, unfinished block themselves, fewer than BLOCK of
@@ -18,41 +19,42 @@ from numpy.typing import NDArray
 from llama2.engine.runner import BLOCK
 
 
-def chain(keys: list[bytes], tokens: NDArray[np.int32]) -> None:
-    """Append to `keys` those of the full blocks of `tokens` (T,) that have none yet.
+def hash_blocks(hashes: list[bytes], tokens: NDArray[np.int32]) -> None:
+    """Append to `hashes` those of the full blocks of `tokens` (T,) that have none yet.
 
-    A block's key is the SHA-256 of the key before it and its own token ids, so it stands for all tokens up to its end;
-    nobody can make two beginnings that share a key.
+    A block's hash is the SHA-256 of the hash before it and its own token ids, so it names all tokens up to its
+    end. Nobody can make two beginnings that share a hash.
     """
-    for start in range(len(keys) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
-        keys.append(sha256((keys[-1] if keys else b"") + tokens[start : start + BLOCK].tobytes()).digest())
+    for start in range(len(hashes) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
+        hashes.append(sha256((hashes[-1] if hashes else b"") + tokens[start : start + BLOCK].tobytes()).digest())
 
 
 class BlockCache:
-    """Blocks 0 … total − 1. Each is held by one sequence or several, or kept because it may be found again, or free.
+    """Blocks 0 … total − 1. Each is held by one sequence or several, or evictable, which may be found again, or free.
 
     Sequences hold whole beginnings and give them back as such. Then a block that is held never follows one that is not,
-    and among those that are kept, the one unused for longest never has another behind it: eviction takes the ends of
-    beginnings before what they begin with.
+    and the evictable block unused for longest never has another behind it: eviction takes the ends of beginnings before
+    what they begin with.
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self._free = list(range(total - 1, -1, -1))  # the last is handed out first
         self._holders = [0] * total
-        self._blocks: dict[bytes, int] = {}  # those that were published, by key
-        self._keys: dict[int, bytes] = {}
-        self._kept: OrderedDict[int, None] = OrderedDict()  # published and held by nobody, unused for longest first
+        self._blocks: dict[bytes, int] = {}  # those that were committed, by hash
+        self._hashes: dict[int, bytes] = {}
+        #: Committed and held by nobody, unused for longest first.
+        self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
         """Number of blocks that nobody holds."""
-        return len(self._free) + len(self._kept)
+        return len(self._free) + len(self._evictable)
 
     @property
-    def kept(self) -> int:
+    def evictable(self) -> int:
         """Number of blocks that nobody holds, but `find` may."""
-        return len(self._kept)
+        return len(self._evictable)
 
     def allocate(self, count: int) -> list[int]:
         """Hold `count` blocks that nobody held, free ones first. Raises ValueError when fewer are available."""
@@ -63,19 +65,19 @@ class BlockCache:
             self._holders[block] = 1
         return blocks
 
-    def find(self, key: bytes) -> int | None:
-        """Hold the block that was published under `key`, if it is still there."""
-        block = self._blocks.get(key)
+    def find(self, hash: bytes) -> int | None:
+        """Hold the block that was committed under `hash`, if it is still there."""
+        block = self._blocks.get(hash)
         if block is not None:
-            self._kept.pop(block, None)
+            self._evictable.pop(block, None)
             self._holders[block] += 1
         return block
 
-    def publish(self, block: int, key: bytes) -> int:
+    def commit(self, block: int, hash: bytes) -> int:
         """Let others find a full block, and return the one to go on with: of two of one content, the first is kept."""
-        first = self.find(key)
+        first = self.find(hash)
         if first is None:
-            self._blocks[key], self._keys[block] = block, key
+            self._blocks[hash], self._hashes[block] = block, hash
             return block
         self.release([block])
         return first
@@ -90,19 +92,19 @@ class BlockCache:
         for block in reversed(blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:
-                if block in self._keys:
-                    self._kept[block] = None
+                if block in self._hashes:
+                    self._evictable[block] = None
                 else:
                     self._free.append(block)
 
     def clear(self) -> None:
-        """Forget every published block, so that none is found again. Those that are held stay held."""
-        self._free += reversed(self._kept)  # the least recently used is handed out first
+        """Forget every committed block, so that none is found again. Those that are held stay held."""
+        self._free += reversed(self._evictable)  # the least recently used is handed out first
         self._blocks.clear()
-        self._keys.clear()
-        self._kept.clear()
+        self._hashes.clear()
+        self._evictable.clear()
 
     def _evict(self) -> int:
-        block, _ = self._kept.popitem(last=False)
-        del self._blocks[self._keys.pop(block)]
+        block, _ = self._evictable.popitem(last=False)
+        del self._blocks[self._hashes.pop(block)]
         return block

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama2.checkpoint import Checkpoint
 from llama2.engine.protocol import EngineProtocol
-from llama2.engine.request import Event, FinishReason, Load, Logprob, Request, answer_limit
+from llama2.engine.request import EngineStats, Event, FinishReason, Logprob, Request, answer_limit
 from llama2.engine.runner import BLOCK
 from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.engine.stop import AnswerText
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vllm.logprobs import Logprob as TheirLogprob
     from vllm.v1.engine.async_llm import AsyncLLM
 
-#: Seconds after which `step` returns without news, so that its caller can add and cancel requests.
+#: Seconds after which `step` returns without events, so that its caller can add and cancel requests.
 _MOMENT = 0.01
 
 #: Tokens of the cache beyond a context: one of vLLM's blocks of 128 is never used, and another begun.
@@ -51,7 +51,7 @@ _LIMITS = {"temperature": (0.01, 2.0), "presence_penalty": (-2.0, 2.0), "frequen
 
 
 @dataclass(eq=False)
-class _Answer:
+class _ClusterRequest:
     """A request on its way."""
 
     id: int
@@ -59,7 +59,7 @@ class _Answer:
     limit: int  # tokens of the answer at most
     sampling: SamplingParams
     text: AnswerText
-    mail: deque[Event] | None = None  # where its events go if `run` follows it
+    queue: deque[Event] | None = None  # where its events go if `run` follows it
     started: bool = False
     cached_tokens: int = 0
     task: Future[None] | None = None
@@ -67,14 +67,14 @@ class _Answer:
 
 @dataclass
 class _Stats:
-    """What vLLM tells of its scheduler after each step."""
+    """What vLLM reports of its scheduler after each step."""
 
     waiting: int = 0
     usage: float = 0.0  # share of the cache that requests hold
     preemptions: int = 0
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: object, **__: object) -> None:
-        """News of a step."""
+        """Take a step's statistics."""
         if scheduler_stats is not None:
             self.waiting, self.usage = scheduler_stats.num_waiting_reqs, scheduler_stats.kv_cache_usage
         if iteration_stats is not None:
@@ -116,7 +116,7 @@ class ClusterEngine(EngineProtocol):
                 f"make one with `llama2 convert {checkpoint.path.name} FOLDER --to hf`"
             )
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # or it tells its makers of every start
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # or it reports every start to its makers
         try:
             from vllm.platforms import current_platform
         except ModuleNotFoundError as error:
@@ -132,9 +132,9 @@ class ClusterEngine(EngineProtocol):
             whole = config.cache_bytes(self.context + _SPARE) * (2 if dtype == "float32" else 1)
             cache_bytes = max(whole, min(sequences * whole, cache_bytes or available_memory() // 2))
         self._ids = itertools.count()
-        self._answers: dict[int, _Answer] = {}  # those that have not ended
+        self._answers: dict[int, _ClusterRequest] = {}  # those that have not ended
         self._events: list[Event] = []  # to be returned by the next step
-        self._news = threading.Condition()  # its lock guards the two above, and the answers' texts
+        self._changed = threading.Condition()  # its lock guards the two above, and the answers' texts
         self._noted = False  # whether those who wait are about to be woken
         self._stats = _Stats()
         started: Future[AsyncLLM] = Future()
@@ -164,17 +164,17 @@ class ClusterEngine(EngineProtocol):
         return bool(self._answers or self._events)
 
     @property
-    def load(self) -> Load:
-        with self._news:
+    def stats(self) -> EngineStats:
+        with self._changed:
             unstarted = [answer for answer in self._answers.values() if not answer.started]
             waiting = min(len(unstarted), self._stats.waiting)
-            return Load(
+            return EngineStats(
                 running=len(self._answers) - waiting,
                 waiting=waiting,
                 prefill_tokens=sum(len(answer.request.prompt) for answer in unstarted),
                 blocks=self._blocks,
                 held_blocks=round(self._stats.usage * self._blocks) if self._answers else 0,
-                kept_blocks=0,  # vLLM does not tell
+                evictable_blocks=0,  # vLLM does not say
                 preemptions=self._stats.preemptions,
             )
 
@@ -185,15 +185,15 @@ class ClusterEngine(EngineProtocol):
         return answer.id
 
     def cancel(self, id: int) -> None:
-        with self._news:
+        with self._changed:
             if answer := self._answers.get(id):
-                self._tell(answer, self._event(answer, finish="cancelled"))
+                self._emit(answer, self._event(answer, finish="cancelled"))
 
     def step(self) -> list[Event]:
-        with self._news:
-            self._news.wait_for(lambda: self._events or not self._answers, _MOMENT)
-            told, self._events = self._events, []
-            return told
+        with self._changed:
+            self._changed.wait_for(lambda: self._events or not self._answers, _MOMENT)
+            events, self._events = self._events, []
+            return events
 
     def run(self, *requests: Request) -> Iterator[Event]:
         return self._follow([self._prepare(request) for request in requests])
@@ -204,7 +204,7 @@ class ClusterEngine(EngineProtocol):
         self._thread.join()
         del self._vllm  # whose own end complains when the interpreter ends before it
 
-    def _prepare(self, request: Request) -> _Answer:
+    def _prepare(self, request: Request) -> _ClusterRequest:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
@@ -225,49 +225,49 @@ class ClusterEngine(EngineProtocol):
             )
         except (VLLMClientError, ValueError) as error:
             raise RequestError(f"vLLM takes no such request: {one_line(error)}") from None
-        return _Answer(next(self._ids), request, limit, sampling, AnswerText(request, self.tokenizer))
+        return _ClusterRequest(next(self._ids), request, limit, sampling, AnswerText(request, self.tokenizer))
 
-    def _begin(self, answer: _Answer) -> None:
-        with self._news:
+    def _begin(self, answer: _ClusterRequest) -> None:
+        with self._changed:
             self._answers[answer.id] = answer
             answer.task = asyncio.run_coroutine_threadsafe(self._ask(answer), self._loop)
 
-    def _follow(self, answers: list[_Answer]) -> Iterator[Event]:
-        mail: deque[Event] = deque()
+    def _follow(self, answers: list[_ClusterRequest]) -> Iterator[Event]:
+        queue: deque[Event] = deque()
         try:
             for answer in answers:
-                answer.mail = mail
+                answer.queue = queue
                 self._begin(answer)
             unfinished = len(answers)
             while unfinished:
-                with self._news:
-                    self._news.wait_for(lambda: mail)
-                    event = mail.popleft()
+                with self._changed:
+                    self._changed.wait_for(lambda: queue)
+                    event = queue.popleft()
                 unfinished -= event.finish is not None
                 yield event
         finally:
-            with self._news:
+            with self._changed:
                 for answer in answers:
                     self._end(answer)
 
-    def _end(self, answer: _Answer) -> None:
+    def _end(self, answer: _ClusterRequest) -> None:
         """Forget an answer; what vLLM still does for it is stopped."""
         if self._answers.pop(answer.id, None) and answer.task is not None:
             answer.task.cancel()
 
-    def _tell(self, answer: _Answer, event: Event) -> None:
+    def _emit(self, answer: _ClusterRequest, event: Event) -> None:
         """Hand an event over, and end its answer if it is the last one; with the lock held."""
         if event.finish is not None:
             self._end(answer)
-        (self._events if answer.mail is None else answer.mail).append(event)
-        if not self._noted:  # of all that comes in one turn of the loop, those who wait are told together
+        (self._events if answer.queue is None else answer.queue).append(event)
+        if not self._noted:  # of all that comes in one turn of the loop, those who wait are woken together
             self._noted = True
             self._loop.call_soon_threadsafe(self._notify)
 
     def _notify(self) -> None:
-        with self._news:
+        with self._changed:
             self._noted = False
-            self._news.notify_all()
+            self._changed.notify_all()
 
     # What follows runs in vLLM's thread.
 
@@ -289,25 +289,25 @@ class ClusterEngine(EngineProtocol):
         await self._ended.wait()
         vllm.shutdown()
 
-    async def _ask(self, answer: _Answer) -> None:
+    async def _ask(self, answer: _ClusterRequest) -> None:
         """Follow vLLM's answer to its end, or until a stop string ends it."""
         prompt: Any = {"prompt_token_ids": list(answer.request.prompt)}
         try:
             async with aclosing(self._vllm.generate(prompt, answer.sampling, str(answer.id))) as outputs:
                 async for output in outputs:
-                    with self._news:
+                    with self._changed:
                         self._take(answer, output)
             if answer.id in self._answers:
                 raise EngineError("vLLM gave the answer up")
         except Exception as error:
             cause = error.__cause__ or error
             reason = str(cause) if isinstance(cause, Llama2Error) else f"{type(cause).__name__}: {cause}"
-            with self._news:
+            with self._changed:
                 if answer.id in self._answers:
-                    self._tell(answer, self._event(answer, finish="error", error=reason))
+                    self._emit(answer, self._event(answer, finish="error", error=reason))
 
-    def _take(self, answer: _Answer, output: RequestOutput) -> None:
-        """What is new of an answer: some tokens, and with the last of all why it ended."""
+    def _take(self, answer: _ClusterRequest, output: RequestOutput) -> None:
+        """Emit the new tokens of an answer, and with the last of all why it ended."""
         if answer.id not in self._answers:
             return
         (new,) = output.outputs
@@ -318,7 +318,7 @@ class ClusterEngine(EngineProtocol):
             places = zip(answer.request.prompt[1:], (output.prompt_logprobs or [])[1:], strict=True)
             scores = tuple(_scored(token, place or {}, answer.request.logprobs or 0) for token, place in places)
         if answer.limit == 0:
-            self._tell(answer, self._event(answer, finish="length", prompt_logprobs=scores))
+            self._emit(answer, self._event(answer, finish="length", prompt_logprobs=scores))
             return
         for i, token in enumerate(new.token_ids):
             if answer.id not in self._answers:
@@ -332,12 +332,12 @@ class ClusterEngine(EngineProtocol):
             score = None
             if new.logprobs is not None:
                 score = _scored(token, new.logprobs[i], answer.request.logprobs or 0)
-            self._tell(answer, self._event(answer, token, text, logprob=score, finish=finish, prompt_logprobs=scores))
+            self._emit(answer, self._event(answer, token, text, logprob=score, finish=finish, prompt_logprobs=scores))
             scores = None
 
     def _event(
         self,
-        answer: _Answer,
+        answer: _ClusterRequest,
         token: int | None = None,
         text: str = "",
         *,
@@ -346,7 +346,7 @@ class ClusterEngine(EngineProtocol):
         error: str | None = None,
         prompt_logprobs: tuple[Logprob, ...] | None = None,
     ) -> Event:
-        """What to tell of an answer; with `finish`, its text is completed."""
+        """An event of an answer; with `finish`, its text is completed."""
         if finish is not None and finish != "error":
             text += answer.text.flush()
         cached = 0 if finish is None else answer.cached_tokens
@@ -395,6 +395,6 @@ def _seed(seed: int, choice: int) -> int:
 
 
 def _scored(token: int, row: Mapping[int, TheirLogprob], top: int) -> Logprob:
-    """A token's log-probability among those that vLLM tells: its own, and those of the `top` likeliest."""
+    """A token's log-probability among those that vLLM reports: its own, and those of the `top` likeliest."""
     ranked = sorted(((other, entry.logprob) for other, entry in row.items()), key=lambda pair: (-pair[1], pair[0]))
     return Logprob(token, row[token].logprob, tuple(ranked[:top]))

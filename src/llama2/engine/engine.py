@@ -1,4 +1,4 @@
-"""Tokens in, tokens out: schedule, run, sample, tell; one step at a time for any number of requests."""
+"""Tokens in, tokens out: schedule, run, sample, emit; one step at a time for any number of requests."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from llama2.ending import section
 from llama2.engine import sampling
-from llama2.engine.cache import chain
+from llama2.engine.cache import hash_blocks
 from llama2.engine.embedding import Pool
 from llama2.engine.lookup import Lookup
 from llama2.engine.protocol import EngineProtocol
-from llama2.engine.request import Event, FinishReason, Load, Logprob, Request, answer_limit
+from llama2.engine.request import EngineStats, Event, FinishReason, Logprob, Request, answer_limit
 from llama2.engine.runner import BLOCK, Batch, LiveRunner, Runner
 from llama2.engine.sampling import Sampler
 from llama2.engine.scheduler import MAX_PREFILL_TOKENS, MAX_SEQUENCES, Scheduler, Sequence, blocks_for
@@ -30,7 +30,7 @@ from llama2.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Generation(Sequence):
+class RunningRequest(Sequence):
     """A request on its way: its tokens so far, and what draws them and turns them into text."""
 
     request: Request
@@ -49,16 +49,16 @@ class Generation(Sequence):
 
 
 @dataclass(slots=True)
-class Part:
-    """What a step runs of one request: its next `known` tokens, and after the last of all a number of drafts.
+class ScheduledSequence:
+    """What a step runs of one sequence: its next `tokens` known tokens, then `drafts` drafted ones.
 
-    Logits are wanted for the last `rows` of these tokens, among them all drafts.
+    Logits are needed for the last `logit_rows` of all these.
     """
 
-    generation: Generation
-    known: int
+    sequence: RunningRequest
+    tokens: int
     drafts: int
-    rows: int
+    logit_rows: int
 
 
 class Engine(EngineProtocol):
@@ -83,16 +83,16 @@ class Engine(EngineProtocol):
         self.runner = runner
         self.tokenizer = tokenizer
         self.context = min(context or runner.config.context_length, runner.n_blocks * BLOCK)
-        self.scheduler: Scheduler[Generation] = Scheduler(
+        self.scheduler: Scheduler[RunningRequest] = Scheduler(
             runner.n_blocks,
             max_batch_tokens=max_batch_tokens,
             max_prefill_tokens=max_prefill_tokens,
             max_sequences=max_sequences,
         )
         self._ids = itertools.count()
-        self._active: dict[int, Generation] = {}
+        self._active: dict[int, RunningRequest] = {}
         self._events: list[Event] = []  # to be returned by the next step
-        self._mail: dict[int, deque[Event]] = {}  # those of requests that `run` follows
+        self._queues: dict[int, deque[Event]] = {}  # those of requests that `run` follows
         self._stepping = threading.RLock()  # held for a whole step, and taken before the other
         self._lock = threading.RLock()  # held for bookkeeping
         self._range = np.arange(max(self.context, max_batch_tokens), dtype=np.int32)
@@ -111,16 +111,16 @@ class Engine(EngineProtocol):
         return bool(self._active or self._events)
 
     @property
-    def load(self) -> Load:
+    def stats(self) -> EngineStats:
         with section, self._lock:
             s = self.scheduler
-            return Load(
+            return EngineStats(
                 running=len(s.running),
                 waiting=len(s.waiting),
                 prefill_tokens=sum(g.length - g.cached for g in (*s.running, *s.waiting) if g.length - g.cached > 1),
                 blocks=s.cache.total,
                 held_blocks=s.cache.total - s.cache.available,
-                kept_blocks=s.cache.kept,
+                evictable_blocks=s.cache.evictable,
                 preemptions=s.preemptions,
             )
 
@@ -132,7 +132,7 @@ class Engine(EngineProtocol):
     def cancel(self, id: int) -> None:
         with section, self._lock:
             if generation := self._active.get(id):
-                self._events.append(self._event(generation, finish="cancelled"))
+                self._events.append(self._finish(generation, "cancelled"))
 
     def run(self, *requests: Request) -> Iterator[Event]:
         return self._follow([self._prepare(request) for request in requests])
@@ -141,7 +141,7 @@ class Engine(EngineProtocol):
         """It started nothing."""
 
     def step(self) -> list[Event]:
-        """Run the model once over what is scheduled, and return what is new about the requests that were added.
+        """Run the model once over what is scheduled, and return the new events of the added requests.
 
         A request fails alone, with `finish="error"`, unless the forward pass does: then all that were in it fail.
         """
@@ -155,10 +155,10 @@ class Engine(EngineProtocol):
             with self._lock:
                 if parts:
                     self._account(parts, logits, hidden)
-                told, self._events = self._events, []
+                events, self._events = self._events, []
                 rest: list[Event] = []
-                for event in told:
-                    self._mail.get(event.request, rest).append(event)
+                for event in events:
+                    self._queues.get(event.request, rest).append(event)
                 return rest
 
     def weights_changed(self) -> None:
@@ -177,19 +177,19 @@ class Engine(EngineProtocol):
             self.scheduler.cache.clear()
             self.runner.weights_changed()
 
-    def _prepare(self, request: Request) -> Generation:
+    def _prepare(self, request: Request) -> RunningRequest:
         length = len(request.prompt)
         answer = answer_limit(request, self.context, self.runner.config.vocab_size)
         tokens = np.empty(length + answer, np.int32)
         tokens[:length] = request.prompt
-        keys: list[bytes] = []
-        chain(keys, tokens[:length])
-        return Generation(
+        block_hashes: list[bytes] = []
+        hash_blocks(block_hashes, tokens[:length])
+        return RunningRequest(
             id=next(self._ids),
             length=length,
             limit=length + answer,
-            keys=keys,
-            shares=request.cache_prompt and not request.prompt_logprobs and request.pooling != "mean",
+            block_hashes=block_hashes,
+            prefix_caching=request.cache_prompt and not request.prompt_logprobs and request.pooling != "mean",
             request=request,
             tokens=tokens,
             table=np.full(self._batch.blocks.shape[1], -1, np.int32),
@@ -202,30 +202,30 @@ class Engine(EngineProtocol):
             thread=threading.get_ident(),
         )
 
-    def _enqueue(self, generation: Generation) -> None:
+    def _enqueue(self, generation: RunningRequest) -> None:
         with section, self._lock:
             self.scheduler.add(generation)
             self._active[generation.id] = generation
 
-    def _release(self, generation: Generation) -> None:
+    def _release(self, generation: RunningRequest) -> None:
         self.scheduler.remove(generation)
         del self._active[generation.id]
 
-    def _follow(self, generations: list[Generation]) -> Iterator[Event]:
-        mail: deque[Event] = deque()
-        self._mail |= {generation.id: mail for generation in generations}
+    def _follow(self, generations: list[RunningRequest]) -> Iterator[Event]:
+        queue: deque[Event] = deque()
+        self._queues |= {generation.id: queue for generation in generations}
         try:
             for generation in generations:
                 self._enqueue(generation)
             unfinished = len(generations)
             while unfinished:
                 with section, self._stepping:
-                    if not mail:
+                    if not queue:
                         rest = self.step()
                         with self._lock:
-                            self._events[:0] = rest  # kept for whoever calls step next
-                while mail:
-                    event = mail.popleft()
+                            self._events[:0] = rest  # for the next caller of step
+                while queue:
+                    event = queue.popleft()
                     unfinished -= event.finish is not None
                     yield event
         finally:
@@ -233,9 +233,9 @@ class Engine(EngineProtocol):
                 for generation in generations:
                     if generation.id in self._active:
                         self._release(generation)
-                    del self._mail[generation.id]
+                    del self._queues[generation.id]
 
-    def _plan(self) -> list[Part]:
+    def _plan(self) -> list[ScheduledSequence]:
         """The next step: what the scheduler says, and drafts in the room that it leaves, in order of arrival."""
         plan = self.scheduler.schedule()
         room = self.scheduler.max_batch_tokens - sum(count for _, count in plan)
@@ -255,12 +255,12 @@ class Engine(EngineProtocol):
                 rows = count + drafts
             else:
                 rows = last + drafts
-            parts.append(Part(g, count, drafts, rows))
+            parts.append(ScheduledSequence(g, count, drafts, rows))
         return parts
 
-    def _hidden(self, parts: list[Part], batch: Batch) -> NDArray[np.float32] | None:
+    def _hidden(self, parts: list[ScheduledSequence], batch: Batch) -> NDArray[np.float32] | None:
         """Where the runner is to write the step's hidden states, if a part is embedded: (N, D)."""
-        if all(part.generation.pool is None for part in parts):
+        if all(part.sequence.pool is None for part in parts):
             return None
         return np.empty((len(batch.tokens), self.runner.config.dim), np.float32)
 
@@ -271,28 +271,31 @@ class Engine(EngineProtocol):
             return error
 
     def _account(
-        self, parts: list[Part], logits: NDArray[np.float32] | Exception, hidden: NDArray[np.float32] | None
+        self,
+        parts: list[ScheduledSequence],
+        logits: NDArray[np.float32] | Exception,
+        hidden: NDArray[np.float32] | None,
     ) -> None:
         """Go on with every request of a step that was not cancelled meanwhile."""
         end = tokens = 0
         for part in parts:
-            start, end = end, end + part.rows
-            first, tokens = tokens, tokens + part.known + part.drafts
-            if part.generation.id not in self._active:
+            start, end = end, end + part.logit_rows
+            first, tokens = tokens, tokens + part.tokens + part.drafts
+            if part.sequence.id not in self._active:
                 continue
             try:
                 if isinstance(logits, Exception):
                     raise logits
                 self._advance(part, logits[start:end], None if hidden is None else hidden[first:tokens])
             except Exception as error:
-                self._events.append(self._failure(part.generation, error))
+                self._events.append(self._fail(part.sequence, error))
 
-    def _fill(self, parts: list[Part]) -> Batch:
+    def _fill(self, parts: list[ScheduledSequence]) -> Batch:
         """The step's batch: views of arrays that every step writes anew."""
         batch = self._batch
         n = m = 0
         for s, part in enumerate(parts):
-            generation, count = part.generation, part.known + part.drafts
+            generation, count = part.sequence, part.tokens + part.drafts
             start, end = generation.cached, generation.cached + count
             if (placed := generation.placed) < len(generation.blocks):
                 generation.table[placed : len(generation.blocks)] = generation.blocks[placed:]
@@ -305,39 +308,41 @@ class Engine(EngineProtocol):
                 batch.sequences[n : n + count] = s
             batch.blocks[s] = generation.table
             n += count
-            if part.rows == 1:
+            if part.logit_rows == 1:
                 batch.outputs[m] = n - 1
             else:
-                batch.outputs[m : m + part.rows] = self._range[n - part.rows : n]
-            m += part.rows
+                batch.outputs[m : m + part.logit_rows] = self._range[n - part.logit_rows : n]
+            m += part.logit_rows
         return Batch(
             batch.tokens[:n], batch.positions[:n], batch.sequences[:n], batch.blocks[: len(parts)], batch.outputs[:m]
         )
 
-    def _advance(self, part: Part, logits: NDArray[np.float32], hidden: NDArray[np.float32] | None) -> None:
+    def _advance(
+        self, part: ScheduledSequence, logits: NDArray[np.float32], hidden: NDArray[np.float32] | None
+    ) -> None:
         """Account for the tokens that ran, and draw what follows the known ones: logits (rows, V), hidden (tokens, D).
 
         After the last known token comes a drawn one; as long as that is what was drafted there, it has run as well, and
         the row after it draws the next.
         """
-        g = part.generation
+        g = part.sequence
         if g.prompt_logprobs is not None:
             if g.cached == 0:  # for the first time, or anew after a preemption
                 g.prompt_logprobs = []
-            following = g.tokens[g.cached + 1 : min(g.cached + 1 + part.known, g.length)].tolist()
+            following = g.tokens[g.cached + 1 : min(g.cached + 1 + part.tokens, g.length)].tolist()
             top = g.request.logprobs or 0
             scores = (sampling.logprob(row, t, top) for row, t in zip(logits, following, strict=False))
             g.prompt_logprobs += scores
         if g.pool is not None and hidden is not None:
             g.pool.push(g.cached, hidden)
-        g.cached += part.known
+        g.cached += part.tokens
         if g.cached < g.length:
             return
         if g.length == len(g.request.prompt):
-            g.cached_tokens = g.reused
+            g.cached_tokens = g.prefix_hit_tokens
         if g.length == g.limit:  # nothing but the prompt's log-probabilities or its embedding was asked for
             embedding = None if g.pool is None else g.pool.vector()
-            self._events.append(self._event(g, finish="length")._replace(embedding=embedding))
+            self._events.append(self._finish(g, "length")._replace(embedding=embedding))
             return
         drafts = g.tokens[g.length : g.length + part.drafts].tolist()
         for row, draft in zip(logits[-1 - part.drafts :], (*drafts, None), strict=True):
@@ -347,7 +352,7 @@ class Engine(EngineProtocol):
                 return
             g.cached += 1
 
-    def _draw(self, g: Generation, row: NDArray[np.float32], draft: int | None) -> Event:
+    def _draw(self, g: RunningRequest, row: NDArray[np.float32], draft: int | None) -> Event:
         """The answer's next token, from its logits (V,)."""
         wanted = g.request.logprobs
         raw = row.copy() if g.request.processors else row
@@ -357,39 +362,55 @@ class Engine(EngineProtocol):
         g.tokens[g.length] = token
         g.length += 1
         if g.length % BLOCK == 0:
-            chain(g.keys, g.tokens[: g.length])
+            hash_blocks(g.block_hashes, g.tokens[: g.length])
         if token in g.stop_tokens:
-            return self._event(g, token, logprob=logprob, finish="stop")
+            return self._finish(g, "stop", token, logprob=logprob)
         text = g.text.push(token)
         if g.text.found:
-            return self._event(g, token, text, logprob=logprob, finish="stop")
-        return self._event(g, token, text, logprob=logprob, finish="length" if g.length == g.limit else None)
+            return self._finish(g, "stop", token, text, logprob=logprob)
+        if g.length == g.limit:
+            return self._finish(g, "length", token, text, logprob=logprob)
+        return self._event(g, token, text, logprob)
 
-    def _failure(self, generation: Generation, error: Exception) -> Event:
+    def _fail(self, g: RunningRequest, error: Exception) -> Event:
+        """Free the cache of `g`; its last event says what went wrong."""
+        self._release(g)
         reason = str(error) if isinstance(error, Llama2Error) else f"{type(error).__name__}: {error}"
-        return self._event(generation, finish="error", error=reason)
+        return _last(self._event(g), g, "error")._replace(error=reason)
 
-    def _event(
+    def _finish(
         self,
-        g: Generation,
+        g: RunningRequest,
+        reason: FinishReason,
         token: int | None = None,
         text: str = "",
         *,
         logprob: Logprob | None = None,
-        finish: FinishReason | None = None,
-        error: str | None = None,
     ) -> Event:
-        """What to tell of `g`; with `finish`, its cache is freed, and its text completed if nothing cut it."""
-        if finish is not None:
-            self._release(g)
-            if finish != "error":
-                text += g.text.flush()
+        """Free the cache of `g`; its last event has the text that was held back, unless a stop string cut it."""
+        self._release(g)
+        return _last(self._event(g, token, text + g.text.flush(), logprob), g, reason)
+
+    def _event(
+        self, g: RunningRequest, token: int | None = None, text: str = "", logprob: Logprob | None = None
+    ) -> Event:
+        """An event of `g`; the first has the log-probabilities of its prompt."""
         scores, g.prompt_logprobs = g.prompt_logprobs, None
-        told = () if finish is None else (g.cached_tokens, g.drafted, g.accepted, g.text.found)
-        return Event(g.id, token, text, finish, logprob, error, None if scores is None else tuple(scores), *told)
+        return Event(g.id, token, text, None, logprob, None, None if scores is None else tuple(scores))
 
 
-#: Those that a fork may find at work.
+def _last(event: Event, g: RunningRequest, reason: FinishReason) -> Event:
+    return event._replace(
+        finish=reason,
+        cached_tokens=g.cached_tokens,
+        drafted_tokens=g.drafted,
+        accepted_tokens=g.accepted,
+        stop=g.text.found,
+    )
+
+
+#: Engines that a fork may find at work. Filled by `Engine.__init__`; the import registers nothing. It is global because
+#: a fork copies the whole process. Its references are weak, so it keeps no engine alive.
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _forking: list[Engine] = []
 
@@ -401,7 +422,7 @@ def _watch_forks() -> None:
 
 
 def _before_fork() -> None:
-    """A child has a copy of every engine, but no threads: so nobody may be in the midst of the bookkeeping."""
+    """A child has a copy of every engine, but no threads: no lock may be held while the copy is made."""
     engines = sorted(_engines, key=id)  # one order, as several threads may fork
     for engine in engines:
         engine._lock.acquire()

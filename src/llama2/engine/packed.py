@@ -1,6 +1,6 @@
 """Weights repacked for the instruction set, kept on disk so that the next start need not do it again.
 
-The file (checkpoint/artifacts.py) holds each quantised matrix in native/packed.h's layout.
+The file (checkpoint/artifacts.py) holds each quantized matrix in native/packed.h's layout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DEFAULT_LIMIT = 32 << 30
 
 
 def pack(checkpoint: Checkpoint, native: ModuleType) -> dict[str, Bytes]:
-    """The packed form of every quantised matrix of `checkpoint`, by name; from the cache if it is there.
+    """The packed form of every quantized matrix of `checkpoint`, by name; from the cache if it is there.
 
     The first time, every weight is checked to be a finite number (CheckpointError). If the cache cannot be written, the
     result stays in memory and a warning says so. Embeddings that are not also the output head are not packed: they are

@@ -1,11 +1,11 @@
-"""The seam between whoever wants answers and whoever gives them: our own engine, or one that a cluster runs."""
+"""The seam between callers who want answers and an engine: our own, or one that a cluster runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Protocol
 
-from llama2.engine.request import Event, Load, Request
+from llama2.engine.request import EngineStats, Event, Request
 from llama2.text.tokenizer import Tokenizer
 
 
@@ -23,11 +23,11 @@ class EngineProtocol(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do or to tell."""
+        """Whether `step` has work to do or events to return."""
         ...
 
     @property
-    def load(self) -> Load:
+    def stats(self) -> EngineStats:
         """What there is to do, and how full the cache is. Does not wait for a step."""
         ...
 
@@ -40,11 +40,11 @@ class EngineProtocol(Protocol):
         ...
 
     def cancel(self, id: int) -> None:
-        """End a request and free its cache at once; its last event comes from `step`. Too late is no error."""
+        """End a request and free its cache at once; its last event comes from `step`. Too late does nothing."""
         ...
 
     def step(self) -> list[Event]:
-        """Work for a moment, and return what is new about the requests that were added, each one's in order."""
+        """Work for a moment, and return the new events of the added requests, each one's in order."""
         ...
 
     def run(self, *requests: Request) -> Iterator[Event]:

@@ -41,7 +41,7 @@ def index(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except Exception:  # whatever a stranger's class raises, it is no number
+    except Exception:  # whatever a stranger's class raises, it is not a number
         return None
 
 
@@ -220,7 +220,7 @@ class Event(NamedTuple):  # which is quicker to make than a dataclass: every tok
     """One token of one request's answer.
 
     `text` is what became certain with this token: whole characters, held back while a stop string may be forming.
-    The last event of a request has `finish`, and tells how many tokens of the prompt were found in the cache, how many
+    The last event of a request has `finish`, and says how many tokens of the prompt were found in the cache, how many
     tokens were drafted, and how many of those were drawn. With `finish="error"`, `error` says why; with "stop", `stop`
     is the stop string that ended the answer, or None where a token did. The one event of a request with `pooling` has
     its `embedding`, not normalised.
@@ -241,7 +241,7 @@ class Event(NamedTuple):  # which is quicker to make than a dataclass: every tok
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class EngineStats:
     """What an engine has to do, and how full its key/value cache is."""
 
     running: int  # requests
@@ -249,7 +249,7 @@ class Load:
     prefill_tokens: int  # at most, of all requests, that have yet to run before each can grow; fewer with prefix hits
     blocks: int  # of the cache
     held_blocks: int  # by requests
-    kept_blocks: int  # in case that their tokens come again; free otherwise
+    evictable_blocks: int  # of prefixes that may come again; free otherwise
     preemptions: int  # since the engine was made
 
 

@@ -1,4 +1,4 @@
-"""The seam between the engine and whoever does the arithmetic (native, NumPy, torch)."""
+"""The seam between the engine and the arithmetic (native, NumPy, torch)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from llama2.config import ModelConfig
 from llama2.errors import EngineError
 
-#: Tokens in one block of the key/value cache. Attention's tiles stand at absolute positions of this size, so the same
+#: Tokens in one block of the key/value cache. Attention's tiles are at absolute positions of this size, so the same
 #: sums are made in the same order whatever else is in the batch (architecture, decision 1).
 BLOCK = 32
 
@@ -20,7 +20,7 @@ BLOCK = 32
 class Batch:
     """Tokens of one step, from any number of sequences, each at its own position.
 
-    Tokens of one sequence stand together in increasing, gapless positions; what lies before the first of them is in the
+    Tokens of one sequence are adjacent, in increasing, gapless positions; what lies before the first of them is in the
     cache already. N tokens, S sequences, M rows whose logits are wanted.
     """
 

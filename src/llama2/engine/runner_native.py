@@ -1,4 +1,4 @@
-"""The Runner in C++ (native/model.h): quantised weights packed for the processor, key/value cache in half precision."""
+"""The Runner in C++ (native/model.h): quantized weights packed for the processor, key/value cache in half precision."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class NativeRunner(EndsInSection):
         self._model.forward(*arrays, logits, hidden)
         return logits
 
-    def observe(self) -> dict[str, NDArray[np.float64]]:
+    def activation_statistics(self) -> dict[str, NDArray[np.float64]]:
         """Sums of the squares of each column's inputs, (columns,) by matrix, to which every later `forward` adds."""
         c, sums = self.config, {}
         query = c.n_heads * c.head_dim

@@ -36,7 +36,7 @@ class Group:
     visible: Tensor  # (G, T * R, S) whether a token may read a key; R rows for each token
 
 
-class Step:
+class PagedCache:
     """A batch as the network sees it: what was cached before it, and where its own keys and values go."""
 
     def __init__(self, runner: TorchRunner, batch: Batch) -> None:
@@ -83,7 +83,7 @@ class Step:
 class TorchRunner(EndsInSection):
     """Runs a checkpoint on `device`, with weights and cache in `dtype`; by default on CUDA in bfloat16 if there is one.
 
-    Weights that are quantised are expanded to `dtype`. With `compile`, torch.compile takes some time for the first
+    Weights that are quantized are expanded to `dtype`. With `compile`, torch.compile takes some time for the first
     steps in which all sequences run as many tokens, as in decode, and those after them are faster.
 
     With a `group`, of all processes, these share the model. Each makes a runner; process 0 calls `forward`, and the
@@ -151,7 +151,7 @@ class TorchRunner(EndsInSection):
             raise _forked()
         _used_in = self._process
         if self._group is not None:
-            _say(batch, self._group)
+            _broadcast(batch, self._group)
         features = self._features(batch)
         if hidden is not None:
             hidden[:] = features.float().cpu().numpy()
@@ -162,11 +162,11 @@ class TorchRunner(EndsInSection):
     @torch.inference_mode()
     def follow(self) -> None:
         """Run what process 0 runs, until it says that this is all."""
-        while (batch := _say(None, self._group)) is not None:
+        while (batch := _broadcast(None, self._group)) is not None:
             self._features(batch)
 
     def _features(self, batch: Batch) -> Tensor:
-        step = Step(self, batch)
+        step = PagedCache(self, batch)
         features = self._compiled if len(step.groups) == 1 else self.model.hidden_states
         x: Tensor = features(step.tokens[None], step)  # (1, N, D)
         return x[0]
@@ -207,7 +207,7 @@ def start(checkpoint: Checkpoint, n_blocks: int, *, compile: bool = False) -> To
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group()
-    # Steps are told through a group of their own, because nobody knows how long process 0 waits for the next request.
+    # Batches are broadcast in a group of their own: nobody knows how long process 0 waits for the next request.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     runner = TorchRunner(checkpoint, n_blocks, device=device, compile=compile, group=group)
     if group.rank() > 0:
@@ -219,7 +219,7 @@ def start(checkpoint: Checkpoint, n_blocks: int, *, compile: bool = False) -> To
 
 
 def _end(group: dist.ProcessGroup) -> None:
-    _say(None, group)
+    _broadcast(None, group)
     _leave(group)
 
 
@@ -229,8 +229,8 @@ def _leave(group: dist.ProcessGroup) -> None:
     dist.destroy_process_group()
 
 
-def _say(batch: Batch | None, group: dist.ProcessGroup | None) -> Batch | None:
+def _broadcast(batch: Batch | None, group: dist.ProcessGroup | None) -> Batch | None:
     """Process 0's batch, in every process; None ends."""
-    said = [batch]
-    dist.broadcast_object_list(said, group_src=0, group=group)
-    return said[0]
+    batches = [batch]
+    dist.broadcast_object_list(batches, group_src=0, group=group)
+    return batches[0]

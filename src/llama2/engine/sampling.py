@@ -1,4 +1,4 @@
-"""From one row of logits to one token. The arithmetic is native, so that it is the same whoever ran the network."""
+"""From one row of logits to one token. The arithmetic is native, so that it is the same for every runner."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Continuous batching with chunked prefill over a paged cache: which sequence runs how many tokens next.
 
-First come, first served, whoever waits. A sequence is admitted once its known tokens would fit, and holds blocks only
-for what has run. When blocks run out, those that are only kept go first; then the sequence that came last is preempted:
+First come, first served. A sequence is admitted once its known tokens would fit, and holds blocks only
+for what has run. When blocks run out, evictable ones go first; then the sequence that came last is preempted:
 it gives its blocks back, waits at the front of the queue, and is computed anew as far as its blocks are not found
 again.
 
@@ -21,7 +21,7 @@ from llama2.engine.runner import BLOCK
 
 #: Sequences that run at once, unless a caller says otherwise.
 MAX_SEQUENCES = 64
-#: Tokens of prompts that run in a step beside growing answers, unless a caller says otherwise.
+#: Tokens of prompts that run in a step beside decoding sequences, unless a caller says otherwise.
 MAX_PREFILL_TOKENS = 64
 
 
@@ -29,19 +29,19 @@ MAX_PREFILL_TOKENS = 64
 class Sequence:
     """What the scheduler knows of a request: 0 ≤ cached < length ≤ limit, counted in tokens.
 
-    The caller advances `cached` and `length`, and appends to `keys`, after each step.
+    The caller advances `cached` and `length`, and appends to `block_hashes`, after each step.
     """
 
     id: int
     length: int  # of the prompt and the answer so far
     limit: int  # of the prompt and the longest answer
-    keys: list[bytes] = field(default_factory=list)  # of the full blocks of its known tokens (cache.chain)
-    shares: bool = True  # whether blocks that were computed for others may stand for its own
+    block_hashes: list[bytes] = field(default_factory=list)  # of its known tokens' full blocks (cache.hash_blocks)
+    prefix_caching: bool = True  # whether blocks that were computed for others may stand for its own
     cached: int = 0  # how many have keys and values in the cache
     blocks: list[int] = field(default_factory=list)
-    published: int = 0  # how many of its first blocks others can find
+    committed: int = 0  # how many of its first blocks others can find
     placed: int = 0  # how many of its first blocks have not changed since the caller set this
-    reused: int = 0  # how many of `cached` were computed for others
+    prefix_hit_tokens: int = 0  # how many of `cached` were computed for others
 
 
 S = TypeVar("S", bound=Sequence)
@@ -50,7 +50,7 @@ S = TypeVar("S", bound=Sequence)
 class Scheduler(Generic[S]):
     """Plans steps over the sequences it was given, each at most `max_batch_tokens` long.
 
-    While answers grow, at most `max_prefill_tokens` of them are prompts', so that no prompt makes answers wait for
+    While sequences decode, at most `max_prefill_tokens` of them are prompts', so that no prompt makes answers wait for
     longer than that takes. While none does yet, a step is as long as it takes to end one prompt, if that is more: its
     answer begins then, and those who come together do not stay together.
     """
@@ -94,29 +94,29 @@ class Scheduler(Generic[S]):
         (`_divide`). A prompt whose next block is being computed for an earlier one waits for that.
         """
         for s in self.running:
-            if s.published < s.cached // BLOCK:
-                self._publish(s)
+            if s.committed < s.cached // BLOCK:
+                self._commit(s)
             if s.length - s.cached > 1:
-                self._reuse(s)
+                self._match_prefix(s)
         self._admit()
-        answers: list[S] = []
-        prompts: list[S] = []
-        coming: set[bytes] = set()  # keys of the blocks that prompts have yet to compute
+        decoding: list[S] = []
+        prefilling: list[S] = []
+        coming: set[bytes] = set()  # hashes of the blocks that prompts have yet to compute
         for s in self.running:
             if s.length - s.cached == 1:
-                answers.append(s)
+                decoding.append(s)
                 continue
             done = s.cached // BLOCK
-            if not (self._may_reuse(s) and s.keys[done] in coming):
-                prompts.append(s)
-            coming.update(s.keys[done:])
-        most = self.max_prefill_tokens if answers else self.max_batch_tokens
-        if not answers and (growing := [s for s in prompts if s.limit > s.length + 1]):
+            if not (self._may_match_prefix(s) and s.block_hashes[done] in coming):
+                prefilling.append(s)
+            coming.update(s.block_hashes[done:])
+        most = self.max_prefill_tokens if decoding else self.max_batch_tokens
+        if not decoding and (unfinished := [s for s in prefilling if s.limit > s.length + 1]):
             # All but the oldest prompt have to share with that.
-            ends = min((s.length - s.cached) * (1 if s is prompts[0] else 2) for s in growing)
+            ends = min((s.length - s.cached) * (1 if s is prefilling[0] else 2) for s in unfinished)
             most = min(most, max(self.max_prefill_tokens, ends))
-        counts = dict.fromkeys(answers, 1)
-        counts |= _divide(min(most, self.max_batch_tokens - len(answers)), prompts)
+        counts = dict.fromkeys(decoding, 1)
+        counts |= _divide(min(most, self.max_batch_tokens - len(decoding)), prefilling)
         plan = []
         for s in self.running:  # which becomes shorter when its last are preempted
             if count := self._grow(s, counts.get(s, 0)):
@@ -136,7 +136,7 @@ class Scheduler(Generic[S]):
         promised = sum(max(0, blocks_for(s.length) - len(s.blocks)) for s in self.running)
         while self.waiting and len(self.running) < self.max_sequences:
             s = self.waiting[0]
-            self._reuse(s)
+            self._match_prefix(s)
             missing = blocks_for(s.length) - len(s.blocks)
             if promised + missing + len(self.running) > self.cache.available:
                 self._free(s)
@@ -156,31 +156,31 @@ class Scheduler(Generic[S]):
         return self.reserve(s, count)
 
     def _free(self, s: S) -> None:
-        self._publish(s)
+        self._commit(s)
         self.cache.release(s.blocks)
         s.blocks = []
-        s.cached = s.published = s.placed = s.reused = 0
+        s.cached = s.committed = s.placed = s.prefix_hit_tokens = 0
 
-    def _publish(self, s: S) -> None:
+    def _commit(self, s: S) -> None:
         """Let others find the blocks that have become full."""
-        for i in range(s.published, s.cached // BLOCK):
-            block = self.cache.publish(s.blocks[i], s.keys[i])
+        for i in range(s.committed, s.cached // BLOCK):
+            block = self.cache.commit(s.blocks[i], s.block_hashes[i])
             if block != s.blocks[i]:
                 s.blocks[i] = block
                 s.placed = min(s.placed, i)
-            s.published = i + 1
+            s.committed = i + 1
 
-    def _reuse(self, s: S) -> None:
+    def _match_prefix(self, s: S) -> None:
         """Take the next blocks of `s` from the cache, as many as are found."""
-        while self._may_reuse(s) and (block := self.cache.find(s.keys[len(s.blocks)])) is not None:
+        while self._may_match_prefix(s) and (block := self.cache.find(s.block_hashes[len(s.blocks)])) is not None:
             s.blocks.append(block)
             s.cached += BLOCK
-            s.reused += BLOCK
-            s.published += 1
+            s.prefix_hit_tokens += BLOCK
+            s.committed += 1
 
-    def _may_reuse(self, s: S) -> bool:
+    def _may_match_prefix(self, s: S) -> bool:
         """Whether `s` stands before a block whose tokens are known. Its last token runs in any case, for its logits."""
-        return s.shares and s.cached == len(s.blocks) * BLOCK and s.cached + BLOCK < s.length
+        return s.prefix_caching and s.cached == len(s.blocks) * BLOCK and s.cached + BLOCK < s.length
 
 
 def _divide(room: int, prompts: list[S]) -> dict[S, int]:

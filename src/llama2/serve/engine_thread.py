@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from llama2.engine.protocol import EngineProtocol
-from llama2.engine.request import Event, Load, Request
+from llama2.engine.request import EngineStats, Event, Request
 
 log = logging.getLogger("llama2.serve")
 
@@ -38,7 +38,7 @@ S = TypeVar("S", bound=Submission)
 
 
 Accepted = Callable[[S, Exception | None], None]
-Publish = Callable[[Mapping[S, Sequence[TimedEvent]], float, Load], None]
+Publish = Callable[[Mapping[S, Sequence[TimedEvent]], float, EngineStats], None]
 
 
 class EngineThread(Generic[S]):
@@ -135,7 +135,7 @@ class EngineThread(Generic[S]):
             for id in self._choices:
                 self._engine.cancel(id)
         if self._unstarted:  # they start in order of arrival, after the preempted ones
-            for id in list(self._unstarted)[: max(0, len(self._unstarted) - self._engine.load.waiting)]:
+            for id in list(self._unstarted)[: max(0, len(self._unstarted) - self._engine.stats.waiting)]:
                 submission = self._unstarted.pop(id)
                 submission.started = submission.started or begun
         now = time.perf_counter()
@@ -145,7 +145,7 @@ class EngineThread(Generic[S]):
         else:
             ready = {submission: self._unpublished.pop(submission) for submission in urgent}
         if ready:
-            publish(ready, now, self._engine.load)
+            publish(ready, now, self._engine.stats)
 
     def _sort(self, events: Sequence[Event], now: float) -> set[S]:
         """Add events to their submissions, and return the submissions whose events must not wait."""

@@ -12,7 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from llama2.engine.request import Load
+from llama2.engine.request import EngineStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -86,12 +86,12 @@ class Metrics:
         )
         self.preemptions = Gauge("llama2_preemptions", "Preempted answers, since loading.", model, registry=r)
 
-    def text(self, loads: Mapping[str, Load | None]) -> bytes:
+    def text(self, loads: Mapping[str, EngineStats | None]) -> bytes:
         """All metrics in Prometheus' format; `loads` by model, None for one that is not loaded."""
         for name, load in loads.items():
             self.running.labels(name).set(load.running if load else 0)
             self.waiting.labels(name).set(load.waiting if load else 0)
             self.cache.labels(name).set(load.held_blocks / load.blocks if load else 0)
-            self.kept.labels(name).set(load.kept_blocks / load.blocks if load else 0)
+            self.kept.labels(name).set(load.evictable_blocks / load.blocks if load else 0)
             self.preemptions.labels(name).set(load.preemptions if load else 0)
         return generate_latest(self.registry)

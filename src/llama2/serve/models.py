@@ -13,7 +13,7 @@ from typing import Any
 
 from llama2.api import Model
 from llama2.checkpoint import Checkpoint
-from llama2.engine.request import Load
+from llama2.engine.request import EngineStats
 from llama2.engine.runner import BLOCK
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
@@ -112,10 +112,10 @@ class Models:
         task.add_done_callback(end)
 
     @property
-    def loads(self) -> dict[str, Load | None]:
+    def loads(self) -> dict[str, EngineStats | None]:
         """The load of each engine, by model; None for a model that is not loaded."""
         return {
-            name: entry.service.model.engine.load if entry.service else None for name, entry in self.entries.items()
+            name: entry.service.model.engine.stats if entry.service else None for name, entry in self.entries.items()
         }
 
     @property
@@ -155,7 +155,7 @@ class Models:
 def log_loaded(service: Service) -> None:
     """Log a loaded model's context and cache."""
     engine = service.model.engine
-    tokens = engine.load.blocks * BLOCK
+    tokens = engine.stats.blocks * BLOCK
     facts: dict[str, object] = {"model": service.name, "context": engine.context, "cache_tokens": tokens}
     facts["cache_gb"] = round(service.model.config.cache_bytes(tokens) / 1e9, 3)
     if adapters := service.model.checkpoint.adapters:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from llama2 import native
 from llama2.api import Model
-from llama2.engine.request import Event, Load, Request, Sampling
+from llama2.engine.request import EngineStats, Event, Request, Sampling
 from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.errors import RequestError
 from llama2.serve.admission import AdmissionController, PendingRequest
@@ -179,10 +179,10 @@ class Service:
     def _on_accepted(self, stream: Stream, failure: Exception | None) -> None:
         self._loop.call_soon_threadsafe(stream.accept, failure)
 
-    def _on_events(self, events: Mapping[Stream, Sequence[TimedEvent]], now: float, load: Load) -> None:
+    def _on_events(self, events: Mapping[Stream, Sequence[TimedEvent]], now: float, load: EngineStats) -> None:
         self._loop.call_soon_threadsafe(self._publish, events, now, load)
 
-    def _publish(self, published: Mapping[Stream, Sequence[TimedEvent]], now: float, load: Load) -> None:
+    def _publish(self, published: Mapping[Stream, Sequence[TimedEvent]], now: float, load: EngineStats) -> None:
         """Count events, and add them to their streams. Runs in the event loop.
 
         First tokens and ends are of the last step, which ended `now`: they are published without delay.

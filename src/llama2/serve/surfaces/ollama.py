@@ -213,7 +213,7 @@ async def ps(http: HttpRequest) -> Response:
         if entry.service is None:
             continue
         model = entry.service.model
-        cache = model.config.cache_bytes(model.engine.load.blocks * BLOCK)
+        cache = model.config.cache_bytes(model.engine.stats.blocks * BLOCK)
         left = min(entry.keep_alive, FOREVER) - entry.idle
         rows.append(
             {

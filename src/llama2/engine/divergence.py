@@ -1,4 +1,4 @@
-"""How two models agree on a text: perplexity, Kullback–Leibler divergence, and which token they put first.
+"""How far two models diverge on a text: perplexity, Kullback–Leibler divergence, and which token they put first.
 
 The text is cut into windows that start afresh. A window's first token is BOS if the tokenizer adds one to raw prompts,
 else the text's next token; every later token is predicted from all before it in the window, and each prediction is one
@@ -22,7 +22,7 @@ _ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class DivergenceReport:
     """How a candidate's logits compare with a reference's, one value a position (M,)."""
 
     cosine: NDArray[np.float64]  # between the two rows of logits
@@ -32,7 +32,7 @@ class Agreement:
     reference_loss: NDArray[np.float64]
 
     @classmethod
-    def join(cls, parts: Sequence[Agreement]) -> Agreement:
+    def join(cls, parts: Sequence[DivergenceReport]) -> DivergenceReport:
         """All positions of `parts`, in order."""
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
@@ -52,7 +52,9 @@ class Agreement:
         }
 
 
-def compare(candidate: NDArray[np.float32], reference: NDArray[np.float32], targets: NDArray[np.int32]) -> Agreement:
+def compare(
+    candidate: NDArray[np.float32], reference: NDArray[np.float32], targets: NDArray[np.int32]
+) -> DivergenceReport:
     """Compare logits (M, V) row by row, in float64; `targets` (M,) are the tokens that really came next."""
     parts = []
     for start in range(0, len(targets), _ROWS):
@@ -60,18 +62,18 @@ def compare(candidate: NDArray[np.float32], reference: NDArray[np.float32], targ
         q, p = candidate[some].astype(np.float64), reference[some].astype(np.float64)
         log_q, log_p = log_softmax(q), log_softmax(p)
         rows = np.arange(len(q))
-        part = Agreement(
+        part = DivergenceReport(
             cosine=(q * p).sum(axis=1) / (np.linalg.norm(q, axis=1) * np.linalg.norm(p, axis=1)),
             same_top=q.argmax(axis=1) == p.argmax(axis=1),
-            divergence=divergence(log_p, log_q),
+            divergence=kl_divergence(log_p, log_q),
             loss=-log_q[rows, targets[some]],
             reference_loss=-log_p[rows, targets[some]],
         )
         parts.append(part)
-    return Agreement.join(parts)
+    return DivergenceReport.join(parts)
 
 
-def divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+def kl_divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
     """KL(P ‖ Q) of each row of log-probabilities, in nats."""
     result: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return result
