@@ -326,7 +326,7 @@ def step_with(field: str, at: int, value: int) -> Batch:
         (step_with("positions", 0, 61), "consecutive positions"),
         (step_with("sequences", 0, -1), "sequence out of range"),
         (step_with("sequences", 2, 2), "sequence out of range"),
-        (step_with("sequences", 0, 1), "stand together"),
+        (step_with("sequences", 0, 1), "at consecutive positions"),
         (step_with("blocks", 0, -1), "cache block out of range"),
         (step_with("blocks", 1, 8), "cache block out of range"),
         (step_with("blocks", 2, -1), "cache block out of range"),

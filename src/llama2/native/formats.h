@@ -1,6 +1,6 @@
 // GGUF's number formats: how a block of a row is stored, and what its numbers mean.
 //
-// A quantised block becomes Fields: whole numbers q and the scales they are multiplied with. Within a group (32 or 16
+// A quantized block becomes Fields: whole numbers q and the scales they are multiplied with. Within a group (32 or 16
 // columns) the value is
 //     plain kinds      d · (q − offset) [+ m]
 //     K kinds          (d · scale) · (q − offset) [− dmin · minimum]
@@ -19,7 +19,7 @@ namespace llama2 {
 enum class Format { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL };
 
 enum class Scales {
-    none,       // not quantised
+    none,       // not quantized
     half,       // d in half precision for each group
     half_min,   // d and m
     super,      // a whole number for each group, d for 256 columns
@@ -186,7 +186,7 @@ inline void unpack(Format format, const uint8_t* p, Fields& f) {
                         f.q[half * 128 + quarter * 32 + l] = int8_t(four | two << 4);
                     }
             return;
-        default: throw std::invalid_argument("not a quantised format");
+        default: throw std::invalid_argument("not a quantized format");
     }
 }
 
@@ -283,7 +283,7 @@ inline void store(Format format, const Fields& f, uint8_t* p) {
                     p[128 + half * 32 + l] = uint8_t(a >> 4 | b >> 4 << 2 | c >> 4 << 4 | d >> 4 << 6);
                 }
             return;
-        default: throw std::invalid_argument("not a quantised format");
+        default: throw std::invalid_argument("not a quantized format");
     }
 }
 

@@ -14,7 +14,7 @@
 
 namespace llama2 {
 
-// 32 activations of one token, quantised: x ≈ scale · q. One cache line.
+// 32 activations of one token, quantized: x ≈ scale · q. One cache line.
 struct alignas(64) ActivationGroup {
     int8_t q[32];
     float scale;
@@ -27,7 +27,7 @@ struct alignas(64) ActivationGroup {
 static_assert(sizeof(ActivationGroup) == 64);
 
 // A few activations of a Llama are a hundred times larger than the rest and take the precision of all that share their
-// scale. What rounding left of the kRefined largest groups is therefore quantised once more. On the default model that
+// scale. What rounding left of the kRefined largest groups is therefore quantized once more. On the default model that
 // cuts the Kullback–Leibler divergence of the logits to a third, for two groups more a product.
 constexpr int kRefined = 2;
 
@@ -81,18 +81,18 @@ inline void quantize_activations(const float* x, int64_t columns, ActivationGrou
 }
 
 // Activations are kept in blocks of tokens; within a block group by group, so that what a product needs for one group
-// of columns stands together.
+// of columns is contiguous.
 constexpr int64_t kTokenBlock = 64;
 inline int64_t token_blocks(int64_t tokens) { return (tokens + kTokenBlock - 1) / kTokenBlock; }
 // A full block's groups of the same columns stand a line further apart than there are tokens: otherwise all groups of a
-// token would fall into one set of the first cache.
+// token would fall into one set of the L1 cache.
 inline int64_t group_stride(int64_t tokens) { return tokens == kTokenBlock ? tokens + 1 : tokens; }
 // Groups of a block with so many tokens, the refining ones among them.
 inline int64_t block_groups(int64_t tokens, int64_t columns) {
     return columns / 32 * group_stride(tokens) + kRefined * tokens;
 }
 
-// Tokens on their way into a product: as floats, and quantised (where the columns divide into groups).
+// Tokens on their way into a product: as floats, and quantized (where the columns divide into groups).
 struct Activations {
     const float* floats;  // (N, columns)
     // Block by block (n tokens): (columns / 32, group_stride(n)), then the refining groups, (kRefined, n)
@@ -397,7 +397,7 @@ void plain_product(const uint8_t* w, int64_t rows, int64_t columns, const float*
     }
 }
 
-// A weight matrix as the model uses it: quantised formats packed, the others row-major.
+// A weight matrix as the model uses it: quantized formats packed, the others row-major.
 struct Weight {
     Format format = Format::F32;
     int64_t rows = 0, columns = 0;
@@ -414,9 +414,9 @@ struct Weight {
     int64_t bytes() const { return packed() ? packed_bytes(format, rows, columns) : rows * row_bytes(format, columns); }
 };
 
-// kLanes sums for each of up to kUnitPanels panels and each token of a block.
-constexpr int kUnitPanels = 8;
-static_assert(kUnitPanels % simd::kPanels == 0);
+// kLanes sums for each of up to kItemPanels panels and each token of a block.
+constexpr int kItemPanels = 8;
+static_assert(kItemPanels % simd::kPanels == 0);
 class Results {
 public:
     const float* at(int64_t panel, int64_t token) const {
@@ -425,10 +425,10 @@ public:
     float* at(int64_t panel, int64_t token) { return y_[panel / simd::kPanels][token][panel % simd::kPanels]; }
 
 private:
-    alignas(64) float y_[kUnitPanels / simd::kPanels][kTokenBlock][simd::kPanels][simd::kLanes];
+    alignas(64) float y_[kItemPanels / simd::kPanels][kTokenBlock][simd::kPanels][simd::kLanes];
 };
 
-// Columns that many tokens take at a time, so that their activations stay in the second cache from panel to panel.
+// Columns that many tokens take at a time, so that their activations stay in the L2 cache from panel to panel.
 constexpr int64_t kSegment = 64;  // groups
 
 template <Format format>
@@ -515,8 +515,8 @@ inline void product(const Weight& w, const float* x, int64_t N, float* y) {
     const Activations activations = buffer.view(x);
     Results results;
     for (int64_t block = 0; block < token_blocks(N); ++block)
-        for (int64_t first = 0; first < panels(w.rows); first += kUnitPanels) {
-            const int64_t count = std::min<int64_t>(kUnitPanels, panels(w.rows) - first);
+        for (int64_t first = 0; first < panels(w.rows); first += kItemPanels) {
+            const int64_t count = std::min<int64_t>(kItemPanels, panels(w.rows) - first);
             multiply(w, first, count, activations, block, results);
             for (int64_t t = 0; t < activations.block_size(block); ++t)
                 for (int64_t p = 0; p < count; ++p) {

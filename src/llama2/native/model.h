@@ -83,7 +83,7 @@ public:
     int threads() const { return pool_.threads(); }
     int64_t block_bytes() const { return block_bytes_; }
 
-    // `data` must outlive the model: packed panels for quantised formats, row-major numbers otherwise. The embedding is
+    // `data` must outlive the model: packed panels for quantized formats, row-major numbers otherwise. The embedding is
     // given as its file stores it, and not at all where it is tied. A bias comes after its matrix. Shapes are checked
     // by `check`.
     void set(const std::string& name, Weight weight) {
@@ -138,14 +138,14 @@ public:
         rotations_.reserve(N * 2 * config_.head_size);
         observing_ = observed_;
         const std::vector<Part> parts = divide(step);
-        over_parts(parts, [&](const Crew& crew, const Part& part) {
-            over_tokens(crew, part.count, [&](int64_t t) { begin_token(step, part.first + t); });
-            project(step, crew, part, 0);
+        over_parts(parts, [&](const Workers& workers, const Part& part) {
+            over_tokens(workers, part.count, [&](int64_t t) { begin_token(step, part.first + t); });
+            project(step, workers, part, 0);
         });
         for (int64_t l = 0; l < config_.layers; ++l)
-            over_parts(parts, [&](const Crew& crew, const Part& part) {
-                attend_and_feed_forward(step, crew, part, l);
-                if (l + 1 < config_.layers) project(step, crew, part, l + 1);
+            over_parts(parts, [&](const Workers& workers, const Part& part) {
+                attend_and_feed_forward(step, workers, part, l);
+                if (l + 1 < config_.layers) project(step, workers, part, l + 1);
             });
         if (hidden)
             over_tokens(together(), N, [&](int64_t t) {
@@ -170,31 +170,31 @@ private:
 
     struct Scratch {
         Buffer<float> normalised, attended, hidden, partials, converted;
-        ActivationBuffer quantised;
+        ActivationBuffer quantized;
     };
 
     // Who computes a part, and in which memory: all threads, or one of them alone.
-    struct Crew {
+    struct Workers {
         Pool* pool;  // null for a thread alone
         int thread;
         Scratch& scratch;
 
         int threads() const { return pool ? pool->threads() : 1; }
         // As Pool::run.
-        template <class Prepare, class Body> void run(int64_t units, Prepare&& prepare, Body&& body) const {
-            if (pool) return pool->run(units, prepare, body);
+        template <class Prepare, class Body> void run(int64_t items, Prepare&& prepare, Body&& body) const {
+            if (pool) return pool->run(items, prepare, body);
             prepare(thread);
-            for (int64_t unit = 0; unit < units; ++unit) body(unit, thread);
+            for (int64_t item = 0; item < items; ++item) body(item, thread);
         }
-        template <class Body> void run(int64_t units, Body&& body) const {
-            run(units, [](int) {}, body);
+        template <class Body> void run(int64_t items, Body&& body) const {
+            run(items, [](int) {}, body);
         }
     };
-    Crew together() { return {&pool_, 0, shared_}; }
+    Workers together() { return {&pool_, 0, shared_}; }
 
     // Threads divide the rows of every product, or the tokens: then these stay with one thread through a layer, in its
-    // second cache, and threads wait for each other once a layer. For that there must be some for every thread, and
-    // weights that the last cache holds, as each thread goes through all of them.
+    // L2 cache, and threads wait for each other once a layer. For that there must be some for every thread, and
+    // weights that the last-level cache holds, as each thread goes through all of them.
     bool divides_tokens(int64_t N) const {
         const Layer& l = layers_[0];
         int64_t bytes = 0;
@@ -243,12 +243,12 @@ private:
     template <class Body> void over_parts(const std::vector<Part>& parts, Body&& body) {
         if (parts.size() == 1) return body(together(), parts[0]);
         pool_.run(int64_t(parts.size()), [&](int64_t i, int thread) {
-            body(Crew{nullptr, thread, private_[size_t(thread)]}, parts[size_t(i)]);
+            body(Workers{nullptr, thread, private_[size_t(thread)]}, parts[size_t(i)]);
         });
     }
 
     // Queries, and the cache's keys and values.
-    void project(const Step& step, const Crew& crew, const Part& part, int64_t l) {
+    void project(const Step& step, const Workers& workers, const Part& part, int64_t l) {
         const Layer& layer = layers_[size_t(l)];
         const int64_t D = config_.dim, N = part.count, stride = token_floats();
         float* q = qkv_.get() + part.first * stride;
@@ -256,32 +256,32 @@ private:
         const Source source{residual_.get() + part.first * D, D, floats(layer.attention_norm)};
         observe(source, N);
         products(
-            crew, source, N,
+            workers, source, N,
             {{layer.wq, q, stride, false}, {layer.wk, k, stride, false}, {layer.wv, k + layer.wk.rows, stride, false}});
-        over_tokens(crew, N, [&](int64_t t) { rotate_and_cache(step, part.first + t, l, q + t * stride); });
+        over_tokens(workers, N, [&](int64_t t) { rotate_and_cache(step, part.first + t, l, q + t * stride); });
     }
 
-    void attend_and_feed_forward(const Step& step, const Crew& crew, const Part& part, int64_t l) {
+    void attend_and_feed_forward(const Step& step, const Workers& workers, const Part& part, int64_t l) {
         const Layer& layer = layers_[size_t(l)];
         const int64_t D = config_.dim, Q = layer.wo.columns, F = config_.hidden, N = part.count;
         float* x = residual_.get() + part.first * D;
-        float* attended = crew.scratch.attended.reserve(N * Q);
-        float* hidden = crew.scratch.hidden.reserve(N * F);
-        attend(step, crew, part, l, attended);
+        float* attended = workers.scratch.attended.reserve(N * Q);
+        float* hidden = workers.scratch.hidden.reserve(N * F);
+        attend(step, workers, part, l, attended);
         observe({attended, Q, nullptr}, N);
-        products(crew, {attended, Q, nullptr}, N, {{layer.wo, x, D, true}});
+        products(workers, {attended, Q, nullptr}, N, {{layer.wo, x, D, true}});
         observe({x, D, floats(layer.ffn_norm)}, N);
-        gated_products(crew, {x, D, floats(layer.ffn_norm)}, N, layer.w1, layer.w3, hidden);
+        gated_products(workers, {x, D, floats(layer.ffn_norm)}, N, layer.w1, layer.w3, hidden);
         observe({hidden, F, nullptr}, N);
-        products(crew, {hidden, F, nullptr}, N, {{layer.w2, x, D, true}});
+        products(workers, {hidden, F, nullptr}, N, {{layer.w2, x, D, true}});
     }
 
     static constexpr int64_t kPiece = 64;  // of a head, an even number
 
-    template <class Body> void over_tokens(const Crew& crew, int64_t N, Body&& body) {
+    template <class Body> void over_tokens(const Workers& workers, int64_t N, Body&& body) {
         if (N <= 4)
             for (int64_t t = 0; t < N; ++t) body(t);
-        else crew.run(N, [&](int64_t t, int) { body(t); });
+        else workers.run(N, [&](int64_t t, int) { body(t); });
     }
 
     // Queries, keys and values of a token.
@@ -336,7 +336,7 @@ private:
                 throw std::invalid_argument("position out of range");
             if (t > 0 && (s.sequences[t] < s.sequences[t - 1] ||
                           (s.sequences[t] == s.sequences[t - 1] && s.positions[t] != s.positions[t - 1] + 1)))
-                throw std::invalid_argument("tokens of a sequence must stand together at consecutive positions");
+                throw std::invalid_argument("tokens of a sequence must be adjacent, at consecutive positions");
             const bool last = t + 1 == s.tokens_count || s.sequences[t + 1] != sequence;
             for (int64_t b = 0; last && b <= position / kBlock; ++b) {
                 const int32_t block = s.blocks[sequence * s.width + b];
@@ -376,13 +376,13 @@ private:
         observing_ += source.columns;
     }
 
-    // Calls body(unit, activations) for every unit, after the activations of all N tokens have been made. A single
+    // Calls body(item, activations) for every work item, after the activations of all N tokens have been made. A single
     // token is prepared by every thread for itself, which is cheaper than waiting for one another.
     template <class Body>
-    void with_activations(const Crew& crew, const Source& source, int64_t N, int64_t units, Body&& body) {
+    void with_activations(const Workers& workers, const Source& source, int64_t N, int64_t items, Body&& body) {
         const int64_t columns = source.columns;
         const auto reserve = [&](Scratch& s) {
-            s.quantised.reserve(N, columns);
+            s.quantized.reserve(N, columns);
             if (source.norm) s.normalised.reserve(N * columns);
         };
         const auto prepare = [&](int64_t t, Scratch& s) {
@@ -391,56 +391,56 @@ private:
                 float* normalised = s.normalised.get() + t * columns;
                 rms_norm(x, source.norm, columns, config_.norm_eps, normalised), x = normalised;
             }
-            s.quantised.quantize(t, x);
+            s.quantized.quantize(t, x);
         };
         const auto view = [&](const Scratch& s) {
-            return s.quantised.view(source.norm ? s.normalised.get() : source.x);
+            return s.quantized.view(source.norm ? s.normalised.get() : source.x);
         };
         if (N == 1) {
             const auto prepare_for_itself = [&](int thread) {
                 Scratch& s = private_[size_t(thread)];
                 reserve(s), prepare(0, s);
             };
-            crew.run(units, prepare_for_itself,
-                     [&](int64_t unit, int thread) { body(unit, view(private_[size_t(thread)])); });
+            workers.run(items, prepare_for_itself,
+                        [&](int64_t item, int thread) { body(item, view(private_[size_t(thread)])); });
             return;
         }
-        reserve(crew.scratch);
-        crew.run(N, [&](int64_t t, int) { prepare(t, crew.scratch); });
-        crew.run(token_blocks(N), [&](int64_t block, int) { crew.scratch.quantised.order(block); });
-        const Activations all = view(crew.scratch);
-        crew.run(units, [&](int64_t unit, int) { body(unit, all); });
+        reserve(workers.scratch);
+        workers.run(N, [&](int64_t t, int) { prepare(t, workers.scratch); });
+        workers.run(token_blocks(N), [&](int64_t block, int) { workers.scratch.quantized.order(block); });
+        const Activations all = view(workers.scratch);
+        workers.run(items, [&](int64_t item, int) { body(item, all); });
     }
 
-    // A unit is some panels times a block of tokens: few enough that every thread gets several, whole pairs of panels,
+    // A work item is some panels times a block of tokens: few enough that every thread gets several, whole pairs of panels,
     // and for a single token about 64 KB of weights.
-    int64_t panels_a_unit(const Crew& crew, const Weight& w, int64_t N) const {
-        const int64_t most = N == 1 ? std::max<int64_t>(1, (64 << 10) / w.panel_bytes) : kUnitPanels;
-        const int64_t even = panels(w.rows) * token_blocks(N) / (4 * crew.threads());
+    int64_t panels_an_item(const Workers& workers, const Weight& w, int64_t N) const {
+        const int64_t most = N == 1 ? std::max<int64_t>(1, (64 << 10) / w.panel_bytes) : kItemPanels;
+        const int64_t even = panels(w.rows) * token_blocks(N) / (4 * workers.threads());
         return std::clamp<int64_t>(even / simd::kPanels * simd::kPanels, simd::kPanels,
                                    std::max<int64_t>(most, simd::kPanels));
     }
-    int64_t units(const Crew& crew, const Weight& w, int64_t N) const {
-        const int64_t each = panels_a_unit(crew, w, N);
+    int64_t items(const Workers& workers, const Weight& w, int64_t N) const {
+        const int64_t each = panels_an_item(workers, w, N);
         return (panels(w.rows) + each - 1) / each * token_blocks(N);
     }
 
-    // Calls body(first panel, count, block) for a unit of `w`, at most kUnitPanels panels at a time.
+    // Calls body(first panel, count, block) for a work item of `w`, at most kItemPanels panels at a time.
     template <class Body>
-    void over_panels(const Crew& crew, const Weight& w, int64_t N, int64_t unit, Body&& body) const {
-        const int64_t each = panels_a_unit(crew, w, N), blocks = token_blocks(N);
-        const int64_t first = unit / blocks * each, last = std::min(first + each, panels(w.rows));
-        for (int64_t p = first; p < last; p += kUnitPanels)
-            body(p, std::min<int64_t>(kUnitPanels, last - p), unit % blocks);
+    void over_panels(const Workers& workers, const Weight& w, int64_t N, int64_t item, Body&& body) const {
+        const int64_t each = panels_an_item(workers, w, N), blocks = token_blocks(N);
+        const int64_t first = item / blocks * each, last = std::min(first + each, panels(w.rows));
+        for (int64_t p = first; p < last; p += kItemPanels)
+            body(p, std::min<int64_t>(kItemPanels, last - p), item % blocks);
     }
 
-    void products(const Crew& crew, const Source& source, int64_t N, std::initializer_list<Product> all) {
+    void products(const Workers& workers, const Source& source, int64_t N, std::initializer_list<Product> all) {
         int64_t total = 0;
-        for (const Product& product : all) total += units(crew, product.weight, N);
-        with_activations(crew, source, N, total, [&](int64_t unit, const Activations& x) {
+        for (const Product& product : all) total += items(workers, product.weight, N);
+        with_activations(workers, source, N, total, [&](int64_t item, const Activations& x) {
             const Product* product = all.begin();
-            for (int64_t mine; unit >= (mine = units(crew, product->weight, N)); ++product) unit -= mine;
-            over_panels(crew, product->weight, N, unit, [&](int64_t first, int64_t count, int64_t block) {
+            for (int64_t mine; item >= (mine = items(workers, product->weight, N)); ++product) item -= mine;
+            over_panels(workers, product->weight, N, item, [&](int64_t first, int64_t count, int64_t block) {
                 Results results;
                 const Output out(*product, first, count, x, block);
                 multiply(product->weight, first, count, x, block, results);
@@ -460,10 +460,10 @@ private:
     }
 
     // out = silu(w1 x) ⊙ w3 x: (N, F)
-    void gated_products(const Crew& crew, const Source& source, int64_t N, const Weight& w1, const Weight& w3,
+    void gated_products(const Workers& workers, const Source& source, int64_t N, const Weight& w1, const Weight& w3,
                         float* out) {
-        with_activations(crew, source, N, units(crew, w1, N), [&](int64_t unit, const Activations& x) {
-            over_panels(crew, w1, N, unit, [&](int64_t first, int64_t count, int64_t block) {
+        with_activations(workers, source, N, items(workers, w1, N), [&](int64_t item, const Activations& x) {
+            over_panels(workers, w1, N, item, [&](int64_t first, int64_t count, int64_t block) {
                 Results gates, values;
                 const Output to({w1, out, w1.rows, false}, first, count, x, block);
                 multiply(w1, first, count, x, block, gates);
@@ -480,7 +480,7 @@ private:
     }
 
     // Where the results of some panels and one block of tokens go. They are asked for before the product begins, as the
-    // outputs of all tokens are more than the second cache holds.
+    // outputs of all tokens are more than the L2 cache holds.
     class Output {
     public:
         Output(const Product& product, int64_t first, int64_t count, const Activations& x, int64_t block)
@@ -508,7 +508,7 @@ private:
                                            (layer * config_.kv_heads + head) * head_bytes_);
     }
     // Keys and values of a head, in a block.
-    void ask_for(const uint16_t* keys) const {
+    void prefetch(const uint16_t* keys) const {
         for (int64_t line = 0; line < head_bytes_; line += 64) simd::prefetch((const uint8_t*)keys + line);
     }
     uint16_t* values(uint16_t* keys) const { return keys + kBlock * config_.head_size; }
@@ -578,8 +578,8 @@ private:
             const uint16_t* key = keys(table[start / kBlock], layer, head);
             const uint16_t* value = key + kBlock * E;
             if (rows <= simd::kAttentionRows) {  // memory is the limit
-                if (start + kBlock <= last) ask_for(keys(table[start / kBlock + 1], layer, head));
-                else if (head + 1 < config_.kv_heads) ask_for(keys(table[0], layer, head + 1));
+                if (start + kBlock <= last) prefetch(keys(table[start / kBlock + 1], layer, head));
+                else if (head + 1 < config_.kv_heads) prefetch(keys(table[0], layer, head + 1));
             }
             int64_t row = 0, end = rows;  // tokens at the front and, with a window, at the back may see nothing of it
             while (step.positions[tile.first + row / share] < start) row += share;
@@ -629,7 +629,7 @@ private:
     }
 
     // out: (part.count, H·E)
-    void attend(const Step& step, const Crew& crew, const Part& part, int64_t layer, float* out) {
+    void attend(const Step& step, const Workers& workers, const Part& part, int64_t layer, float* out) {
         const int64_t G = config_.kv_heads, wide = padded(config_.head_size);
         const auto rows = [&](const QueryTile& tile) { return tile.count * (config_.heads / G); };
         const auto chunks = [&](const QueryTile& tile) {
@@ -649,13 +649,13 @@ private:
             private_[size_t(thread)].partials.reserve(2 * size);
             private_[size_t(thread)].converted.reserve(kBlock * (config_.head_size + wide));
         };
-        // Few queries over many keys: chunks are units of their own.
-        if (most_chunks > 1 && count < 4 * crew.threads() && crew.threads() > 1) {
-            float* partials = crew.scratch.partials.reserve(count * most_chunks * size);
-            crew.run(count * most_chunks, reserve, [&](int64_t unit, int thread) {
-                const QueryTile& tile = part.tiles[size_t(unit / most_chunks / G)];
-                if (unit % most_chunks >= first_chunk(tile) && unit % most_chunks < chunks(tile))
-                    attend_chunk(step, tile, layer, unit / most_chunks % G, unit % most_chunks, partials + unit * size,
+        // Few queries over many keys: chunks are items of their own.
+        if (most_chunks > 1 && count < 4 * workers.threads() && workers.threads() > 1) {
+            float* partials = workers.scratch.partials.reserve(count * most_chunks * size);
+            workers.run(count * most_chunks, reserve, [&](int64_t item, int thread) {
+                const QueryTile& tile = part.tiles[size_t(item / most_chunks / G)];
+                if (item % most_chunks >= first_chunk(tile) && item % most_chunks < chunks(tile))
+                    attend_chunk(step, tile, layer, item / most_chunks % G, item % most_chunks, partials + item * size,
                                  private_[size_t(thread)].converted.get());
             });
             for (int64_t i = 0; i < count; ++i) {
@@ -668,17 +668,17 @@ private:
             }
             return;
         }
-        crew.run(count, reserve, [&](int64_t unit, int thread) {
-            const QueryTile& tile = part.tiles[size_t(unit / G)];
+        workers.run(count, reserve, [&](int64_t item, int thread) {
+            const QueryTile& tile = part.tiles[size_t(item / G)];
             float *totals = private_[size_t(thread)].partials.get(), *next = totals + size;
             float* converted = private_[size_t(thread)].converted.get();
             int64_t chunk = first_chunk(tile);
-            attend_chunk(step, tile, layer, unit % G, chunk, totals, converted);
+            attend_chunk(step, tile, layer, item % G, chunk, totals, converted);
             while (++chunk < chunks(tile)) {
-                attend_chunk(step, tile, layer, unit % G, chunk, next, converted);
+                attend_chunk(step, tile, layer, item % G, chunk, next, converted);
                 merge(rows(tile), totals, next);
             }
-            finish_at(tile, unit % G, totals);
+            finish_at(tile, item % G, totals);
         });
     }
 

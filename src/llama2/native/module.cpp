@@ -13,7 +13,7 @@
 
 #include "machine.h"
 #include "model.h"
-#include "quantise.h"
+#include "quantize.h"
 #include "sampling.h"
 
 namespace nb = nanobind;
@@ -150,7 +150,7 @@ void stored_product(const std::string& name, const In<uint8_t, 1>& data, int64_t
 
 // data: rows in their stored format; importance: (columns,), or empty; out: the same rows in `target`. Returns the sums
 // of squares of what was lost and of what there was.
-std::pair<double, double> requantise(const std::string& source, const In<uint8_t, 1>& data, int64_t rows,
+std::pair<double, double> requantize(const std::string& source, const In<uint8_t, 1>& data, int64_t rows,
                                      int64_t columns, const std::string& target, const In<float, 1>& importance,
                                      const Out<uint8_t, 1>& out, int threads) {
     const Format from = format_named(source), to = format_named(target);
@@ -160,7 +160,7 @@ std::pair<double, double> requantise(const std::string& source, const In<uint8_t
     expect(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
     const float* weights = importance.size() ? importance.data() : nullptr;
     Unlocked unlocked;
-    const Loss loss = quantise(from, data.data(), rows, columns, to, weights, out.data(), threads);
+    const Loss loss = quantize(from, data.data(), rows, columns, to, weights, out.data(), threads);
     return {loss.lost, loss.total};
 }
 
@@ -216,7 +216,7 @@ NB_MODULE(LLAMA2_MODULE, m) {
     m.attr("chunk") = kChunk;
     m.def("packed_bytes", [](const std::string& format, int64_t rows, int64_t columns) {
         const Format f = format_named(format);
-        expect(rows > 0 && columns > 0 && info(f).bits, "only quantised formats are packed, of positive shape");
+        expect(rows > 0 && columns > 0 && info(f).bits, "only quantized formats are packed, of positive shape");
         return packed_bytes(f, rows, columns);
     });
     m.def("pack", [](const std::string& format, const In<uint8_t, 1>& data, int64_t rows, int64_t columns,
@@ -237,7 +237,7 @@ NB_MODULE(LLAMA2_MODULE, m) {
             dequantize_row(f, data.data() + r * row_bytes(f, columns), columns, out.data() + r * columns);
     });
     m.def("product", &stored_product);
-    m.def("quantize", &requantise);
+    m.def("quantize", &requantize);
     m.def("sample", &sample);
     m.def("logprobs", &logprobs);
     m.def("uniform", &uniform);

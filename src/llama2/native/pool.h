@@ -1,9 +1,9 @@
 // A thread pool for many short parallel regions that survives losing a core.
 //
-// A region is open while units are left. The caller works on it itself; a worker that comes in time enters and helps;
+// A region is open while items are left. The caller works on it itself; a worker that comes in time enters and helps;
 // one that comes too late, because another program holds its core, finds the region closed and is not waited for.
-// Each thread starts with a contiguous share of the units, which keeps its memory accesses in one stretch, and then
-// takes from the end of the others' shares. Who computes a unit never changes its result.
+// Each thread starts with a contiguous share of the items, which keeps its memory accesses in one stretch, and then
+// takes from the end of the others' shares. Who computes an item never changes its result.
 #pragma once
 
 #include <atomic>
@@ -31,17 +31,17 @@ inline void cpu_relax() {
 #endif
 }
 
-// Units begin…end of one thread's share, packed so that owner and thieves can take them with one exchange.
+// Items begin…end of one thread's share, packed so that owner and thieves can take them with one exchange.
 class alignas(64) Share {
 public:
     void reset(int64_t begin, int64_t end) { range_.store(pack(begin, end), std::memory_order_relaxed); }
-    bool take_first(int64_t& unit) {
+    bool take_first(int64_t& item) {
         return take([](uint64_t begin, uint64_t end) { return std::pair(begin + 1, end); },
-                    [&](uint64_t begin, uint64_t) { unit = int64_t(begin); });
+                    [&](uint64_t begin, uint64_t) { item = int64_t(begin); });
     }
-    bool take_last(int64_t& unit) {
+    bool take_last(int64_t& item) {
         return take([](uint64_t begin, uint64_t end) { return std::pair(begin, end - 1); },
-                    [&](uint64_t, uint64_t end) { unit = int64_t(end) - 1; });
+                    [&](uint64_t, uint64_t end) { item = int64_t(end) - 1; });
     }
 
 private:
@@ -89,18 +89,18 @@ public:
 
     int threads() const { return threads_; }
 
-    // Calls prepare(thread) once on every thread that takes part, then body(unit, thread) once for every unit.
-    template <class Prepare, class Body> void run(int64_t units, Prepare&& prepare, Body&& body) {
+    // Calls prepare(thread) once on every thread that takes part, then body(item, thread) once for every work item.
+    template <class Prepare, class Body> void run(int64_t items, Prepare&& prepare, Body&& body) {
         const auto work = [&](int thread) {
             prepare(thread);
-            int64_t unit;
-            while (shares_[thread].take_first(unit)) body(unit, thread);
+            int64_t item;
+            while (shares_[thread].take_first(item)) body(item, thread);
             for (int other = 1; other < threads_; ++other)
-                while (shares_[(thread + other) % threads_].take_last(unit)) body(unit, thread);
+                while (shares_[(thread + other) % threads_].take_last(item)) body(item, thread);
         };
-        if (threads_ == 1 || units <= 1) {
+        if (threads_ == 1 || items <= 1) {
             prepare(0);
-            for (int64_t unit = 0; unit < units; ++unit) body(unit, 0);
+            for (int64_t item = 0; item < items; ++item) body(item, 0);
             return;
         }
         if (forks_ != forks().load(std::memory_order_relaxed)) {
@@ -108,7 +108,7 @@ public:
             state_.store(0, std::memory_order_relaxed);
             start();
         }
-        for (int t = 0; t < threads_; ++t) shares_[t].reset(units * t / threads_, units * (t + 1) / threads_);
+        for (int t = 0; t < threads_; ++t) shares_[t].reset(items * t / threads_, items * (t + 1) / threads_);
         using Work = decltype(work);
         task_ = [](const void* context, int thread) { (*static_cast<const Work*>(context))(thread); };
         context_ = &work;
@@ -119,8 +119,8 @@ public:
         state_.fetch_and(~kOpen, std::memory_order_relaxed);
         for (int spins = 0; state_.load(std::memory_order_acquire) & (kOpen - 1); ++spins) pause(spins);
     }
-    template <class Body> void run(int64_t units, Body&& body) {
-        run(units, [](int) {}, body);
+    template <class Body> void run(int64_t items, Body&& body) {
+        run(items, [](int) {}, body);
     }
 
 private:
@@ -135,7 +135,7 @@ private:
     // The parent's threads can be neither joined nor destroyed in a child.
     void abandon() { new std::vector<std::thread>(std::move(workers_)); }
 
-    // Spin first, then offer the core to whoever waits for it: the awaited thread may need this very one.
+    // Spin first, then offer the core to the thread that waits for it: the awaited thread may need this very one.
     static void pause(int spins) {
         if (spins % 64 != 63) cpu_relax();
         else std::this_thread::yield();

@@ -215,9 +215,9 @@ LLAMA2_INLINE void write_q(const Lanes& t, Batch& b, int l) {
 }  // namespace search
 
 // Whole rows of one format, one after the other.
-class Quantiser {
+class Quantizer {
 public:
-    explicit Quantiser(Format format) : f_(info(format)), range_(range_of(format)) {}
+    explicit Quantizer(Format format) : f_(info(format)), range_(range_of(format)) {}
 
     // `importance` is of each column, or null where all are alike.
     void rows(const float* x, int64_t count, int64_t columns, const float* importance, uint8_t* out) {
@@ -391,30 +391,30 @@ inline Loss loss_of(const float* x, const float* y, int64_t count) {
 // Rows from one format to another; `out` has rows · row_bytes(target, columns) bytes. `importance` is of each column;
 // if it is null, all are alike, and formats of 32 weights are rounded without a search. What is lost is found by
 // reading back what was written.
-inline Loss quantise(Format source, const uint8_t* data, int64_t rows, int64_t columns, Format target,
+inline Loss quantize(Format source, const uint8_t* data, int64_t rows, int64_t columns, Format target,
                      const float* importance, uint8_t* out, int threads) {
     if (target == Format::IQ4_NL) throw std::invalid_argument("IQ4_NL is read, and not written");
-    const int64_t each = std::max<int64_t>(1, 8192 / columns), units = (rows + each - 1) / each;
+    const int64_t each = std::max<int64_t>(1, 8192 / columns), items = (rows + each - 1) / each;
     const int64_t from = row_bytes(source, columns), to = row_bytes(target, columns);
-    struct Room {
+    struct RowScratch {
         Buffer<float> x, y;
     };
-    std::vector<Room> rooms(static_cast<size_t>(threads));
-    std::vector<Loss> losses(static_cast<size_t>(units));
+    std::vector<RowScratch> scratch(static_cast<size_t>(threads));
+    std::vector<Loss> losses(static_cast<size_t>(items));
     Pool pool(threads);
-    pool.run(units, [&](int64_t unit, int thread) {
-        const int64_t first = unit * each, count = std::min(each, rows - first), numbers = count * columns;
-        float* x = rooms[size_t(thread)].x.reserve(each * columns);
-        float* y = rooms[size_t(thread)].y.reserve(each * columns);
+    pool.run(items, [&](int64_t item, int thread) {
+        const int64_t first = item * each, count = std::min(each, rows - first), values = count * columns;
+        float* x = scratch[size_t(thread)].x.reserve(each * columns);
+        float* y = scratch[size_t(thread)].y.reserve(each * columns);
         uint8_t* written = out + first * to;
         for (int64_t r = 0; r < count; ++r) dequantize_row(source, data + (first + r) * from, columns, x + r * columns);
-        if (target == Format::F32) std::memcpy(written, x, size_t(numbers) * 4);
-        else if (info(target).bits == 0) write_halves(target, x, numbers, written);
+        if (target == Format::F32) std::memcpy(written, x, size_t(values) * 4);
+        else if (info(target).bits == 0) write_halves(target, x, values, written);
         else if (target == Format::Q8_0 || (!importance && info(target).block == 32))
-            write_rounded(info(target), x, numbers, written);
-        else Quantiser(target).rows(x, count, columns, importance, written);
+            write_rounded(info(target), x, values, written);
+        else Quantizer(target).rows(x, count, columns, importance, written);
         for (int64_t r = 0; r < count; ++r) dequantize_row(target, written + r * to, columns, y + r * columns);
-        losses[size_t(unit)] = loss_of(x, y, numbers);
+        losses[size_t(item)] = loss_of(x, y, values);
     });
     Loss sum;
     for (const Loss& loss : losses) sum.lost += loss.lost, sum.total += loss.total;
