@@ -412,8 +412,8 @@ private:
         workers.run(items, [&](int64_t item, int) { body(item, all); });
     }
 
-    // A work item is some panels times a block of tokens: few enough that every thread gets several, whole pairs of panels,
-    // and for a single token about 64 KB of weights.
+    // A work item is some panels times a block of tokens: few enough that every thread gets several, whole pairs of
+    // panels, and for a single token about 64 KB of weights.
     int64_t panels_an_item(const Workers& workers, const Weight& w, int64_t N) const {
         const int64_t most = N == 1 ? std::max<int64_t>(1, (64 << 10) / w.panel_bytes) : kItemPanels;
         const int64_t even = panels(w.rows) * token_blocks(N) / (4 * workers.threads());

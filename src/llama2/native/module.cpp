@@ -60,6 +60,7 @@ Weight weight_of(Format format, const In<uint8_t, 1>& data, int64_t rows, int64_
 // A model and the arrays that its weights point into.
 class PyModel {
 public:
+    // 16 parameters: Python's ModelConfig has them by name, and a struct of them would be one more copy of that.
     PyModel(int64_t dim, int64_t layers, int64_t heads, int64_t kv_heads, int64_t hidden, int64_t vocab,
             int64_t head_size, int64_t context, bool tied, float norm_eps, std::vector<double> inverse_frequencies,
             double attention_factor, std::pair<double, int64_t> growth, int64_t window, int threads, int64_t blocks)
@@ -169,6 +170,7 @@ Scratch& scratch_of_thread() {
     return scratch;
 }
 
+// 15 parameters: Sampling's fields, a tuple that the caller makes once a request, because this runs once a token.
 int64_t sample(const Out<float, 1>& logits, const In<int32_t, 1>& history, int64_t prompt_length, float temperature,
                int64_t top_k, double top_p, double min_p, float repetition_penalty, float presence_penalty,
                float frequency_penalty, const In<int32_t, 1>& bias_ids, const In<float, 1>& bias_values, uint64_t seed,
