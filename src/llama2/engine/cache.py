@@ -32,9 +32,8 @@ def hash_blocks(hashes: list[bytes], tokens: NDArray[np.int32]) -> None:
 class BlockCache:
     """Blocks 0 … total − 1. Each is held by one sequence or several, or evictable, which may be found again, or free.
 
-    Sequences hold whole beginnings and give them back as such. Then a block that is held never follows one that is not,
-    and the evictable block unused for longest never has another behind it: eviction takes the ends of beginnings before
-    what they begin with.
+    Sequences hold whole beginnings and give them back as such. Then a held block never follows one that is not. The
+    evictable block unused for longest never has another behind it: eviction takes ends before their beginnings.
     """
 
     def __init__(self, total: int) -> None:

@@ -1,9 +1,10 @@
-"""The engine's protocol over vLLM, for models that one processor or one GPU does not hold: vLLM brings its own
-scheduler, cache and network, and divides them among processes.
+"""The engine's protocol over vLLM, for models that one processor or one GPU does not hold.
+
+vLLM brings its own scheduler, cache and network, and divides them among processes.
 
 vLLM is given token ids and returns token ids. Texts, stop strings and finish reasons are made of them as in our own
-engine. What differs: tokens depend, within rounding, on what else runs; random numbers are vLLM's, keyed by (seed,
-choice); min-p is applied before top-k and top-p, and logit bias before penalties; prompt lookup drafts nothing.
+engine. Some things differ. Tokens depend, within rounding, on what else runs. Random numbers are vLLM's, keyed by
+(seed, choice). Min-p is applied before top-k and top-p, and logit bias before penalties. Prompt lookup drafts nothing.
 Processors of ours, and values that vLLM does not take, are refused by name.
 """
 
@@ -92,8 +93,8 @@ class ClusterEngine(EngineProtocol):
     `pipeline_parallel` such groups the layers. Close it to end them.
 
     The checkpoint is a folder as transformers keeps it. `dtype` is one of PyTorch's, by default the checkpoint's, but
-    16 bits where that has 32. On a CPU the cache holds `sequences` requests of the whole context, and at most
-    `cache_bytes`, or half of what is free; elsewhere it takes what vLLM leaves for it, or `cache_bytes`.
+    16 bits where that has 32. On a CPU the cache holds `sequences` requests of the whole context.
+    It takes at most `cache_bytes`, or half of the free memory. Elsewhere it takes what vLLM leaves, or `cache_bytes`.
     """
 
     runs_processors = False

@@ -1,7 +1,7 @@
 """How far two models diverge on a text: perplexity, Kullback–Leibler divergence, and which token they put first.
 
 The text is cut into windows that start afresh. A window's first token is BOS if the tokenizer adds one to raw prompts,
-else the text's next token; every later token is predicted from all before it in the window, and each prediction is one
+else the text's next token. Every later token is predicted from all before it in the window. Each prediction is one
 position. T tokens  M positions  V vocabulary
 """
 

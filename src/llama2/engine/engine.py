@@ -322,7 +322,7 @@ class Engine(EngineProtocol):
     ) -> None:
         """Account for the tokens that ran, and draw what follows the known ones: logits (rows, V), hidden (tokens, D).
 
-        After the last known token comes a drawn one; as long as that is what was drafted there, it has run as well, and
+        After the last known token comes a drawn one. While it equals the draft at its place, it has already run, and
         the row after it draws the next.
         """
         g = part.sequence

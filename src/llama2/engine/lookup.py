@@ -21,12 +21,12 @@ _FURTHER = 0.2
 class Lookup:
     """Drafts for one growing history of tokens, of at most `most` tokens each.
 
-    A draft is what followed the latest earlier place of the longest n-gram that ends the history; where it reaches the
-    end of the history it goes on from its own beginning, so a loop is drafted as a loop.
+    A draft is what followed the latest earlier place of the longest n-gram that ends the history. Where it reaches the
+    end of the history it continues from its own beginning, so a loop is drafted as a loop.
 
     `rate` is a moving average of how often a proposed token was the one that came, also where the proposal was not
-    handed out. Token k of a draft is right with a chance of about rate ** k, and the draft ends where that falls below
-    what a token costs: proposals that fail soon cost nothing, and drafts come back when they would be right.
+    handed out. Token k of a draft is right with a chance of about rate ** k. The draft ends where that falls below what
+    a token costs. So proposals that fail soon cost nothing, and drafts come back when they would be right.
     """
 
     def __init__(self, most: int) -> None:

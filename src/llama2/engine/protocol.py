@@ -34,8 +34,8 @@ class EngineProtocol(Protocol):
     def add(self, request: Request) -> int:
         """Queue a request and return the id of its events.
 
-        Raises ContextError when prompt and answer do not fit the context, RequestError when the prompt is empty, a
-        token is not in the vocabulary, or something is asked that this engine cannot do.
+        Raises ContextError when prompt and answer do not fit the context. Raises RequestError when the prompt is empty,
+        a token is not in the vocabulary, or this engine cannot do something that is requested.
         """
         ...
 

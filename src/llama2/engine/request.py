@@ -153,7 +153,7 @@ class Request:
     `stop` strings end the answer and are left out of its text; `stop_tokens` likewise by id. `logprobs` asks, for each
     token of the answer, for its log-probability (of the raw logits) and that of so many likeliest alternatives.
     `prompt_logprobs` asks the same of the prompt's tokens after the first; then `max_tokens` may be 0. `lookup` is how
-    many tokens a step may draft by prompt lookup: the answer stays the same, and one that repeats itself or its prompt
+    many tokens a step may draft by prompt lookup. The answer stays the same; one that repeats itself or its prompt
     comes faster. What the cache holds of the prompt's beginning is not computed again, but with `prompt_logprobs`, or
     where `cache_prompt` forbids it. `pooling` asks for the prompt's embedding in place of an answer; then `max_tokens`
     is 0.
@@ -220,8 +220,8 @@ class Event(NamedTuple):  # which is quicker to make than a dataclass: every tok
     """One token of one request's answer.
 
     `text` is what became certain with this token: whole characters, held back while a stop string may be forming.
-    The last event of a request has `finish`, and says how many tokens of the prompt were found in the cache, how many
-    tokens were drafted, and how many of those were drawn. With `finish="error"`, `error` says why; with "stop", `stop`
+    The last event of a request has `finish`. It says how many tokens of the prompt were found in the cache, how many
+    were drafted, and how many of those were drawn. With `finish="error"`, `error` says why; with "stop", `stop`
     is the stop string that ended the answer, or None where a token did. The one event of a request with `pooling` has
     its `embedding`, not normalised.
     """

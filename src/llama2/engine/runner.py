@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from llama2.config import ModelConfig
 from llama2.errors import EngineError
 
-#: Tokens in one block of the key/value cache. Attention's tiles are at absolute positions of this size, so the same
+#: Tokens in one block of the key/value cache. Attention's tiles are at absolute positions of this size. So the same
 #: sums are made in the same order whatever else is in the batch (architecture, decision 1).
 BLOCK = 32
 
@@ -41,7 +41,7 @@ class Runner(Protocol):
         """Write keys and values of every token into its block, and return the logits of `outputs`: (M, V) float32.
 
         `hidden` (N, D), if given, is filled with every token's state after the final norm, which the output head reads.
-        A token reads no position after its own, and a position that comes again is written anew; so tokens that turn
+        A token reads no position after its own, and a position that comes again is written anew. So tokens that turn
         out wrong leave no trace.
         """
         ...

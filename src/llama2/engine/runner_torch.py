@@ -84,7 +84,7 @@ class TorchRunner(EndsInSection):
     """Runs a checkpoint on `device`, with weights and cache in `dtype`; by default on CUDA in bfloat16 if there is one.
 
     Weights that are quantized are expanded to `dtype`. With `compile`, torch.compile takes some time for the first
-    steps in which all sequences run as many tokens, as in decode, and those after them are faster.
+    steps in which all sequences run as many tokens, as in decode. Later ones are faster.
 
     With a `group`, of all processes, these share the model. Each makes a runner; process 0 calls `forward`, and the
     others `follow`.

@@ -15,8 +15,8 @@ from llama2.errors import EngineError
 class Sampler:
     """Draws the tokens of one request, in the order that Sampling states, after the request's own processors.
 
-    The uniform number of a draw is a function of (seed, choice, index of the drawn token in the sequence): the first
-    output of Philox4x64-10 with key (seed, choice) and counter (index, 0, 0, 0), its upper 53 bits over 2 ** 53.
+    The uniform number of a draw is a function of (seed, choice, index of the drawn token in the sequence). It is the
+    first output of Philox4x64-10 with key (seed, choice) and counter (index, 0, 0, 0): its upper 53 bits over 2 ** 53.
     """
 
     def __init__(self, request: Request) -> None:

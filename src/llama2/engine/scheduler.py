@@ -1,9 +1,8 @@
 """Continuous batching with chunked prefill over a paged cache: which sequence runs how many tokens next.
 
-First come, first served. A sequence is admitted once its known tokens would fit, and holds blocks only
-for what has run. When blocks run out, evictable ones go first; then the sequence that came last is preempted:
-it gives its blocks back, waits at the front of the queue, and is computed anew as far as its blocks are not found
-again.
+First come, first served. A sequence is admitted once its known tokens would fit, and holds blocks only for what has
+run. When blocks run out, evictable ones go first. Then the sequence that came last is preempted: it gives its blocks
+back and waits at the front of the queue. It is computed anew as far as its blocks are not found again.
 
 So those that run came before those that wait, and nobody loses a block to a sequence that came later. The oldest of all
 is therefore never preempted, and gets its tokens in every step; when it has ended, another is the oldest. That is why
@@ -51,7 +50,7 @@ class Scheduler(Generic[S]):
     """Plans steps over the sequences it was given, each at most `max_batch_tokens` long.
 
     While sequences decode, at most `max_prefill_tokens` of them are prompts', so that no prompt makes answers wait for
-    longer than that takes. While none does yet, a step is as long as it takes to end one prompt, if that is more: its
+    longer than that takes. While none does yet, a step is as long as it takes to end one prompt, if that is more. Its
     answer begins then, and those who come together do not stay together.
     """
 
@@ -186,8 +185,8 @@ class Scheduler(Generic[S]):
 def _divide(room: int, prompts: list[S]) -> dict[S, int]:
     """Half of the room goes to the oldest prompt, and the rest to those that end soonest.
 
-    So a short prompt does not wait for a long one, and no prompt of A tokens that came after prompts of B tokens
-    waits for longer than 2 (A + B) / room steps.
+    So a short prompt does not wait for a long one. A prompt of A tokens that came after prompts of B tokens waits for
+    at most 2 (A + B) / room steps.
     """
     counts = dict.fromkeys(prompts, 0)
     if prompts:
