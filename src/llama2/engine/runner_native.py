@@ -15,9 +15,7 @@ from llama2.ending import EndsInSection
 from llama2.engine import packed
 from llama2.engine.runner import BLOCK, Batch, cache_too_large
 from llama2.errors import EngineError
-
-#: Formats of weights that are used where they lie.
-FLOATS = ("F32", "F16", "BF16")
+from llama2.formats import FLOATS
 
 
 class NativeRunner(EndsInSection):
