@@ -213,7 +213,7 @@ def test_kernels_refuse_what_does_not_fit(kernels: ModuleType) -> None:
         ("product", ("Q4_0", data, 1, 64, x[:, 1:].copy(), y), "shapes differ"),
         ("product", ("Q4_0", data, 0, 64, x, y), "must be positive"),
         ("dequantize", ("Q4_0", data, 1, 64, x[:, 1:].copy()), "wrong shape of the output"),
-        ("packed_bytes", ("F32", 1, 64), "only quantised formats"),
+        ("packed_bytes", ("F32", 1, 64), "formats are packed"),
         ("packed_bytes", ("Q4_K", 1, 64), "64 columns do not divide into blocks of Q4_K"),
         ("pack", ("Q4_0", data, 1, 64, data.copy()), "wrong size of the packed output"),
     ]
