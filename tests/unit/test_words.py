@@ -36,7 +36,7 @@ PHRASES = {
 }
 #: Identifiers, by the room that had them; "" is every room.
 NAMES = {
-    "": "tell told Told news timed_news Door Demand mail growing Growing Watched Observed Shown Crew add_up learnt "
+    "": "told Told news timed_news Door Demand mail growing Growing Watched Observed Shown Crew add_up learnt "
     "twins Learn quantise quantised dequantise ask_for",
     "engine": "chain publish shares reused Part agreement observe",
     "model": "features rotations rotate within Past gathered",
@@ -44,7 +44,7 @@ NAMES = {
     "train": "Line Watch facts figures share cut world micro least checkpointing",
 }
 #: Old words that are still there: lower these numbers with every one that goes.
-ALLOWED = {"prose of src": 57, "names in src": 31, "docs": 0, "help": 0}
+ALLOWED = {"prose of src": 0, "names in src": 1, "docs": 0, "help": 0}
 
 
 @cache
