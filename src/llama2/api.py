@@ -29,7 +29,7 @@ from llama2.engine.request import (
     flag,
     shown,
 )
-from llama2.engine.runtime import Runtime, start
+from llama2.engine.runtime import Runtime, RuntimeSettings, start
 from llama2.errors import ContextError, DialogError, EngineError, RequestError
 from llama2.hub import store
 from llama2.text import template as templates
@@ -73,7 +73,7 @@ def load(
     tokenizer_mode: Mode = "auto",
     adapter: Adapters = (),
     progress: Callable[[str, int, int], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[RuntimeSettings],
 ) -> Model:
     """Open a model by name, path, or repository of the Hugging Face Hub; it is fetched first if it is not here.
 

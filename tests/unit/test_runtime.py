@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 
 import llama2
 from llama2 import Runtime
+from llama2.engine.runtime import RuntimeSettings
 from llama2.errors import RequestError
 from models import write_tiny_gguf
 
@@ -31,6 +32,10 @@ def test_a_runtime_and_keyword_arguments_are_the_same(path: Path) -> None:
     ):
         assert (model.engine.context, same.engine.context, shorter.engine.context) == (32, 32, 16)
         assert model.engine.stats.blocks == same.engine.stats.blocks == 2  # of 32 positions each
+
+
+def test_type_checkers_know_every_setting() -> None:
+    assert get_type_hints(RuntimeSettings) == get_type_hints(Runtime)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict, get_type_hints
 
 from llama2.engine.request import flag, index, shown, whole
 from llama2.errors import ContextError, EngineError, RequestError
@@ -63,6 +63,20 @@ class Runtime:
         """What a field means, in a sentence."""
         meaning: str = get_type_hints(cls, include_extras=True)[field].__metadata__[0]
         return meaning
+
+
+class RuntimeSettings(TypedDict, total=False):
+    """The fields of `Runtime` as keyword arguments, for editors and type checkers."""
+
+    engine: Literal["llama2", "vllm"]
+    runner: Literal["native", "numpy", "torch"]
+    compile: bool
+    threads: int | None
+    context: int | None
+    sequences: int
+    cache_bytes: int | None
+    tensor_parallel: int
+    pipeline_parallel: int
 
 
 def start(checkpoint: Checkpoint, runtime: Runtime) -> EngineProtocol:

@@ -4,7 +4,7 @@
 // columns) the value is
 //     plain kinds      d · (q − offset) [+ m]
 //     K kinds          (d · scale) · (q − offset) [− dmin · minimum]
-// checkpoint/quantize.py holds the same definitions in NumPy; tests compare the two bit by bit.
+// checkpoint/quantization.py holds the same definitions in NumPy; tests compare the two bit by bit.
 #pragma once
 
 #include <cstdint>
