@@ -6,6 +6,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("llama2", deadline=None)  # no test asserts on time
+settings.load_profile("llama2")
 
 _USERS_HOME = os.environ.get("LLAMA2_HOME")
 

@@ -192,7 +192,7 @@ def test_the_server_continues_an_answer(chat: Chat) -> None:
 def test_a_token_shows_what_else_could_have_stood_there(chat: Chat) -> None:
     chat.set(seed="3", max_tokens="8", temperature="1")
     chat.press("Settings")
-    chat.page.get_by_label("Keep the probabilities of tokens").check()
+    chat.page.get_by_label("Save the probabilities of tokens").check()
     chat.page.keyboard.press("Escape")
     chat.say("to be")
     chat.press("Token probabilities")
@@ -235,7 +235,7 @@ def test_axe_finds_nothing_serious_in_thoughts_and_tokens(chat: Chat, width: int
     page.unroute("**/v1/chat/completions")
     chat.set(max_tokens="30", temperature="2")
     chat.press("Settings")
-    page.get_by_label("Keep the probabilities of tokens").check()
+    page.get_by_label("Save the probabilities of tokens").check()
     assert violations(page) == []
     page.keyboard.press("Escape")
     chat.press("Regenerate")

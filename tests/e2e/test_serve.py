@@ -405,7 +405,10 @@ def test_an_address_that_others_reach_needs_a_key(host: str, capsys: pytest.Capt
     with pytest.raises(SystemExit) as done:
         run(["serve", "--host", host, "--port", "0"])
     assert done.value.code == 1
-    assert re.fullmatch(f"llama2: error: --host {host}: .* a key is needed.*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        f"llama2: error: --host {host}: other machines can reach this address; set a key by .*\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_by_hand(model_path: Path) -> None:
     assert len(tokenizer.encode("a" * 100_000)) == 25_000
     limit = TextLimit(tokenizer, 8192)
     limit.check("a" * 8192 * 4)
-    with pytest.raises(ContextError, match="of 8192 tokens, which hold at most 32768 bytes of such a text"):
+    with pytest.raises(ContextError, match="of 8192 tokens, which hold at most 32768 bytes of it"):
         limit.check("a" * (8192 * 4 + 1))
     limit.check_count(8192, "messages")
     with pytest.raises(ContextError, match="at most 8192 messages fit"):

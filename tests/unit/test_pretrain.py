@@ -258,7 +258,7 @@ def test_a_state_without_its_model_is_not_published(
     write_model = states.write_model
     monkeypatch.setattr(states, "write_model", write)
     run = pretrain(asked("save.every=2"), tmp_path / "run")
-    [note] = [line["note"] for line in run.metrics() if "note" in line]
+    [note] = {line["note"] for line in run.metrics() if "note" in line}
     assert "step-00000006: cannot be saved (something removed parts of it)" in note
     assert sorted(path.name for path in (run.folder / "states").iterdir()) == ["step-00000004", "step-00000008"]
 

@@ -142,7 +142,7 @@ def test_shares_are_a_smaller_network_of_every_size(tmp_path: Path) -> None:
     model = tiny(tmp_path)
     shapes = {name: tuple(w.shape) for name, w in parallel.load(model, 1, 2, dtype=torch.float32).state_dict().items()}
     assert shapes == replace(model.config, n_heads=2, n_kv_heads=1, hidden_dim=64).tensor_shapes()
-    for size, reason in ((3, "n_kv_heads=2 cannot be divided by 3"), (4, "n_kv_heads=2 cannot be shared by 4")):
+    for size, reason in ((3, "n_kv_heads=2 cannot be divided by 3"), (4, "n_kv_heads=2 cannot be divided by 4")):
         with pytest.raises(EngineError, match=reason):
             parallel.load(model, 0, size, dtype=torch.float32)
     with pytest.raises(EngineError, match="hidden_dim=77 cannot be divided by 2 processes; start a divisor of it"):

@@ -63,6 +63,7 @@ class CancelOnDisconnect:
 
     async def __aexit__(self, *_: object) -> None:
         self._watcher.cancel()
+        del self._watcher  # which refers to this object: a circle would keep the model's memory after it is unloaded
         if self.close is not None:
             self.close()
 
