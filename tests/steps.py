@@ -5,7 +5,6 @@ python steps.py PROCESSES OUT NAME...
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ WAYS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "FSDP2, bfloat16": (2, 1, {}),
     "both, bfloat16": (2, 2, {}),
 }
-STEPS = int(os.environ.get("LLAMA2_SHARDED_STEPS", "5"))
+STEPS = 20
 
 
 def rows(count: int, length: int, seed: int, ignored: int = 0) -> TokenBatch:

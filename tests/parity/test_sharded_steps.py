@@ -1,6 +1,4 @@
-"""Training in several processes is training in one: losses and gradients of some steps, through gloo.
-
-`LLAMA2_SHARDED_STEPS=20` compares that many.
+"""Training in several processes is training in one: losses and gradients of 20 steps, through gloo.
 
 Gradients and their norms are compared, because AdamW does not notice that they all are twice too large.
 """
