@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+#: The headless shell has the same engine without a browser's windows, and takes half of its processor time.
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser"))), None)
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """Debian's Chromium. While it is open no other event loop runs in this thread, so keep it for one module."""
     if CHROMIUM is None:
-        pytest.skip("there is no chromium; on Debian 'apt install chromium'")
+        pytest.skip("there is no chromium; on Debian 'apt install chromium-headless-shell'")
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
