@@ -25,6 +25,7 @@ LIMIT = 25
 _CODE = re.compile(r"`+[^`]+`+|<[^<>\s][^<>]*>|\[[A-Z]+=[^\]]*\]")
 _END = re.compile(r"""[.!?][)"'”’*]*(?=\s+[^a-z\s])""")
 _WORD = re.compile(r"[^\W_]")
+_ROW = re.compile(r"\S {2,}\S")  # of a table, whose columns spaces align: it is a text of its own
 
 
 class Text(NamedTuple):
@@ -80,7 +81,7 @@ def paragraphs(text: str, line: int) -> Iterator[Text]:
     begun, gathered = line, list[str]()
     for number, each in enumerate([*lines, ""]):
         bare = each.strip() if number == 0 else each[margin:].rstrip()
-        item = bool(re.match(r"[-*] |\d+\. ", bare))
+        item = bool(re.match(r"[-*] |\d+\. ", bare) or _ROW.search(bare.strip()))
         if gathered and (not bare or item):
             yield Text(begun, " ".join(gathered))
             gathered = []
@@ -134,7 +135,7 @@ def _comments(found: Iterator[tuple[int, int, str, bool]]) -> Iterator[Text]:
     begun = last = column = 0
     gathered: list[str] = []
     for line, at, text, alone in found:
-        if gathered and not (alone and line == last + 1 and at == column and text):
+        if gathered and not (alone and line == last + 1 and at == column and text and not _ROW.search(text)):
             yield Text(begun, " ".join(gathered))
             gathered = []
         begun, last, column = (begun if gathered else line), line, at

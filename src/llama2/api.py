@@ -160,7 +160,7 @@ class Prompt(NamedTuple):
     """Token ids that ask for an answer, or for the rest of one, by a chat template (None: Llama 2's own format)."""
 
     tokens: list[int]
-    continues: bool  # whether they end within the assistant's message
+    within_answer: bool  # whether they end within the assistant's message
     template: str | None
     notes: tuple[str, ...] = ()  # what was changed, because the chat format cannot write it
 
@@ -234,7 +234,7 @@ class Model:
         That is at the token that its template writes behind an answer, and in a format that we know by name, before who
         speaks next.
         """
-        request = replace(request, prompt=tuple(prompt.tokens), continues=prompt.continues)
+        request = replace(request, prompt=tuple(prompt.tokens), raw_completion=prompt.within_answer)
         if prompt.template is None:
             return request
         stop_tokens = request.stop_tokens | templates.ends(prompt.template, self.tokenizer)
@@ -332,7 +332,7 @@ class Model:
         return request
 
     def _continuation(self, prompt: str | Sequence[int], options: Options) -> Request:
-        return _request(self.encode(prompt) if isinstance(prompt, str) else prompt, options, continues=True)
+        return _request(self.encode(prompt) if isinstance(prompt, str) else prompt, options, raw_completion=True)
 
     def _answer(self, request: Request) -> Answer:
         (answer,) = collect(self.engine.run(request), [request])
@@ -346,7 +346,7 @@ def unknown(kind: str, name: str, names: Sequence[str]) -> str:
     return f"{name}: unknown {kind}; {advice}"
 
 
-def _request(prompt: Sequence[int], options: Options, *, continues: bool = False) -> Request:
+def _request(prompt: Sequence[int], options: Options, *, raw_completion: bool = False) -> Request:
     for name in options:
         if name not in Options.__annotations__:
             raise RequestError(unknown("option", name, [*Options.__annotations__]))
@@ -363,6 +363,6 @@ def _request(prompt: Sequence[int], options: Options, *, continues: bool = False
         sampling=Sampling(**sampling),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logprobs=options.get("logprobs"),
-        continues=continues,
+        raw_completion=raw_completion,
         lookup=options.get("lookup", 0),
     )

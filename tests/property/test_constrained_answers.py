@@ -37,13 +37,13 @@ def constrainer(kind: str) -> Constrainer:
     return Constrainer(tokenizer(kind))
 
 
-def answer(kind: str, constraint: Constraint, seed: int, *, prompt: str = "", continues: bool = False) -> str | None:
+def answer(kind: str, constraint: Constraint, seed: int, *, prompt: str = "", raw_completion: bool = False) -> str | None:
     """What a network with random logits answers, as its reader sees it; None if it does not end within 400 tokens."""
     ours, rng = tokenizer(kind), np.random.default_rng(seed)
-    process = constrainer(kind).processor(constraint, continues=continues)
+    process = constrainer(kind).processor(constraint, raw_completion=raw_completion)
     tokens = [ours.bos_id or 0, *(ours.encode(prompt) if prompt else [])]
     stream = ours.stream()
-    if continues:
+    if raw_completion:
         for token in tokens:
             stream.push(token)
     n_prompt, text = len(tokens), ""
@@ -104,9 +104,9 @@ schemas = st.recursive(
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
-@given(schema=schemas, seed=st.integers(0, 2**32), continues=st.booleans())
-def test_an_answer_to_a_schema_validates(kind: str, schema: dict[str, Any], seed: int, continues: bool) -> None:
-    said = answer(kind, json_schema(schema, "schema"), seed, prompt="Say it:", continues=continues)
+@given(schema=schemas, seed=st.integers(0, 2**32), raw_completion=st.booleans())
+def test_an_answer_to_a_schema_validates(kind: str, schema: dict[str, Any], seed: int, raw_completion: bool) -> None:
+    said = answer(kind, json_schema(schema, "schema"), seed, prompt="Say it:", raw_completion=raw_completion)
     if said is not None:
         jsonschema.validate(json.loads(said), schema)
 
@@ -126,21 +126,21 @@ def test_most_random_answers_end(kind: str) -> None:
         [" ?[a-e ]{1,5}", " [ab]", "[0-9]{2}", "(ab|c)*d", " *x", "é+|日本", "(ja|nein)( doch)?", "a|b| |"]
     ),
     seed=st.integers(0, 2**32),
-    continues=st.booleans(),
+    raw_completion=st.booleans(),
     prompt=st.sampled_from(["", "a", " "]),
 )
 def test_an_answer_to_a_regular_expression_matches(
-    kind: str, pattern: str, seed: int, continues: bool, prompt: str
+    kind: str, pattern: str, seed: int, raw_completion: bool, prompt: str
 ) -> None:
     """To the last space: those that SentencePiece puts before a text are not the answer's."""
-    said = answer(kind, regex(pattern, "regex"), seed, prompt=prompt, continues=continues)
+    said = answer(kind, regex(pattern, "regex"), seed, prompt=prompt, raw_completion=raw_completion)
     assert said is None or re.fullmatch(pattern, said)
 
 
 def test_a_prompt_without_text_begins_one() -> None:
     """Also where the answer continues it, and of the answer `▁a` the space is not seen."""
     for seed in range(10):
-        assert answer("sentencepiece", regex(" [ab]", "regex"), seed, continues=True) in (" a", " b", None)
+        assert answer("sentencepiece", regex(" [ab]", "regex"), seed, raw_completion=True) in (" a", " b", None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -130,7 +130,7 @@ def requests(draw: st.DrawFn) -> Request:
         logprobs=draw(st.sampled_from([None, 0, 2]), "logprobs"),
         prompt_logprobs=scored,
         choice=draw(st.integers(0, 2), "choice"),
-        continues=draw(st.booleans(), "continues"),
+        raw_completion=draw(st.booleans(), "raw completion"),
         processors=draw(st.sampled_from([(), (), (no_repeat,)]), "processors"),
         lookup=draw(st.sampled_from([0, 1, 3, 8, 40]), "lookup"),
     )

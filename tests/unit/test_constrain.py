@@ -59,7 +59,7 @@ def letters(opened: checkpoint.Checkpoint) -> Constrainer:
 
 def allowed(constrainer: Constrainer, ours: Tokenizer, constraint: Constraint, text: str) -> set[str]:
     """The texts of tokens that may follow `text`; the end is `END`."""
-    process, logits = constrainer.processor(constraint, continues=True), np.zeros(ours.vocab_size, np.float32)
+    process, logits = constrainer.processor(constraint, raw_completion=True), np.zeros(ours.vocab_size, np.float32)
     prompt = ours.encode("Q")
     process(logits, np.array(prompt + ours.encode(text), np.int32), len(prompt))
     ends = ours.stop_ids
@@ -106,7 +106,7 @@ def test_the_space_that_sentencepiece_adds() -> None:
     process, logits = Constrainer(ours).processor(json_object()), np.zeros(ours.vocab_size, np.float32)
     process(logits, np.array([1], np.int32), 1)
     assert {pieces[token] for token in np.flatnonzero(np.isfinite(logits))} == {"▁{", "{", "▁"}
-    inside = Constrainer(ours).processor(json_object(), continues=True)
+    inside = Constrainer(ours).processor(json_object(), raw_completion=True)
     logits = np.zeros(ours.vocab_size, np.float32)
     inside(logits, np.array([1, 260], np.int32), 2)
     assert {pieces[token] for token in np.flatnonzero(np.isfinite(logits))} == {"{"}

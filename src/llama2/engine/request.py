@@ -167,7 +167,7 @@ class Request:
     logprobs: int | None = None  # None: none; 0: the drawn token's alone
     prompt_logprobs: bool = False
     choice: int = 0  # which of several answers to one prompt; part of the random numbers' key
-    continues: bool = False  # whether the answer's text goes on where the prompt's ends, and keeps its first space
+    raw_completion: bool = False  # the text continues the prompt, and keeps its first space
     processors: tuple[Processor, ...] = ()
     lookup: int = 0  # 0: off
     cache_prompt: bool = True
@@ -199,7 +199,7 @@ class Request:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop: {shown(text)} must be a text of at least one character")
-        for name in ("prompt_logprobs", "continues", "cache_prompt"):
+        for name in ("prompt_logprobs", "raw_completion", "cache_prompt"):
             flag(name, getattr(self, name))
         if not isinstance(self.processors, (tuple, list)) or not all(map(callable, self.processors)):
             raise RequestError(f"processors={shown(self.processors)} must be a list of functions")

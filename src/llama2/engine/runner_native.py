@@ -77,7 +77,7 @@ class NativeRunner(EndsInSection):
         c, sums = self.config, {}
         query = c.n_heads * c.head_dim
         all = np.zeros(c.n_layers * (2 * c.dim + query + c.hidden_dim) + c.dim)
-        self._model.observe(all)
+        self._model.collect_statistics(all)
         products = {
             "attention.wq": c.dim,
             "attention.wo": query,

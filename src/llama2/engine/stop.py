@@ -46,7 +46,7 @@ class AnswerText:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self._stream = tokenizer.stream()
         self._stops = StopStrings(request.stop)
-        if request.continues:
+        if request.raw_completion:
             for token in request.prompt:
                 self._stream.push(token)
 

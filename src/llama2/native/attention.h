@@ -3,10 +3,11 @@
 // A cache block holds kBlock positions of all layers. For one layer and one key/value head (E = head size):
 //     keys    (E / kDepth, kBlock, kDepth)   so that a lane is a key
 //     values  (kBlock / kDepth, E, kDepth)   so that a lane is a dimension; E padded to whole vectors
-// as half precision numbers (kDepth = 1) or, where the processor multiplies pairs of them, bfloat16 (kDepth = 2).
-// A query's sums are made tile by tile (a tile is a block, at its absolute position) with running maximum and sum
-// (Milakov & Gimelshein 2018); kChunk positions make a partial result, and partial results are merged in order. Nothing
-// of that depends on which other queries are computed beside it.
+//
+// Numbers have half precision (kDepth = 1). Where the processor multiplies pairs of bfloat16, they are those
+// (kDepth = 2). A query's sums are made tile by tile with running maximum and sum (Milakov & Gimelshein 2018). A tile
+// is a block, at its absolute position. kChunk positions make a partial result, and partial results are merged in
+// order. Nothing of that depends on which other queries are computed beside it.
 #pragma once
 
 #include <algorithm>
@@ -32,8 +33,8 @@ inline void clear_partial(float* p, int64_t head_size) {
     std::memset(p + 1, 0, size_t(simd::kLanes + head_size) * 4);
 }
 
-// One tile for M queries (each of `query_size` numbers, scaled by 1/√E, as multiply_add wants them), of which query m
-// sees the first counts[m] keys, and never fewer than the one before it, but not the first hidden[m] < counts[m].
+// One tile for M queries, each of `query_size` numbers, scaled by 1/√E, as multiply_add wants them. Query m sees the
+// first counts[m] keys, but not the first hidden[m] < counts[m]. It sees no fewer than the query before it.
 // `Number` is the cache's, or float for keys and values converted beforehand, which changes no bit.
 template <int M, class Number>
 void attend_tile(const float* const* queries, float* const* partials, const Number* keys, const Number* values,

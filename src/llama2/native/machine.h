@@ -43,8 +43,8 @@ template <class Work> double rate(int threads, double seconds, Work&& work) {
     return sum;
 }
 
-// Bytes a second read from memory larger than any cache but the very largest, each thread in a stretch of its own, in
-// large pages where the system gives them.
+// Bytes a second read from memory larger than any cache but the very largest. Each thread reads a stretch of its own,
+// in large pages where the system gives them.
 inline double read_bandwidth(int threads, double seconds) {
     constexpr size_t bytes = size_t(512) << 20, piece = size_t(1) << 20, page = size_t(2) << 20;
     struct Free {
@@ -79,8 +79,8 @@ inline double read_bandwidth(int threads, double seconds) {
     });
 }
 
-// Operations a second (a multiplication and an addition are two) of 8-bit dot products with operands in the first
-// cache: a tile of kPanels panels by 6 tokens, as an ideal matrix product would run.
+// Operations a second of 8-bit dot products with operands in the L1 cache. A multiplication and an addition are two.
+// The products are those of an ideal matrix product: a tile of kPanels panels by 6 tokens.
 inline double int8_gemm_rate(int threads, double seconds) {
     constexpr int depth = 16, quads = 4, tall = 6;
     using Vector = uint8_t[4 * simd::kLanes];

@@ -1,6 +1,6 @@
 // Matrix products y[t][r] = Σ_k w[r][k] · x[t][k]: one weight matrix, any number of tokens.
 //
-// Every y[t][r] is one chain of additions in the order of k that does not depend on how many tokens, rows or threads
+// Every y[t][r] is one chain of additions in the order of k. It does not depend on how many tokens, rows or threads
 // there are (architecture, decision 1).
 #pragma once
 
@@ -80,11 +80,11 @@ inline void quantize_activations(const float* x, int64_t columns, ActivationGrou
     }
 }
 
-// Activations are kept in blocks of tokens; within a block group by group, so that what a product needs for one group
-// of columns is contiguous.
+// Activations are kept in blocks of tokens, and within a block group by group. So what a product needs for one group of
+// columns is contiguous.
 constexpr int64_t kTokenBlock = 64;
 inline int64_t token_blocks(int64_t tokens) { return (tokens + kTokenBlock - 1) / kTokenBlock; }
-// A full block's groups of the same columns stand a line further apart than there are tokens: otherwise all groups of a
+// A full block's groups of the same columns are a line further apart than there are tokens. Otherwise all groups of a
 // token would fall into one set of the L1 cache.
 inline int64_t group_stride(int64_t tokens) { return tokens == kTokenBlock ? tokens + 1 : tokens; }
 // Groups of a block with so many tokens, the refining ones among them.
@@ -246,9 +246,10 @@ constexpr int64_t kTile = simd::kPanels * simd::kLanes;  // sums of one token
 // How far ahead of its use a record of many groups is asked for.
 constexpr int64_t kAhead = 4096;
 
-// One panel times one token. Memory is the limit, and a panel one stream, which the processor reads ahead by itself,
-// but not past the many places that a record of many groups is read at by turns. a: the token's groups, the refining
-// ones last. y: (kLanes)
+// One panel times one token. Memory is the limit, and a panel is one stream, which the processor reads ahead by itself.
+// A record of many groups is read at many places by turns, and there it does not.
+//
+// a: the token's groups, the refining ones last. y: (kLanes)
 template <Format format> void token_product(const uint8_t* panel, int64_t columns, const ActivationGroup* a, float* y) {
     using namespace simd;
     using Group = PanelGroup<format>;
@@ -284,8 +285,8 @@ template <int M, class Product> LLAMA2_INLINE bool tile_of(int64_t& t, int64_t e
     return true;
 }
 
-// How many groups ahead of their use a product of many tokens asks for weights: of so few bytes between so much
-// arithmetic the processor makes no stream.
+// How many groups ahead of their use a product of many tokens prefetches weights. The processor makes no stream of so
+// few bytes between so much arithmetic.
 constexpr int64_t kGroupsAhead = 12;
 
 // P panels (1 or 2) times the tokens of a block, columns 32·first … 32·last. Unpacked once, a group of weights meets

@@ -124,9 +124,9 @@ public:
         }
     }
 
-    // From now on adds the squares of every product's inputs to `sums`: for each layer those of wq, wk and wv, of wo,
-    // of w1 and w3, and of w2, one number a column; then those of the output head.
-    void observe(double* sums) { observed_ = sums; }
+    // From now on adds the squares of every product's inputs to `sums`, one number a column. Each layer has those of
+    // wq, wk and wv, of wo, of w1 and w3, and of w2. Those of the output head follow.
+    void collect_statistics(double* sums) { statistics_ = sums; }
 
     // logits: (outputs, V). hidden, unless it is null: (N, D), every token's state after the final norm.
     void forward(const Step& step, float* logits, float* hidden) {
@@ -136,7 +136,7 @@ public:
         residual_.reserve(N * D);
         qkv_.reserve(N * token_floats());
         rotations_.reserve(N * 2 * config_.head_size);
-        observing_ = observed_;
+        statistics_here_ = statistics_;
         const std::vector<Part> parts = divide(step);
         over_parts(parts, [&](const Workers& workers, const Part& part) {
             over_tokens(workers, part.count, [&](int64_t t) { begin_token(step, part.first + t); });
@@ -153,7 +153,7 @@ public:
             });
         float* last = last_.reserve(M * D);
         for (int64_t i = 0; i < M; ++i) std::memcpy(last + i * D, residual_.get() + step.outputs[i] * D, size_t(D) * 4);
-        observe({last, D, floats(norm_)}, M);
+        add_statistics({last, D, floats(norm_)}, M);
         products(together(), {last, D, floats(norm_)}, M, {{output_, logits, config_.vocab, false}});
     }
 
@@ -192,9 +192,9 @@ private:
     };
     Workers together() { return {&pool_, 0, shared_}; }
 
-    // Threads divide the rows of every product, or the tokens: then these stay with one thread through a layer, in its
-    // L2 cache, and threads wait for each other once a layer. For that there must be some for every thread, and
-    // weights that the last-level cache holds, as each thread goes through all of them.
+    // Threads divide the rows of every product, or the tokens. Tokens then stay with one thread through a layer, in its
+    // L2 cache, and threads wait for each other once a layer. For that there must be some for every thread. The
+    // last-level cache must hold the weights, as each thread goes through all of them.
     bool divides_tokens(int64_t N) const {
         const Layer& l = layers_[0];
         int64_t bytes = 0;
@@ -205,7 +205,7 @@ private:
 
     std::vector<Part> divide(const Step& step) const {
         const int64_t N = step.tokens_count, T = pool_.threads();
-        if (observed_ || !divides_tokens(N)) return {{0, N, query_tiles(step, 0, N)}};
+        if (statistics_ || !divides_tokens(N)) return {{0, N, query_tiles(step, 0, N)}};
         if (N < kTokenBlock * T) return divide_evenly(step);
         // As many blocks for each thread, of nearly one size.
         const int64_t each = (N + T * kTokenBlock - 1) / (T * kTokenBlock), count = each * T;
@@ -221,8 +221,8 @@ private:
         return parts;
     }
 
-    // A part for each thread, by the work that its tokens are: that of attention grows with their positions, and a
-    // number in the cache takes about eight times as long as a weight.
+    // A part for each thread, by the work that its tokens are. That of attention grows with their positions. A number
+    // in the cache takes about eight times as long as a weight.
     std::vector<Part> divide_evenly(const Step& step) const {
         const int64_t N = step.tokens_count, T = pool_.threads();
         const int64_t D = config_.dim, Q = config_.heads * config_.head_size, K = config_.kv_heads * config_.head_size;
@@ -254,7 +254,7 @@ private:
         float* q = qkv_.get() + part.first * stride;
         float* k = q + layer.wq.rows;
         const Source source{residual_.get() + part.first * D, D, floats(layer.attention_norm)};
-        observe(source, N);
+        add_statistics(source, N);
         products(
             workers, source, N,
             {{layer.wq, q, stride, false}, {layer.wk, k, stride, false}, {layer.wv, k + layer.wk.rows, stride, false}});
@@ -268,11 +268,11 @@ private:
         float* attended = workers.scratch.attended.reserve(N * Q);
         float* hidden = workers.scratch.hidden.reserve(N * F);
         attend(step, workers, part, l, attended);
-        observe({attended, Q, nullptr}, N);
+        add_statistics({attended, Q, nullptr}, N);
         products(workers, {attended, Q, nullptr}, N, {{layer.wo, x, D, true}});
-        observe({x, D, floats(layer.ffn_norm)}, N);
+        add_statistics({x, D, floats(layer.ffn_norm)}, N);
         gated_products(workers, {x, D, floats(layer.ffn_norm)}, N, layer.w1, layer.w3, hidden);
-        observe({hidden, F, nullptr}, N);
+        add_statistics({hidden, F, nullptr}, N);
         products(workers, {hidden, F, nullptr}, N, {{layer.w2, x, D, true}});
     }
 
@@ -365,15 +365,15 @@ private:
     };
 
     // Adds the squares of N inputs to the sums, if these are wanted, and goes on to those of the next product.
-    void observe(const Source& source, int64_t N) {
-        if (!observing_) return;
+    void add_statistics(const Source& source, int64_t N) {
+        if (!statistics_here_) return;
         float* normalised = private_[0].normalised.reserve(source.columns);
         for (int64_t t = 0; t < N; ++t) {
             const float* x = source.x + t * source.columns;
             if (source.norm) rms_norm(x, source.norm, source.columns, config_.norm_eps, normalised), x = normalised;
-            for (int64_t i = 0; i < source.columns; ++i) observing_[i] += double(x[i]) * x[i];
+            for (int64_t i = 0; i < source.columns; ++i) statistics_here_[i] += double(x[i]) * x[i];
         }
-        observing_ += source.columns;
+        statistics_here_ += source.columns;
     }
 
     // Calls body(item, activations) for every work item, after the activations of all N tokens have been made. A single
@@ -412,8 +412,8 @@ private:
         workers.run(items, [&](int64_t item, int) { body(item, all); });
     }
 
-    // A work item is some panels times a block of tokens: few enough that every thread gets several, whole pairs of
-    // panels, and for a single token about 64 KB of weights.
+    // A work item is some panels times a block of tokens, in whole pairs of panels. They are few enough that every
+    // thread gets several. For a single token they are about 64 KB of weights.
     int64_t panels_an_item(const Workers& workers, const Weight& w, int64_t N) const {
         const int64_t most = N == 1 ? std::max<int64_t>(1, (64 << 10) / w.panel_bytes) : kItemPanels;
         const int64_t even = panels(w.rows) * token_blocks(N) / (4 * workers.threads());
@@ -562,8 +562,9 @@ private:
     // The first position that a token at this one reads.
     int64_t oldest_visible(int64_t position) const { return std::max<int64_t>(position - config_.window + 1, 0); }
 
-    // One chunk of positions for one tile and one key/value head. partials: (rows, partial_size), rows by (token,
-    // head); converted: room for a block's keys and values.
+    // One chunk of positions for one tile and one key/value head.
+    //
+    // partials: (rows, partial_size), rows by (token, head). converted: scratch for a block's keys and values.
     template <int depth = simd::kDepth>
     void attend_chunk(const Step& step, const QueryTile& tile, int64_t layer, int64_t head, int64_t chunk,
                       float* partials, float* converted) const {
@@ -695,7 +696,7 @@ private:
     std::vector<Layer> layers_;
     Weight embedding_, norm_, output_;
     int64_t blocks_, head_bytes_, block_bytes_;
-    double *observed_ = nullptr, *observing_ = nullptr;  // all sums, and those of the next product
+    double *statistics_ = nullptr, *statistics_here_ = nullptr;  // all sums, and those of the next product
     std::unique_ptr<uint8_t, Free> cache_;
     uint8_t* cache_start_;
     Pool pool_;

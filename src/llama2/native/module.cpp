@@ -25,7 +25,7 @@ template <class T, int dimensions> using In = nb::ndarray<const T, nb::ndim<dime
 template <class T, int dimensions> using Out = nb::ndarray<T, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
 
 // Gives the interpreter's lock away for a scope, as nb::gil_scoped_release does, and outlives the interpreter's end.
-// Up to Python 3.13, a thread that wants the lock back during the end is made to exit: its stack is unwound, which a
+// Up to Python 3.13, a thread that wants the lock back during the end is made to exit. Its stack is unwound, which a
 // destructor and nanobind's callers forbid, so the process aborts. Here it sleeps until the process is gone, as Python
 // 3.14 lets it.
 class Unlocked {
@@ -64,7 +64,7 @@ public:
     PyModel(int64_t dim, int64_t layers, int64_t heads, int64_t kv_heads, int64_t hidden, int64_t vocab,
             int64_t head_size, int64_t context, bool tied, float norm_eps, std::vector<double> inverse_frequencies,
             double attention_factor, std::pair<double, int64_t> growth, int64_t window, int threads, int64_t blocks)
-        : dim_(dim), vocab_(vocab), observed_(layers * (2 * dim + heads * head_size + hidden) + dim),
+        : dim_(dim), vocab_(vocab), statistics_(layers * (2 * dim + heads * head_size + hidden) + dim),
           model_(make(dim, layers, heads, kv_heads, hidden, vocab, head_size, context, tied, norm_eps,
                       std::move(inverse_frequencies), attention_factor, growth, window, threads, blocks),
                  threads, blocks) {}
@@ -91,9 +91,9 @@ public:
         model_.forward(step, out, states);
     }
 
-    void observe(Out<double, 1> sums) {
-        expect(int64_t(sums.size()) == observed_, "one sum for each column of a product's input");
-        model_.observe(sums.data());
+    void collect_statistics(Out<double, 1> sums) {
+        expect(int64_t(sums.size()) == statistics_, "one sum for each column of a product's input");
+        model_.collect_statistics(sums.data());
         sums_ = std::move(sums);
     }
 
@@ -129,7 +129,7 @@ private:
                 window};
     }
 
-    int64_t dim_, vocab_, observed_;
+    int64_t dim_, vocab_, statistics_;
     Model model_;
     Out<double, 1> sums_;
     std::unordered_map<std::string, In<uint8_t, 1>> arrays_;  // by tensor: who sets one again releases the one before
@@ -250,7 +250,7 @@ NB_MODULE(LLAMA2_MODULE, m) {
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float,
                       std::vector<double>, double, std::pair<double, int64_t>, int64_t, int, int64_t>())
         .def("set", &PyModel::set)
-        .def("observe", &PyModel::observe)
+        .def("collect_statistics", &PyModel::collect_statistics)
         .def("check", &PyModel::check)
         .def("forward", &PyModel::forward)
         .def_prop_ro("block_bytes", &PyModel::block_bytes);

@@ -1,14 +1,17 @@
 // Weights repacked for the instruction set: panels of kLanes rows, one lane a row.
 //
-// A panel (P = kLanes rows) is one stream of records, each of a block of K formats' 256 columns, and of one group of
-// the others', so that a product with one token reads memory straight on. A record holds:
+// A panel (P = kLanes rows) is one stream of records, so that a product with one token reads memory straight on. A
+// record is a block of 256 columns in K formats, and one group in the others. It holds:
 //     d, dmin    P half precision numbers (Scales::super*)
 //     scales     for each group P half precision numbers (Scales::half*) or bytes (Scales::super*)
 //     minima     likewise, where the format has them
 //     weights    for each group byte vectors of P lanes × 4 bytes
-//                  8 bits: vector j holds columns 4j…4j+3, plus kByteBias
-//                  4 bits: vector j holds columns 8j…8j+3 in the low halves and 8j+4…8j+7 in the high halves
-//                  5 and 6 bits: the low four like that; then one vector with the rest, columns 4j…4j+3 at bit j or 2j
+//
+// Of a group's byte vectors, number j holds these columns:
+//     8 bits            4j…4j+3, plus kByteBias
+//     4 bits            8j…8j+3 in the low halves and 8j+4…8j+7 in the high halves
+//     5 and 6 bits      the low four like that; then one vector with the rest, columns 4j…4j+3 at bit j or 2j
+//
 // A panel ends at a 64-byte boundary. Rows past the end of the matrix are zero.
 #pragma once
 

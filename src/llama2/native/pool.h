@@ -1,9 +1,9 @@
 // A thread pool for many short parallel regions that survives losing a core.
 //
-// A region is open while items are left. The caller works on it itself; a worker that comes in time enters and helps;
-// one that comes too late, because another program holds its core, finds the region closed and is not waited for.
-// Each thread starts with a contiguous share of the items, which keeps its memory accesses in one stretch, and then
-// takes from the end of the others' shares. Who computes an item never changes its result.
+// A region is open while items are left. The caller works on it itself. A worker that comes in time enters and helps.
+// One that comes too late, because another program holds its core, finds the region closed and is not waited for. Each
+// thread starts with a contiguous share of the items, which keeps its memory accesses in one stretch. Then it takes
+// from the end of the others' shares. Who computes an item never changes its result.
 #pragma once
 
 #include <atomic>

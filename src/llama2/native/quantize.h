@@ -1,11 +1,13 @@
 // Floats to blocks: scales, and where the format has them minima, that leave the least squared error.
 //
-// Of a group with weights x, which count w, a format keeps whole numbers q and writes d·q − m; the error is
+// Of a group with weights x, which count w, a format keeps whole numbers q and writes d·q − m. The error is
+//
 //     E = Σ w (x − (d·q − m))².
+//
 // For given q the best d and m solve two linear equations; for given d and m the best q is the nearest one. A grid of
 // first guesses, then the two in turn, find d and m of each group. K formats keep them as whole numbers of few bits,
-// times D and M of the block; these are chosen among their neighbours so that E is least, then D and M are solved for,
-// with the whole numbers as they are, and the whole numbers chosen once more.
+// times D and M of the block. These are chosen among their neighbours so that E is least. Then D and M are solved for,
+// with the whole numbers as they are, and the whole numbers are chosen once more.
 //
 // Sixteen groups are worked on at a time, each in a lane of its own, and nothing is fused. So every sum has one order,
 // and the bytes are the same on every instruction set and any number of threads.
@@ -239,8 +241,9 @@ private:
             body(search::Lanes{batch_.x[0] + l, batch_.w[0] + l, f_.group, range_}, l);
     }
 
-    // Groups that are missing at the end are zeros. Large weights count more, √(1 + x² / mean x²) times: the error of a
-    // group grows a little, and that of the model's predictions falls (measured, as llama.cpp's authors found too).
+    // Groups that are missing at the end are zeros. Large weights count more, √(1 + x² / mean x²) times. So the error
+    // of a group grows a little, and that of the model's predictions falls (measured, as llama.cpp's authors found
+    // too).
     void gather(const float* x, int count, const float* importance, int64_t column, int64_t columns) {
         for (int g = 0; g < kGroups; ++g, x += f_.group) {
             float squares = 0;

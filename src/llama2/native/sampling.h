@@ -134,8 +134,8 @@ struct Scratch {
     std::vector<int32_t> order;
 };
 
-// Tokens by logit, the largest first and equal ones by id. Only as many are sorted as are asked for, and only those
-// gathered that may be among them: band by band below `maximum`, 2, 4 … 64 times `width` deep, and then the rest.
+// Tokens by logit, the largest first and equal ones by id. Only as many are sorted as are needed, and only those
+// gathered that may be among them. Bands below `maximum`, 2, 4 … 64 times `width` deep, come first, and then the rest.
 class Ranking {
 public:
     // `scratch.largest` as argmax left it.
@@ -215,8 +215,8 @@ inline int64_t draw(const float* logits, int64_t n, const SamplingOptions& o, Sc
     return ranking[kept - 1];
 }
 
-// Natural log-probability of `token` under `logits` (V), and of the `count` likeliest, best first, equal ones by id;
-// not a number where nothing could be drawn.
+// Natural log-probability of `token` under `logits` (V), and of the `count` likeliest, best first, equal ones by id.
+// Not a number where nothing could be drawn.
 inline float log_probabilities(const float* logits, int64_t n, int64_t token, int64_t count, int32_t* top,
                                float* values, Scratch& scratch) {
     const int64_t best = argmax(logits, n, scratch.largest);

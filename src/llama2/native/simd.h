@@ -1,16 +1,17 @@
 // One vector vocabulary, one header an instruction set; CMake picks it with LLAMA2_ISA_*.
 //
-// A vector has kLanes 32-bit lanes. In matrix products a lane is a row of the weight matrix, so that no sum ever
-// crosses lanes and the order of additions never depends on the number of tokens. `fma` is fused wherever the hardware
-// can fuse; nothing else may be (-ffp-contract=off).
+// A vector has kLanes 32-bit lanes. In matrix products a lane is a row of the weight matrix. So no sum ever crosses
+// lanes, and the order of additions never depends on the number of tokens. `fma` is fused wherever the hardware can
+// fuse; nothing else may be (-ffp-contract=off).
 //
 //   F, I, B                floats, 32-bit integers, bytes (4 a lane)
 //   where_less(a, b, x, y) x in the lanes where a < b, y in the others
 //   load_bytes, low, high  4-bit weights: a byte holds two
 //   merge<left, mask>      low | (x << left & mask) byte by byte; to the right where `left` is negative
-//   dot<bits, quads, P, M> sums[m][p][lane] += Σ_j Σ_i w[p][j][lane][i]·x[m][4j + i]; w is 0 … 2^bits − 1, or signed
-//   for 8
-//                          bits (stored with kByteBias added, where the instruction wants unsigned weights)
+//   dot<bits, quads, P, M> sums[m][p][lane] += Σ_j Σ_i w[p][j][lane][i]·x[m][4j + i]
+//
+// In `dot`, w is 0 … 2^bits − 1. With 8 bits it is signed, and stored with kByteBias added where the instruction wants
+// unsigned weights.
 //
 // The key/value cache holds 16-bit numbers, of which a lane takes kDepth at a time (attention.h):
 //

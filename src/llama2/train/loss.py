@@ -99,8 +99,8 @@ def head_loss(
 
     Targets that are IGNORED have none; with no other, the sum is 0. Products are done in autocast's type where it is
     on. `chunk` tokens' logits are held at a time, beside gradients of x and of head, the latter in float32. With a
-    `group` for tensor parallelism, `head` is this process's shard of the rows. x, targets and the loss are the same in
-    all processes, so the gradient of x is this process's part of a sum.
+    `group` for tensor parallelism, `head` is this process's shard of the rows. All processes have the same x, targets
+    and loss, so the gradient of x is this process's part of a sum.
     """
     loss: Tensor = _HeadLoss.apply(x, head, targets, chunk, group, softmax)  # type: ignore[no-untyped-call]
     return loss

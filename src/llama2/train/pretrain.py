@@ -184,8 +184,8 @@ class _Corpus:
         packed = any(file.path.endswith(_PACKED) for file in found)
         if self._data.validation and not packed and max(asked.validation, 0.1) * size + 2 * len(found) <= length:
             raise RecipeError(
-                f"{asked.dir}: {size:,} bytes of documents are too few to hold out a row of {length} tokens for "
-                "validation; give more text, a smaller data.length, or data.validation=0"
+                f"{asked.dir}: {size:,} bytes of documents are too few to hold out a row of {length} tokens; "
+                "give more text, a smaller data.length, or data.validation=0"
             )
         if build(asked, force=bool(changed), note=self._note, files=found) is None:
             raise RunError(f"{asked.output}: is being built by {asked.executor.kind}; begin again when it is whole")

@@ -37,6 +37,6 @@ def command(
             **options.limits(),
             sampling=seeded(options.sampling()),
             logprobs=logprobs,
-            continues=True,
+            raw_completion=True,
         )
         print_answer(loaded.engine, request, model.name, before=text if echo else "", as_json=as_json)

@@ -51,8 +51,8 @@ class Constrainer:
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._worker = Worker(compiler.__file__, _cannot_compile)
 
-    def processor(self, constraint: Constraint, *, continues: bool = False) -> Processor:
-        """The processor that holds one answer to `constraint`; `continues` as in Request.
+    def processor(self, constraint: Constraint, *, raw_completion: bool = False) -> Processor:
+        """The processor that holds one answer to `constraint`; `raw_completion` as in Request.
 
         Raises RequestError that names the constraint's field if its grammar is malformed, unsupported, or exceeds
         its limits.
@@ -68,7 +68,7 @@ class Constrainer:
             matcher = self._compile(vocabulary, constraint)
             with self._lock:
                 self._cache(constraint.grammar, matcher)
-        return _Follower(vocabulary, constraint.grammar, matcher, continues)
+        return _Follower(vocabulary, constraint.grammar, matcher, raw_completion)
 
     def close(self) -> None:
         """End the process in which grammars are tried."""
@@ -100,18 +100,18 @@ class Constrainer:
 class _Follower:
     """A processor: follows one answer token by token, and starts again when it is called with another one."""
 
-    def __init__(self, vocabulary: Vocabulary, text: str, start: Any, continues: bool) -> None:
+    def __init__(self, vocabulary: Vocabulary, text: str, start: Any, raw_completion: bool) -> None:
         self._vocabulary = vocabulary
         self._text = text
         self._start = start
-        self._continues = continues
+        self._raw_completion = raw_completion
         self._matcher = start.deep_copy()
         self._followed: list[int] = []
 
     def __call__(self, logits: NDArray[np.float32], tokens: NDArray[np.int32], n_prompt: int) -> None:
         """Raises EngineError if the answer does not follow the grammar, or a token takes too much work."""
         v, prompt, answer = self._vocabulary, tokens[:n_prompt], tokens[n_prompt:].tolist()
-        begins = not self._continues or v.is_empty_text(prompt)
+        begins = not self._raw_completion or v.is_empty_text(prompt)
         try:
             bias = self._follow(answer, begins)
         except EngineError:

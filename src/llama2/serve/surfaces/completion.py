@@ -145,7 +145,7 @@ async def _respond(
             stop,
             logprobs=body.n_probs or None,
             prompt_logprobs=body.n_predict == 0,  # no token is sampled
-            continues=True,
+            raw_completion=True,
             processors=processors,
             lookup=models_of(http).settings.lookup,
             cache_prompt=body.cache_prompt is not False,

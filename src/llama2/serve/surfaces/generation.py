@@ -121,7 +121,7 @@ def expand_choices(
         request = replace(request, processors=(*request.processors, forbid_ends(ends, before=min_tokens)))
 
     def processors() -> tuple[Processor, ...]:
-        return tuple(service.constrainer.processor(each, continues=request.continues) for each in constraints)
+        return tuple(service.constrainer.processor(each, raw_completion=request.raw_completion) for each in constraints)
 
     return [replace(request, choice=choice, processors=(*processors(), *request.processors)) for choice in range(n)]
 

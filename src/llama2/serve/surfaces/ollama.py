@@ -183,7 +183,7 @@ async def generate(body: OllamaGenerateRequest, http: HttpRequest) -> Response:
     tokenizer = service.model.tokenizer
     if body.raw or body.suffix:
         tokens = await asyncio.to_thread(_raw_prompt, service, body)
-        request = replace(request, prompt=tuple(tokens), continues=True)
+        request = replace(request, prompt=tuple(tokens), raw_completion=True)
         constraints = constraints_of(http, body.constraint)
         requests = await asyncio.to_thread(expand_choices, service, request, 1, constraints)
         reader = Toolset(None, None, None, None, tokenizer).reader()

@@ -92,7 +92,7 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
     request = replace(
         base_request(body, service, http, limit, body.logprobs),
         prompt_logprobs=limit == 0 or bool(body.echo and body.logprobs is not None),
-        continues=True,
+        raw_completion=True,
     )
 
     constraints = constraints_of(http, constraint)
