@@ -37,7 +37,9 @@ def constrainer(kind: str) -> Constrainer:
     return Constrainer(tokenizer(kind))
 
 
-def answer(kind: str, constraint: Constraint, seed: int, *, prompt: str = "", raw_completion: bool = False) -> str | None:
+def answer(
+    kind: str, constraint: Constraint, seed: int, *, prompt: str = "", raw_completion: bool = False
+) -> str | None:
     """What a network with random logits answers, as its reader sees it; None if it does not end within 400 tokens."""
     ours, rng = tokenizer(kind), np.random.default_rng(seed)
     process = constrainer(kind).processor(constraint, raw_completion=raw_completion)
