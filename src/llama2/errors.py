@@ -63,3 +63,7 @@ class DataError(Llama2Error):
 
 class RunError(Llama2Error):
     """A training run cannot begin, continue or go on."""
+
+
+class EvaluationError(Llama2Error):
+    """A task or its data is missing or damaged, or cannot be evaluated here."""
