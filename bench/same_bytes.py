@@ -54,7 +54,7 @@ def requests(model: Model, count: int, rng: random.Random) -> list[Request]:
                 ),
                 stop=rng.choice([(), (), ("\n\n",)]),
                 logprobs=rng.choice([None, 0, 5]),
-                prompt_logprobs=rng.random() < 0.1,
+                score_from=rng.choice([1, 16]) if rng.random() < 0.1 else None,
                 choice=rng.randrange(3),
                 lookup=rng.choice([0, 0, 8]),
             )

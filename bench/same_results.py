@@ -77,7 +77,10 @@ def answers(model: str, runner: Any) -> str:
             digest.update(row.tobytes())
 
         sampling = llama2.Sampling(temperature=0)
-        asked = llama2.Request(prompt, 32, sampling, logprobs=5, prompt_logprobs=True, processors=(logits,))
+        fields: Any = {"logprobs": 5, "processors": (logits,)}
+        named = "score_from" in llama2.Request.__dataclass_fields__  # a version before that scores whole prompts
+        fields |= {"score_from": 1} if named else {"prompt_logprobs": True}
+        asked = llama2.Request(prompt, 32, sampling, **fields)
         for event in loaded.engine.run(asked):
             digest.update(repr((event.token, event.text, event.finish)).encode())
             for each in (event.logprob, *(event.prompt_logprobs or ())):

@@ -70,6 +70,7 @@ class HistoryRunner:
         self.logits = logits
         self.cache = np.full(n_blocks * BLOCK, -1)
         self.steps: list[int] = []  # tokens of each step
+        self.rows: list[int] = []  # of logits of each step
 
     def forward(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Logits; a token's hidden state is itself and its position."""
@@ -81,6 +82,7 @@ class HistoryRunner:
         assert (np.diff(batch.positions)[same] == 1).all()
         assert sorted(set(batch.sequences.tolist())) == list(range(len(batch.blocks)))
         self.steps.append(len(batch.tokens))
+        self.rows.append(len(batch.outputs))
         if hidden is not None:
             hidden[:] = np.stack([batch.tokens, batch.positions], axis=1)
 

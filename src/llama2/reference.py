@@ -182,7 +182,7 @@ class Llama:
             max_tokens=length,
             sampling=sampling,
             logprobs=0 if logprobs else None,
-            prompt_logprobs=length == 0 or (logprobs and echo),
+            score_from=1 if length == 0 or (logprobs and echo) else None,
             choice=next(self._rows),
         )
 

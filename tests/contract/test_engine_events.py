@@ -139,7 +139,7 @@ def test_an_answer_fills_the_context_and_no_request_is_cut_to_it(engine: EngineP
 
 
 def test_log_probabilities(engine: EngineProtocol) -> None:
-    asked = Request(PROMPT, 4, Sampling(temperature=0), logprobs=3, prompt_logprobs=True)
+    asked = Request(PROMPT, 4, Sampling(temperature=0), logprobs=3, score_from=1)
     events = list(engine.run(asked))
     scores = events[0].prompt_logprobs
     assert scores is not None
@@ -150,7 +150,7 @@ def test_log_probabilities(engine: EngineProtocol) -> None:
         assert (event.logprob.token, event.logprob.logprob) == event.logprob.top[0]  # greedy
         assert [p for _, p in event.logprob.top] == sorted((p for _, p in event.logprob.top), reverse=True)
         assert len(event.logprob.top) == 3
-    (event,) = engine.run(Request((*PROMPT, *tokens(events)[:1]), 0, prompt_logprobs=True))
+    (event,) = engine.run(Request((*PROMPT, *tokens(events)[:1]), 0, score_from=1))
     assert (event.token, event.text, event.finish) == (None, "", "length")
     assert event.prompt_logprobs is not None
     assert [score.logprob for score in event.prompt_logprobs] == pytest.approx(

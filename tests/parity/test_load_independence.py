@@ -40,13 +40,15 @@ def requests(rng: random.Random, count: int) -> list[Request]:
     for _ in range(count):
         head = rng.choice(heads)[: rng.choice([0, 32, 50, 96])]
         prompt = head + [rng.choice(LETTERS) for _ in range(rng.choice([1, 1, 7, 33]))]
+        scored = rng.random() < 0.3
         made.append(
             Request(
                 tuple(prompt),
                 rng.choice([1, 5, 90, CONTEXT - len(prompt)]),
                 Sampling(rng.choice([0, 0.7]), logit_bias=dict.fromkeys(LETTERS, 50.0), seed=rng.randrange(3)),
                 logprobs=rng.choice([None, 0, 2]),
-                prompt_logprobs=rng.random() < 0.2,
+                score_from=rng.choice([1, len(prompt), rng.randint(1, len(prompt))]) if scored else None,
+                logprob_tokens=LETTERS[: rng.choice([0, 3])] if scored else (),
                 choice=rng.randrange(2),
                 lookup=rng.choice([0, 0, 1, 8]),
             )
@@ -83,8 +85,11 @@ def together(engine: Engine, asked: list[Request], rng: random.Random) -> list[l
 
 
 def alone(runner: NativeRunner, model: Checkpoint, request: Request) -> list[Event]:
-    engine = Engine(runner, model.tokenizer, context=CONTEXT)
-    return plain(list(engine.run(replace(request, lookup=0))))
+    """The events of a request whose whole prompt is scored, if any of it is, cut to what was asked for."""
+    engine, start = Engine(runner, model.tokenizer, context=CONTEXT), request.score_from
+    first, *rest = plain(list(engine.run(replace(request, lookup=0, score_from=start and 1))))
+    scores = first.prompt_logprobs
+    return [first if start is None or scores is None else first._replace(prompt_logprobs=scores[start - 1 :]), *rest]
 
 
 @settings(max_examples=25, deadline=None)
@@ -118,7 +123,10 @@ def test_such_a_load_preempts_shares_and_drafts(model: Checkpoint) -> None:
     """So that the test above tests something."""
     rng = random.Random(0)
     engine = Engine(NativeRunner(model, 16, threads=2), model.tokenizer, context=CONTEXT)
-    told = together(engine, requests(rng, 32), rng)
+    asked = requests(rng, 32)
+    told = together(engine, asked, rng)
     assert engine.stats.preemptions > 2
+    scored = [events for request, events in zip(asked, told, strict=True) if request.score_from is not None]
+    assert sum(events[-1].cached_tokens > 0 for events in scored) > 1
     assert sum(events[-1].cached_tokens > 0 for events in told) > 5
     assert sum(events[-1].accepted_tokens for events in told) > 5

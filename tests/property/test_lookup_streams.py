@@ -120,15 +120,15 @@ def samplings() -> st.SearchStrategy[Sampling]:
 def requests(draw: st.DrawFn) -> Request:
     pattern = draw(st.lists(st.sampled_from(LETTERS), min_size=1, max_size=8), "pattern")
     prompt = (pattern * 90)[: draw(st.integers(1, 90), "length of the prompt")]
-    scored = draw(st.booleans(), "prompt_logprobs")
+    scored = draw(st.sampled_from([None, 1, len(prompt)]), "score_from")
     return Request(
         tuple(prompt),
-        max_tokens=draw(st.one_of(st.integers(0 if scored else 1, 5), st.integers(30, 90)), "max_tokens"),
+        max_tokens=draw(st.one_of(st.integers(1 if scored is None else 0, 5), st.integers(30, 90)), "max_tokens"),
         sampling=draw(samplings(), "sampling"),
         stop=draw(st.sampled_from([(), (), ("tata",), ("ee", "o a"), ("aaaaaaa",)]), "stop"),
         stop_tokens=draw(st.sampled_from([frozenset(), frozenset(), frozenset({LETTERS[3]})]), "stop_tokens"),
         logprobs=draw(st.sampled_from([None, 0, 2]), "logprobs"),
-        prompt_logprobs=scored,
+        score_from=scored,
         choice=draw(st.integers(0, 2), "choice"),
         raw_completion=draw(st.booleans(), "raw completion"),
         processors=draw(st.sampled_from([(), (), (no_repeat,)]), "processors"),

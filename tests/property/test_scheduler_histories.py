@@ -91,15 +91,15 @@ class Histories(RuleBasedStateMachine):
             known = (numbers[(i + 1) * BLOCK - 1], s.block_hashes[i - 1] if i else None)
             assert self.content.setdefault(key, known) == known
 
-    @rule(data=st.data(), prefix_caching=st.sampled_from([True, True, True, False]), copies=st.integers(1, 3))
-    def add(self, data: st.DataObject, prefix_caching: bool, copies: int) -> None:
+    @rule(data=st.data(), prefix_limit=st.sampled_from([1 << 62] * 3 + [0, 31, 32, 100]), copies=st.integers(1, 3))
+    def add(self, data: st.DataObject, prefix_limit: int, copies: int) -> None:
         """Some requests with one prompt: the beginning of one of two texts, and some tokens of its own."""
         room = self.total * BLOCK
         text = data.draw(st.sampled_from([[0] * room, [1] * room]), "text")[: data.draw(st.integers(0, room), "begin")]
         prompt = (text + data.draw(st.lists(st.integers(0, 2), min_size=not text, max_size=40), "own"))[:room]
         limit = data.draw(st.integers(len(prompt), room), "limit")
         for _ in range(copies):
-            s = Tokens(0, length=len(prompt), limit=limit, prefix_caching=prefix_caching, tokens=list(prompt))
+            s = Tokens(0, length=len(prompt), limit=limit, prefix_limit=prefix_limit, tokens=list(prompt))
             self.extend_keys(s)
             self.scheduler.add(s)
             self.unfinished.append(s)
@@ -166,10 +166,12 @@ class Histories(RuleBasedStateMachine):
         if answers:
             assert sum(count for s, count in plan if s not in answers) <= self.prefill
         for s in counts:  # what another computes already is not begun
-            key = s.block_hashes[s.cached // BLOCK] if s.cached % BLOCK == 0 and s.cached + BLOCK < s.length else None
+            assert s.prefix_hit_tokens <= s.prefix_limit
+            end = s.cached + BLOCK
+            key = s.block_hashes[s.cached // BLOCK] if s.cached % BLOCK == 0 and end < s.length else None
             for earlier in self.scheduler.running[: self.scheduler.running.index(s)]:
                 ahead = earlier.length - earlier.cached > 1 and earlier.cached // BLOCK <= s.cached // BLOCK
-                assert not (s.prefix_caching and ahead and key in earlier.block_hashes)
+                assert not (end <= s.prefix_limit and ahead and key in earlier.block_hashes)
 
     @invariant()
     def everybody_is_in_order_of_arrival(self) -> None:

@@ -71,6 +71,11 @@ def test_embeddings_are_refused() -> None:
         sampling_params(Request((1,), 0, pooling="mean"), 0)
 
 
+def test_tokens_that_vllm_may_not_report_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"^logprob_tokens: vLLM"):
+        sampling_params(Request((1,), logprobs=0, logprob_tokens=(2,)), 9)
+
+
 def test_processors_are_refused_and_so_is_the_field_that_needs_one() -> None:
     with pytest.raises(RequestError, match=r"^processors: "):
         sampling_params(Request((1,), processors=(lambda *_: None,)), 9)
@@ -87,14 +92,14 @@ def test_scores() -> None:
     for request, own, prompt in [
         (asked, None, None),
         (replace(asked, logprobs=0), 0, None),
-        (replace(asked, logprobs=3, prompt_logprobs=True), 3, 3),
-        (replace(asked, prompt_logprobs=True), None, 0),
+        (replace(asked, logprobs=3, score_from=1), 3, 3),
+        (replace(asked, score_from=1), None, 0),
     ]:
         told = sampling_params(request, 5)
         assert (told["logprobs"], told["prompt_logprobs"]) == (own, prompt)
-        assert told["skip_reading_prefix_cache"] is request.prompt_logprobs
+        assert told["skip_reading_prefix_cache"] is (request.score_from is not None)
     assert sampling_params(replace(asked, cache_prompt=False), 5)["skip_reading_prefix_cache"]
-    assert sampling_params(replace(asked, max_tokens=0, prompt_logprobs=True), 0)["max_tokens"] == 1
+    assert sampling_params(replace(asked, max_tokens=0, score_from=1), 0)["max_tokens"] == 1
 
 
 def test_each_seed_and_choice_has_random_numbers_of_its_own() -> None:

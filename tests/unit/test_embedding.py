@@ -94,7 +94,7 @@ def test_a_state_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch)
         ({"pooling": "max", "max_tokens": 0}, "pooling='max' must be last or mean"),
         ({"pooling": "mean"}, "pooling: an embedding has no answer; set max_tokens=0"),
         ({"pooling": "mean", "max_tokens": 1}, "pooling: an embedding has no answer"),
-        ({"pooling": "mean", "max_tokens": 0, "prompt_logprobs": True}, "no prompt_logprobs"),
+        ({"pooling": "mean", "max_tokens": 0, "score_from": 1}, "no score_from"),
         ({"max_tokens": 0}, "max_tokens=0 must be a whole number between 1"),
     ],
 )

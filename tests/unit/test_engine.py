@@ -231,7 +231,7 @@ def test_log_probabilities_are_those_of_the_raw_logits() -> None:
     def ban(logits: NDArray[np.float32], history: NDArray[np.int32], prompt_length: int) -> None:
         logits[65] = -np.inf
 
-    request = Request((65, 67, 66), 2, GREEDY, logprobs=2, prompt_logprobs=True, processors=(ban,))
+    request = Request((65, 67, 66), 2, GREEDY, logprobs=2, score_from=1, processors=(ban,))
     events = list(e.run(request))
     half, quarter = math.log(0.5), math.log(0.25)
     top = ((65, half), (66, quarter))
@@ -255,7 +255,7 @@ def test_log_probabilities_are_those_of_the_raw_logits() -> None:
 def test_a_prompt_can_be_scored_without_an_answer_and_fill_the_context(budget: int) -> None:
     prompt = tuple(counted([1], 99))
     e = engine(count, context=99, max_batch_tokens=budget, max_sequences=1)
-    (event,) = e.run(Request(prompt, 0, GREEDY, prompt_logprobs=True))
+    (event,) = e.run(Request(prompt, 0, GREEDY, score_from=1))
     assert (event.token, event.finish) == (None, "length")
     assert event.prompt_logprobs is not None
     assert [x.token for x in event.prompt_logprobs] == list(prompt[1:])
@@ -296,7 +296,7 @@ def forbid(logits: NDArray[np.float32], history: NDArray[np.int32], prompt_lengt
     ("request_", "told", "reason"),
     [
         (ask("!"), "aaa", "number"),
-        (ask("!aaaa", max_tokens=0, prompt_logprobs=True), "", "number"),
+        (ask("!aaaa", max_tokens=0, score_from=1), "", "number"),
         (ask(processors=(fail,)), "", "ZeroDivisionError: by zero"),
         (ask(processors=(forbid,)), "", "number"),
         (ask(sampling=Sampling(logit_bias=dict.fromkeys(range(VOCABULARY), -math.inf))), "", "number"),
@@ -316,7 +316,7 @@ def test_an_error_ends_the_request_that_caused_it_alone(request_: Request, told:
 
 
 def settings_of(request: Request) -> dict[str, Any]:
-    names = ("max_tokens", "sampling", "prompt_logprobs", "processors")
+    names = ("max_tokens", "sampling", "score_from", "processors")
     return {name: getattr(request, name) for name in names} | {
         "max_tokens": request.max_tokens if request.max_tokens == 0 else 20
     }
@@ -384,7 +384,7 @@ def test_drafts_take_only_the_room_that_is_left(budget: int) -> None:
         events: list[Event] = []
         while len(events) < 10:
             events += e.step()
-        second = e.add(ask("b" * 90, max_tokens=1, prompt_logprobs=True))
+        second = e.add(ask("b" * 90, max_tokens=1, score_from=1))
         before = len(e.runner.steps)  # type: ignore[attr-defined]
         while not any(event.request == second for event in events):
             events += e.step()
@@ -457,7 +457,7 @@ def test_a_prompt_is_scored_in_the_step_that_drafts() -> None:
     for budget in (8, 512):
         e = [engine(count, max_batch_tokens=budget, max_sequences=1) for _ in range(2)]
         prompt = (*counted([1], 20), 5, 6, 7, 8, 9, 5, 6, 7)
-        request = Request(prompt, 10, GREEDY, logprobs=1, prompt_logprobs=True)
+        request = Request(prompt, 10, GREEDY, logprobs=1, score_from=1)
         expected = list(e[0].run(request))
         assert [event.token for event in expected] == counted(prompt, 10)
         assert plain(list(e[1].run(replace(request, lookup=8)))) == plain(expected)
@@ -512,22 +512,65 @@ def test_choices_share_their_prompt() -> None:
 def test_what_must_be_scored_or_may_not_be_cached_is_computed() -> None:
     e = Engine(HistoryRunner(count, n_blocks=64), ByteTokenizer())
     prompt = tuple(counted([1], 70))
-    expected = list(e.run(Request(prompt, 3, GREEDY, logprobs=0, prompt_logprobs=True)))
-    for settings in ({"prompt_logprobs": True}, {"cache_prompt": False}):
+    expected = list(e.run(Request(prompt, 3, GREEDY, logprobs=0, score_from=1)))
+    for settings in ({"score_from": 1}, {"cache_prompt": False}):
         before = sum(e.runner.steps)  # type: ignore[attr-defined]
         events = list(e.run(Request(prompt, 3, GREEDY, logprobs=0, **settings)))
         assert sum(e.runner.steps) - before == 72  # type: ignore[attr-defined]
-        assert events[0].prompt_logprobs == (expected[0].prompt_logprobs if "prompt_logprobs" in settings else None)
+        assert events[0].prompt_logprobs == (expected[0].prompt_logprobs if "score_from" in settings else None)
         assert events[-1].cached_tokens == 0
     assert len(list(e.run(Request(prompt, 3, GREEDY)))) == 3
     assert e.runner.steps[-3:] == [6, 1, 1]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("start", [1, 32, 33, 65, 69, 70])
+def test_what_stands_before_the_scored_tokens_is_found_in_the_cache(start: int) -> None:
+    """The row that scores the token at `start` is that of the token before it, which runs, as do all after it."""
+    e = Engine(HistoryRunner(count, n_blocks=64), ByteTokenizer())
+    prompt = tuple(counted([1], 70))
+    (expected,) = e.run(Request(prompt, 0, GREEDY, score_from=1))
+    (event,) = e.run(Request(prompt, 0, GREEDY, score_from=start))
+    assert (event.prompt_logprobs or ()) == (expected.prompt_logprobs or ())[start - 1 :]
+    assert len(event.prompt_logprobs or ()) == 70 - start
+    assert event.cached_tokens == (start - 1) // BLOCK * BLOCK
+    assert e.runner.steps == [70, 70 - event.cached_tokens]  # type: ignore[attr-defined]
+    assert e.runner.rows == [70, 71 - start]  # type: ignore[attr-defined]
+
+
+def test_named_tokens_are_listed_after_the_likeliest() -> None:
+    row = np.full(VOCABULARY, -np.inf, np.float32)
+    row[[65, 66, 67, 68]] = np.log([0.5, 0.25, 0.125, 0.125])
+    request = Request((65, 66), 1, GREEDY, logprobs=1, score_from=1, logprob_tokens=(67, 65, 9, 67))
+    (event,) = engine(lambda history: row.copy()).run(request)
+    for scored in (event.logprob, *(event.prompt_logprobs or ())):
+        assert scored is not None
+        assert [token for token, _ in scored.top] == [65, 67, 9]
+        assert [value for _, value in scored.top] == pytest.approx([math.log(0.5), math.log(0.125), -math.inf])
+    (event,) = engine(lambda history: row.copy()).run(replace(request, logprobs=None, max_tokens=0))
+    assert [[token for token, _ in scored.top] for scored in event.prompt_logprobs or ()] == [[67, 65, 9]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"score_from": 0}, "score_from=0 must be a whole number between 1"),
+        ({"score_from": True}, "score_from=True must be"),
+        ({"score_from": 3}, "score_from=3 is after the prompt, which has 2 tokens"),
+        ({"logprobs": 0, "logprob_tokens": (257,)}, "logprob_tokens: 257 is not a token"),
+        ({"logprobs": 0, "logprob_tokens": 5}, "logprob_tokens=5 must be a list of token ids"),
+        ({"logprob_tokens": (5,)}, "logprob_tokens: nothing has log-probabilities; set logprobs or score_from"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        engine(count).add(Request((65, 66), **settings))
 
 
 @pytest.mark.parametrize("lookup", [0, 8])
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_preempted_request_goes_on_where_it_was(lookup: int, scored: bool) -> None:
     def requests() -> list[Request]:
-        rest = {"logprobs": 1, "lookup": lookup, "prompt_logprobs": scored}
+        rest = {"logprobs": 1, "lookup": lookup, "score_from": 1 if scored else None}
         return [Request(tuple(range(i, i + 30 + i)), 120 - i, GREEDY, **rest) for i in range(5)]
 
     alone = [list(Engine(HistoryRunner(count), ByteTokenizer()).run(request)) for request in requests()]
@@ -539,7 +582,7 @@ def test_a_preempted_request_goes_on_where_it_was(lookup: int, scored: bool) -> 
 
 
 def test_a_prompt_is_scored_once_though_it_was_preempted_before_its_end() -> None:
-    first, second = Request((5,) * 30, 60, GREEDY), Request(tuple(counted([1], 64)), 1, GREEDY, prompt_logprobs=True)
+    first, second = Request((5,) * 30, 60, GREEDY), Request(tuple(counted([1], 64)), 1, GREEDY, score_from=1)
     expected = list(engine(count).run(second))
     e = Engine(HistoryRunner(count, n_blocks=4), ByteTokenizer(), max_prefill_tokens=1)
     e.add(first)

@@ -10,8 +10,8 @@ from llama2.engine.scheduler import Scheduler, Sequence, blocks_for
 Plan = list[tuple[int, int]]
 
 
-def sequence(id: int, prompt: list[int], answer: int = 9, *, prefix_caching: bool = True) -> Sequence:
-    s = Sequence(id, length=len(prompt), limit=len(prompt) + answer, prefix_caching=prefix_caching)
+def sequence(id: int, prompt: list[int], answer: int = 9, *, prefix_limit: int = 1 << 62) -> Sequence:
+    s = Sequence(id, length=len(prompt), limit=len(prompt) + answer, prefix_limit=prefix_limit)
     hash_blocks(s.block_hashes, np.array(prompt, np.int32))
     return s
 
@@ -116,7 +116,7 @@ def test_what_a_cancelled_or_ended_sequence_computed_is_found_again_but_the_last
     assert step(scheduler) == [(1, 32)]  # its second block would leave nothing that gives logits
     scheduler.add(sequence(2, [0] * 65))
     assert step(scheduler) == [(1, 1), (2, 1)]
-    scheduler.add(sequence(3, [0] * 65, prefix_caching=False))
+    scheduler.add(sequence(3, [0] * 65, prefix_limit=0))
     assert step(scheduler) == [(1, 1), (2, 1), (3, 65)]
     scheduler.schedule()
     assert scheduler.running[1].blocks[:2] == scheduler.running[2].blocks[:2]  # of two alike, one is kept

@@ -315,8 +315,8 @@ class ClusterEngine(EngineProtocol):
         answer.cached_tokens = output.num_cached_tokens or 0
         first, answer.started = not answer.started, True
         scores = None
-        if first and answer.request.prompt_logprobs:
-            places = zip(answer.request.prompt[1:], (output.prompt_logprobs or [])[1:], strict=True)
+        if first and (start := answer.request.score_from) is not None:
+            places = zip(answer.request.prompt[start:], (output.prompt_logprobs or [])[start:], strict=True)
             scores = tuple(_scored(token, place or {}, answer.request.logprobs or 0) for token, place in places)
         if answer.limit == 0:
             self._emit(answer, self._event(answer, finish="length", prompt_logprobs=scores))
@@ -363,6 +363,8 @@ def sampling_params(request: Request, limit: int) -> dict[str, Any]:
     s = request.sampling
     if request.processors:
         raise RequestError("processors: vLLM runs none of this program's")
+    if request.logprob_tokens:
+        raise RequestError("logprob_tokens: vLLM reports the likeliest tokens alone; use the engine llama2")
     if request.pooling:
         raise RequestError("pooling: vLLM is started for answers and makes no embeddings; use the engine llama2")
     greedy = s.temperature == 0 or s.top_p == 0
@@ -383,8 +385,8 @@ def sampling_params(request: Request, limit: int) -> dict[str, Any]:
         "logit_bias": dict(s.logit_bias) or None,
         "seed": _seed(s.seed, request.choice),
         "logprobs": request.logprobs,
-        "prompt_logprobs": (request.logprobs or 0) if request.prompt_logprobs else None,
-        "skip_reading_prefix_cache": request.prompt_logprobs or not request.cache_prompt,
+        "prompt_logprobs": None if request.score_from is None else request.logprobs or 0,
+        "skip_reading_prefix_cache": request.score_from is not None or not request.cache_prompt,
         "ignore_eos": True,  # it is among the tokens that stop
         "detokenize": False,
     }

@@ -184,19 +184,22 @@ class Engine(EngineProtocol):
         tokens[:length] = request.prompt
         block_hashes: list[bytes] = []
         hash_blocks(block_hashes, tokens[:length])
+        prefix_limit = len(tokens) if request.score_from is None else request.score_from - 1
+        if not request.cache_prompt or request.pooling == "mean":
+            prefix_limit = 0
         return RunningRequest(
             id=next(self._ids),
             length=length,
             limit=length + answer,
             block_hashes=block_hashes,
-            prefix_caching=request.cache_prompt and not request.prompt_logprobs and request.pooling != "mean",
+            prefix_limit=prefix_limit,
             request=request,
             tokens=tokens,
             table=np.full(self._batch.blocks.shape[1], -1, np.int32),
             sampler=Sampler(request),
             text=AnswerText(request, self.tokenizer),
             stop_tokens=self.tokenizer.stop_ids | request.stop_tokens,
-            prompt_logprobs=[] if request.prompt_logprobs else None,
+            prompt_logprobs=None if request.score_from is None else [],
             pool=Pool(request.pooling) if request.pooling else None,
             lookup=Lookup(request.lookup) if request.lookup else None,
             thread=threading.get_ident(),
@@ -249,13 +252,7 @@ class Engine(EngineProtocol):
                 g.tokens[g.length : g.length + drafts] = draft[:drafts]
                 g.drafted += drafts
                 room -= drafts
-            if g.pool is not None:
-                rows = 0
-            elif g.prompt_logprobs is not None:
-                rows = count + drafts
-            else:
-                rows = last + drafts
-            parts.append(ScheduledSequence(g, count, drafts, rows))
+            parts.append(ScheduledSequence(g, count, drafts, _known_rows(g, count) + drafts))
         return parts
 
     def _hidden(self, parts: list[ScheduledSequence], batch: Batch) -> NDArray[np.float32] | None:
@@ -327,12 +324,7 @@ class Engine(EngineProtocol):
         """
         g = part.sequence
         if g.prompt_logprobs is not None:
-            if g.cached == 0:  # for the first time, or anew after a preemption
-                g.prompt_logprobs = []
-            following = g.tokens[g.cached + 1 : min(g.cached + 1 + part.tokens, g.length)].tolist()
-            top = g.request.logprobs or 0
-            scores = (sampling.logprob(row, t, top) for row, t in zip(logits, following, strict=False))
-            g.prompt_logprobs += scores
+            self._score(g, part.tokens, logits)
         if g.pool is not None and hidden is not None:
             g.pool.push(g.cached, hidden)
         g.cached += part.tokens
@@ -352,12 +344,22 @@ class Engine(EngineProtocol):
                 return
             g.cached += 1
 
+    def _score(self, g: RunningRequest, count: int, logits: NDArray[np.float32]) -> None:
+        """Add the log-probabilities of those tokens of the prompt that follow the next `count`: logits (rows, V)."""
+        request, scores = g.request, g.prompt_logprobs
+        if request.score_from is None or scores is None:
+            return
+        first = max(g.cached + 1, request.score_from)
+        del scores[first - request.score_from :]  # those from before a preemption
+        for row, token in zip(logits, g.tokens[first : min(g.cached + 1 + count, g.length)].tolist(), strict=False):
+            scores.append(sampling.logprob(row, token, request.logprobs or 0, request.logprob_tokens))
+
     def _draw(self, g: RunningRequest, row: NDArray[np.float32], draft: int | None) -> Event:
         """The answer's next token, from its logits (V,)."""
         wanted = g.request.logprobs
         raw = row.copy() if g.request.processors else row
         token = g.sampler.draw(row, g.tokens[: g.length])
-        logprob = None if wanted is None else sampling.logprob(raw, token, wanted)
+        logprob = None if wanted is None else sampling.logprob(raw, token, wanted, g.request.logprob_tokens)
         g.accepted += token == draft
         g.tokens[g.length] = token
         g.length += 1
@@ -397,6 +399,16 @@ class Engine(EngineProtocol):
         """An event of `g`; the first has the log-probabilities of its prompt."""
         scores, g.prompt_logprobs = g.prompt_logprobs, None
         return Event(g.id, token, text, None, logprob, None, None if scores is None else tuple(scores))
+
+
+def _known_rows(g: RunningRequest, count: int) -> int:
+    """How many of the next `count` known tokens of `g` need logits: the last ones."""
+    if g.pool is not None:
+        return 0
+    end = g.cached + count
+    if g.prompt_logprobs is None or g.request.score_from is None:
+        return int(end == g.length)
+    return min(count, max(0, end + 1 - g.request.score_from))
 
 
 def _last(event: Event, g: RunningRequest, reason: FinishReason) -> Event:

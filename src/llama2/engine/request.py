@@ -152,11 +152,11 @@ class Request:
 
     `stop` strings end the answer and are left out of its text; `stop_tokens` likewise by id. `logprobs` asks, for each
     token of the answer, for its log-probability (of the raw logits) and that of so many likeliest alternatives.
-    `prompt_logprobs` asks the same of the prompt's tokens after the first; then `max_tokens` may be 0. `lookup` is how
-    many tokens a step may draft by prompt lookup. The answer stays the same; one that repeats itself or its prompt
-    comes faster. What the cache holds of the prompt's beginning is not computed again, but with `prompt_logprobs`, or
-    where `cache_prompt` forbids it. `pooling` asks for the prompt's embedding in place of an answer; then `max_tokens`
-    is 0.
+    `score_from` asks the same of the prompt's tokens from that position on; then `max_tokens` may be 0. Every token
+    that is scored or drawn lists `logprob_tokens` too. `lookup` is how many tokens a step may draft by prompt lookup.
+    The answer stays the same; one that repeats itself or its prompt comes faster. What the cache holds of the prompt's
+    beginning, as far as `score_from`, is not computed again, unless `cache_prompt` forbids it. `pooling` asks for the
+    prompt's embedding in place of an answer; then `max_tokens` is 0.
     """
 
     prompt: tuple[int, ...]
@@ -165,7 +165,8 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_tokens: frozenset[int] = frozenset()
     logprobs: int | None = None  # None: none; 0: the drawn token's alone
-    prompt_logprobs: bool = False
+    score_from: int | None = None  # None: no token of the prompt; 1: all that have one before them
+    logprob_tokens: tuple[int, ...] = ()
     choice: int = 0  # which of several answers to one prompt; part of the random numbers' key
     raw_completion: bool = False  # the text continues the prompt, and keeps its first space
     processors: tuple[Processor, ...] = ()
@@ -176,20 +177,24 @@ class Request:
     def __post_init__(self) -> None:
         if self.pooling not in (None, *get_args(Pooling)):
             raise RequestError(f"pooling={shown(self.pooling)} must be {' or '.join(get_args(Pooling))}")
-        if self.pooling and (self.max_tokens != 0 or self.prompt_logprobs):
-            raise RequestError("pooling: an embedding has no answer; set max_tokens=0, and no prompt_logprobs")
-        least = 0 if self.prompt_logprobs is True or self.pooling else 1
+        if self.pooling and (self.max_tokens != 0 or self.score_from is not None):
+            raise RequestError("pooling: an embedding has no answer; set max_tokens=0, and no score_from")
+        least = 1 if self.score_from is None and not self.pooling else 0
         limits = {
             "max_tokens": (least, 1 << 62),
             "logprobs": (0, 1 << 30),
+            "score_from": (1, 1 << 62),
             "choice": (0, (1 << 64) - 1),
             "lookup": (0, 1024),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if value is not None or name not in ("max_tokens", "logprobs"):
+            if value is not None or name not in ("max_tokens", "logprobs", "score_from"):
                 object.__setattr__(self, name, whole(name, value, low, high))
-        object.__setattr__(self, "prompt", token_ids("prompt", self.prompt))
+        for name in ("prompt", "logprob_tokens"):
+            object.__setattr__(self, name, token_ids(name, getattr(self, name)))
+        if self.logprob_tokens and self.logprobs is None and self.score_from is None:
+            raise RequestError("logprob_tokens: nothing has log-probabilities; set logprobs or score_from")
         if self.stop_tokens:
             stops = self.stop_tokens
             listed = list(stops) if isinstance(stops, AbstractSet) else stops
@@ -199,7 +204,7 @@ class Request:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop: {shown(text)} must be a text of at least one character")
-        for name in ("prompt_logprobs", "raw_completion", "cache_prompt"):
+        for name in ("raw_completion", "cache_prompt"):
             flag(name, getattr(self, name))
         if not isinstance(self.processors, (tuple, list)) or not all(map(callable, self.processors)):
             raise RequestError(f"processors={shown(self.processors)} must be a list of functions")
@@ -209,7 +214,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Natural log-probability of a token under the raw logits, and the likeliest alternatives, best first."""
+    """Natural log-probability of a token under the raw logits, and of others: the likeliest, best first.
+
+    Those of a request's `logprob_tokens` that are not among the likeliest follow them.
+    """
 
     token: int
     logprob: float
@@ -232,7 +240,7 @@ class Event(NamedTuple):  # which is quicker to make than a dataclass: every tok
     finish: FinishReason | None = None
     logprob: Logprob | None = None
     error: str | None = None
-    prompt_logprobs: tuple[Logprob, ...] | None = None  # in the first event, if asked: the prompt after its first token
+    prompt_logprobs: tuple[Logprob, ...] | None = None  # in the first event, if asked: the prompt's from score_from on
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
@@ -268,7 +276,9 @@ def answer_limit(request: Request, context: int, vocabulary: int) -> int:
             f"prompt of {length} tokens and answer of {answer} do not fit the context of {context}; "
             "shorten the prompt, or ask for fewer tokens"
         )
-    for name in ("prompt", "stop_tokens"):
+    if request.score_from is not None and request.score_from > length:
+        raise RequestError(f"score_from={request.score_from} is after the prompt, which has {length} tokens")
+    for name in ("prompt", "stop_tokens", "logprob_tokens"):
         _check_tokens(name, getattr(request, name), vocabulary)
     _check_tokens("logit_bias", request.sampling.logit_bias, vocabulary)
     if request.logprobs is not None and request.logprobs > vocabulary:

@@ -35,7 +35,7 @@ class Sequence:
     length: int  # of the prompt and the answer so far
     limit: int  # of the prompt and the longest answer
     block_hashes: list[bytes] = field(default_factory=list)  # of its known tokens' full blocks (cache.hash_blocks)
-    prefix_caching: bool = True  # whether blocks that were computed for others may stand for its own
+    prefix_limit: int = 1 << 62  # how many of its first tokens may be found in blocks that were computed for others
     cached: int = 0  # how many have keys and values in the cache
     blocks: list[int] = field(default_factory=list)
     committed: int = 0  # how many of its first blocks others can find
@@ -178,8 +178,8 @@ class Scheduler(Generic[S]):
             s.committed += 1
 
     def _may_match_prefix(self, s: S) -> bool:
-        """Whether `s` stands before a block whose tokens are known. Its last token runs in any case, for its logits."""
-        return s.prefix_caching and s.cached == len(s.blocks) * BLOCK and s.cached + BLOCK < s.length
+        """Whether the next block of `s` may be one of others'. Its last token runs in any case, for its logits."""
+        return s.cached == len(s.blocks) * BLOCK and s.cached + BLOCK <= min(s.length - 1, s.prefix_limit)
 
 
 def _divide(room: int, prompts: list[S]) -> dict[S, int]:

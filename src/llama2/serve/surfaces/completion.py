@@ -144,7 +144,7 @@ async def _respond(
             replace(sampling, logit_bias=_bias(body.logit_bias or {}, service)),
             stop,
             logprobs=body.n_probs or None,
-            prompt_logprobs=body.n_predict == 0,  # no token is sampled
+            score_from=1 if body.n_predict == 0 else None,  # no token is sampled
             raw_completion=True,
             processors=processors,
             lookup=models_of(http).settings.lookup,

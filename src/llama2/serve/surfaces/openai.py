@@ -91,7 +91,7 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         limit = 16
     request = replace(
         base_request(body, service, http, limit, body.logprobs),
-        prompt_logprobs=limit == 0 or bool(body.echo and body.logprobs is not None),
+        score_from=1 if limit == 0 or (body.echo and body.logprobs is not None) else None,
         raw_completion=True,
     )
 

@@ -26,7 +26,7 @@ def base_request(
         stop_strings(http, body.stop, "an empty stop ends nothing"),
         frozenset(body.stop_token_ids or ()),
         logprobs,
-        prompt_logprobs=max_tokens == 0,  # no token is sampled
+        score_from=1 if max_tokens == 0 else None,  # no token is sampled
         lookup=models_of(http).settings.lookup if body.lookup is None else body.lookup,
     )
 
