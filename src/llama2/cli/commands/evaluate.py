@@ -1,0 +1,160 @@
+"""`llama2 evaluate`: the paper's tests of a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from llama2.cli.options import Json, ModelOptions
+from llama2.console import data as print_data
+from llama2.console import rewrite, say
+
+if TYPE_CHECKING:
+    from llama2.evaluate.task import EvaluationTask
+
+EXAMPLE = "Example: llama2 evaluate smollm2-135m-instruct --tasks arc_easy,piqa --limit 100 --data ../shared/data"
+
+#: Requests of the whole context that the cache holds: the shots that items share, and their own ends.
+_SEQUENCES = 4
+
+
+@dataclass(frozen=True)
+class EvaluatedModel(ModelOptions):
+    """The model that is measured, and how it runs."""
+
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Name, file or Hugging Face repository; see `llama2 list`."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which tasks, and how they are asked."""
+
+    suite: Annotated[
+        Literal["academic", "truth", "safety", "all"] | None, typer.Option(help="All tasks of a kind.")
+    ] = None
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Tasks by name, or TOML files of one's own; an unknown name lists all."),
+    ] = None
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the sets, one folder each.")] = Path("data")
+    protocol: Annotated[
+        Literal["paper", "harness"], typer.Option(help="Prompts of the paper, or lm-evaluation-harness's own.")
+    ] = "paper"
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Ask N items of each task, drawn at random.", show_default="all"),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of the drawn items, of examples and of drawn answers.")] = 0
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask for answers by the chat template; likelihoods never use it.")
+    ] = False
+
+    def chosen(self) -> list[EvaluationTask]:
+        """The tasks, each once."""
+        from llama2.evaluate import task
+
+        if (self.suite is None) == (self.tasks is None):
+            raise typer.BadParameter("give either --suite or --tasks")
+        if self.suite is not None:
+            return task.suite(self.suite)
+        found = {each.label: each for each in map(task.load, filter(None, (self.tasks or "").split(",")))}
+        if not found:
+            raise typer.BadParameter("--tasks names no task")
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class EvaluationRunOptions:
+    """Where the run is, and how much runs at once."""
+
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run's folder.", show_default="runs/evaluate-MODEL-SUITE")
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run; no answer is computed twice.")] = False
+    batch: Annotated[
+        int, typer.Option(min=1, max=4096, metavar="N", help="Requests at once; changes no bit of a score.")
+    ] = 64
+
+
+def command(*, model: EvaluatedModel, tasks: TaskOptions, run: EvaluationRunOptions, as_json: Json = False) -> None:
+    """Measure a model by the paper's tests, offline.
+
+    The sets are files below --data, each checked by its SHA-256. A task without its files is not run, and listed so.
+    Every answer is stored as it comes: after Ctrl-C or a crash, --resume goes on, to the same bytes.
+
+    The run's folder holds every sample (samples/), and a record of all scores (record.json).
+    """
+    chosen = tasks.chosen()
+    if not tasks.data.is_dir():
+        raise typer.BadParameter(f"--data {tasks.data}: is not a folder; give the one that holds the sets")
+    name = tasks.suite or "-".join(task.label for task in chosen[:3])
+    folder = run.out or Path("runs") / f"evaluate-{Path(model.name).stem}-{name}"
+    from llama2.evaluate.run import EvaluationSettings, evaluate
+
+    settings = EvaluationSettings(
+        data=tasks.data,
+        protocol=tasks.protocol,
+        limit=tasks.limit,
+        seed=tasks.seed,
+        chat=tasks.chat,
+        in_flight=run.batch,
+    )
+    with model.load(sequences=_SEQUENCES) as loaded:
+        try:
+            record = evaluate(loaded, chosen, folder, settings, resume=run.resume, progress=_Progress())
+        except KeyboardInterrupt:
+            say(f"\nllama2: stopped; the same command with --resume goes on in {folder}", file=sys.stderr)
+            raise
+    if as_json:
+        print_data(json.dumps(record))
+        return
+    for line in _table(record):
+        say(line)
+    say(f"{folder}: every sample and the record")
+
+
+class _Progress:
+    """A line on a terminal: the share of tokens that the model has read, and the time left."""
+
+    def __init__(self) -> None:
+        self.began: tuple[float, int] | None = None
+        self.shown = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.began is None:
+            self.began = (now, done)
+        if not sys.stderr.isatty() or not total or (now - self.shown < 1 and done < total):
+            return
+        self.shown = now
+        seconds, tokens = now - self.began[0], done - self.began[1]
+        left = f", {_clock(seconds / tokens * (total - done))} left" if tokens and done < total else ""
+        rewrite(f"{done / total:.0%} of {total / 1e6:.2f} M tokens, {_clock(seconds)}{left}", ended=done == total)
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def _table(record: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, task in record["tasks"].items():
+        if "not_run" in task:
+            lines.append(f"{name:24} not run: {task['not_run']}")
+            continue
+        score = task["metrics"][task["metric"]]
+        interval = score.get("interval")
+        spread = f" [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]" if interval else ""
+        refused = f", {task['refused']} refused" if task["refused"] else ""
+        lines.append(f"{name:24} {100 * score['value']:6.2f}{spread}  {task['metric']}, n {task['n']}{refused}")
+    return lines

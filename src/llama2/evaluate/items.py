@@ -1,0 +1,304 @@
+"""Our tasks as the harness's: items with their examples and queries, and their values once these are answered.
+
+This module imports lm_eval, which takes seconds: import it where it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import lm_eval.tasks
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from llama2.errors import EvaluationError
+from llama2.evaluate import metrics
+from llama2.evaluate.harness import EngineLM
+from llama2.evaluate.queries import AnswerStore, Query
+from llama2.evaluate.rows import Row, Splits
+from llama2.evaluate.task import EvaluationTask
+
+Protocol = Literal["paper", "harness"]
+
+#: The context of the likelihood that others are divided by (Brown et al. 2020, 2.4; Touvron et al. 2023, 3).
+ANSWER = "Answer:"
+#: The seed with which the harness draws examples unless it is given another.
+HARNESS_SEED = 1234
+
+
+@dataclass(slots=True)
+class TaskItem:
+    """An item as it is asked: the harness's instances, and for each the queries whose answers it waits for."""
+
+    id: str
+    row: Row
+    prompt: str  # of its first instance
+    instances: list[Instance]
+    queries: list[list[Query]]
+    refused: str | None  # why it cannot be asked
+
+
+@dataclass(slots=True)
+class TaskPart:
+    """Rows that share a pool of examples: a whole task, or one of its parts, such as a subject."""
+
+    task: EvaluationTask
+    protocol: Protocol
+    inner: ConfigurableTask
+    ids: list[str]
+    rows: list[Row]
+
+    @property
+    def shots(self) -> int:
+        """Examples in front of each question."""
+        return int(self.inner.config.num_fewshot or 0)
+
+    @property
+    def samples(self) -> int:
+        """Answers to each question."""
+        return self.task.samples if self.protocol == "paper" else int(self.inner.config.repeats)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model answers in its own words."""
+        return bool(self.inner.OUTPUT_TYPE == "generate_until")
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end an answer."""
+        until = (self.inner.config.generation_kwargs or {}).get("until") or []
+        return [until] if isinstance(until, str) else list(until)
+
+    def items(self, lm: EngineLM, wanted: Container[str], *, seed: int, chat: bool) -> Iterator[TaskItem]:
+        """The wanted items. An item's examples do not depend on which others are wanted.
+
+        By the paper's protocol they are drawn by seed and item; by the harness's in one sequence over all items, as it
+        draws them. With `chat`, a question to be answered is one message of the user, with its examples.
+        """
+        chat = chat and self.generates
+        self.inner.set_fewshot_seed(HARNESS_SEED)
+        in_sequence = self.protocol == "harness" and self.shots > 0
+        for number, (name, doc) in enumerate(zip(self.ids, self.inner.task_docs, strict=True)):
+            if name not in wanted and not in_sequence:
+                continue
+            if self.protocol == "paper":
+                self.inner.set_fewshot_seed(f"{seed} {self.task.name} {name}")
+            context = self.inner.fewshot_context(
+                doc,
+                num_fewshot=self.shots,
+                apply_chat_template=chat,
+                chat_template=lm.apply_chat_template if chat else None,
+                gen_prefix=self.inner.doc_to_prefix(doc),
+            )
+            if name in wanted:
+                instances = self._instances(doc, context, number, chat)
+                queries = [self._queries(lm, each, seed) for each in instances]
+                refused = next((why for some in queries for q in some if (why := lm.refuse_longer(q))), None)
+                yield TaskItem(name, self.rows[number], str(instances[0].args[0]), instances, queries, refused)
+
+    def _instances(self, doc: Row, context: Any, number: int, chat: bool) -> list[Instance]:
+        built = self.inner.construct_requests(
+            doc, context, metadata=(self.task.name, number, self.samples), apply_chat_template=chat, chat_template=None
+        )
+        instances = built if isinstance(built, list) else [built]
+        if self._answer_normalised:
+            instances += [replace(each, arguments=(ANSWER, each.args[1])) for each in instances]
+        return instances
+
+    def _queries(self, lm: EngineLM, instance: Instance, seed: int) -> list[Query]:
+        if instance.request_type == "generate_until":
+            return [lm.generation(*instance.args, sample=i, seed=seed) for i in range(self.samples)]
+        if instance.request_type == "loglikelihood":
+            return [lm.likelihood(*instance.args)]
+        return [*lm.windows(*instance.args)]
+
+    @property
+    def _answer_normalised(self) -> bool:
+        return self.protocol == "paper" and self.task.normalisation == "answer"
+
+    def values(self, items: Sequence[TaskItem], store: AnswerStore) -> list[dict[str, Any]]:
+        """The values of each item by metric, from the stored answers."""
+        for item in items:
+            for instance, queries in zip(item.instances, item.queries, strict=True):
+                instance.resps = _responses(instance, [store[query] for query in queries])
+        if self.protocol == "paper" and self.generates:
+            scorer = _scorer(self.task)
+            return [_mean([scorer(text, item.row) for text in item.instances[0].resps]) for item in items]
+        self.inner._instances = [each for item in items for each in item.instances]
+        self.inner.apply_filters()
+        return [self._processed(item) for item in items]
+
+    def _processed(self, item: TaskItem) -> dict[str, Any]:
+        """An item's values as the harness has them, a metric of several filters under `metric,filter`."""
+        values: dict[str, Any] = {}
+        filters = list(item.instances[0].filtered_resps)
+        for name in filters:
+            results = [each.filtered_resps[name] for each in item.instances]
+            doc = item.instances[0].doc
+            choices = len(results) // 2 if self._answer_normalised else len(results)
+            found = dict(self.inner.process_results(doc, results[:choices]))
+            if self._answer_normalised:
+                gains = [after - alone for (after, _), (alone, _) in zip(results, results[choices:], strict=False)]
+                found["acc_answer"] = float(gains.index(max(gains)) == self.inner.doc_to_target(doc))
+            values |= found if len(filters) == 1 else {f"{metric},{name}": value for metric, value in found.items()}
+        return values
+
+    def aggregate(self, metric: str) -> Callable[[list[Any]], float]:
+        """How the harness makes a score of values of a metric."""
+        name = metric.partition(",")[0]
+        found: Callable[[list[Any]], float] = self.inner.aggregation().get(name, mean)
+        return found
+
+
+def _responses(instance: Instance, stored: Sequence[Mapping[str, Any]]) -> list[Any]:
+    if instance.request_type == "generate_until":
+        return [answer["text"] for answer in stored]
+    if instance.request_type == "loglikelihood":
+        return [(answer["logprob"], answer["greedy"]) for answer in stored]
+    return [sum(answer["logprob"] for answer in stored)]
+
+
+def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over several answers to one question."""
+    return {name: sum(each[name] for each in values) / len(values) for name in values[0]}
+
+
+def _scorer(task: EvaluationTask) -> Callable[[str, Row], dict[str, float]]:
+    scorer = getattr(metrics, task.scorer, None) if not task.scorer.startswith("_") else None
+    if not callable(scorer):
+        raise EvaluationError(
+            f"{task.name}: scorer: {task.scorer} is not a function of metrics.py; check the task's file"
+        )
+    return scorer  # type: ignore[no-any-return]  # found by name
+
+
+def parts(task: EvaluationTask, splits: Splits, protocol: Protocol) -> list[TaskPart]:
+    """A task as the harness's own, its rows divided by `task.part`.
+
+    Raises EvaluationError where the harness has no such task, or a part has no examples.
+    """
+    groups: dict[str, dict[str, list[Row]]] = defaultdict(dict)
+    ids: dict[str, list[str]] = defaultdict(list)
+    for split, rows in splits.items():
+        for row in rows:
+            part = str(row[task.part]) if task.part else ""
+            some = groups[part].setdefault(split, [])
+            if split == task.split:
+                ids[part].append(f"{part}/{len(some)}".removeprefix("/"))
+            some.append(row)
+    index = _index(task) if protocol == "harness" else {}
+    found: list[TaskPart] = []
+    for part, pool in groups.items():
+        if task.split not in pool:
+            raise EvaluationError(
+                f"{task.name}: {part} has examples and no rows of the split {task.split}; check the files"
+            )
+        with _quiet():
+            inner = _paper(task, pool) if protocol == "paper" else _harness(task, index, part, pool)
+        found.append(TaskPart(task, protocol, inner, ids[part], pool[task.split]))
+    return found
+
+
+def _paper(task: EvaluationTask, rows: Mapping[str, list[Row]]) -> ConfigurableTask:
+    """The task as our file declares it."""
+    shots_split = task.shots_split or task.split
+    if task.shots and len(rows.get(shots_split, ())) < task.shots + (shots_split == task.split):
+        raise EvaluationError(
+            f"{task.name}: needs {task.shots} examples of the split {shots_split}, and there are "
+            f"{len(rows.get(shots_split, ()))}; check the files"
+        )
+    named = {"multiple_choice": ("acc", "acc_norm"), "loglikelihood": ("acc", "perplexity")}
+    kinds = named.get(task.output, (task.metric,))
+    config: dict[str, Any] = {
+        "task": task.name,
+        "custom_dataset": lambda **_: _tables(rows),
+        "output_type": task.output,
+        "test_split": task.split,
+        "num_fewshot": task.shots,
+        "description": task.description,
+        "doc_to_text": task.prompt,
+        "doc_to_target": task.target,
+        "doc_to_choice": task.choices or None,
+        "target_delimiter": task.delimiter,
+        "fewshot_delimiter": task.separator,
+        "metric_list": [
+            {"metric": kind, "aggregation": "perplexity" if kind == "perplexity" else "mean", "higher_is_better": True}
+            for kind in kinds
+        ],
+    }
+    if task.shots:
+        config["fewshot_split"] = shots_split
+        config["fewshot_config"] = {"sampler": "first_n" if task.shots_order == "first" else "default"}
+    if task.output == "generate_until":
+        config["process_results"] = lambda doc, results: {}  # `values` calls the task's scorer
+        config["generation_kwargs"] = {
+            "until": task.stops,
+            "max_gen_toks": task.max_tokens,
+            "do_sample": task.temperature > 0,
+            "temperature": task.temperature,
+            "top_p": task.top_p,
+        }
+    return ConfigurableTask(config=config)
+
+
+def _index(task: EvaluationTask) -> dict[str, Path]:
+    """The harness's files in the task's folder, by the names of their tasks."""
+    if not task.harness_folder:
+        raise EvaluationError(f"{task.name}: the harness does not have this task; use --protocol paper")
+    folder = Path(lm_eval.tasks.__file__).parent / task.harness_folder
+    index = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False).task_index
+    return {name: entry.yaml_path for name, entry in index.items() if entry.yaml_path is not None}
+
+
+def _harness(
+    task: EvaluationTask, index: Mapping[str, Path], part: str, rows: Mapping[str, list[Row]]
+) -> ConfigurableTask:
+    """The task as the harness's own file declares it, over our rows."""
+    name = task.harness.replace("{part}", part)
+    if name not in index:
+        raise EvaluationError(f"{task.name}: the harness does not have a task {name!r} for it; use --protocol paper")
+    entry = load_yaml(index[name])
+    splits = {each: entry.get(each) for each in ("training_split", "fewshot_split")}
+    changes = {each: split if split in rows else None for each, split in splits.items()}
+    shots = task.harness_shots if entry.get("num_fewshot") is None else int(entry["num_fewshot"])
+    if shots and not any(changes.values()):
+        changes["fewshot_split"] = task.split  # so that the harness leaves out the item itself
+    for unused in ("tag", "group", "task_list", "task_alias", "dataset_path", "dataset_name", "dataset_kwargs"):
+        entry.pop(unused, None)
+    config = {
+        **entry,
+        **changes,
+        "custom_dataset": lambda **_: _tables(rows),
+        "validation_split": None,
+        "test_split": task.split,
+        "num_fewshot": shots,
+    }
+    return ConfigurableTask(config=config)
+
+
+def _tables(rows: Mapping[str, list[Row]]) -> dict[str, datasets.Dataset]:
+    return {split: datasets.Dataset.from_list(some) for split, some in rows.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's remarks on settings that are ours, and the bars of its library of tables."""
+    log = logging.getLogger("lm_eval")
+    level, bars = log.level, datasets.is_progress_bar_enabled()
+    log.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,179 @@
+"""What a model is asked, and its answers, stored as they come, so that a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from llama2 import files
+from llama2.engine.answer import collect
+from llama2.engine.protocol import EngineProtocol
+from llama2.engine.request import Request, Sampling
+from llama2.errors import EvaluationError
+
+#: The most bytes of a stored answer.
+_LINE = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class LikelihoodQuery:
+    """How likely is a continuation after a context, both in token ids, neither empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All that the model reads."""
+        return self.context + self.continuation
+
+    @property
+    def needed(self) -> int:
+        """Tokens of context that an answer needs at least."""
+        return len(self.context) + len(self.continuation)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationQuery:
+    """What follows a prompt; `sample` distinguishes several answers to it."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    sample: int = 0
+    continues: bool = True
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All that the model reads before it answers."""
+        return self.prompt
+
+    @property
+    def needed(self) -> int:
+        """Tokens of context that an answer needs at least."""
+        return len(self.prompt) + 1
+
+    def request(self, context: int) -> Request:
+        """The engine's request; the answer has at most the tokens that the context leaves."""
+        return Request(
+            self.prompt,
+            max_tokens=min(self.max_tokens, context - len(self.prompt)),
+            sampling=Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed),
+            stop=self.stop,
+            stop_tokens=frozenset(self.stop_tokens),
+            choice=self.sample,
+            continues=self.continues,
+        )
+
+
+Query = LikelihoodQuery | GenerationQuery
+
+
+def key(query: Query) -> str:
+    """A name for a query, from all that its answer depends on but the model."""
+    return sha256(json.dumps([type(query).__name__, asdict(query)]).encode()).hexdigest()[:32]
+
+
+def answers(engine: EngineProtocol, queries: Sequence[Query], in_flight: int) -> Iterator[dict[str, Any]]:
+    """The answers to queries, in their order; `in_flight` of them run at once.
+
+    To a LikelihoodQuery: `logprob`, the sum over the continuation in nats, and `greedy`, whether each of its tokens was
+    the likeliest. To a GenerationQuery: `text`, `tokens`, and `finish`. How many run at once changes no bit of them.
+    Raises EngineError when the engine fails.
+    """
+    for kind, some in groupby(queries, type):
+        answer = _likelihoods if kind is LikelihoodQuery else _generations
+        yield from answer(engine, list(some), in_flight)  # type: ignore[arg-type]  # groupby knows no types
+
+
+def _likelihoods(
+    engine: EngineProtocol, queries: Sequence[LikelihoodQuery], in_flight: int
+) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(queries), in_flight):
+        some = queries[start : start + in_flight]
+        requests = [Request(q.tokens, max_tokens=0, prompt_logprobs=True, logprobs=1) for q in some]
+        for query, answer in zip(some, collect(engine.run(*requests), requests), strict=True):
+            scores = (answer.prompt_logprobs or ())[-len(query.continuation) :]
+            yield {
+                "logprob": sum(score.logprob for score in scores),
+                "greedy": all(score.top[0][0] == score.token for score in scores),
+            }
+
+
+def _generations(
+    engine: EngineProtocol, queries: Sequence[GenerationQuery], in_flight: int
+) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(queries), in_flight):
+        requests = [query.request(engine.context) for query in queries[start : start + in_flight]]
+        for answer in collect(engine.run(*requests), requests):
+            yield {"text": answer.text, "tokens": len(answer.token_ids), "finish": answer.finish_reason}
+
+
+@dataclass
+class AnswerStore:
+    """Answers of a run in a file, one JSON object a line, each with the `key` of its query."""
+
+    path: Path
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> AnswerStore:
+        """The store of a file, which need not be there. A last line that was cut off is removed.
+
+        Raises EvaluationError for a line that is not an answer.
+        """
+        store = cls(path)
+        if not files.exists(path):
+            return store
+        whole = 0
+        with files.open_file(path, error=EvaluationError) as file:
+            for number, line in enumerate(files.lines(file, _LINE), 1):
+                if line is not None and not line.endswith(b"\n"):
+                    break
+                try:
+                    answer = json.loads(line or b"")
+                    store.found[answer.pop("key")] = answer
+                except (ValueError, KeyError, AttributeError, RecursionError):
+                    raise EvaluationError(
+                        f"{path}:{number}: is not an answer; remove the run's folder, begin anew"
+                    ) from None
+                whole = file.tell()
+        if whole < path.stat().st_size:
+            with path.open("r+b") as file:
+                file.truncate(whole)
+        return store
+
+    def fill(
+        self,
+        engine: EngineProtocol,
+        queries: Sequence[Query],
+        in_flight: int,
+        progress: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        """Answer the queries that have no answer here yet; each answer is on disk before `progress` has its tokens.
+
+        Likelihoods come first, then answers, in the order of their tokens: common beginnings are neighbours, so that
+        the prefix cache has them. The order does not depend on what was answered before, and neither does the file.
+        """
+        waiting = {name: query for query in queries if (name := key(query)) not in self.found}
+        ordered = sorted(waiting.items(), key=lambda each: (isinstance(each[1], GenerationQuery), each[1].tokens))
+        with self.path.open("ab") as file:
+            for (name, query), answer in zip(
+                ordered, answers(engine, [query for _, query in ordered], in_flight), strict=True
+            ):
+                self.found[name] = answer
+                file.write(json.dumps({"key": name, **answer}).encode() + b"\n")
+                file.flush()
+                progress(len(query.tokens))
+
+    def __getitem__(self, query: Query) -> dict[str, Any]:
+        return self.found[key(query)]

@@ -1,0 +1,302 @@
+"""A run: tasks, asked of a model, in a folder with every answer, every sample and one record of scores.
+
+run.json         command, commit, versions, hardware and when it began
+recipe.json      the model's hash, the tasks' and every setting
+answers.jsonl    the model's answers as they came, by the hash of what was asked
+samples/         NAME.jsonl, one item a line
+record.json      the scores
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llama2 import files
+from llama2.api import Model
+from llama2.errors import EvaluationError
+from llama2.evaluate import rows as sets
+from llama2.evaluate.intervals import mean_interval
+from llama2.evaluate.queries import AnswerStore, GenerationQuery, Query, key
+from llama2.evaluate.strata import sample
+from llama2.evaluate.task import EvaluationTask
+from llama2.hub import store
+from llama2.records import Run
+
+if TYPE_CHECKING:
+    from llama2.evaluate.items import TaskItem, TaskPart
+
+RECORD, ANSWERS, SAMPLES = "record.json", "answers.jsonl", "samples"
+
+#: Called with the tokens that the model has read of all that it has to read.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSettings:
+    """How tasks are asked. `in_flight` queries run at once, which changes no bit of a score."""
+
+    data: Path
+    protocol: Literal["paper", "harness"] = "paper"
+    limit: int | None = None  # items of a task, drawn at random
+    seed: int = 0
+    chat: bool = False  # ask questions that are to be answered by the chat template
+    in_flight: int = 64
+
+
+@dataclass(slots=True)
+class AskedTask:
+    """A task in a run: its parts and items, or why it is not run."""
+
+    task: EvaluationTask
+    parts: list[TaskPart] = field(default_factory=list)
+    items: list[list[TaskItem]] = field(default_factory=list)  # of each part
+    digests: Mapping[str, str] = field(default_factory=dict)  # of its files
+    rows: int = 0  # of the split, before a limit
+    reason: str | None = None  # why it is not run
+
+    @property
+    def asked(self) -> list[TaskItem]:
+        """Items that fit the context."""
+        return [item for some in self.items for item in some if item.refused is None]
+
+
+def evaluate(
+    model: Model,
+    tasks: Sequence[EvaluationTask],
+    folder: Path,
+    settings: EvaluationSettings,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Ask a model the tasks, and return the run's record, which is also in `folder`.
+
+    With `resume`, what was answered before is not asked again; the result has the same bytes. Raises EvaluationError where
+    there is a run already, or with `resume` one of other settings. Raises EvaluationError for files that are not the task's,
+    and EngineError where the harness is not installed, or the model fails.
+    """
+    harness = _harness()
+    weights = weights_digest(model)
+    recipe = _recipe(model, weights, tasks, settings)
+    run = _resumed(folder, recipe) if resume else Run.create(folder, recipe)
+    lm = harness.EngineLM(model, in_flight=settings.in_flight)
+    asked = [_ask(task, lm, settings) for task in tasks]
+    answers = AnswerStore.open(folder / ANSWERS)
+    _fill(answers, asked, model, settings, progress)
+    (folder / SAMPLES).mkdir(exist_ok=True)
+    record = {
+        **run.origin,
+        "model": model.checkpoint.path.name,
+        "weights": weights,
+        "settings": {name: value for name, value in recipe.items() if name != "tasks"},
+        "tasks": {each.task.label: _scored(each, answers, folder, settings) for each in asked},
+    }
+    with files.create(folder / RECORD, error=EvaluationError) as file:
+        file.write((json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    return record
+
+
+def _harness() -> ModuleType:
+    """Our side of the harness. Raises EvaluationError where lm_eval is not installed."""
+    try:
+        from llama2.evaluate import harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise EvaluationError(
+            "evaluate needs lm-evaluation-harness, which is not installed; `pip install 'whole-llama[evaluate]'` "
+            "brings it"
+        ) from None
+    return harness
+
+
+def weights_digest(model: Model) -> str:
+    """SHA-256 of a model's weights: of its one file, or of the names and hashes of several."""
+    tensors = (*model.checkpoint.tensors.values(), *model.checkpoint.extras.values())
+    paths = sorted({file.path for tensor in tensors for file in tensor.mapped})
+    digests = [store.digest(path, "sha256", lambda *_: None) for path in paths]
+    if len(digests) == 1:
+        return digests[0]
+    named = [f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
+    return sha256("".join(named).encode()).hexdigest()
+
+
+def _recipe(
+    model: Model, weights: str, tasks: Sequence[EvaluationTask], settings: EvaluationSettings
+) -> dict[str, Any]:
+    """All that the scores depend on, and what runs must have in common to be one."""
+    return {
+        "weights": weights,
+        "adapters": [adapter.summary() for adapter in model.checkpoint.adapters],
+        "tokenizer_mode": model.checkpoint.tokenizer_mode,
+        "context": model.engine.context,
+        "protocol": settings.protocol,
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "chat": settings.chat,
+        "tasks": {task.label: task.digest for task in tasks},
+    }
+
+
+def _resumed(folder: Path, recipe: Mapping[str, Any]) -> Run:
+    run = Run.open(folder)
+    before = run.recipe
+    for name in recipe:
+        if before.get(name) != (value := json.loads(json.dumps(recipe[name]))):
+            was = "" if name in ("tasks", "adapters") else f": it was {before.get(name)} and is {value}"
+            raise EvaluationError(
+                f"{folder}: cannot go on with other {name}{was}; give the same, or choose another folder"
+            )
+    return run
+
+
+def _ask(task: EvaluationTask, lm: Any, settings: EvaluationSettings) -> AskedTask:
+    """A task's items with their queries, or why there are none."""
+    from llama2.evaluate.items import parts
+
+    if reason := sets.missing(task, settings.data):
+        return AskedTask(task, reason=reason)
+    splits, digests = sets.read(task, settings.data)
+    found = parts(task, splits, settings.protocol)
+    wanted = _wanted(found, settings)
+    items = [list(part.items(lm, wanted, seed=settings.seed, chat=settings.chat)) for part in found]
+    return AskedTask(task, found, items, digests, rows=sum(len(part.ids) for part in found))
+
+
+def _wanted(found: Sequence[TaskPart], settings: EvaluationSettings) -> set[str]:
+    """The names of a task's items, or of a random sample of them, stratified where the task says by what."""
+    rows = [(name, row) for part in found for name, row in zip(part.ids, part.rows, strict=True)]
+    stratum = found[0].task.stratum
+    strata = [str(row[stratum]) for _, row in rows] if stratum else None
+    limit = len(rows) if settings.limit is None else settings.limit
+    return {rows[i][0] for i in sample(len(rows), limit, settings.seed, strata)}
+
+
+def _fill(
+    answers: AnswerStore, asked: Sequence[AskedTask], model: Model, settings: EvaluationSettings, progress: Progress
+) -> None:
+    queries: dict[str, Query] = {}
+    for each in asked:
+        for item in each.asked:
+            queries |= {key(query): query for some in item.queries for query in some}
+    total = sum(len(query.tokens) for query in queries.values())
+    done = sum(len(query.tokens) for name, query in queries.items() if name in answers.found)
+    progress(done, total)
+
+    def count(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(done, total)
+
+    answers.fill(model.engine, list(queries.values()), settings.in_flight, count)
+
+
+def _scored(each: AskedTask, answers: AnswerStore, folder: Path, settings: EvaluationSettings) -> dict[str, Any]:
+    """A task's part of the record; its samples are written."""
+    task = each.task
+    about: dict[str, Any] = {
+        "title": task.title,
+        "suite": task.suite,
+        "group": task.group,
+        "version": task.version,
+        "task": task.digest,
+        "protocol": settings.protocol,
+        "source": task.source,
+        "licence": task.licence,
+        "note": task.note,
+        "files": dict(each.digests),
+    }
+    if each.reason is not None:
+        return about | {"not_run": each.reason}
+    if not each.asked:
+        return about | {"not_run": f"none of {each.rows} items fits the context"}
+    samples = _samples(each, answers)
+    with files.create(folder / SAMPLES / f"{task.label}.jsonl", error=EvaluationError) as file:
+        for sample in samples:
+            file.write((json.dumps(sample, ensure_ascii=False, default=_plain) + "\n").encode())
+    scored = [sample for sample in samples if "values" in sample]
+    finishes = [finish for sample in scored for finish in sample.get("finish", ())]
+    part = each.parts[0]
+    headline = task.headline if settings.protocol == "paper" else task.harness_metric
+    return about | {
+        "prompts": sha256("".join(sample["prompt"] for sample in samples).encode()).hexdigest(),
+        "example": each.asked[0].prompt,
+        "shots": part.shots,
+        "samples": part.samples,
+        "stops": part.stops,
+        "chat": settings.chat and part.generates,
+        "rows": each.rows,
+        "n": len(scored),
+        "refused": len(samples) - len(scored),
+        "cut": finishes.count("length") if finishes else 0,
+        "metric": headline,
+        "metrics": _metrics(each, scored),
+    }
+
+
+def _samples(each: AskedTask, answers: AnswerStore) -> list[dict[str, Any]]:
+    """What a task's file of samples has of each item, in the order of the rows."""
+    samples = []
+    for part, items in zip(each.parts, each.items, strict=True):
+        fitting = [item for item in items if item.refused is None]
+        values = iter(part.values(fitting, answers) if fitting else ())
+        for item in items:
+            sample: dict[str, Any] = {"id": item.id}
+            for what in ("cluster", "stratum"):
+                if name := getattr(each.task, what):
+                    sample[what] = str(item.row[name])
+            sample["prompt"] = sha256(item.prompt.encode()).hexdigest()
+            if item.refused is not None:
+                samples.append(sample | {"refused": item.refused})
+                continue
+            samples.append(sample | _answered(item, answers) | {"values": next(values)})
+    return samples
+
+
+def _answered(item: TaskItem, answers: AnswerStore) -> dict[str, Any]:
+    """The model's answers to an item: log-likelihoods in nats with the texts they are of, or texts."""
+    if any(isinstance(query, GenerationQuery) for some in item.queries for query in some):
+        stored = [answers[query] for some in item.queries for query in some]
+        return {
+            "answers": [answer["text"] for answer in stored],
+            "tokens": [answer["tokens"] for answer in stored],
+            "finish": [answer["finish"] for answer in stored],
+        }
+    continuations = [
+        {
+            "text": instance.args[-1],
+            "tokens": sum(len(query.continuation) for query in some if not isinstance(query, GenerationQuery)),
+            "logprob": sum(answers[query]["logprob"] for query in some),
+            "greedy": all(answers[query]["greedy"] for query in some),
+        }
+        for instance, some in zip(item.instances, item.queries, strict=True)
+    ]
+    return {"continuations": continuations}
+
+
+def _metrics(each: AskedTask, scored: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every metric of a task: its value, and where it is a mean of items, its interval."""
+    clusters = [sample["cluster"] for sample in scored] if each.task.cluster else None
+    found: dict[str, dict[str, Any]] = {}
+    for name in scored[0]["values"]:
+        values = [sample["values"][name] for sample in scored]
+        value = float(each.parts[0].aggregate(name)(values))
+        found[name] = {"value": value}
+        if all(isinstance(each, int | float | np.number) for each in values):
+            interval = mean_interval(values, clusters, proportion={*values} <= {0, 1})
+            if interval.mean == value or abs(interval.mean - value) < 1e-9:
+                found[name]["interval"] = interval.to_json()
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value of NumPy's as Python's, for JSON."""
+    return value.item() if hasattr(value, "item") else list(value)

@@ -1,0 +1,55 @@
+"""Tiny models, tasks and rows for the tests of evaluate."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from llama2 import api, recipe
+from llama2.evaluate.task import EvaluationTask
+from models import write_tiny_gguf
+
+#: Questions in the form of ARC's files.
+QUESTIONS = [
+    {"query": f"Question: Who is at the {place}?", "choices": ["he", "Anna and Tom", "the tern", "none"], "gold": gold}
+    for gold, place in enumerate(["port", "inn", "station", "tent"])
+]
+
+
+def tiny_model(folder: Path, **options: Any) -> api.Model:
+    """A random model on one thread."""
+    path = folder / "tiny.gguf"
+    if not path.exists():
+        write_tiny_gguf(path, **options)
+    return api.load(path, threads=1)
+
+
+def write_rows(path: Path, rows: list[Any]) -> str:
+    """Write a file of JSON lines; its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def arc_task(name: str = "mine", **changes: Any) -> EvaluationTask:
+    """A task over a file `mine.jsonl` in ARC's form."""
+    table = {
+        "name": name,
+        "title": "Mine",
+        "suite": "academic",
+        "group": "commonsense",
+        "source": "written for tests",
+        "licence": "CC0",
+        "files": {"mine.jsonl": ""},
+        "rows": "arc",
+        "prompt": "Question: {{question}}\nAnswer:",
+        "choices": "{{choices.text}}",
+        "target": "{{choices.label.index(answerKey)}}",
+        "normalisation": "characters",
+        "harness": "arc_easy",
+        "harness_folder": "arc",
+        "harness_metric": "acc_norm",
+    }
+    return recipe.make(table | changes, EvaluationTask, where=name)
