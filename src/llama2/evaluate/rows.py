@@ -48,7 +48,7 @@ class SetFile:
                 yield f"{self.path}:{number}", line.removesuffix("\r")
 
     def objects(self, **fields: type | tuple[type, ...]) -> Iterator[tuple[str, Row]]:
-        """JSON objects, one a line, each with its place. Raises EvaluationError for one without a field of these types."""
+        """JSON objects, one a line, each with its place. Raises EvaluationError as `checked` does."""
         for where, line in self.lines():
             try:
                 row = json.loads(line)

@@ -79,9 +79,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Ask a model the tasks, and return the run's record, which is also in `folder`.
 
-    With `resume`, what was answered before is not asked again; the result has the same bytes. Raises EvaluationError where
-    there is a run already, or with `resume` one of other settings. Raises EvaluationError for files that are not the task's,
-    and EngineError where the harness is not installed, or the model fails.
+    With `resume`, what was answered before is not asked again; the result has the same bytes. Raises RunError where
+    there is a run already, or with `resume` none. Raises EvaluationError for a run of other settings, for files that
+    are not the task's, and where the harness is not installed. Raises EngineError when the model fails.
     """
     harness = _harness()
     weights = weights_digest(model)

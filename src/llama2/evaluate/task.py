@@ -126,7 +126,7 @@ def names() -> list[str]:
 def load(name: str) -> EvaluationTask:
     """A task by name, or by the path of a TOML file of one's own, and `@FORMAT` behind it.
 
-    Raises EvaluationError for an unknown name, with the nearest, and RecipeError for a file that does not declare a task.
+    Raises EvaluationError for an unknown name, with the nearest. Raises RecipeError for a file that is not a task.
     """
     from difflib import get_close_matches
 
