@@ -134,7 +134,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             prompt=request.prompt,
             stop=(*stop, *request.stop),
             stop_tokens=tuple(sorted(request.stop_tokens)),
-            continues=request.continues,
+            raw_completion=request.raw_completion,
         )
 
     def refuse_longer(self, query: Query) -> str | None:

@@ -50,7 +50,7 @@ class GenerationQuery:
     top_p: float = 1.0
     seed: int = 0
     sample: int = 0
-    continues: bool = True
+    raw_completion: bool = True
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ class GenerationQuery:
             stop=self.stop,
             stop_tokens=frozenset(self.stop_tokens),
             choice=self.sample,
-            continues=self.continues,
+            raw_completion=self.raw_completion,
         )
 
 
