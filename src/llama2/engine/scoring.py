@@ -27,11 +27,14 @@ class Scored(NamedTuple):
     is_greedy: bool  # whether greedy decoding of the context gives the continuation
 
 
-def score(engine: EngineProtocol, pairs: Sequence[Pair], *, window: int = 256) -> Iterator[Scored]:
+def score(
+    engine: EngineProtocol, pairs: Sequence[Pair], *, window: int = 256, in_flight: int = 2 * MAX_SEQUENCES
+) -> Iterator[Scored]:
     """Score each pair's continuation, in the order in which they finish; closing the iterator cancels the rest.
 
     The values do not depend on what else is scored. `window` pairs at a time are ordered by context. Those that differ
-    in the last token alone share one request, and others share what the prefix cache holds of their contexts.
+    in the last token alone share one request, and others share what the prefix cache holds of their contexts. The
+    engine has `in_flight` requests at a time.
     Raises RequestError for a pair with an empty side, ContextError for one longer than the engine's context.
     """
     for index, (context, continuation) in enumerate(pairs):
@@ -42,15 +45,15 @@ def score(engine: EngineProtocol, pairs: Sequence[Pair], *, window: int = 256) -
             )
         if (length := len(context) + len(continuation)) > engine.context:
             raise ContextError(f"pair {index}: its {length} tokens do not fit the context of {engine.context}")
-    return _run(engine, pairs, window)
+    return _run(engine, pairs, window, in_flight)
 
 
-def _run(engine: EngineProtocol, pairs: Sequence[Pair], window: int) -> Iterator[Scored]:
+def _run(engine: EngineProtocol, pairs: Sequence[Pair], window: int, in_flight: int) -> Iterator[Scored]:
     groups = (group for start in range(0, len(pairs), window) for group in _groups(pairs, start, start + window))
     running: dict[int, list[int]] = {}  # the pairs of each request
     try:
         while True:
-            while len(running) < 2 * MAX_SEQUENCES and (group := next(groups, None)):
+            while len(running) < in_flight and (group := next(groups, None)):
                 running[engine.add(_request(pairs, group))] = group
             if not running:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -13,7 +14,8 @@ from typing import Any
 from llama2 import files
 from llama2.engine.answer import collect
 from llama2.engine.protocol import EngineProtocol
-from llama2.engine.request import Request, Sampling
+from llama2.engine.request import Event, Request, Sampling
+from llama2.engine.scoring import score
 from llama2.errors import EvaluationError
 
 #: The most bytes of a stored answer.
@@ -92,30 +94,52 @@ def answers(engine: EngineProtocol, queries: Sequence[Query], in_flight: int) ->
     """
     for kind, some in groupby(queries, type):
         answer = _likelihoods if kind is LikelihoodQuery else _generations
-        yield from answer(engine, list(some), in_flight)  # type: ignore[arg-type]  # groupby knows no types
+        yield from _in_order(answer(engine, list(some), in_flight))  # type: ignore[arg-type]  # groupby knows no types
 
 
 def _likelihoods(
     engine: EngineProtocol, queries: Sequence[LikelihoodQuery], in_flight: int
-) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(queries), in_flight):
-        some = queries[start : start + in_flight]
-        requests = [Request(q.tokens, max_tokens=0, prompt_logprobs=True, logprobs=1) for q in some]
-        for query, answer in zip(some, collect(engine.run(*requests), requests), strict=True):
-            scores = (answer.prompt_logprobs or ())[-len(query.continuation) :]
-            yield {
-                "logprob": sum(score.logprob for score in scores),
-                "greedy": all(score.top[0][0] == score.token for score in scores),
-            }
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    pairs = [(query.context, query.continuation) for query in queries]
+    for scored in score(engine, pairs, in_flight=in_flight):
+        yield scored.pair, {"logprob": math.fsum(scored.logprobs), "greedy": scored.is_greedy}
 
 
 def _generations(
     engine: EngineProtocol, queries: Sequence[GenerationQuery], in_flight: int
-) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(queries), in_flight):
-        requests = [query.request(engine.context) for query in queries[start : start + in_flight]]
-        for answer in collect(engine.run(*requests), requests):
-            yield {"text": answer.text, "tokens": len(answer.token_ids), "finish": answer.finish_reason}
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    waiting = enumerate(query.request(engine.context) for query in queries)
+    running: dict[int, tuple[int, Request, list[Event]]] = {}  # index, request and events so far, by the engine's id
+    try:
+        while True:
+            while len(running) < in_flight and (each := next(waiting, None)):
+                running[engine.add(each[1])] = (*each, [])
+            if not running:
+                return
+            for event in engine.step():
+                index, request, events = running[event.request]
+                events.append(event)
+                if event.finish is not None:
+                    del running[event.request]
+                    (answer,) = collect(events, [request])
+                    tokens = len(answer.token_ids)
+                    yield index, {"text": answer.text, "tokens": tokens, "finish": answer.finish_reason}
+    finally:
+        for id in running:
+            engine.cancel(id)
+        while engine.busy:
+            engine.step()
+
+
+def _in_order(found: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """What comes with its index, as soon as all before it have come."""
+    early: dict[int, dict[str, Any]] = {}
+    count = 0
+    for index, answer in found:
+        early[index] = answer
+        while count in early:
+            yield early.pop(count)
+            count += 1
 
 
 @dataclass
