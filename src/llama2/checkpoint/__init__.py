@@ -6,8 +6,8 @@ public format is adapted to that by a file of its own in this package.
 
 from __future__ import annotations
 
-from llama2.checkpoint.checkpoint import Checkpoint
+from llama2.checkpoint.checkpoint import SCORE_HEAD, Checkpoint
 from llama2.checkpoint.opening import open
 from llama2.checkpoint.tensor import Tensor
 
-__all__ = ["Checkpoint", "Tensor", "open"]
+__all__ = ["SCORE_HEAD", "Checkpoint", "Tensor", "open"]

@@ -20,6 +20,9 @@ from llama2.errors import CheckpointError, DialogError, TokenizerError
 if TYPE_CHECKING:
     from llama2.text.tokenizer import Mode, Tokenizer
 
+#: The extra tensor (1, D) of a reward model, a scalar head, by the name that transformers has for it.
+SCORE_HEAD = "score.weight"
+
 
 @dataclass
 class Checkpoint:

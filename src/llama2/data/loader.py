@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypedDict
+from typing import Generic, Protocol, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +52,12 @@ class TokenBatch:
         return int((self.targets != IGNORED).sum())
 
 
-class RowSource(Protocol):
-    """Rows of one length, by number."""
+Batch = TypeVar("Batch", bound=TrainBatch)
+Batch_co = TypeVar("Batch_co", bound=TrainBatch, covariant=True)
+
+
+class RowSource(Protocol[Batch_co]):
+    """Rows, by number."""
 
     @property
     def name(self) -> str:
@@ -62,7 +66,7 @@ class RowSource(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens of a row."""
+        """Tokens of a row; their mean where rows differ."""
         ...
 
     @property
@@ -74,7 +78,7 @@ class RowSource(Protocol):
         """How many there are, at least one."""
         ...
 
-    def batch(self, numbers: Sequence[int]) -> TokenBatch:
+    def batch(self, numbers: Sequence[int]) -> Batch_co:
         """Some of them."""
         ...
 
@@ -133,7 +137,7 @@ class Windows:
         return found
 
 
-def batches(source: RowSource, numbers: Sequence[int], micro_size: int) -> list[TokenBatch]:
+def batches(source: RowSource[Batch], numbers: Sequence[int], micro_size: int) -> list[Batch]:
     """Some rows of a source, `micro_size` at a time."""
     return [source.batch(numbers[start : start + micro_size]) for start in range(0, len(numbers), micro_size)]
 
@@ -168,10 +172,10 @@ class State(TypedDict):
     corpus: str
 
 
-class Loader:
+class Loader(Generic[Batch]):
     """Deals rows of a source, `rows` at a time to each of `dp_size` processes, of which this is `dp_rank`."""
 
-    def __init__(self, source: RowSource, *, rows: int, seed: int, dp_rank: int = 0, dp_size: int = 1) -> None:
+    def __init__(self, source: RowSource[Batch], *, rows: int, seed: int, dp_rank: int = 0, dp_size: int = 1) -> None:
         self._source = source
         self._rows, self._seed = rows, seed
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -182,13 +186,13 @@ class Loader:
         """How often all rows were read."""
         return self._dealt / len(self._source)
 
-    def next(self) -> TokenBatch:
+    def next(self) -> Batch:
         """This process's next rows. Processes that ask as often get different ones."""
         first = self._dealt + self._dp_rank * self._rows
         self._dealt += self._dp_size * self._rows
         return self._source.batch([self._number(n) for n in range(first, first + self._rows)])
 
-    def first(self, rows: int) -> list[TokenBatch]:
+    def first(self, rows: int) -> list[Batch]:
         """The source's first rows in its own order, the same ones for everybody, at most `rows`: for validation."""
         return batches(self._source, range(min(rows, len(self._source))), self._rows)
 

@@ -48,7 +48,7 @@ def is_spike(loss: float, before: Sequence[float], rule: SpikeSettings) -> bool:
 class SpikeGuard(Callback):
     """Rewinds a run whose loss is out of the ordinary, and ends one whose losses are not finite."""
 
-    def __init__(self, rule: SpikeSettings, saver: StateSaver, loader: Loader) -> None:
+    def __init__(self, rule: SpikeSettings, saver: StateSaver, loader: Loader[Any]) -> None:
         self._rule, self._saver, self._loader = rule, saver, loader
 
     def after_step(self, loop: Loop, report: StepReport) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llama2.data.loader import RowSource
 from llama2.errors import RecipeError, RunError
@@ -43,7 +44,7 @@ class Continuation:
     other: bool  # the recipe has another schedule, which needs a new warm-up
 
     @classmethod
-    def open(cls, folder: Path, recipe: LoopSettings, source: RowSource) -> Continuation:
+    def open(cls, folder: Path, recipe: LoopSettings, source: RowSource[Any]) -> Continuation:
         """The run in `folder`. Raises RunError where recipe or data are not those that it was begun with."""
         run = Run.open(folder)
         origin = run.origin

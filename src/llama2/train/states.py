@@ -183,14 +183,17 @@ class States:
 def write_model(folder: Path, weights: dict[str, Any], like: Checkpoint, precision: str = "bf16") -> None:
     """Write the whole model as Hugging Face has it, in the precision that its products were done in.
 
-    All but its weights is as in `like`.
+    Weights that a Llama does not have are extra tensors, in float32. All else is as in `like`.
     """
-    dtype, format = (torch.bfloat16, "BF16") if precision == "bf16" else (torch.float32, "F32")
-    tensors = {}
+    known = like.config.tensor_shapes()
+    tensors: dict[str, Tensor] = {}
+    extras: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        data = weight.detach().to("cpu", dtype).contiguous()
-        tensors[name] = Tensor(name, format, tuple(data.shape), data.view(torch.uint8).flatten().numpy())
-    hf_folder.write(replace(like, tensors=tensors), folder)
+        bf16 = precision == "bf16" and name in known
+        data = weight.detach().to("cpu", torch.bfloat16 if bf16 else torch.float32).contiguous()
+        tensor = Tensor(name, "BF16" if bf16 else "F32", tuple(data.shape), data.view(torch.uint8).flatten().numpy())
+        (tensors if name in known else extras)[name] = tensor
+    hf_folder.write(replace(like, tensors=tensors, extras=extras), folder)
 
 
 def _is_main() -> bool:

@@ -48,7 +48,7 @@ class Task:
     """
 
     network: Transformer
-    source: RowSource
+    source: RowSource[Any]
     tokenizer: Tokenizer
     template: str | None = None
     validation: Sequence[TrainBatch] = ()
