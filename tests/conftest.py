@@ -66,6 +66,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def one_measurement() -> Iterator[None]:
+    """A device's peak is measured at the first run, and not for a second at each."""
+    from llama2.train import throughput, training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "peak_flops", cache(throughput.peak_flops))
+        yield
+
+
+@pytest.fixture(scope="module")
 def quick_logs() -> Iterator[None]:
     """loguru looks up Python's folders once, not for each of the thirty logs of a corpus: a third of a small build."""
     from loguru._better_exceptions import ExceptionFormatter

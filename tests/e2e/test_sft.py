@@ -25,6 +25,8 @@ from oracle_transformers import transformers_model
 
 DIALOGS = [{"prompt": "one", "completion": "bat"}, {"prompt": "two", "completion": "the coin"}]
 
+pytestmark = pytest.mark.usefixtures("one_measurement")
+
 RECIPE = """
 start = "tiny.gguf"
 precision = "fp32"

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ save = { every = 3, keep_last = 2 }
 """
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "one_measurement")
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def asked(corpus: Path, tmp_path: Path) -> Callable[..., PretrainRecipe]:
-    path = tmp_path / "tiny.toml"
+@pytest.fixture(scope="module")
+def asked(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PretrainRecipe]:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
     path.write_text(RECIPE.replace("CORPUS", str(corpus)))
     return lambda *overrides: recipe.load(path, PretrainRecipe, overrides)
 
@@ -106,6 +107,31 @@ class Stop:
     def step(self, report: StepReport) -> None:
         if report.step == self.last:
             raise Stopped
+
+
+@pytest.fixture(scope="module")
+def whole_in(asked: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """`whole_in(precision)` is a run of the recipe in one go, which others are compared with."""
+    return cache(lambda precision: pretrain(asked(f"precision={precision}"), tmp_path_factory.mktemp("whole") / "run"))
+
+
+@pytest.fixture(scope="module")
+def whole(whole_in: Callable[[str], Run]) -> Run:
+    return whole_in("fp32")
+
+
+@pytest.fixture(scope="module")
+def stopped(asked: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Path], None]:
+    """`stopped(step, folder)` leaves in a new folder what a run of the recipe left that ended after a step."""
+
+    @cache
+    def run(step: int) -> Path:
+        folder = tmp_path_factory.mktemp("stopped") / "run"
+        with pytest.raises(Stopped):
+            pretrain(asked(), folder, reporter=Stop(step))
+        return folder
+
+    return lambda step, folder: shutil.copytree(run(step), folder)
 
 
 def losses(run: Run) -> dict[int, float]:
@@ -197,9 +223,10 @@ def test_the_model_opens_without_torch(asked: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("end", [1, 4, 7])
-def test_a_run_that_ended_continues_as_if_it_had_not(asked: Any, tmp_path: Path, end: int, precision: str) -> None:
-    recipe = asked(f"precision={precision}")
-    whole = pretrain(recipe, tmp_path / "whole")
+def test_a_run_that_ended_continues_as_if_it_had_not(
+    asked: Any, whole_in: Callable[[str], Run], tmp_path: Path, end: int, precision: str
+) -> None:
+    recipe, whole = asked(f"precision={precision}"), whole_in(precision)
     with pytest.raises(Stopped):
         pretrain(recipe, tmp_path / "parts", reporter=Stop(end))
     parts = pretrain(recipe, tmp_path / "parts", resume=True)
@@ -209,10 +236,8 @@ def test_a_run_that_ended_continues_as_if_it_had_not(asked: Any, tmp_path: Path,
     assert same[0] == same[1]
 
 
-def test_a_state_that_was_cut_off_is_never_taken(asked: Any, tmp_path: Path) -> None:
-    whole = pretrain(asked(), tmp_path / "whole")
-    with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "parts", reporter=Stop(7))
+def test_a_state_that_was_cut_off_is_never_taken(asked: Any, whole: Run, stopped: Any, tmp_path: Path) -> None:
+    stopped(7, tmp_path / "parts")
     part = tmp_path / "parts/states/step-00000009.part"
     part.mkdir()
     (part / ".metadata").write_bytes(b"half")
@@ -221,16 +246,15 @@ def test_a_state_that_was_cut_off_is_never_taken(asked: Any, tmp_path: Path) -> 
     assert not part.exists()
 
 
-def test_a_damaged_state_is_named(asked: Any, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", reporter=Stop(7))
+def test_a_damaged_state_is_named(asked: Any, stopped: Any, tmp_path: Path) -> None:
+    stopped(7, tmp_path / "run")
     [data] = (tmp_path / "run/states/step-00000006").glob("*.distcp")
     data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(RunError, match=r"step-00000006: cannot be read \(.*\); remove it, and the run continues"):
         pretrain(asked(), tmp_path / "run", resume=True)
 
 
-def test_a_second_command_changes_nothing_of_a_run_that_continues(asked: Any, tmp_path: Path) -> None:
+def test_a_second_command_changes_nothing_of_a_run_that_continues(asked: Any, whole: Run, tmp_path: Path) -> None:
     """Also while a state is half written, which a second process once removed."""
 
     class Second(Stop):
@@ -240,7 +264,6 @@ def test_a_second_command_changes_nothing_of_a_run_that_continues(asked: Any, tm
                     with pytest.raises(RunError, match=r"has this run since|holds a run already"):
                         pretrain(asked(), tmp_path / "run", resume=resume)
 
-    whole = pretrain(asked(), tmp_path / "whole")
     run = pretrain(asked(), tmp_path / "run", reporter=Second(-1))
     assert losses(run) == losses(whole)
     for step in (6, 8):
@@ -264,10 +287,8 @@ def test_a_state_without_its_model_is_not_published(
 
 
 @pytest.mark.parametrize("part", ["model", ".metadata"])
-def test_half_a_state_is_passed_over(asked: Any, tmp_path: Path, part: str) -> None:
-    whole = pretrain(asked(), tmp_path / "whole")
-    with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", reporter=Stop(7))
+def test_half_a_state_is_passed_over(asked: Any, whole: Run, stopped: Any, tmp_path: Path, part: str) -> None:
+    stopped(7, tmp_path / "run")
     half = tmp_path / "run/states/step-00000006"
     if part == "model":
         shutil.rmtree(half / part)
@@ -311,8 +332,7 @@ class Full(Stop):
             self.full.__exit__(None, None, None)
 
 
-def test_a_full_disk_costs_a_state_and_no_more(asked: Any, tmp_path: Path) -> None:
-    whole = pretrain(asked(), tmp_path / "whole")
+def test_a_full_disk_costs_a_state_and_no_more(asked: Any, whole: Run, tmp_path: Path) -> None:
     reporter = Full(tmp_path / "run", 5, 7)
     run = pretrain(asked(), tmp_path / "run", reporter=reporter)
     assert losses(run) == losses(whole)
@@ -401,11 +421,10 @@ def test_what_is_wrong_is_said_before_any_step(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_neither_overwritten_nor_continued_as_another(asked: Any, tmp_path: Path) -> None:
+def test_a_run_is_neither_overwritten_nor_continued_as_another(asked: Any, stopped: Any, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="does not hold a run"):
         pretrain(asked(), tmp_path / "run", resume=True)
-    with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", reporter=Stop(4))
+    stopped(4, tmp_path / "run")
     with pytest.raises(RunError, match="holds a run already; continue it with --resume"):
         pretrain(asked(), tmp_path / "run")
     with pytest.raises(RunError, match=r"was begun with seed = 3, and the recipe says 4"):
@@ -418,9 +437,8 @@ def test_a_run_is_neither_overwritten_nor_continued_as_another(asked: Any, tmp_p
 @pytest.mark.parametrize(
     "change", ["steps=16", "optimizer.lr=2e-2", "optimizer.warmup=3", "optimizer.min_lr_ratio=0.2"]
 )
-def test_another_schedule_needs_a_warm_up_of_its_own(asked: Any, tmp_path: Path, change: str) -> None:
-    with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", reporter=Stop(4))
+def test_another_schedule_needs_a_warm_up_of_its_own(asked: Any, stopped: Any, tmp_path: Path, change: str) -> None:
+    stopped(4, tmp_path / "run")
     before = {path: path.read_bytes() for path in tmp_path.glob("run/*.json*")}
     name, _, value = change.partition("=")
     with pytest.raises(RunError, match=rf"was begun with {name} = .*, and the recipe says .*, so the learning rate"):
@@ -462,10 +480,8 @@ def test_a_run_that_ended_continues_after_a_new_warm_up(asked: Any, tmp_path: Pa
         pretrain(asked("steps=17", "optimizer.lr=2e-2", "optimizer.rewarm=2"), tmp_path / "run", resume=True)
 
 
-def test_what_may_differ_freely(asked: Any, corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", reporter=Stop(7))
-    whole = pretrain(asked(), tmp_path / "whole")
+def test_what_may_differ_freely(asked: Any, whole: Run, stopped: Any, corpus: Path, tmp_path: Path) -> None:
+    stopped(7, tmp_path / "run")
     shutil.copytree(corpus, tmp_path / "moved")
     other = (f"data.corpus={tmp_path / 'moved'}", "batch.micro_size=4", "save.every=5", "evaluate=1", "watts=5")
     run = pretrain(asked(*other), tmp_path / "run", resume=True)
@@ -473,10 +489,9 @@ def test_what_may_differ_freely(asked: Any, corpus: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_other_data_are_refused(asked: Any, corpus: Path, tmp_path: Path, step: int) -> None:
+def test_other_data_are_refused(asked: Any, stopped: Any, corpus: Path, tmp_path: Path, step: int) -> None:
     """Also where there is no state yet that states what they were."""
-    with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", reporter=Stop(step))
+    stopped(step, tmp_path / "run")
     shutil.copytree(corpus, tmp_path / "other")
     manifest = tmp_path / "other/manifest.json"
     manifest.write_text(manifest.read_text() + " ")
@@ -484,13 +499,11 @@ def test_other_data_are_refused(asked: Any, corpus: Path, tmp_path: Path, step: 
         pretrain(asked(f"data.corpus={tmp_path / 'other'}"), tmp_path / "run", resume=True)
 
 
-def test_a_run_with_old_names_is_resumed(asked: Any, tmp_path: Path) -> None:
+def test_a_run_with_old_names_is_resumed(asked: Any, whole: Run, stopped: Any, tmp_path: Path) -> None:
     """As a run was written before its settings, its metrics and its folder of states had their names of today."""
     old = {"optimizer": {"lr": "rate", "min_lr_ratio": "final"}, "batch": {"size": "rows", "micro_size": "micro"}}
     old |= {"spikes": {"min_increase": "least"}, "save": {"keep_last": "keep"}}
-    whole = pretrain(asked(), tmp_path / "whole")
-    with pytest.raises(Stopped):
-        pretrain(asked(), tmp_path / "run", reporter=Stop(7))
+    stopped(7, tmp_path / "run")
     run = tmp_path / "run"
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["checkpointing"] = recipe.pop("recompute")

@@ -66,7 +66,7 @@ class Recorder:
         return fact
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "quick_logs", "no_plots")
+pytestmark = pytest.mark.usefixtures("one_thread", "one_measurement", "quick_logs", "no_plots")
 
 
 def texts(folder: Path, count: int, words: int = 400, seed: int = 0) -> Path:
