@@ -78,8 +78,8 @@ def squad(text: str, row: Row) -> dict[str, float]:
 def quac(text: str, row: Row) -> dict[str, float]:
     """QuAC (Choi et al. 2018, 4): F1 against each set of all references but one, the mean of these.
 
-    That gives a model no advantage over a person, who is compared with the others. If most references say that there
-    is no answer, only these count, and otherwise none of them.
+    That gives a model no advantage over a person, who is compared with the others. Where at least half of the
+    references say that the question cannot be answered, only these count; elsewhere none of them does.
     """
     texts = list(row["answers"]["texts"])
     unknown = [each for each in texts if each == CANNOT_ANSWER]
