@@ -16,6 +16,9 @@ from llama2.errors import RequestError
 from models import write_tiny_gguf
 
 
+TASKS = Path("/proc/self/task")
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
@@ -32,6 +35,27 @@ def test_a_runtime_and_keyword_arguments_are_the_same(path: Path) -> None:
     ):
         assert (model.engine.context, same.engine.context, shorter.engine.context) == (32, 32, 16)
         assert model.engine.stats.blocks == same.engine.stats.blocks == 2  # of 32 positions each
+
+
+@pytest.mark.parametrize(("cache_bytes", "blocks"), [(None, 32), (1 << 20, 32), (100_000, 12), (1, 8)])
+def test_the_cache_has_at_most_its_bytes_and_at_least_one_context(
+    path: Path, cache_bytes: int | None, blocks: int
+) -> None:
+    """A block is 32 tokens of 2 layers, 2 heads of 16 keys and 16 values, each of 2 bytes: 8,192 bytes."""
+    with llama2.load(path, runner="numpy", sequences=4, cache_bytes=cache_bytes) as model:
+        assert model.engine.context == 256
+        assert model.engine.stats.blocks == blocks
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="counts threads as Linux lists them")
+def test_so_many_threads_compute(path: Path) -> None:
+    def threads(chosen: int) -> int:
+        before = len(list(TASKS.iterdir()))
+        with llama2.load(path, threads=chosen) as model:
+            model.generate([3, 4], max_tokens=1)
+            return len(list(TASKS.iterdir())) - before
+
+    assert threads(5) - threads(2) == 3
 
 
 def test_type_checkers_know_every_setting() -> None:
