@@ -65,7 +65,9 @@ def gradients(step: Step, batches: list[TokenBatch], lr: float = 0.0) -> tuple[P
     def keep(*_: object) -> None:
         for name, parameter in step.network.named_parameters():
             grad = parameter.grad
-            assert grad is not None
+            assert (grad is not None) == parameter.requires_grad
+            if grad is None:
+                continue
             found[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
 
     hook = step.optimizer.register_step_pre_hook(keep)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from llama2 import files
 from llama2.errors import RunError
 
 ORIGIN, RECIPE, METRICS = "run.json", "recipe.json", "metrics.jsonl"
-#: The folder with a run's states, its name in older runs, and in each state the folder with the model.
-STATES, OLD_STATES, MODEL = "states", "checkpoints", "model"
+#: The folder with a run's states, its name in older runs, and in each state the folder with the model or the adapter.
+STATES, OLD_STATES, MODEL, ADAPTER = "states", "checkpoints", "model", "adapter"
 #: The name of a state's folder, and in it the step: a pattern, which is not compiled at every start of the program.
 STATE = r"step-([0-9]{1,18})"
 
@@ -41,6 +42,13 @@ def states_folder(run: Path) -> Path:
     """The folder with a run's states."""
     old = run / OLD_STATES
     return old if old.is_dir() and not (run / STATES).exists() else run / STATES
+
+
+def newest(path: Path, what: str) -> Path:
+    """The last model or adapter that a training run has saved, if the path is a run's; else the path."""
+    found = states_folder(path).glob(f"step-*/{what}")
+    steps = {int(step[1]): each for each in found if (step := re.fullmatch(STATE, each.parent.name))}
+    return steps[max(steps)] if steps else path
 
 
 def origin() -> dict[str, Any]:

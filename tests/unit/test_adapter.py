@@ -647,7 +647,7 @@ def test_a_quantised_base_is_written(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_wrong_sum_is_found(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The receipt has an opinion of its own on the order of rows."""
     adapter = write_adapter(tmp_path / "tuned", random_parts(folder_tensors(base)))
-    monkeypatch.setattr("llama2.checkpoint.adapter._in_pairs", lambda update, *_: update)
+    monkeypatch.setattr("llama2.checkpoint.adapter.in_pairs", lambda update, *_: update)
     with pytest.raises(
         ParityError,
         match=r"layers\.0\.attention\.w[qk]\.weight has \d+ of \d+ numbers that are not the base's with its adapters",

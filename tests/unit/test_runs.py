@@ -251,11 +251,11 @@ def test_a_run_with_little_to_say(folder: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_states_are_named_by_steps(tmp_path: Path) -> None:
-    from llama2.checkpoint.opening import _newest
+    from llama2.records import MODEL, newest
 
     for name in ("step-x9", "step-²", "step-1-9", "step-" + "9" * 30, "step-00000002", "step-00000010"):
         (tmp_path / "states" / name / "model").mkdir(parents=True)
-    assert _newest(tmp_path) == tmp_path / "states" / "step-00000010" / "model"
+    assert newest(tmp_path, MODEL) == tmp_path / "states" / "step-00000010" / "model"
 
 
 def test_a_commit_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama2 import recipe as recipes
 from llama2.data.dialogs import DialogSettings, Example, Packed
 from llama2.errors import RecipeError
 from llama2.train import tuning
@@ -76,6 +77,34 @@ def test_precision_is_the_processors() -> None:
     assert fit(recipe(precision="bf16"), 9, width=64, bf16=False).precision == "bf16"
 
 
+def test_an_adapter_has_the_numbers_of_llama_recipes() -> None:
+    """Spec 5: rank 8, alpha 32, dropout 0.05, q_proj and v_proj; its peak, 1e-4, goes with the width."""
+    r = fit(recipe(lora={}), 9, width=4096)
+    assert r.lora is not None
+    assert (r.lora.rank, r.lora.alpha, r.lora.dropout, r.lora.targets) == (8, 32, 0.05, ["q_proj", "v_proj"])
+    assert (r.optimizer.lr, fit(recipe(lora={}), 9, width=1024).optimizer.lr) == (1e-4, 4e-4)
+    assert fit(recipe(), 9, width=1024).lora is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora": {"rank": 0}}, "lora.rank: .* greater than or equal to 1"),
+        ({"lora": {"targets": ["wq"]}}, "lora.targets.0: .*'q_proj', 'k_proj'"),
+        ({"lora": {"targets": []}}, "lora.targets: .* at least 1 item"),
+        ({"lora": {"dropout": 1}}, "lora.dropout: .* less than 1"),
+        ({"lora": {"quantize": "Q8_0"}}, "lora.quantize: .*'Q4_1' or 'Q4_0'"),
+        ({"lora": {"r": 4}}, "lora.r: unknown setting; "),
+        ({"lora": {}, "full": True}, "has full and also lora; .* leave either out"),
+        ({"lora": {}, "mesh": {"tensor": 2}}, "mesh.tensor: adapters are not trained by tensor parallelism"),
+    ],
+)
+def test_adapters_that_cannot_be_trained(settings: dict[str, Any], message: str) -> None:
+    table = {"start": "m", "data": {"files": ["x"]}, **settings}
+    with pytest.raises(RecipeError, match=f"^here: {message}"):
+        recipes.make(table, SftRecipe, where="here")
+
+
 def test_processes_share_a_step() -> None:
     assert fit(recipe(), 1000, width=64, dp_size=8).batch.size == 56  # a 16th is 62
     assert fit(recipe(), 3, width=64, dp_size=8).batch.size == 8
@@ -126,6 +155,9 @@ def test_warnings() -> None:
 def test_large_models_are_not_trained_in_full_unasked() -> None:
     tuning.refuse_large(recipe(), 10**9)
     tuning.refuse_large(recipe(full=True), 6_738_415_616)
-    message = r"m: has 6.7 billion parameters, and adapters \(LoRA\) cannot be trained yet; --full trains .* 108 GB"
+    tuning.refuse_large(recipe(lora={}), 6_738_415_616)
+    message = (
+        r"m: has 6.7 billion parameters; --lora or --qlora trains an adapter, --full every weight, in about 108 GB"
+    )
     with pytest.raises(RecipeError, match=message):
         tuning.refuse_large(recipe(), 6_738_415_616)

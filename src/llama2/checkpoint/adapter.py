@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2 import files
+from llama2 import files, records
 from llama2.checkpoint import gguf, hf_folder, pth, quantization, safetensors
 from llama2.checkpoint.checkpoint import Checkpoint
-from llama2.checkpoint.lora import Adapter, Update
+from llama2.checkpoint.lora import FINGERPRINT, Adapter, Update, fingerprint
 from llama2.checkpoint.metadata import Metadata
 from llama2.checkpoint.tensor import Tensor
 from llama2.config import ModelConfig
@@ -147,7 +147,7 @@ def merge(base: Checkpoint, given: Sequence[tuple[Path, float]]) -> Checkpoint:
     Where an adapter's folder has a tokenizer or a chat template, they count instead of the base's, as it was trained
     with them. Raises CheckpointError when an adapter is damaged, is of another base, or does what is not supported.
     """
-    adapters = tuple(_read(path, scale, base) for path, scale in given)
+    adapters = tuple(read(path, base, scale) for path, scale in given)
     config, tensors = base.config, dict(base.tensors)
     touched = {name for adapter in adapters for name in (*adapter.updates, *adapter.replacements)}
     if config.tied_embeddings and touched & {_EMBEDDINGS, _HEAD}:
@@ -180,6 +180,7 @@ def merge(base: Checkpoint, given: Sequence[tuple[Path, float]]) -> Checkpoint:
         name=" + ".join([base.name, *(adapter.name for adapter in adapters)]),
         base=base,
         adapters=adapters,
+        notes=(*base.notes, *(note for adapter in adapters if (note := of_another_base(adapter, base)))),
     )
     for adapter in adapters:
         _take_texts(merged, adapter, base)
@@ -197,7 +198,7 @@ def _updated(tensor: Tensor, found: Sequence[tuple[Adapter, Update]], base: Chec
         _check_shape(adapter, update.module, (update.left.shape[0], update.right.shape[1]), tensor, base)
     format = _MERGED.get(tensor.format, _MERGED_QUANTIZED)
     heads = hf_folder.heads_of(tensor.name, config)
-    ordered = [_in_pairs(update, heads, adapter.halves) for adapter, update in found]
+    ordered = [in_pairs(update, heads, adapter.halves) for adapter, update in found]
     read = (tensor, *(part for update in ordered for part in (update.left, update.right)))
     mapped = tuple({file for each in read for file in each.mapped})
     return replace(tensor, format=format, source=partial(_merged, tensor, ordered, format), mapped=mapped)
@@ -215,7 +216,7 @@ def _check_shape(
     )
 
 
-def _in_pairs(update: Update, heads: int | None, halves: bool) -> Update:
+def in_pairs(update: Update, heads: int | None, halves: bool) -> Update:
     """The update with rows in Meta's order."""
     if heads is None or not halves:
         return update
@@ -295,7 +296,17 @@ def _tokenizer(folder: Path, size: int, base: Checkpoint) -> Tokenizer:
     return own
 
 
-def _read(path: Path, scale: float, base: Checkpoint) -> Adapter:
+def of_another_base(adapter: Adapter, base: Checkpoint) -> str | None:
+    """What to say of an adapter that was trained on other weights than the base's, as far as its file knows."""
+    if adapter.fingerprint in (None, fingerprint(base.tensors)):
+        return None
+    named = f", {_shown(adapter.base)}" if adapter.base else ""
+    return f"{adapter.path}: was trained on another model than {base.path}; give its own base{named}"
+
+
+def read(path: Path, base: Checkpoint, scale: float = 1.0) -> Adapter:
+    """The adapter in a folder or file, or the last one of a run, for a base. Raises CheckpointError as `merge` does."""
+    path = records.newest(path, records.ADAPTER)
     if path.is_dir():
         if not (path / CONFIG).exists():
             kind = (
@@ -381,7 +392,11 @@ def _peft(folder: Path, scale: float, base: Checkpoint) -> Adapter:
     if tied and settings.values.get("ensure_weight_tying"):
         raise _unsupported(settings.path, "ensure_weight_tying=true")
     _check_layers(settings, weights, updates, base)
-    return Adapter(folder, (folder / CONFIG, weights), scale, made_for, True, updates, replacements)
+    notes = safetensors.notes(weights) if weights.suffix == ".safetensors" else {}
+    return Adapter(
+        *(folder, (folder / CONFIG, weights), scale, made_for, True, updates, replacements),
+        fingerprint=notes.get(FINGERPRINT),
+    )
 
 
 def _scaling(settings: Metadata) -> Callable[[str], tuple[int, float]]:

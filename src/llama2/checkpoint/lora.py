@@ -16,6 +16,9 @@ import numpy as np
 
 from llama2.checkpoint.tensor import Tensor
 
+#: The note of an adapter's file that has the fingerprint of its base.
+FINGERPRINT = "llama2_base"
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
@@ -42,6 +45,7 @@ class Adapter:
     halves: bool  # whether rows of wq and wk are in Hugging Face's order
     updates: Mapping[str, Update]
     replacements: Mapping[str, Tensor] = field(default_factory=dict)
+    fingerprint: str | None = None  # of the base, if the file says it
 
     @property
     def name(self) -> str:
@@ -70,6 +74,18 @@ class Adapter:
         for name, tensor in sorted(self.replacements.items()):
             _hash(digest, [name, self.halves], [tensor])
         return digest.hexdigest()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a model's norms in BF16: the same in every float format, and after another training another one.
+
+    A merged adapter leaves norms as they are, so it is not noticed.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if name.endswith("norm.weight"):
+            _hash(digest, [name], [tensor.in_format("BF16")])
+    return digest.hexdigest()
 
 
 def _hash(digest: Any, facts: list[Any], tensors: list[Tensor]) -> None:

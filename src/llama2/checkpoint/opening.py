@@ -58,11 +58,11 @@ def open(
 
 
 def _read(path: Path, vocabulary: Path | None) -> Checkpoint:
-    path = _newest(path)
+    path = records.newest(path, records.MODEL)
     if not gguf.matches(path):  # the other formats are imported when they are asked: a start must be quick
         from llama2.checkpoint import adapter, hf_folder, llama2c, meta
 
-        path = _folder_of(path)
+        path = _folder_of(records.newest(path, records.ADAPTER))
         beside = adapter.beside(path)  # raises where there is an adapter alone
         if hf_folder.matches(path) or meta.matches(path):
             opened = hf_folder.read(path) if hf_folder.matches(path) else meta.read(path)
@@ -102,10 +102,3 @@ def _no_model(folder: Path) -> CheckpointError:
     if found := [name for name in names if name.startswith("tokenizer")]:
         return CheckpointError(f"{folder}: has a tokenizer ({files.quote(found[0])}), and no model; download that too")
     return CheckpointError(f"{folder}: holds no model (config.json, params.json or a GGUF file); give another folder")
-
-
-def _newest(path: Path) -> Path:
-    """The last model that a training run has saved, if the path is a run's; else the path."""
-    found = records.states_folder(path).glob(f"step-*/{records.MODEL}")
-    steps = {int(step[1]): model for model in found if (step := re.fullmatch(records.STATE, model.parent.name))}
-    return steps[max(steps)] if steps else path

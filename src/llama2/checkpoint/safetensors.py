@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -33,13 +33,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
     Its format may be one that only the file knows: who uses a tensor checks that, and its shape.
     """
-    file = MappedFile(path)
-    file.check(0, _LENGTH.size, "the header's length")
-    (length,) = _LENGTH.unpack_from(file.buffer)
-    if length > _MAX_HEADER:
-        raise damaged(path, f"claims a header of {length} bytes, and the limit is {_MAX_HEADER}")
-    start = _LENGTH.size + length
-    header = parse_json(path, file.view(_LENGTH.size, length, "the header").tobytes(), "the header")
+    file, start, header = _opened(path)
     header.pop("__metadata__", None)
     for values in (header, *header.values()):
         if isinstance(values, Repeated) and (twice := values.twice - {"__metadata__"}):
@@ -57,6 +51,17 @@ def read(path: Path) -> dict[str, Tensor]:
     if (total := sum(end - begin for begin, end, _ in spans)) != file.size - start:
         raise damaged(path, f"has {file.size - start} bytes for tensors that need {total}")
     return tensors
+
+
+def _opened(path: Path) -> tuple[MappedFile, int, dict[str, Any]]:
+    """A file, where its tensors begin, and its header."""
+    file = MappedFile(path)
+    file.check(0, _LENGTH.size, "the header's length")
+    (length,) = _LENGTH.unpack_from(file.buffer)
+    if length > _MAX_HEADER:
+        raise damaged(path, f"claims a header of {length} bytes, and the limit is {_MAX_HEADER}")
+    header = parse_json(path, file.view(_LENGTH.size, length, "the header").tobytes(), "the header")
+    return file, _LENGTH.size + length, header
 
 
 def _described(path: Path, what: str, info: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
@@ -82,8 +87,15 @@ def _numbers(values: Any) -> list[int] | None:
     return None
 
 
-def write(tensors: Sequence[Tensor], path: Path) -> None:
-    """A file of these tensors, one in memory at a time. Raises CheckpointError.
+def notes(path: Path) -> dict[str, str]:
+    """What a file says beside its tensors, as far as that is text. Raises CheckpointError."""
+    _, _, header = _opened(path)
+    found = header.get("__metadata__")
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+
+
+def write(tensors: Sequence[Tensor], path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """A file of these tensors, one in memory at a time, perhaps with notes. Raises CheckpointError.
 
     Wider numbers come first, so that each tensor lies at a multiple of its numbers' size.
     """
@@ -95,7 +107,7 @@ def write(tensors: Sequence[Tensor], path: Path) -> None:
                 f"convert it to one of {', '.join(FLOATS)} first"
             )
     ends = list(accumulate((tensor.nbytes for tensor in ordered), initial=0))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers takes no other
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(notes or {})}}  # transformers takes no other
     for tensor, begin, end in zip(ordered, ends, ends[1:], strict=False):
         header[tensor.name] = {"dtype": tensor.format, "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from llama2 import files, plan, records
+from llama2 import files, plan
 from llama2.data.loader import Loader, TrainBatch
 from llama2.errors import RunError
 from llama2.records import Run
@@ -17,8 +17,8 @@ from llama2.train.loop import Callback, Loop, StepReport
 from llama2.train.settings import SampleSettings, SpikeSettings
 from llama2.train.states import States
 
-#: Continues texts with a model: (its folder, beginnings, tokens) → beginnings with what follows. The engine's work,
-#: which the caller passes in.
+#: Continues texts with a model: (its folder or an adapter's, beginnings, tokens) → beginnings with what follows. The
+#: engine's work, which the caller passes in.
 Sample = Callable[[Path, Sequence[str], int], list[str]]
 
 
@@ -217,7 +217,7 @@ class SampleWriter(Callback):
         lines: list[dict[str, Any]]
         reason = ""
         try:
-            texts = self._sample(states.path(report.step) / records.MODEL, settings.prompts, settings.tokens)
+            texts = self._sample(states.written(report.step), settings.prompts, settings.tokens)
             lines = [{"step": report.step, "text": text} for text in texts]
         except Exception as error:  # whatever it is, a run is worth more than its samples
             reason = " ".join(f"{error}".split())[:300] or type(error).__name__

@@ -147,7 +147,7 @@ class Loop:
         """One step."""
         begun = time.perf_counter()
         lr = lr_of(self.schedule, self.state.step + 1)
-        progress = self.step.step([self.batches.next() for _ in range(self.accumulate)], lr)
+        progress = self.step.step([self.batches.next() for _ in range(self.accumulate)], lr, self.state.step + 1)
         seconds = time.perf_counter() - begun
         s = self.state
         s.step += 1

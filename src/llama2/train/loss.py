@@ -59,9 +59,8 @@ class _HeadLoss(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         loss = x.new_zeros((), dtype=torch.float32)
-        wanted = any(ctx.needs_input_grad)
-        dx = torch.empty_like(x) if wanted else None
-        dhead = torch.zeros_like(head, dtype=torch.float32) if wanted else None
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dhead = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # not if it is frozen
         first = 0 if group is None else head.shape[0] * group.rank()  # of the vocabulary, in this process
         with torch.autocast(device, enabled=False):
             weight = head.to(dtype)
@@ -72,9 +71,10 @@ class _HeadLoss(torch.autograd.Function):
                 places = torch.where(counts, targets[some] - first, IGNORED)
                 e, sums, losses = softmax(piece @ weight.T, places, group)
                 loss += torch.where(counts, losses, 0.0).sum()
-                if dx is not None and dhead is not None:
-                    scale = torch.where(counts[:, None], 1 / sums, 0.0)  # (C, 1)
+                scale = torch.where(counts[:, None], 1 / sums, 0.0)  # (C, 1)
+                if dx is not None:
                     dx[some] = (e @ weight) * scale
+                if dhead is not None:
                     dhead += e.T @ (piece * scale).to(dtype)
         ctx.gradients = dx, None if dhead is None else dhead.to(head.dtype)
         return loss
@@ -83,7 +83,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dx, dhead = ctx.gradients
         del ctx.gradients
-        return dx.mul_(gradients[0]), dhead.mul_(gradients[0]), None, None, None, None
+        by_both = (None if each is None else each.mul_(gradients[0]) for each in (dx, dhead))
+        return *by_both, None, None, None, None
 
 
 def head_loss(

@@ -16,6 +16,8 @@ MOST = 10**12
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 #: A dimension of a matrix, or of a step: two of them, multiplied, are a size that every library can count.
 Width = Annotated[int, Field(ge=1, le=1 << 20)]
+#: Matrices that can have an update, by peft's names.
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: A decay of AdamW's moments.
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -135,6 +137,24 @@ RENAMED = {
     "spikes.least": "spikes.min_increase",
     "save.keep": "save.keep_last",
 }
+
+
+class LoraSettings(Settings):
+    """An adapter of low rank that is trained in place of the model's own weights (LoRA, Hu et al. 2021).
+
+    Defaults are those of Meta's llama-recipes.
+    """
+
+    rank: int = Field(8, ge=1, le=4096, description="rank of each update")
+    alpha: float = Field(32, gt=0, le=10**6, description="an update is scaled by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="of an update's inputs, while it is trained")
+    targets: list[Target] = Field(["q_proj", "v_proj"], min_length=1, description="matrices that have an update")
+    quantize: Literal["Q4_1", "Q4_0"] | None = Field(
+        None, description="number format of the frozen matrices (QLoRA); none: that of products"
+    )
+    adapter: str = Field(
+        "", description="an adapter to continue: a run, a folder or a name; rank, alpha and targets are then its own"
+    )
 
 
 class LoopSettings(Settings):

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llama2 import checkpoint
+from llama2.checkpoint.lora import fingerprint
 from llama2.data import dialogs
 from llama2.data.dialogs import Packed, Prepared
 from llama2.data.loader import Loader, TokenBatch
 from llama2.model.transformer import Transformer
 from llama2.records import Run
 from llama2.text import chat_formats
-from llama2.train import tuning
+from llama2.train import adapters, tuning
 from llama2.train.callbacks import Reporter, Sample
 from llama2.train.lock import hold
 from llama2.train.processes import processes
@@ -47,14 +48,16 @@ def sft(
     *,
     locate: Callable[[str], Path],
     resume: bool = False,
-    sample: Sample | None = None,
+    sample: Callable[..., list[str]] | None = None,
     reporter: Reporter | None = None,
 ) -> Tuned:
     """Tune a model, which `locate` finds by its name, on dialogs, and leave the run in `folder`.
 
     Loss is on the assistant's answers alone. What the recipe leaves open is fitted (`tuning`), reported before the
-    first step, and recorded. Everything else is as in `pretrain`. Raises DataError and DialogError for dialogs that the
-    model's chat format does not know, RecipeError for settings that the model cannot be trained with.
+    first step, and recorded. With `recipe.lora` an adapter is trained. `sample` then gets the base's path in place of a
+    model's, and the adapter's after the other arguments. Everything else is as in `pretrain`. Raises DataError and
+    DialogError for dialogs that the model's chat format does not know. Raises RecipeError for settings that the model
+    cannot be trained with.
     """
     with (
         processes(recipe.mesh.tensor) as dist,
@@ -62,6 +65,12 @@ def sft(
         checkpoint.open(locate(recipe.start), template=recipe.template or None) as start,
     ):
         refuse_large(recipe, start.config.parameters())
+        lora, continued = recipe.lora, None
+        if lora and lora.adapter:
+            lora, continued = adapters.continued(lora, start, locate)
+            recipe = recipe.model_copy(update={"lora": lora})
+        if lora and resume:
+            adapters.refuse_another_base(Run.open(folder), start)
         if "length" in recipe.data.model_fields_set:
             refuse_longer(recipe.data.length, start)
         template = start.template_for(tools=False)
@@ -81,9 +90,18 @@ def sft(
             for batch in _rows(packed, recipe.batch.micro_size)
         ]
         task = Task(
-            Transformer.load(start, device=dist.device), ready.train, start.tokenizer, template, validation=held
+            Transformer.load(start, device=dist.device)
+            if lora is None
+            else adapters.build(
+                start, lora, continued, precision=recipe.precision, seed=recipe.seed, device=dist.device
+            ),
+            *(ready.train, start.tokenizer, template),
+            validation=held,
+            adapter=adapters.writer(start, lora, recipe.start, template) if lora else None,
         )
-        training = Training(recipe, folder, dist, task, sample=sample, reporter=reporter)
+        training = Training(
+            recipe, folder, dist, task, sample=_sampling(sample, start.path if lora else None), reporter=reporter
+        )
         if reporter and dist.is_main:
             notes = [*rendered.report.lines(), _describe(ready), tuning.describe(recipe), *([note] if note else [])]
             reporter.begin([*notes, *(f"warning: {each}" for each in tuning.warnings(recipe, ready.train))])
@@ -93,11 +111,23 @@ def sft(
             return Losses(training.step.evaluate(some), training.step.evaluate(held) if held else None)
 
         before = None if resume else losses()
-        counts = {"dialogs": ready.train.dialogs, "left_out": ready.left_out, "trained_on": ready.train.loss_tokens}
-        run = training.run(resume=resume, **counts, before=before and before._asdict())
+        about: dict[str, Any] = {
+            "dialogs": ready.train.dialogs,
+            "left_out": ready.left_out,
+            "trained_on": ready.train.loss_tokens,
+        }
+        about |= {"base": fingerprint(start.tensors)} if lora else {}
+        run = training.run(resume=resume, **about, before=before and before._asdict())
         if resume and (recorded := run.origin.get("before")):
             before = Losses(**recorded)
         return Tuned(run, before, losses())
+
+
+def _sampling(sample: Callable[..., list[str]] | None, base: Path | None) -> Sample | None:
+    """What continues texts with a state's model, or with its adapter of `base`."""
+    if sample is None or base is None:
+        return sample
+    return lambda adapter, prompts, tokens: sample(base, prompts, tokens, adapter)
 
 
 def _rows(packed: Packed, micro_size: int, most: int | None = None) -> list[TokenBatch]:

@@ -2,7 +2,8 @@
 
 states/step-00001000/             appears when all in it is written, by one renaming
 states/step-00001000/model/       safetensors, configuration and tokenizer, which need no torch
-states/step-00001000/*.distcp     parameters, AdamW's moments, and the positions of loader and loop
+states/step-00001000/adapter/     instead of the model, where adapters are trained
+states/step-00001000/*.distcp     trained parameters, AdamW's moments, and the positions of loader and loop
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -33,13 +35,15 @@ from llama2 import files
 from llama2.checkpoint import Checkpoint, Tensor, hf_folder
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, RunError
-from llama2.records import MODEL, STATE, states_folder
+from llama2.records import ADAPTER, MODEL, STATE, states_folder
 from llama2.text.tokenizer import Tokenizer
 from llama2.train.processes import broadcast
 from llama2.train.step import Step
 
 #: The file that DCP writes last.
 _PLAN = ".metadata"
+#: Writes an adapter to a folder, from the trained parameters.
+AdapterWriter = Callable[[Path, dict[str, Any]], None]
 
 
 class States:
@@ -51,13 +55,22 @@ class States:
     """
 
     def __init__(
-        self, run: Path, step: Step, config: ModelConfig, tokenizer: Tokenizer, template: str | None, *, keep_last: int
+        self,
+        run: Path,
+        step: Step,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        template: str | None,
+        *,
+        keep_last: int,
+        adapter: AdapterWriter | None = None,
     ) -> None:
         self.run, self.folder = run, states_folder(run)
-        self._step, self._keep_last = step, keep_last
+        self._step, self._keep_last, self._adapter = step, keep_last, adapter
         self._like = Checkpoint(run, "huggingface", config, {}, {}, template, tokenizer_source=tokenizer)
         self._writing: tuple[Path, Future[Any]] | None = None
         self._stack = ExitStack()
+        self._frozen = adapter is not None  # all but what the adapter has
         self.failure: str | None = None  # of the last state
         # A state is written beside steps, whose messages must not be taken for its own.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -92,18 +105,27 @@ class States:
         """Where a step's state is."""
         return self.folder / f"step-{step:08d}"
 
+    def written(self, step: int) -> Path:
+        """Where a step's model or adapter is."""
+        return self.path(step) / (ADAPTER if self._adapter else MODEL)
+
     def save(self, step: int, loop: dict[str, Any]) -> None:
         """Begin to save the state after a step; `loop` is what else a resumed run needs, as JSON can hold it."""
         self.finish()
         path = self.path(step)
         part = _part(path)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=dist.is_initialized(), ignore_frozen_params=self._frozen
+        )
         whole = get_model_state_dict(self._step.network, options=options)  # in the main process alone
         refused = None
         if self.is_main:
             try:
                 part.mkdir(parents=True)
-                write_model(part / MODEL, whole, self._like, self._step.precision)
+                if self._adapter:
+                    self._adapter(part / ADAPTER, whole)
+                else:
+                    write_model(part / MODEL, whole, self._like, self._step.precision)
             except (OSError, CheckpointError) as error:
                 refused = _words(error)
         if refused := broadcast(refused):
@@ -165,12 +187,14 @@ class States:
             self._step.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
+            options=StateDictOptions(ignore_frozen_params=self._frozen, strict=not self._frozen),
         )
         loop: dict[str, Any] = json.loads(state["loop"])
         return loop
 
     def _state(self, loop: dict[str, Any]) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self._step.network, self._step.optimizer)
+        options = StateDictOptions(ignore_frozen_params=self._frozen)
+        model, optimizer = get_state_dict(self._step.network, self._step.optimizer, options=options)
         return {"model": model, "optimizer": optimizer, "loop": json.dumps(loop)}
 
     def _failed(self, path: Path, reason: str) -> None:
@@ -207,8 +231,9 @@ def _part(path: Path) -> Path:
 
 
 def _whole(path: Path) -> bool:
-    """Whether a folder has both parts of a state: what resumes the run, and the model."""
-    return all((path / name).is_file() for name in (_PLAN, f"{MODEL}/config.json"))
+    """Whether a folder has both parts of a state: what resumes the run, and the model or the adapter."""
+    found = [(path / name).is_file() for name in (f"{MODEL}/config.json", f"{ADAPTER}/adapter_config.json")]
+    return (path / _PLAN).is_file() and any(found)
 
 
 def _remove(path: Path) -> None:

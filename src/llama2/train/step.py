@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -47,11 +49,14 @@ class Step:
     (FSDP2). Along "tp", they have the same batch and shard each matrix. Every process makes the same network and calls
     each method with as many batches as the others. Results are the same for all.
 
+    Frozen parameters stay as they are, and the optimizer does not see them. Dropout's masks follow from `seed`, the
+    step's number, the micro-batch's and the process's.
+
     With `device`, the network is on the meta device. It gets memory there once it is divided, and then needs weights:
     from parallel.initialise or parallel.fill.
     """
 
-    def __init__(
+    def __init__(  # 9 parameters: a run's settings, which its recipe holds together
         self,
         network: Transformer,
         objective: Objective[Any] = next_token,
@@ -62,8 +67,11 @@ class Step:
         recompute: bool = False,
         mesh: DeviceMesh | None = None,
         device: torch.device | str | None = None,
+        seed: int = 0,
     ) -> None:
         self.network = network
+        self.seed = seed
+        self.drops = any(getattr(module, "dropout", 0) for module in network.modules())
         self.clip = optimizer.clip
         self.precision = precision
         self._note: str | None = None
@@ -86,27 +94,29 @@ class Step:
             parallel.fully_shard(self.running, network, data, dtype)
         if device is not None:
             network.to_empty(device=device)
-        parameters = list(network.parameters())
+        parameters = [p for p in network.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimizer.weight_decay},
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
+        groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
 
-    def step(self, batches: Sequence[TrainBatch], lr: float) -> Progress:
+    def step(self, batches: Sequence[TrainBatch], lr: float, number: int = 0) -> Progress:
         """Change the parameters by the gradient of the mean over all losses of the micro-batches.
 
-        Without a loss, or where loss or norm is not finite, nothing changes.
+        Without a loss, or where loss or norm is not finite, nothing changes. `number` is the step's.
         """
-        return self._compiled(lambda: self._step(batches, lr))
+        return self._compiled(lambda: self._step(batches, lr, number))
 
-    def _step(self, batches: Sequence[TrainBatch], lr: float) -> Progress:
+    def _step(self, batches: Sequence[TrainBatch], lr: float, number: int) -> Progress:
         self.network.train()
         count = self._count(batches)
         loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            part = self._loss(batch) / max(count, 1)
-            part.backward()  # type: ignore[no-untyped-call]
+        for i, batch in enumerate(batches):
+            with self._random(number, i):
+                part = self._loss(batch) / max(count, 1)
+                part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
         norm = get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -161,6 +171,19 @@ class Step:
             result = work()
             self._note = f"continues without compile, which failed ({reason}); a C++ compiler such as g++ is faster"
         return result
+
+    @contextmanager
+    def _random(self, number: int, batch: int) -> Iterator[None]:
+        """Let dropout draw masks of this step, micro-batch and process, whatever was drawn before."""
+        if not self.drops:
+            yield
+            return
+        rank = 0 if self._group is None else dist.get_rank(self._group)
+        words = np.random.SeedSequence([self.seed, number, batch, rank]).generate_state(2, np.uint32).tolist()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(words[0] << 32 | words[1])
+            yield
 
     def _loss(self, batch: TrainBatch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):

@@ -34,7 +34,7 @@ from llama2.train.loop import Callback, Loop
 from llama2.train.objective import Objective, next_token
 from llama2.train.processes import Processes
 from llama2.train.settings import MOST, LoopSettings, long_warmup
-from llama2.train.states import States
+from llama2.train.states import AdapterWriter, States
 from llama2.train.step import Step
 from llama2.train.throughput import flops_per_token, peak_flops
 
@@ -44,7 +44,8 @@ class Task:
     """What is trained, on what, by which objective. What is saved has `tokenizer` and chat template.
 
     A network on the meta device gets random weights, by the recipe's seed, and is never whole where it is divided. The
-    loss of `validation` is measured now and then, for each source alone.
+    loss of `validation` is measured now and then, for each source alone. Where an adapter of a frozen network is
+    trained, `adapter` writes it.
     """
 
     network: Transformer
@@ -53,6 +54,7 @@ class Task:
     template: str | None = None
     validation: Sequence[TrainBatch] = ()
     objective: Objective[Any] = next_token
+    adapter: AdapterWriter | None = None
 
 
 class Training:
@@ -86,7 +88,9 @@ class Training:
         if new:
             parallel.initialise(self.step.network, torch.Generator(dist.device).manual_seed(recipe.seed))
         self.states = States(
-            folder, self.step, self.config, task.tokenizer, task.template, keep_last=recipe.save.keep_last
+            *(folder, self.step, self.config, task.tokenizer, task.template),
+            keep_last=recipe.save.keep_last,
+            adapter=task.adapter,
         )
         self.batch_tokens = batch.size * task.source.length  # that a step reads; with a loss mask fewer have losses
         self.flops = flops_per_token(self.config, task.source.length)
@@ -199,6 +203,7 @@ def step_of(
         recompute=recipe.recompute,
         mesh=mesh,
         device=device,
+        seed=recipe.seed,
     )
 
 

@@ -8,7 +8,8 @@ twenty dialogs that would be a single step. So these are the rules for what a re
 - a step reads a 16th of the rows, at least one and at most 64;
 - there are two epochs, or more to make 40 steps, but nothing is read more than ten times for that;
 - the learning rate rises through the first tenth of the steps, at most 100, then falls along a cosine to a tenth;
-- its peak is 2e-5 × 4096 / width, and 2e-5 for wider models. That rates of Adam go with 1 / width is what Yang et al.
+- its peak is 2e-5 × 4096 / width, and 2e-5 for wider models; 1e-4 in place of 2e-5 where an adapter is trained, as in
+  Meta's llama-recipes. That rates of Adam go with 1 / width is what Yang et al.
   (2022, "Tensor Programs V") derive and measure; the paper's own rate is the same for all of its widths;
 - there are four evaluations, and a network is compiled where it reads a million tokens or more;
 - products are done in bfloat16 where the processor has instructions for them.
@@ -20,7 +21,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llama2.data.dialogs import DialogSettings, Packed
 from llama2.errors import RecipeError
@@ -28,6 +29,8 @@ from llama2.train import settings
 
 #: The paper's, of the width that its smallest model has.
 LR, WIDTH, ROWS, EPOCHS, LENGTH = 2e-5, 4096, 64, 2, 4096
+#: The peak of Meta's llama-recipes, for adapters.
+LORA_LR = 1e-4
 #: Above so many parameters, all of them are trained only where that is requested.
 LARGE = 10**9
 
@@ -62,22 +65,28 @@ class SftRecipe(settings.LoopSettings):
     start: str = Field(description="the model to begin with: a run, a folder or file, or a name")
     template: str = Field("", description="a chat format's name or a Jinja file, in place of the model's own template")
     full: bool = Field(False, description="train every weight, also of a model of more than a billion parameters")
+    lora: settings.LoraSettings | None = Field(None, description="train an adapter; without this table, every weight")
     data: DialogSettings
     steps: int = Field(0, ge=0, description="0: as many as `epochs` take")
     epochs: float = Field(EPOCHS, gt=0, description="how often each dialog is read; unless given, 40 steps or more")
     batch: SftBatchSettings = SftBatchSettings()
     optimizer: SftOptimizerSettings = SftOptimizerSettings()
 
+    @model_validator(mode="after")
+    def _one(self) -> SftRecipe:
+        if self.full and self.lora is not None:
+            raise ValueError("has full and also lora; every weight is trained or an adapter, leave either out")
+        if self.lora is not None and self.mesh.tensor > 1:
+            raise ValueError("mesh.tensor: adapters are not trained by tensor parallelism; leave mesh.tensor out")
+        return self
+
 
 def refuse_large(recipe: SftRecipe, parameters: int) -> None:
-    """Raise RecipeError for a model whose weights are not all trained unless that is requested.
-
-    Above a billion parameters adapters (LoRA) are to be the default; they cannot be trained yet.
-    """
-    if parameters > LARGE and not recipe.full:
+    """Raise RecipeError for a model whose weights are not all trained unless that is requested."""
+    if parameters > LARGE and not recipe.full and recipe.lora is None:
         raise RecipeError(
-            f"{recipe.start}: has {parameters / 1e9:.1f} billion parameters, and adapters (LoRA) cannot be trained yet;"
-            f" --full trains every weight, in about {16 * parameters / 1e9:.0f} GB of memory"
+            f"{recipe.start}: has {parameters / 1e9:.1f} billion parameters; --lora or --qlora trains an adapter, "
+            f"--full every weight, in about {16 * parameters / 1e9:.0f} GB of memory"
         )
 
 
@@ -116,7 +125,8 @@ def fit(recipe: SftRecipe, rows: int, *, width: int, dp_size: int = 1, bf16: boo
         minimum = min(_MOST_EPOCHS, _LEAST_STEPS * step / rows)
         epochs = recipe.steps * step / rows if recipe.steps else max(EPOCHS, minimum)
     steps = recipe.steps or math.ceil(round(epochs * rows / step, 6))
-    fitted = {"lr": float(f"{LR * max(1.0, WIDTH / width):.3g}"), "warmup": _warmup(steps)}
+    peak = LR if recipe.lora is None else LORA_LR
+    fitted = {"lr": float(f"{peak * max(1.0, WIDTH / width):.3g}"), "warmup": _warmup(steps)}
     free = {name: value for name, value in fitted.items() if name not in optimizer.model_fields_set}
     changed: dict[str, Any] = {
         "steps": steps,
@@ -141,10 +151,17 @@ def describe(recipe: SftRecipe) -> str:
     """The fitted settings, in a line."""
     r = recipe
     held = f"{r.data.validation:,} dialogs held out" if r.data.validation else "none held out"
-    return (
+    return _describe_lora(r.lora) + (
         f"rows of {r.data.length:,} tokens, {held}; {r.steps:,} steps of {r.batch.size:,} rows, {r.epochs:.3g} epochs; "
         f"learning rate {r.optimizer.lr:.3g} after {r.optimizer.warmup:,} steps of warm-up"
     )
+
+
+def _describe_lora(lora: settings.LoraSettings | None) -> str:
+    if lora is None:
+        return ""
+    frozen = f" of the model in {lora.quantize}" if lora.quantize else ""
+    return f"adapter{frozen}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(sorted({*lora.targets}))}; "
 
 
 def warnings(recipe: SftRecipe, train: Packed) -> list[str]:
