@@ -82,6 +82,7 @@ def test_one_value_has_an_infinite_error_that_json_shows_as_null() -> None:
     assert found.to_json() == {
         "mean": 0.4, "se": None, "low": None, "high": None, "n": 1, "clusters": None, "method": "normal",
     }  # fmt: skip
+    assert Interval.from_json(found.to_json()) == found
     with pytest.raises(ValueError, match="no values"):
         mean_interval([], proportion=True)
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from llama2.errors import EvaluationError
 from llama2.evaluate.intervals import Z, standard_error
+from llama2.evaluate.scores import read_record, read_samples, score
 
 #: The two-sided level of significance, and the power of the smallest difference.
 ALPHA, POWER = 0.05, 0.8
@@ -121,3 +124,55 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p_values}
+
+
+def compare_runs(ours: Path, theirs: Path) -> dict[str, Any]:
+    """Compare the tasks that two runs share, on the same items, with p adjusted over these tasks by Holm's method.
+
+    Raises EvaluationError where the runs share none, and for a task of another version, prompt or set of items.
+    """
+    here, there = read_record(ours), read_record(theirs)
+    tasks: dict[str, dict[str, Any]] = {}
+    for label, task in here["tasks"].items():
+        if score(task) is not None and label in there["tasks"] and score(there["tasks"][label]) is not None:
+            refuse_other_task(label, task, there["tasks"][label], theirs)
+            tasks[label] = _compare_samples(label, task["metric"], ours, theirs).to_json()
+    if not tasks:
+        raise EvaluationError(f"{theirs}: does not have a score of the same task; compare runs that share one")
+    adjusted = holm({label: task["p"] for label, task in tasks.items()})
+    return {
+        "against": there["model"],
+        "weights": there["weights"],
+        "tasks": {label: task | {"p_holm": adjusted[label]} for label, task in tasks.items()},
+        "not_compared": sorted(({*here["tasks"]} | {*there["tasks"]}) - {*tasks}),
+    }
+
+
+#: What scores that are compared must have in common, as fields of a record's task, with their names for people.
+_SAME = {"version": "version", "task": "settings", "protocol": "protocol", "shots": "examples", "chat": "chat template"}
+
+
+def refuse_other_task(label: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Path) -> None:
+    """Raise EvaluationError where two records' tasks differ in what must be the same, as far as ours says it."""
+    for name, what in _SAME.items():
+        if name in ours and ours[name] != theirs.get(name):
+            shown = "" if name == "task" else f" {theirs.get(name)} there and {ours[name]} here"
+            raise EvaluationError(f"{run}: {label} has another {what}{shown}; evaluate both models the same way")
+
+
+def _compare_samples(label: str, metric: str, ours: Path, theirs: Path) -> Comparison:
+    """The comparison of a task's items by its metric. Raises EvaluationError for other items or prompts."""
+    a, b = ({sample["id"]: sample for sample in read_samples(run, label)} for run in (ours, theirs))
+    scores = [{name: each["values"][metric] for name, each in some.items() if "values" in each} for some in (a, b)]
+    if different := scores[0].keys() ^ scores[1].keys():
+        raise EvaluationError(
+            f"{theirs}: {label} has other items ({len(different)} are in one run only); evaluate both models with the "
+            "same --limit and --seed"
+        )
+    if asked := [name for name in scores[0] if a[name]["prompt"] != b[name]["prompt"]]:
+        raise EvaluationError(
+            f"{theirs}: {label} has another prompt at item {asked[0]} and {len(asked) - 1} more; evaluate both models "
+            "the same way"
+        )
+    clusters = {name: str(a[name]["cluster"]) for name in scores[0]} if "cluster" in next(iter(a.values())) else None
+    return compare(scores[0], scores[1], clusters)

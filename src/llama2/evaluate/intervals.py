@@ -7,7 +7,7 @@ another sample's mean would lie. All intervals are of 95 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -43,6 +43,12 @@ class Interval:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(self).items()
         }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Interval:
+        """What `to_json` returned, as it was."""
+        unknown: dict[str, Any] = {"se": math.inf, "low": -math.inf, "high": math.inf, "clusters": None}
+        return cls(**{name: unknown[name] if value is None else value for name, value in fields.items()})
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None, *, proportion: bool) -> Interval:

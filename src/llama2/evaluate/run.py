@@ -25,6 +25,7 @@ from llama2.errors import EvaluationError
 from llama2.evaluate import rows as sets
 from llama2.evaluate.intervals import mean_interval
 from llama2.evaluate.queries import AnswerStore, GenerationQuery, Query, key
+from llama2.evaluate.scores import RECORD, SAMPLES, beside_published, format_spread, group_scores
 from llama2.evaluate.strata import sample
 from llama2.evaluate.task import EvaluationTask
 from llama2.hub import store
@@ -33,7 +34,7 @@ from llama2.records import Run
 if TYPE_CHECKING:
     from llama2.evaluate.items import TaskItem, TaskPart
 
-RECORD, ANSWERS, SAMPLES = "record.json", "answers.jsonl", "samples"
+ANSWERS = "answers.jsonl"
 
 #: Called with the tokens that the model has read of all that it has to read.
 Progress = Callable[[int, int], None]
@@ -92,12 +93,15 @@ def evaluate(
     answers = AnswerStore.open(folder / ANSWERS)
     _fill(answers, asked, model, settings, progress)
     (folder / SAMPLES).mkdir(exist_ok=True)
+    scored = {each.task.label: _scored(each, answers, folder, settings) for each in asked}
     record = {
         **run.origin,
         "model": model.checkpoint.path.name,
         "weights": weights,
         "settings": {name: value for name, value in recipe.items() if name != "tasks"},
-        "tasks": {each.task.label: _scored(each, answers, folder, settings) for each in asked},
+        "tasks": scored,
+        "groups": group_scores(scored),
+        "formats": format_spread(scored),
     }
     with files.create(folder / RECORD, error=EvaluationError) as file:
         file.write((json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
@@ -226,6 +230,7 @@ def _scored(each: AskedTask, answers: AnswerStore, folder: Path, settings: Evalu
     finishes = [finish for sample in scored for finish in sample.get("finish", ())]
     part = each.parts[0]
     headline = task.headline if settings.protocol == "paper" else task.harness_metric
+    metrics = _metrics(each, scored)
     return about | {
         "prompts": sha256("".join(sample["prompt"] for sample in samples).encode()).hexdigest(),
         "example": each.asked[0].prompt,
@@ -238,7 +243,8 @@ def _scored(each: AskedTask, answers: AnswerStore, folder: Path, settings: Evalu
         "refused": len(samples) - len(scored),
         "cut": finishes.count("length") if finishes else 0,
         "metric": headline,
-        "metrics": _metrics(each, scored),
+        "metrics": metrics,
+        "published": beside_published(task.name, part.shots, metrics[headline]["value"]),
     }
 
 

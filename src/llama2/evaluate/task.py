@@ -117,6 +117,12 @@ class EvaluationTask(Settings):
         changes = {key: value for key, value in self.formats[name].model_dump().items() if value is not None}
         return recipe.make(self.model_dump() | changes | {"format": name}, EvaluationTask, where=self.label)
 
+    def other_formats(self) -> list[EvaluationTask]:
+        """The task in each of its formats, for the spread of a likelihood's score; none for a task that generates."""
+        if self.format or self.output == "generate_until":
+            return []
+        return [self.with_format(name) for name in self.formats]
+
 
 def names() -> list[str]:
     """The tasks that come with the package."""

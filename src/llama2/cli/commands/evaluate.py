@@ -58,15 +58,21 @@ class TaskOptions:
         bool, typer.Option("--chat", help="Ask for answers by the chat template; likelihoods never use it.")
     ] = False
 
+    formats: Annotated[
+        bool, typer.Option("--formats", help="Ask likelihood tasks in their other prompt formats too: the spread.")
+    ] = False
+
     def chosen(self) -> list[EvaluationTask]:
-        """The tasks, each once."""
+        """The tasks, each once, and with `formats` in each of their formats."""
         from llama2.evaluate import task
 
         if (self.suite is None) == (self.tasks is None):
             raise typer.BadParameter("give either --suite or --tasks")
         if self.suite is not None:
-            return task.suite(self.suite)
-        found = {each.label: each for each in map(task.load, filter(None, (self.tasks or "").split(",")))}
+            named = task.suite(self.suite)
+        else:
+            named = [task.load(name) for name in (self.tasks or "").split(",") if name]
+        found = {each.label: each for some in named for each in (some, *(some.other_formats() if self.formats else ()))}
         if not found:
             raise typer.BadParameter("--tasks names no task")
         return list(found.values())
@@ -83,6 +89,27 @@ class EvaluationRunOptions:
     batch: Annotated[
         int, typer.Option(min=1, max=4096, metavar="N", help="Requests at once; changes no bit of a score.")
     ] = 64
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Compare with the run in this folder, item by item.", show_default=False),
+    ] = None
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the scores with intervals: a .png, .svg or .pdf.", show_default=False),
+    ] = None
+
+    def check(self, chosen: list[EvaluationTask], protocol: str) -> None:
+        """Refuse, before anything is asked, a file that cannot be drawn, and a run that cannot be compared."""
+        from llama2.evaluate import comparison, scores, table
+
+        if self.plot is not None and self.plot.suffix not in table.FORMATS:
+            raise typer.BadParameter(f"--plot {self.plot}: the name must end in one of {', '.join(table.FORMATS)}")
+        if self.against is not None:
+            before = scores.read_record(self.against)["tasks"]
+            for task in chosen:
+                if "metrics" in (theirs := before.get(task.label, {})):
+                    ours = {"version": task.version, "task": task.digest, "protocol": protocol}
+                    comparison.refuse_other_task(task.label, ours, theirs, self.against)
 
 
 def command(*, model: EvaluatedModel, tasks: TaskOptions, run: EvaluationRunOptions, as_json: Json = False) -> None:
@@ -96,6 +123,7 @@ def command(*, model: EvaluatedModel, tasks: TaskOptions, run: EvaluationRunOpti
     chosen = tasks.chosen()
     if not tasks.data.is_dir():
         raise typer.BadParameter(f"--data {tasks.data}: is not a folder; give the one that holds the sets")
+    run.check(chosen, tasks.protocol)
     name = tasks.suite or "-".join(task.label for task in chosen[:3])
     folder = run.out or Path("runs") / f"evaluate-{Path(model.name).stem}-{name}"
     from llama2.evaluate.run import EvaluationSettings, evaluate
@@ -114,10 +142,20 @@ def command(*, model: EvaluatedModel, tasks: TaskOptions, run: EvaluationRunOpti
         except KeyboardInterrupt:
             say(f"\nllama2: stopped; the same command with --resume goes on in {folder}", file=sys.stderr)
             raise
+    _report(record, folder, run, as_json=as_json)
+
+
+def _report(record: dict[str, Any], folder: Path, run: EvaluationRunOptions, *, as_json: bool) -> None:
+    """Print, draw and compare what a run found."""
+    from llama2.evaluate import comparison, table
+
+    if run.plot is not None:
+        table.draw(record, run.plot)
+    compared = comparison.compare_runs(folder, run.against) if run.against is not None else None
     if as_json:
-        print_data(json.dumps(record))
+        print_data(json.dumps(record | ({"comparison": compared} if compared else {})))
         return
-    for line in _table(record):
+    for line in (*table.lines(record), *(("", *table.comparison_lines(compared)) if compared else ())):
         say(line)
     say(f"{folder}: every sample and the record")
 
@@ -144,17 +182,3 @@ class _Progress:
 def _clock(seconds: float) -> str:
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-
-
-def _table(record: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, task in record["tasks"].items():
-        if "not_run" in task:
-            lines.append(f"{name:24} not run: {task['not_run']}")
-            continue
-        score = task["metrics"][task["metric"]]
-        interval = score.get("interval")
-        spread = f" [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]" if interval else ""
-        refused = f", {task['refused']} refused" if task["refused"] else ""
-        lines.append(f"{name:24} {100 * score['value']:6.2f}{spread}  {task['metric']}, n {task['n']}{refused}")
-    return lines
