@@ -257,3 +257,12 @@ def test_code_passes_by_its_rows_tests() -> None:
     row = {"test_setup_code": "four = 4", "test_list": ["assert half(four) == 2", "assert half(0) == 0"]}
     assert metrics.mbpp("def half(x):\n    return x / 2\n[DONE]\nassert False", row) == {"passed": 1}
     assert metrics.mbpp("def half(x):\n    return 2\n[DONE]", row) == {"passed": 0}
+
+
+def test_several_answers_to_a_question_are_averaged_and_estimated() -> None:
+    from llama2.evaluate.items import _over_samples
+
+    values = [{"passed": 1.0}, {"passed": 0.0}, {"passed": 0.0}, {"passed": 1.0}]
+    # Of the six pairs of answers, one has no correct one.
+    assert _over_samples(values, [1, 2]) == {"passed": 0.5, "pass@1": 0.5, "pass@2": pytest.approx(5 / 6)}
+    assert _over_samples([{"instruction_strict": [1.0, 0.0]}], []) == {"instruction_strict": [1.0, 0.0]}

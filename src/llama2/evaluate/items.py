@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from llama2 import machine
 from llama2.errors import EvaluationError
 from llama2.evaluate import metrics
 from llama2.evaluate.harness import EngineLM
@@ -131,11 +133,26 @@ class TaskPart:
             for instance, queries in zip(item.instances, item.queries, strict=True):
                 instance.resps = _responses(instance, [store[query] for query in queries])
         if self.protocol == "paper" and self.generates:
-            scorer = _scorer(self.task)
-            return [_mean([scorer(text, item.row) for text in item.instances[0].resps]) for item in items]
+            return self._scored(items)
         self.inner._instances = [each for item in items for each in item.instances]
         self.inner.apply_filters()
         return [self._processed(item) for item in items]
+
+    def _scored(self, items: Sequence[TaskItem]) -> list[dict[str, Any]]:
+        """The values of our own scorer; programs are executed on all processors."""
+        scorer = _scorer(self.task)
+
+        def score(item: TaskItem) -> dict[str, Any]:
+            found = {text: scorer(text, item.row) for text in dict.fromkeys(item.instances[0].resps)}
+            return _over_samples([found[text] for text in item.instances[0].resps], self.task.pass_at)
+
+        if not self.task.executes:
+            return [score(item) for item in items]
+        pool = ThreadPoolExecutor(machine.processors())
+        try:
+            return list(pool.map(score, items))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _processed(self, item: TaskItem) -> dict[str, Any]:
         """An item's values as the harness has them, a metric of several filters under `metric,filter`."""
@@ -167,9 +184,13 @@ def _responses(instance: Instance, stored: Sequence[Mapping[str, Any]]) -> list[
     return [sum(answer["logprob"] for answer in stored)]
 
 
-def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over several answers to one question."""
-    return {name: sum(each[name] for each in values) / len(values) for name in values[0]}
+def _over_samples(values: Sequence[Mapping[str, Any]], pass_at: Sequence[int]) -> dict[str, Any]:
+    """The mean of each metric over several answers to one question, and each pass@k. Of one answer, its values."""
+    if len(values) == 1 and not pass_at:
+        return dict(values[0])
+    found = {name: sum(each[name] for each in values) / len(values) for name in values[0]}
+    correct = sum(each["passed"] for each in values) if pass_at else 0
+    return found | {f"pass@{k}": metrics.pass_at_k(len(values), int(correct), k) for k in pass_at}
 
 
 def _scorer(task: EvaluationTask) -> Callable[[str, Row], dict[str, float]]:

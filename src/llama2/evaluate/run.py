@@ -166,7 +166,7 @@ def _ask(task: EvaluationTask, lm: Any, settings: EvaluationSettings) -> AskedTa
     """A task's items with their queries, or why there are none."""
     from llama2.evaluate.items import parts
 
-    if reason := sets.missing(task, settings.data):
+    if reason := sets.missing(task, settings.data) or task.lacking:
         return AskedTask(task, reason=reason)
     splits, digests = sets.read(task, settings.data)
     found = parts(task, splits, settings.protocol)
@@ -290,10 +290,13 @@ def _answered(item: TaskItem, answers: AnswerStore) -> dict[str, Any]:
 
 def _metrics(each: AskedTask, scored: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every metric of a task: its value, and where it is a mean of items, its interval."""
-    clusters = [sample["cluster"] for sample in scored] if each.task.cluster else None
     found: dict[str, dict[str, Any]] = {}
-    for name in scored[0]["values"]:
+    for name, first in scored[0]["values"].items():
+        clusters = [sample["cluster"] for sample in scored] if each.task.cluster else None
         values = [sample["values"][name] for sample in scored]
+        if isinstance(first, list):  # of an item's instructions, say: all count alike, and an item's go together
+            clusters = [str(sample["id"]) for sample in scored for _ in sample["values"][name]]
+            values = [value for some in values for value in some]
         value = float(each.parts[0].aggregate(name)(values))
         found[name] = {"value": value}
         if all(isinstance(each, int | float | np.number) for each in values):

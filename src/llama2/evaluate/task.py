@@ -65,6 +65,9 @@ class EvaluationTask(Settings):
     stops: list[str] = Field([], description="Texts that end an answer.")
     max_tokens: int = Field(256, ge=1, description="Tokens of an answer at most.")
     samples: int = Field(1, ge=1, description="Answers to each question.")
+    full_samples: int = Field(0, ge=0, description="Answers to each question with --full; 0 for the same.")
+    pass_at: list[int] = Field([], description="The k of pass@k, whose estimator needs as many answers.")
+    executes: bool = Field(False, description="Whether answers are programs, executed in a sandbox.")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
     scorer: str = Field("", description="The function of `metrics.py` that scores an answer.")
@@ -90,6 +93,22 @@ class EvaluationTask(Settings):
         if self.aggregation == "strata" and not self.stratum:
             raise ValueError("aggregation: strata needs a stratum")
         return self
+
+    @property
+    def lacking(self) -> str | None:
+        """Why the task cannot be run on this machine, or with so few answers; None if it can."""
+        k = max(self.pass_at, default=0)
+        if k > self.samples:
+            return f"pass@{k} needs {k} answers to a question, not {self.samples}; --full draws {self.full_samples}"
+        if self.executes:
+            from llama2.evaluate import execution
+
+            return execution.available()
+        return None
+
+    def full(self) -> EvaluationTask:
+        """The same task with as many answers as the paper's estimators need."""
+        return self.model_copy(update={"samples": self.full_samples or self.samples})
 
     @property
     def headline(self) -> str:

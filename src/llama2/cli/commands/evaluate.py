@@ -53,6 +53,9 @@ class TaskOptions:
         int | None,
         typer.Option(min=1, metavar="N", help="Ask N items of each task, drawn at random.", show_default="all"),
     ] = None
+    full: Annotated[
+        bool, typer.Option("--full", help="Draw as many answers to a question as the paper's pass@k needs, not 10.")
+    ] = False
     seed: Annotated[int, typer.Option(help="Seed of the drawn items, of examples and of drawn answers.")] = 0
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask for answers by the chat template; likelihoods never use it.")
@@ -72,6 +75,8 @@ class TaskOptions:
             named = task.suite(self.suite)
         else:
             named = [task.load(name) for name in (self.tasks or "").split(",") if name]
+        if self.full:
+            named = [some.full() for some in named]
         found = {each.label: each for some in named for each in (some, *(some.other_formats() if self.formats else ()))}
         if not found:
             raise typer.BadParameter("--tasks names no task")
