@@ -17,6 +17,8 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
+#: How QuAC marks a question without an answer.
+CANNOT_ANSWER = "CANNOTANSWER"
 #: A number as people write it. A hyphen between digits is not a sign, and a comma or point at its end is not a part.
 _NUMBER = r"(?:(?<![0-9.])-)?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 #: Seconds of a program, with its tests.
@@ -81,14 +83,21 @@ def quac(text: str, row: Row) -> dict[str, float]:
     That gives a model no advantage over a person, who is compared with the others. Where at least half of the
     references say that the question cannot be answered, only these count; elsewhere none of them does.
     """
-    texts = list(row["answers"]["texts"])
+    return {"f1": leave_one_out(_line(text), _counted(row["answers"]["texts"]))}
+
+
+def human_f1(texts: Sequence[str]) -> float:
+    """How far people agree on an answer: the mean of each reference's best F1 against the others; 1 for one alone."""
+    texts = _counted(texts)
+    if len(texts) < 2:
+        return 1.0
+    others = [[*texts[:i], *texts[i + 1 :]] for i in range(len(texts))]
+    return sum(max(f1(text, each) for each in rest) for text, rest in zip(texts, others, strict=True)) / len(texts)
+
+
+def _counted(texts: Sequence[str]) -> list[str]:
     unknown = [each for each in texts if each == CANNOT_ANSWER]
-    texts = unknown if 2 * len(unknown) >= len(texts) else [each for each in texts if each != CANNOT_ANSWER]
-    return {"f1": leave_one_out(_line(text), texts)}
-
-
-#: How QuAC marks a question without an answer.
-CANNOT_ANSWER = "CANNOTANSWER"
+    return unknown if 2 * len(unknown) >= len(texts) else [each for each in texts if each != CANNOT_ANSWER]
 
 
 def leave_one_out(answer: str, references: Sequence[str]) -> float:
