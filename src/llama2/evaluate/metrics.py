@@ -22,7 +22,7 @@ CANNOT_ANSWER = "CANNOTANSWER"
 #: A number as people write it. A hyphen between digits is not a sign, and a comma or point at its end is not a part.
 _NUMBER = r"(?:(?<![0-9.])-)?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 #: Seconds of a program, with its tests.
-_SECONDS = 5
+_SECONDS = 10
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
