@@ -203,6 +203,7 @@ def settings(kind: type[Settings], place: str = "") -> Iterator[Setting]:
         if inner is None:
             required = field.is_required()
             default = "" if required else _toml(field.get_default(call_default_factory=True))
+            where += ".NAME" * (get_origin(field.annotation) is dict)
             yield Setting(where, _kind(field), default, required, field.description or "")
         elif any(get_origin(part) is dict for part in _parts(field.annotation)):
             yield from settings(inner, f"{where}.NAME.")
@@ -233,6 +234,8 @@ def _words(annotation: Any) -> str:
         return " or ".join(map(_toml, parts))
     if origin in (Union, UnionType):
         return ", or ".join(_words(part) for part in parts if part is not type(None))
+    if origin is dict:
+        return _words(parts[1])
     if origin is list:
         return f"list of {_words(parts[0])}"
     if origin is tuple:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama2 import recipe as recipes
+from llama2.align.rejection_settings import RejectionRecipe
 from llama2.config import ModelConfig
 from llama2.data.settings import BuildRecipe
 from llama2.errors import RecipeError
@@ -18,6 +19,8 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 def kind(path: Path) -> type[Settings]:
     if path.parent.name == "data":
         return BuildRecipe
+    if path.stem == "reject":
+        return RejectionRecipe
     return SftRecipe if path.stem.endswith("-sft") else PretrainRecipe
 
 

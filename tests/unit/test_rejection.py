@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import llama2
+from commands import typed
+from llama2 import checkpoint
 from llama2 import recipe as recipes
 from llama2.align import rejection, selection
 from llama2.align.combined_reward import combined
 from llama2.align.judging import Judged
 from llama2.align.rejection_settings import RejectionRecipe
+from llama2.align.reward import score
 from llama2.align.selection import SelectionReport
 from llama2.align.store import Policy, SampleStore, StoredSample
+from llama2.checkpoint import SCORE_HEAD, Tensor, hf_folder
+from llama2.data import comparisons, dialogs
 from llama2.data import prompts as prompt_files
 from llama2.data.prompts import PromptReport, PromptSettings
 from llama2.errors import DataError, RecipeError
@@ -244,6 +251,38 @@ def test_prompts_are_read_once_and_tagged(place: Path) -> None:
     assert prompt_files.read(few, 3) == prompt_files.read(few, 3)
 
 
+def test_pairs_have_prompts_and_conversations_are_held_out_whole(place: Path) -> None:
+    pairs = [f"\n\nHuman: {first}\n\nAssistant: yes" for first in ("a", "A ", "b", "c", "d")]
+    pairs += ["\n\nHuman: a\n\nAssistant: yes\n\nHuman: more\n\nAssistant: no"]
+    records = [{"chosen": pair, "rejected": pair + "!"} for pair in pairs]
+    records += [
+        {"chosen": pairs[0], "rejected": pairs[2]},
+        {"chosen": pairs[2] + "\n\nAssistant: b", "rejected": pairs[2]},
+    ]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings, report = PromptSettings(files=[place / "pairs.jsonl"]), PromptReport()
+    prompts = prompt_files.read(settings, 0, report)
+    assert [[m["content"] for m in p.messages] for p in prompts] == [
+        ["a"],
+        ["A"],
+        ["b"],
+        ["c"],
+        ["d"],
+        ["a", "yes", "more"],
+    ]
+    assert report.bad == 2  # the last two records' sides have prompts that differ
+    for seed in range(6):
+        part = settings.model_copy(update={"held_out": 2})
+        used, held = prompt_files.read(part, seed), prompt_files.read_held_out(part, seed)
+        assert len(held) == 2
+        assert not {p.group for p in used} & {p.group for p in held}
+        # The same conversations that a reward model with this seed holds out.
+        out = comparisons.hold_out([p for r in records[:6] for p in comparisons.understand(r)[1]], 2, seed=seed)[1]
+        assert {p.group for p in held} <= {pair.group for pair in out}
+    with pytest.raises(DataError, match="or hold out fewer"):
+        prompt_files.read(settings.model_copy(update={"held_out": 6}), 0)
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -303,3 +342,50 @@ def test_figures_are_drawn(place: Path, models: dict[str, str]) -> None:
     reject(recipe.model_copy(update={"temperature": None}))
     drawn = {path.name for path in (place / "best").glob("*.png")}
     assert drawn == {"rounds.png", "temperatures-v0.png", "temperatures-v1.png"}
+
+
+@pytest.fixture(scope="module")
+def reward_model(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model: the first round's, with a scalar head."""
+    with checkpoint.open(models["v0"]) as policy:
+        head = np.random.default_rng(0).normal(0, 0.5, (1, policy.config.dim)).astype("<f4")
+        extras = {SCORE_HEAD: Tensor(SCORE_HEAD, "F32", head.shape, head.view(np.uint8).reshape(-1))}
+        folder = tmp_path_factory.mktemp("reward") / "model"
+        hf_folder.write(replace(policy, extras=extras), folder)
+    return folder
+
+
+def test_the_command(
+    place: Path, models: dict[str, str], reward_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "mine.toml").write_text(
+        f'samples = 3\nmax_tokens = 8\ncut = "keep"\nplots = false\n[models]\nv0 = "{models["v0"]}"\n'
+        f'[prompts]\nfiles = ["prompts.jsonl"]\n[rewards]\nhelpful = "{reward_model}"\n[sweep]\ntemperatures = [1.0]\n'
+    )
+    code, out, error = typed(capsys, "reject", "mine.toml", "--json")
+    assert code == 0, error
+    assert "estimate: 9 answers, about " in error
+    report = json.loads(out)
+    assert report == json.loads((place / "best/report.json").read_text())
+    samples = lines(place / "samples/samples.jsonl")
+    messages = {each["prompt"]: each["messages"] for each in lines(place / "samples/prompts.jsonl")}
+    with llama2.load(reward_model) as model:
+        dialogs_of = [[*messages[s["prompt"]], {"role": "assistant", "content": s["answer"].strip()}] for s in samples]
+        scores = score(model, dialogs_of, neutralise=True)
+    assert report["rounds"]["v0"]["curve"][0]["maximum"] == pytest.approx((1 / (1 + np.exp(-scores))).mean())
+
+    code, out, error = typed(capsys, "reject", "mine.toml")
+    assert (code, error.count("estimate")) == (0, 0)
+    assert lines(place / "samples/samples.jsonl") == samples
+    assert out.splitlines()[-1] == "tune with them: llama2 sft -m MODEL best/best.jsonl"
+    tuned = [dialog for _, dialog in dialogs.read([place / "best/best.jsonl"])]
+    assert len(tuned) == report["best"]["dialogs"] == 3
+    pairs = [*comparisons.read([place / "best/preferences.jsonl"], comparisons.PairReport())]
+    assert len(pairs) == report["best"]["pairs"]
+
+    code, _, error = typed(capsys, "reject", "mine.toml", f"rewards.helpful={models['v0']}")
+    assert code == 1
+    assert error.count("\n") == 1
+    assert "is not a reward model" in error
+    code, _, error = typed(capsys, "reject", "mine.toml", "rewards.helpful=")
+    assert (code, error) == (1, "llama2: error: mine.toml: rewards: needs rewards.helpful, rewards.safety, or both\n")

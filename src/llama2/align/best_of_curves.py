@@ -12,23 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llama2.align.judging import Judged
 from llama2.align.order_statistics import best_of, kl_bound, median_of
 from llama2.errors import DataError
+from llama2.evaluate.intervals import mean_interval
 
-#: A point of a curve: K, mean over prompts of the best's reward and of the median, their standard error, the length …
+#: A point of a curve, as `curve` describes it.
 Point = dict[str, Any]
 
 _EVERY = 20  # up to so many answers each K is a point; beyond, powers of 2
 
 
-def curve(groups: Sequence[Sequence[Judged]]) -> list[Point]:
+def curve(groups: Sequence[Sequence[Judged]], conversations: Sequence[str]) -> list[Point]:
     """Points by K, from as many answers to each of some prompts, in the order of drawing.
 
-    `maximum` and `median` are means over prompts; `maximum_error` is the standard error of the former, from prompt to
-    prompt. `maximum_middle` is the median over prompts. `tokens` is the length of the best, `rewards` are the reward
-    models' own of that answer, mean and median over prompts. `kl_bound` is in nats, from the policy that drew.
+    `maximum` and `median` are the expected best reward and median reward of K answers, means over prompts.
+    `maximum_interval` is of 95 %, clustered by `conversations`, which names each prompt's. `tokens` is the best's
+    length. `rewards` are each reward model's of the best, mean and median over prompts. `kl_bound` is in nats, from
+    the policy that drew.
     """
     rewards = np.array([[each.reward for each in group] for group in groups])  # (P, N)
     lengths = np.array([[each.sample.tokens for each in group] for group in groups])  # (P, N)
@@ -37,13 +40,11 @@ def curve(groups: Sequence[Sequence[Judged]]) -> list[Point]:
         for name in groups[0][0].rewards
     }
     best, medians, tokens = best_of(rewards), median_of(rewards), best_of(rewards, lengths)  # (P, K)
-    prompts, n = rewards.shape
     return [
         {
             "k": k,
             "maximum": float(best[:, k - 1].mean()),
-            "maximum_error": float(best[:, k - 1].std(ddof=1) / math.sqrt(prompts)) if prompts > 1 else None,
-            "maximum_middle": float(np.median(best[:, k - 1])),
+            "maximum_interval": _interval(best[:, k - 1], conversations),
             "median": float(medians[:, k - 1].mean()),
             "tokens": float(tokens[:, k - 1].mean()),
             "kl_bound": kl_bound(k),
@@ -52,8 +53,14 @@ def curve(groups: Sequence[Sequence[Judged]]) -> list[Point]:
                 for name, values in each_model.items()
             },
         }
-        for k in _points(n)
+        for k in _points(rewards.shape[1])
     ]
+
+
+def _interval(values: NDArray[np.float64], conversations: Sequence[str]) -> list[float] | None:
+    """None where one conversation says nothing about the spread."""
+    found = mean_interval(values.tolist(), conversations, proportion=False)
+    return [found.low, found.high] if math.isfinite(found.se) else None
 
 
 def _points(n: int) -> list[int]:
@@ -62,7 +69,7 @@ def _points(n: int) -> list[int]:
     return sorted({n, *(1 << power for power in range(n.bit_length()))})
 
 
-def summary(groups: Sequence[Sequence[Judged]]) -> dict[str, Any]:
+def summary(groups: Sequence[Sequence[Judged]], conversations: Sequence[str]) -> dict[str, Any]:
     """Answers in numbers: their mean reward and length, how many were cut or empty, and the curve."""
     judged = [each for group in groups for each in group]
     return {
@@ -72,7 +79,7 @@ def summary(groups: Sequence[Sequence[Judged]]) -> dict[str, Any]:
         "tokens": float(np.mean([each.sample.tokens for each in judged])),
         "cut": sum(each.sample.finish == "length" for each in judged),
         "empty": sum(not each.sample.answer.strip() for each in judged),
-        "curve": curve(groups),
+        "curve": curve(groups, conversations),
     }
 
 

@@ -149,7 +149,8 @@ class _Rejection:
         todo = [*drawing.missing(self.store, requests, policy, n)]
         drawing.draw(model, self.store, requests, policy, todo, round=name, progress=self.progress)
         judged = self._judge([self.store.drawn[prompt, policy, k] for prompt in requests for k in range(n)])
-        return best_of_curves.summary([judged[start : start + n] for start in range(0, len(judged), n)])
+        groups = [judged[start : start + n] for start in range(0, len(judged), n)]
+        return best_of_curves.summary(groups, [self.prompts[prompt].group for prompt in requests])
 
     def _best_temperature(self, name: str, sweep: Sequence[Mapping[str, Any]]) -> float:
         by_spread = self.recipe.sweep.choose_by == "spread"

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llama2.align.judging import Judged
+from llama2.data import comparisons
+from llama2.data.comparisons import PreferencePair
+from llama2.text.dialog import Message
 
 Rejected = Literal["worst", "median", "random"]
 
@@ -79,7 +82,6 @@ def tuning_record(messages: Sequence[Mapping[str, str]], best: Judged) -> dict[s
 
 
 def preference_record(messages: Sequence[Mapping[str, str]], best: Judged, worse: Judged) -> dict[str, Any]:
-    """A pair as TRL's trainers for DPO, KTO and reward models read it; they take no other fields beside these."""
-    answers = {"chosen": best.sample.answer.strip(), "rejected": worse.sample.answer.strip()}
-    sides = {side: [{"role": "assistant", "content": answer}] for side, answer in answers.items()}
-    return {"prompt": list(messages), **sides}
+    """A pair as TRL's trainers for DPO, KTO and reward models read it; the second cannot take other fields."""
+    prompt = tuple(Message(message["role"], message["content"]) for message in messages)
+    return comparisons.to_json(PreferencePair(prompt, best.sample.answer.strip(), worse.sample.answer.strip()))

@@ -59,8 +59,7 @@ class PreferencePair:
     @property
     def group(self) -> str:
         """What pairs of one conversation share: the first user message, without its case and spaces."""
-        first = next(message.content for message in self.prompt if message.role == "user")
-        return " ".join(first.casefold().split())
+        return conversation(message.content for message in self.prompt if message.role == "user")
 
     @property
     def longer_wins(self) -> float:
@@ -267,7 +266,7 @@ def hold_out(
     sizes = Counter(pair.source for pair in every)
     held: set[str] = set()
     taken: Counter[str] = Counter()
-    for pair in sorted(every, key=lambda pair: _order(seed, pair.group)):
+    for pair in sorted(every, key=lambda pair: order(seed, pair.group)):
         if pair.group in held or taken[pair.source] < min(count, sizes[pair.source] * 2 // 5):
             held.add(pair.group)
             taken[pair.source] += 1
@@ -282,17 +281,23 @@ def mix(
     Where `other` has too few, all of it is taken.
     """
     wanted = round(len(own) * (1 - share) / share)
-    drawn = sorted(other, key=lambda pair: _order(seed, f"{pair.group} {pair.chosen} {pair.rejected}"))
+    drawn = sorted(other, key=lambda pair: order(seed, f"{pair.group} {pair.chosen} {pair.rejected}"))
     return [*own, *drawn[:wanted]]
 
 
 def some(pairs: Sequence[PreferencePair], fraction: float, *, seed: int = 0) -> list[PreferencePair]:
     """A fraction of pairs, at least one; a smaller one is part of a larger."""
-    drawn = sorted(pairs, key=lambda pair: _order(seed, f"{pair.group} {pair.chosen} {pair.rejected}"))
+    drawn = sorted(pairs, key=lambda pair: order(seed, f"{pair.group} {pair.chosen} {pair.rejected}"))
     return drawn[: max(1, round(len(pairs) * fraction))]
 
 
-def _order(seed: int, text: str) -> bytes:
+def conversation(user_messages: Iterable[str]) -> str:
+    """The first of the user's messages, without its case and spaces; none: an empty text."""
+    return " ".join(next(iter(user_messages), "").casefold().split())
+
+
+def order(seed: int, text: str) -> bytes:
+    """A key to sort texts by, at random: the seed chooses the order, and what else is sorted does not change it."""
     return hashlib.sha256(f"{seed} {text}".encode("utf-8", "surrogatepass")).digest()
 
 

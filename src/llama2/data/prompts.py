@@ -1,7 +1,7 @@
 """Prompts to draw answers to: dialogs that end with the user, each tagged where it may elicit unsafe answers.
 
-A record is `prompt` (text, or messages), `messages`, or any form of a dialog that `llama2 sft` reads. A last answer is
-left out. `safety: true` tags a prompt, as does a place among `safety_files`.
+A record is `prompt` (text, or messages), `messages`, or any form of a dialog or of a preference pair that training
+reads. A last answer is left out. `safety: true` tags a prompt, as does a place among `safety_files`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import Field
 
-from llama2.data import dialog_files
+from llama2.data import comparisons, dialog_files
+from llama2.data.comparisons import UnusableError, conversation, order
 from llama2.data.dialog_forms import understand
-from llama2.data.loader import shuffled
 from llama2.errors import DataError, DialogError
 from llama2.recipe import Settings
 from llama2.text.dialog import Dialog, Message
@@ -30,7 +30,10 @@ class PromptSettings(Settings):
 
     files: list[Path] = Field([], description="files or folders of prompts")
     safety_files: list[Path] = Field([], description="more, whose prompts may all elicit unsafe answers")
-    count: int = Field(0, ge=0, description="so many of them, chosen by `seed`; 0: all")
+    held_out: int = Field(
+        0, ge=0, description="prompts left aside to measure with, of whole conversations; reward models hold out alike"
+    )
+    count: int = Field(0, ge=0, description="so many of the others, chosen by `seed`; 0: all")
     skip_bad: bool = Field(False, description="leave out and count bad prompts instead of refusing them")
 
 
@@ -42,6 +45,11 @@ class TaggedPrompt:
     messages: tuple[dict[str, str], ...]
     safety: bool  # whether it may elicit unsafe answers (IS_SAFETY of the paper's 3.2.3)
     where: str = ""  # FILE:LINE
+
+    @property
+    def group(self) -> str:
+        """What prompts of one conversation share (`comparisons.conversation`)."""
+        return conversation(message["content"] for message in self.messages if message["role"] == "user")
 
 
 @dataclass
@@ -70,12 +78,27 @@ def identify(messages: Messages) -> str:
 
 
 def read(settings: PromptSettings, seed: int, report: PromptReport | None = None) -> list[TaggedPrompt]:
-    """Prompts of files, without repetitions; of many, `settings.count`, chosen by the seed, in the files' order.
+    """Prompts of files, without repetitions and without those held out; with `count`, so many, chosen by the seed.
 
-    A prompt that is tagged anywhere is tagged. Raises DataError for a file that cannot be read, a record that is not a
-    prompt (with `skip_bad`, `report` counts it), and fewer prompts than `count`.
+    They are in the files' order. A prompt that is tagged anywhere is tagged. Raises DataError for a file that cannot be
+    read, and for fewer prompts than `count`. It does for a record that is not a prompt, unless `skip_bad` has it counted.
     """
-    report = report or PromptReport()
+    prompts, _ = _split(settings, seed, report or PromptReport())
+    if not settings.count:
+        return prompts
+    if settings.count > len(prompts):
+        raise DataError(f"prompts.count is {settings.count}, and there are {len(prompts)} prompts; give more files")
+    chosen = {prompt.id for prompt in sorted(prompts, key=lambda prompt: order(seed, prompt.id))[: settings.count]}
+    return [prompt for prompt in prompts if prompt.id in chosen]
+
+
+def read_held_out(settings: PromptSettings, seed: int, report: PromptReport | None = None) -> list[TaggedPrompt]:
+    """The `settings.held_out` prompts that `read` leaves aside. Raises as it does."""
+    return _split(settings, seed, report or PromptReport())[1][: settings.held_out]
+
+
+def _split(settings: PromptSettings, seed: int, report: PromptReport) -> tuple[list[TaggedPrompt], list[TaggedPrompt]]:
+    """Prompts to use, and those held out: whole conversations, in the order in which pairs are held out."""
     found: dict[str, TaggedPrompt] = {}
     for paths, safety in ((settings.files, False), (settings.safety_files, True)):
         for prompt in _prompts(paths, safety, settings.skip_bad, report):
@@ -83,16 +106,16 @@ def read(settings: PromptSettings, seed: int, report: PromptReport | None = None
             report.repeated += before is not prompt
             if prompt.safety and not before.safety:
                 found[prompt.id] = prompt
-    prompts = [*found.values()]
-    names = ", ".join(map(str, (*settings.files, *settings.safety_files)))
+    held: dict[str, list[TaggedPrompt]] = {}
+    for prompt in sorted(found.values(), key=lambda prompt: order(seed, prompt.group)):
+        if prompt.group in held or sum(map(len, held.values())) < settings.held_out:
+            held.setdefault(prompt.group, []).append(prompt)
+    prompts = [prompt for prompt in found.values() if prompt.group not in held]
     if not prompts:
-        raise DataError(f"{names or 'prompts.files'}: no prompts are there; give files that have some")
-    if settings.count > len(prompts):
-        raise DataError(f"{names}: {len(prompts)} prompts, and prompts.count is {settings.count}; give more files")
-    if settings.count:
-        chosen = sorted(shuffled(place, len(prompts), key=seed) for place in range(settings.count))
-        prompts = [prompts[place] for place in chosen]
-    return prompts
+        names = ", ".join(map(str, (*settings.files, *settings.safety_files))) or "prompts.files"
+        less = ", or hold out fewer" if held else ""
+        raise DataError(f"{names}: no prompts are there to use; give files that have some{less}")
+    return prompts, [prompt for group in held.values() for prompt in group]
 
 
 def _prompts(paths: Sequence[Path], safety: bool, skip_bad: bool, report: PromptReport) -> Iterator[TaggedPrompt]:
@@ -101,7 +124,10 @@ def _prompts(paths: Sequence[Path], safety: bool, skip_bad: bool, report: Prompt
             try:
                 if raw is None:
                     raise DialogError(f"has more than {dialog_files.LONGEST >> 20} MB; cut it")
-                yield _prompt(dialog_files.parse(raw) if isinstance(raw, bytes) else raw, safety, where)
+                record = dialog_files.parse(raw) if isinstance(raw, bytes) else raw
+                yield from (_prompt(dialog, tagged or safety, where) for dialog, tagged in _dialogs(record))
+            except UnusableError as error:
+                report.leave_out(f"{where}: {error}")
             except DialogError as error:
                 reason = f"{where}: {error}"
                 if not skip_bad:
@@ -109,19 +135,30 @@ def _prompts(paths: Sequence[Path], safety: bool, skip_bad: bool, report: Prompt
                 report.leave_out(reason)
 
 
-def _prompt(record: Any, safety: bool, where: str) -> TaggedPrompt:
-    """Raises DialogError for a record that is not a prompt."""
-    if not isinstance(record, Mapping):
-        raise DialogError("a record has prompt, or messages, or a dialog's form")
-    tagged = record.get("safety")
-    if tagged is not None and not isinstance(tagged, bool):
-        raise DialogError(f"safety is {tagged!r}, and must be true or false")
-    dialog = _dialog(record)
+def _prompt(dialog: Dialog, safety: bool, where: str) -> TaggedPrompt:
+    """Raises DialogError for a dialog with tools."""
     if dialog.uses_tools or any(message.role == "tool" for message in dialog.messages):
         raise DialogError("the prompt has calls of tools, which reward models do not read; leave it out")
     messages = dialog.messages[:-1] if dialog.messages[-1].role == "assistant" else dialog.messages
     plain = tuple({"role": message.role, "content": message.content} for message in messages)
-    return TaggedPrompt(identify(plain), plain, safety or bool(tagged), where)
+    return TaggedPrompt(identify(plain), plain, safety, where)
+
+
+def _dialogs(record: Any) -> Iterator[tuple[Dialog, bool]]:
+    """The dialogs of a record, and whether it tags them. Raises DialogError for one that is not a prompt."""
+    if not isinstance(record, Mapping):
+        raise DialogError("a record has prompt, or messages, or a dialog's form")
+    if "chosen" in record or "message_tree_id" in record:
+        for pair in comparisons.understand(record)[1]:
+            try:
+                yield Dialog(pair.prompt), False
+            except DialogError as error:
+                raise UnusableError(str(error)) from None
+        return
+    tagged = record.get("safety")
+    if tagged is not None and not isinstance(tagged, bool):
+        raise DialogError(f"safety is {tagged!r}, and must be true or false")
+    yield _dialog(record), bool(tagged)
 
 
 def _dialog(record: Mapping[str, Any]) -> Dialog:

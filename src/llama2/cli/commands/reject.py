@@ -1,0 +1,131 @@
+"""`llama2 reject`: many answers to each prompt, and the best of them as data to tune with."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llama2.cli.options import Json, RecipeSettings, ShowSettings
+from llama2.cli.output import warn
+from llama2.cli.training import clock
+from llama2.console import data, rewrite, say
+
+if TYPE_CHECKING:
+    from llama2.align.rejection_settings import RejectionRecipe, SamplingRuntimeSettings
+    from llama2.api import Model
+
+EXAMPLE = "Example: llama2 reject recipes/reject.toml samples=8 --json"
+RECIPES = {"llama2 reject": "llama2.align.rejection_settings:RejectionRecipe"}
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/reject.toml.")],
+    settings: RecipeSettings = None,
+    as_json: Json = False,
+    show_settings: ShowSettings = False,
+) -> None:
+    """Draw answers to prompts, score them with reward models, and write the best as data (rejection sampling).
+
+    K answers to each prompt come from one model, or from those of several rounds. One store keeps them all.
+    Each model's temperature is chosen by the rewards of a sweep. Two rewards become one: safety where it is low or
+    the prompt is tagged, helpfulness elsewhere.
+
+    The output has best.jsonl for `llama2 sft`, preferences.jsonl for TRL's trainers, and report.json with curves.
+
+    The time is estimated first. A run that was stopped goes on with the same command, to the same bytes.
+    """
+    from llama2 import recipe as recipes
+    from llama2.align.rejection import reject
+    from llama2.align.rejection_settings import RejectionRecipe
+
+    chosen = recipes.load(recipe, RejectionRecipe, settings or ())
+    with _scorers(chosen) as scorers:
+        report = reject(chosen, scorers, note=warn, progress=Bar())
+    if as_json:
+        data(json.dumps(report))
+    else:
+        _summary(chosen, report)
+
+
+class EngineScorer:
+    """A reward model that the engine runs."""
+
+    def __init__(self, model: Model) -> None:
+        """Raises CheckpointError for a model that is not one."""
+        from llama2.align.reward import score_head
+        from llama2.checkpoint import identity
+
+        score_head(model.checkpoint)
+        self.model = model
+        self.digest = identity.digest(model.checkpoint)
+
+    def __call__(self, dialogs: Sequence[Sequence[Mapping[str, Any]]]) -> Sequence[float]:
+        from llama2.align.reward import score
+
+        rewards: list[float] = score(self.model, dialogs, sigmoid=True, neutralise=True).tolist()
+        return rewards
+
+
+@contextmanager
+def _scorers(recipe: RejectionRecipe) -> Iterator[dict[str, EngineScorer]]:
+    """The recipe's reward models, open."""
+    from llama2 import api
+    from llama2.engine.runtime import Runtime
+
+    options: SamplingRuntimeSettings = recipe.runtime
+    runtime = Runtime(threads=options.threads, context=options.context, sequences=options.sequences)
+    named = {"helpful": recipe.rewards.helpful, "safety": recipe.rewards.safety}
+    with ExitStack() as stack:
+        yield {name: EngineScorer(stack.enter_context(api.load(m, runtime))) for name, m in named.items() if m}
+
+
+class Bar:
+    """Progress on standard error, with the time left: a line that is rewritten, or outside a terminal, one in 10 s."""
+
+    def __init__(self) -> None:
+        self._rewrites = sys.stderr.isatty()
+        self._what, self._start, self._first, self._last = "", 0.0, 0, 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._start, self._first = what, now, done
+        ended = done == total
+        if now - self._last < (0.2 if self._rewrites else 10) and not ended:
+            return
+        self._last = now
+        speed = (done - self._first) / (now - self._start) if now > self._start else 0
+        left = f"  {clock((total - done) / speed)} left" if speed else ""
+        text = f"{what}  {done:,}/{total:,}{left}"
+        if self._rewrites:
+            rewrite(text, ended=ended)
+        else:
+            say(text, file=sys.stderr, flush=True)
+
+
+def _summary(recipe: RejectionRecipe, report: dict[str, Any]) -> None:
+    """Print each round's rewards, what was chosen, and what to type next."""
+    for name, each in report["rounds"].items():
+        first, last = each["curve"][0], each["curve"][-1]
+        say(
+            f"{name}: reward {first['maximum']:.3f} of one answer, {last['maximum']:.3f} of the best of {last['k']}, "
+            f"{last['median']:.3f} of the median, at temperature {each['temperature']:g}; "
+            f"{each['tokens']:.0f} tokens an answer, {last['tokens']:.0f} of the best"
+        )
+        if each["cut"] or each["empty"]:
+            say(f"{name}: of {each['answers']:,} answers, max_tokens cut {each['cut']:,}; {each['empty']:,} are empty")
+    best = report["best"]
+    without = f", {best['without']:,} prompts without one" if best["without"] else ""
+    say(
+        f"{recipe.output}: {best['dialogs']:,} best answers{without}, reward {best['reward']['best']:.3f} "
+        f"(all answers: {best['reward']['all']:.3f}), KL at most {best['kl_bound']:.2f} nats from what drew them; "
+        f"{best['pairs']:,} pairs"
+    )
+    say(f"tune with them: llama2 sft -m MODEL {recipe.output / 'best.jsonl'}")
