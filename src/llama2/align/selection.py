@@ -82,6 +82,6 @@ def tuning_record(messages: Sequence[Mapping[str, str]], best: Judged) -> dict[s
 
 
 def preference_record(messages: Sequence[Mapping[str, str]], best: Judged, worse: Judged) -> dict[str, Any]:
-    """A pair as TRL's trainers for DPO, KTO and reward models read it; the second cannot take other fields."""
+    """A pair as TRL's trainers for DPO, KTO and reward models read it, and `llama2 reward` (`comparisons`)."""
     prompt = tuple(Message(message["role"], message["content"]) for message in messages)
     return comparisons.to_json(PreferencePair(prompt, best.sample.answer.strip(), worse.sample.answer.strip()))

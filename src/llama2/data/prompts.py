@@ -81,7 +81,7 @@ def read(settings: PromptSettings, seed: int, report: PromptReport | None = None
     """Prompts of files, without repetitions and without those held out; with `count`, so many, chosen by the seed.
 
     They are in the files' order. A prompt that is tagged anywhere is tagged. Raises DataError for a file that cannot be
-    read, and for fewer prompts than `count`. It does for a record that is not a prompt, unless `skip_bad` has it counted.
+    read, and for fewer prompts than `count`. A record that is not a prompt is an error, too, unless `skip_bad`.
     """
     prompts, _ = _split(settings, seed, report or PromptReport())
     if not settings.count:
