@@ -33,7 +33,8 @@ def tokenizer() -> Any:
     library = Tokenizer(words)
     library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=library, chat_template=TEMPLATE, **special)
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=library, chat_template=TEMPLATE, **special)
 
 
 def main() -> None:
@@ -42,7 +43,12 @@ def main() -> None:
     data = load_dataset("json", data_files=parser.parse_args().file, split="train")
     torch.manual_seed(0)
     words = tokenizer()
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     shape |= {"vocab_size": len(words), "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
 
     def causal() -> Any:
@@ -52,7 +58,8 @@ def main() -> None:
         settings: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
         settings |= {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "output_dir": folder}
         shared = {"train_dataset": data, "processing_class": words}
-        scalar = LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1))
+        classifier: Any = LlamaForSequenceClassification
+        scalar = classifier(LlamaConfig(**{**shape, "num_labels": 1}))
         trainers = {
             "dpo": DPOTrainer(causal(), ref_model=causal(), args=DPOConfig(**settings), **shared),
             "kto": KTOTrainer(causal(), ref_model=causal(), args=KTOConfig(**settings), **shared),
