@@ -6,7 +6,9 @@ A reader takes a set's files by name and returns rows by split. Each file is che
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -93,7 +95,7 @@ def missing(task: EvaluationTask, data: Path) -> str | None:
 
 
 def read(task: EvaluationTask, data: Path) -> tuple[Splits, dict[str, str]]:
-    """A task's rows by split, each with an `id`, and the SHA-256 of its files.
+    """A task's rows by split, and the SHA-256 of its files.
 
     Raises EvaluationError for a file that is missing or has another SHA-256, and for a row without a field.
     """
@@ -115,9 +117,6 @@ def read(task: EvaluationTask, data: Path) -> tuple[Splits, dict[str, str]]:
         raise EvaluationError(
             f"{task.name}: {', '.join(task.files)} has no rows of the split {task.split}; check the file"
         )
-    for rows in splits.values():
-        for number, row in enumerate(rows):
-            row.setdefault("id", str(number))
     return splits, digests
 
 
@@ -155,6 +154,209 @@ def arc(found: Mapping[str, SetFile]) -> Splits:
             choices = _lettered(texts)
             answer = choices["label"][_gold(where, row["gold"], len(texts))]
             rows.append({"question": question, "choices": choices, "answerKey": answer})
+    return {"test": rows}
+
+
+def openbookqa(found: Mapping[str, SetFile]) -> Splits:
+    """OpenBookQA: `question_stem`, `choices` (text, label), `answerKey`."""
+    rows = []
+    for file in found.values():
+        for where, row in file.objects(query=str, choices=list, gold=int):
+            texts = _choices(where, row)
+            choices = _lettered(texts)
+            answer = choices["label"][_gold(where, row["gold"], len(texts))]
+            rows.append({"question_stem": row["query"], "choices": choices, "answerKey": answer})
+    return {"test": rows}
+
+
+def commonsense_qa(found: Mapping[str, SetFile]) -> Splits:
+    """CommonsenseQA: `question`, `choices` (text, label), `answerKey`; the file's queries list the choices."""
+    rows = []
+    for file in found.values():
+        for where, row in file.objects(query=str, choices=list, gold=int):
+            query = _matched(where, r"Question: (.*?)\nChoices:\n(.*)\nAnswer:", row["query"])
+            texts = re.findall(r"^[A-Z]\. (.*)$", query[2], re.MULTILINE)
+            if len(texts) != len(_choices(where, row)):
+                raise EvaluationError(f"{where}: lists {len(texts)} choices of {len(row['choices'])}; check the file")
+            choices = _lettered(texts)
+            answer = choices["label"][_gold(where, row["gold"], len(texts))]
+            rows.append({"question": query[1], "choices": choices, "answerKey": answer})
+    return {"validation": rows}
+
+
+def piqa(found: Mapping[str, SetFile]) -> Splits:
+    """PIQA: `goal`, `sol1`, `sol2`, `label` (0 or 1); a second file has the labels."""
+    questions, labels = _two(found)
+    rows = []
+    for (where, row), label in zip(questions.objects(goal=str, sol1=str, sol2=str), _labels(labels), strict=False):
+        rows.append({**{name: row[name] for name in ("goal", "sol1", "sol2")}, "label": _gold(where, label, 2)})
+    _same_length(questions, labels)
+    return {"validation": rows}
+
+
+def siqa(found: Mapping[str, SetFile]) -> Splits:
+    """SIQA: `context`, `question`, `answerA` to `answerC`, `label` ("1" to "3"); a second file has the labels."""
+    questions, labels = _two(found)
+    names = ("context", "question", "answerA", "answerB", "answerC")
+    rows = []
+    for (where, row), label in zip(questions.objects(**dict.fromkeys(names, str)), _labels(labels), strict=False):
+        rows.append({**{name: row[name] for name in names}, "label": str(_gold(where, label - 1, 3) + 1)})
+    _same_length(questions, labels)
+    return {"validation": rows}
+
+
+def _two(found: Mapping[str, SetFile]) -> list[SetFile]:
+    files = list(found.values())
+    if len(files) != 2:
+        raise EvaluationError("files: has to name two files, the questions' and the labels'; check the task's file")
+    return files
+
+
+def _labels(file: SetFile) -> Iterator[int]:
+    for where, line in file.lines():
+        if not line.strip().isdecimal():
+            raise EvaluationError(f"{where}: is not a label; download the set again")
+        yield int(line)
+
+
+def _same_length(questions: SetFile, labels: SetFile) -> None:
+    asked, labelled = (sum(1 for _ in file.lines()) for file in (questions, labels))
+    if asked != labelled:
+        raise EvaluationError(f"{labels.path}: has {labelled} labels for {asked} questions; download the set again")
+
+
+def hellaswag(found: Mapping[str, SetFile]) -> Splits:
+    """HellaSwag: `activity_label`, `ctx_a`, `ctx_b`, `endings`, `label` ("0" to "3").
+
+    The file has six lines an item: `activity: context`, label, four endings. A context that does not end a sentence has
+    its last words in `ctx_b`, as ActivityNet's have.
+    """
+    rows = []
+    for file in found.values():
+        lines = file.text.removesuffix("\n").split("\n")
+        if len(lines) % 6:
+            raise EvaluationError(f"{file.path}: has {len(lines)} lines, and an item has 6; download the set again")
+        for start in range(0, len(lines), 6):
+            where = f"{file.path}:{start + 1}"
+            context, label, *endings = lines[start : start + 6]
+            if not label.isdecimal() or not all(endings):
+                raise EvaluationError(f"{where}: is not an item of a label and four endings; download the set again")
+            activity, text = _matched(where, r"(.+?): (.*)", context).groups()
+            begun = re.fullmatch(r'(.*[.!?"]) ([^.!?"]+)', text, re.DOTALL)
+            whole, rest = begun.groups() if begun else (text, "")
+            gold = str(_gold(where, int(label), 4))
+            rows.append({"activity_label": activity, "ctx_a": whole, "ctx_b": rest, "endings": endings, "label": gold})
+    return {"validation": rows}
+
+
+def winogrande(found: Mapping[str, SetFile]) -> Splits:
+    """WinoGrande: `sentence` with `_`, `option1`, `option2`, `answer` ("1" or "2"); twins share `template`."""
+    rows = []
+    for file in found.values():
+        for where, row in file.objects(context_options=list, continuation=str, gold=int):
+            options = row["context_options"]
+            if len(options) != 2 or not all(isinstance(option, str) for option in options):
+                raise EvaluationError(f"{where}: 'context_options' is not two texts; download the set again")
+            words = [option.split(" ") for option in options]
+            shared = 0
+            while shared < min(map(len, words)) - 1 and words[0][shared] == words[1][shared]:
+                shared += 1
+            before = " ".join([*words[0][:shared], ""])
+            rows.append(
+                {
+                    "sentence": f"{before}_ {row['continuation']}",
+                    "option1": options[0].removeprefix(before),
+                    "option2": options[1].removeprefix(before),
+                    "answer": str(_gold(where, row["gold"], 2) + 1),
+                    "template": before,
+                }
+            )
+    return {"validation": rows}
+
+
+def boolq(found: Mapping[str, SetFile]) -> Splits:
+    """BoolQ: `passage`, `question`, `label` (1 for yes)."""
+    rows = []
+    for file in found.values():
+        for where, row in file.objects(query=str, choices=list, gold=int):
+            query = _matched(where, r"Passage: (.*)\nQuestion: (.*?)\??(\nAnswer:)?", row["query"])
+            if _choices(where, row) != ["no", "yes"]:
+                raise EvaluationError(f"{where}: the choices are not no and yes; download the set again")
+            rows.append({"passage": query[1], "question": query[2], "label": _gold(where, row["gold"], 2)})
+    return {"validation": rows}
+
+
+def copa(found: Mapping[str, SetFile]) -> Splits:
+    """COPA: `premise`, `question` (cause or effect), `choice1`, `choice2`, `label` (0 or 1)."""
+    rows = []
+    for file in found.values():
+        for where, row in file.objects(query=str, choices=list, gold=int):
+            query = _matched(where, "(.*), (because|therefore)", row["query"])
+            first, second = (text[0].upper() + text[1:] for text in _choices(where, row)[:2])
+            question = {"because": "cause", "therefore": "effect"}[query[2]]
+            rows.append(
+                {
+                    "premise": f"{query[1]}.",
+                    "question": question,
+                    "choice1": first,
+                    "choice2": second,
+                    "label": _gold(where, row["gold"], 2),
+                }
+            )
+    return {"validation": rows}
+
+
+def lambada(found: Mapping[str, SetFile]) -> Splits:
+    """LAMBADA: `text`, whose last word is to be predicted."""
+    rows = []
+    for file in found.values():
+        for where, row in file.objects(context=str, continuation=str):
+            if not row["continuation"].strip() or " " in row["continuation"]:
+                raise EvaluationError(f"{where}: the continuation is not one word; download the set again")
+            rows.append({"text": f"{row['context']} {row['continuation']}"})
+    return {"test": rows}
+
+
+def mmlu(found: Mapping[str, SetFile]) -> Splits:
+    """MMLU: `question`, `choices`, `answer` (0 to 3), `subject`; the folder of a file is its split."""
+    splits: Splits = {}
+    for file in found.values():
+        split = file.path.parent.name
+        subject = file.path.stem.removesuffix(f"_{split}")
+        # Fields hold newlines in quotes, so that an item may take several lines.
+        table = csv.reader(io.StringIO(file.text, newline=""), strict=True)
+        try:
+            for fields in table:
+                where = f"{file.path}:{table.line_num}"
+                if len(fields) != 6 or fields[5] not in "ABCD" or len(fields[5]) != 1:
+                    raise EvaluationError(f"{where}: is not a question, four choices and a letter; check the file")
+                question, *choices, letter = fields
+                answer = "ABCD".index(letter)
+                row = {"question": question, "choices": choices, "answer": answer, "subject": subject}
+                splits.setdefault(split, []).append(row)
+        except csv.Error as error:
+            raise EvaluationError(f"{file.path}:{table.line_num}: is not CSV ({error}); check the file") from None
+    return splits
+
+
+def agieval(found: Mapping[str, SetFile]) -> Splits:
+    """AGIEval's multiple choice: `query`, `choices`, `gold` (a list of one index), and `passage` ("" for none)."""
+    rows = []
+    for file in found.values():
+        for where, row in file.objects(question=str, options=list, label=str):
+            options = row["options"]
+            if not 2 <= len(options) <= 7 or not all(isinstance(option, str) for option in options):
+                raise EvaluationError(f"{where}: 'options' is not two to seven texts; download the set again")
+            letters = "ABCDEFG"[: len(options)]
+            gold = _gold(where, letters.find(row["label"]) if len(row["label"]) == 1 else -1, len(options))
+            passage = row.get("passage") or ""
+            query = (
+                f"{passage}Q: {row['question']} Answer Choices: {' '.join(options)}\n"
+                f"A: Among A through {letters[-1]}, the answer is"
+            )
+            rows.append(
+                {"query": query, "choices": options, "gold": [gold], "passage": passage, "letters": list(letters)}
+            )
     return {"test": rows}
 
 
@@ -320,7 +522,8 @@ def _texts(where: str, name: str, values: list[Any]) -> list[str]:
     return values
 
 
+_CHOSEN = (arc, openbookqa, commonsense_qa, piqa, siqa, hellaswag, winogrande, boolq, copa, lambada, mmlu, agieval)
 _ANSWERED = (gsm8k, svamp, nq_open, triviaqa, squad, quac, mathematics, bbh, humaneval, mbpp, ifeval)
 READERS: dict[str, Callable[[Mapping[str, SetFile]], Splits]] = {
-    reader.__name__: reader for reader in (arc, *_ANSWERED)
+    reader.__name__: reader for reader in (*_CHOSEN, *_ANSWERED)
 }

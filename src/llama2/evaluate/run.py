@@ -166,7 +166,10 @@ def _ask(task: EvaluationTask, lm: Any, settings: EvaluationSettings) -> AskedTa
     """A task's items with their queries, or why there are none."""
     from llama2.evaluate.items import parts
 
-    if reason := sets.missing(task, settings.data) or task.lacking:
+    reason = sets.missing(task, settings.data) or task.lacking
+    if settings.protocol == "harness" and not task.harness:
+        reason = "the harness does not ask these rows"
+    if reason is not None:
         return AskedTask(task, reason=reason)
     splits, digests = sets.read(task, settings.data)
     found = parts(task, splits, settings.protocol)
@@ -256,15 +259,21 @@ def _samples(each: AskedTask, answers: AnswerStore) -> list[dict[str, Any]]:
         values = iter(part.values(fitting, answers) if fitting else ())
         for item in items:
             sample: dict[str, Any] = {"id": item.id}
-            for what in ("cluster", "stratum"):
-                if name := getattr(each.task, what):
-                    sample[what] = str(item.row[name])
+            if each.task.stratum:
+                sample["stratum"] = str(item.row[each.task.stratum])
+            if each.task.cluster:
+                sample["cluster"] = _cluster(str(item.row[each.task.cluster]), item)
             sample["prompt"] = sha256(item.prompt.encode()).hexdigest()
             if item.refused is not None:
                 samples.append(sample | {"refused": item.refused})
                 continue
             samples.append(sample | _answered(item, answers) | {"values": next(values)})
     return samples
+
+
+def _cluster(text: str, item: TaskItem) -> str:
+    """A name for a text that items share, such as a passage; the item's own where it has none."""
+    return sha256(text.encode()).hexdigest()[:16] if text else item.id
 
 
 def _answered(item: TaskItem, answers: AnswerStore) -> dict[str, Any]:

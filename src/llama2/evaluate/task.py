@@ -28,6 +28,10 @@ class PromptFormat(Settings):
     target: str | None = Field(None, description="Jinja template of the answer, or of its index among the choices.")
     delimiter: str | None = Field(None, description="Text between question and answer.")
     description: str | None = Field(None, description="Text before everything, a Jinja template.")
+    shots: int | None = Field(None, ge=0, description="Solved examples before the question.")
+    normalisation: Literal["none", "characters", "answer"] | None = Field(
+        None, description="Log-likelihoods of choices: as they are, a character, or less those after `Answer:`."
+    )
 
 
 class EvaluationTask(Settings):
