@@ -11,13 +11,16 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import lm_eval.tasks
+from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -80,7 +83,7 @@ class TaskPart:
         until = (self.inner.config.generation_kwargs or {}).get("until") or []
         return [until] if isinstance(until, str) else list(until)
 
-    def items(self, lm: EngineLM, wanted: Container[str], *, seed: int, chat: bool) -> Iterator[TaskItem]:
+    def items(self, lm: EngineLM, wanted: Container[str], *, seed: int, chat: bool) -> list[TaskItem]:
         """The wanted items. An item's examples do not depend on which others are wanted.
 
         By the paper's protocol they are drawn by seed and item; by the harness's in one sequence over all items, as it
@@ -88,9 +91,13 @@ class TaskPart:
         """
         chat = chat and self.generates
         self.inner.set_fewshot_seed(HARNESS_SEED)
-        in_sequence = self.protocol == "harness" and self.shots > 0
+        with _compiled_once():
+            return list(self._items(lm, wanted, seed, chat))
+
+    def _items(self, lm: EngineLM, wanted: Container[str], seed: int, chat: bool) -> Iterator[TaskItem]:
+        drawn = self.shots > 0 and not isinstance(self.inner.sampler, FirstNSampler)
         for number, (name, doc) in enumerate(zip(self.ids, self.inner.task_docs, strict=True)):
-            if name not in wanted and not in_sequence:
+            if name not in wanted and not (drawn and self.protocol == "harness"):
                 continue
             if self.protocol == "paper":
                 self.inner.set_fewshot_seed(f"{seed} {self.task.name} {name}")
@@ -136,7 +143,8 @@ class TaskPart:
             return self._scored(items)
         self.inner._instances = [each for item in items for each in item.instances]
         self.inner.apply_filters()
-        return [self._processed(item) for item in items]
+        with _compiled_once():
+            return [self._processed(item) for item in items]
 
     def _scored(self, items: Sequence[TaskItem]) -> list[dict[str, Any]]:
         """The values of our own scorer; programs are executed on all processors."""
@@ -308,6 +316,17 @@ def _harness(
 
 def _tables(rows: Mapping[str, list[Row]]) -> dict[str, datasets.Dataset]:
     return {split: datasets.Dataset.from_list(some) for split, some in rows.items()}
+
+
+@contextmanager
+def _compiled_once() -> Iterator[None]:
+    """The harness compiles a template anew for each row, which takes longer than a small model; here once."""
+    compiled, plain = cache(utils.env.from_string), utils.apply_template
+    utils.apply_template = lambda template, doc: compiled(template).render(**doc)
+    try:
+        yield
+    finally:
+        utils.apply_template = plain
 
 
 @contextmanager
