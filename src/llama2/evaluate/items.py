@@ -178,7 +178,7 @@ class TaskPart:
         return values
 
     def aggregate(self, metric: str) -> Callable[[list[Any]], float]:
-        """How the harness makes a score of values of a metric."""
+        """How the harness makes a score of a metric's values; `mean` unless it says otherwise."""
         name = metric.partition(",")[0]
         found: Callable[[list[Any]], float] = self.inner.aggregation().get(name, mean)
         return found

@@ -10,20 +10,20 @@ record.json      the scores
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
 
 from llama2 import files
 from llama2.api import Model
 from llama2.errors import EvaluationError
 from llama2.evaluate import rows as sets
-from llama2.evaluate.intervals import mean_interval
+from llama2.evaluate.intervals import Interval, Z, mean_interval, standard_error
 from llama2.evaluate.queries import AnswerStore, GenerationQuery, Query, key
 from llama2.evaluate.scores import RECORD, SAMPLES, beside_published, format_spread, group_scores
 from llama2.evaluate.strata import sample
@@ -298,21 +298,40 @@ def _answered(item: TaskItem, answers: AnswerStore) -> dict[str, Any]:
 
 
 def _metrics(each: AskedTask, scored: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every metric of a task: its value, and where it is a mean of items, its interval."""
+    """Every metric of a task: its value, and its interval where it is a mean.
+
+    An item's value may be a list, as of a prompt's instructions: the score is their mean, and they are a cluster.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for name, first in scored[0]["values"].items():
-        clusters = [sample["cluster"] for sample in scored] if each.task.cluster else None
-        values = [sample["values"][name] for sample in scored]
-        if isinstance(first, list):  # of an item's instructions, say: all count alike, and an item's go together
-            clusters = [str(sample["id"]) for sample in scored for _ in sample["values"][name]]
-            values = [value for some in values for value in some]
-        value = float(each.parts[0].aggregate(name)(values))
-        found[name] = {"value": value}
-        if all(isinstance(each, int | float | np.number) for each in values):
+    for name in scored[0]["values"]:
+        lists = any(isinstance(sample["values"][name], list) for sample in scored)
+        pairs = [
+            (value, sample.get("cluster", sample["id"]))
+            for sample in scored
+            for value in (sample["values"][name] if lists else [sample["values"][name]])
+        ]
+        values = [value for value, _ in pairs]
+        aggregate = each.parts[0].aggregate(name)
+        if aggregate.__name__ != "mean":
+            found[name] = {"value": float(aggregate([sample["values"][name] for sample in scored]))}
+            continue
+        clusters = [cluster for _, cluster in pairs] if lists or each.task.cluster else None
+        if each.task.aggregation == "strata" and not lists:
+            interval = _mean_of_means(values, [sample["stratum"] for sample in scored])
+        else:
             interval = mean_interval(values, clusters, proportion={*values} <= {0, 1})
-            if interval.mean == value or abs(interval.mean - value) < 1e-9:
-                found[name]["interval"] = interval.to_json()
+        found[name] = {"value": interval.mean, "interval": interval.to_json()}
     return found
+
+
+def _mean_of_means(values: Sequence[float], strata: Sequence[str]) -> Interval:
+    """The mean of strata's means, with the standard error of a sum of independent ones: √(Σ SE²) / S."""
+    groups: dict[str, list[float]] = {}
+    for value, stratum in zip(values, strata, strict=True):
+        groups.setdefault(stratum, []).append(value)
+    mean = fmean(map(fmean, groups.values()))
+    se = math.hypot(*(standard_error(group) for group in groups.values())) / len(groups)
+    return Interval(mean, se, mean - Z * se, mean + Z * se, len(values), None, "normal, stratified")
 
 
 def _plain(value: Any) -> Any:
