@@ -11,6 +11,11 @@ from llama2 import api, recipe
 from llama2.evaluate.task import EvaluationTask
 from models import write_tiny_gguf
 
+#: SmolLM2's chat template in short.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 #: Questions in the form of ARC's files.
 QUESTIONS = [
     {"query": f"Question: Who is at the {place}?", "choices": ["he", "Anna and Tom", "the tern", "none"], "gold": gold}

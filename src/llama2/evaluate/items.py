@@ -120,7 +120,7 @@ class TaskPart:
         )
         instances = built if isinstance(built, list) else [built]
         if self._answer_normalised:
-            instances += [replace(each, arguments=(ANSWER, each.args[1])) for each in instances]
+            instances += [replace(each, arguments=(ANSWER, each.args[1]), filtered_resps={}) for each in instances]
         return instances
 
     def _queries(self, lm: EngineLM, instance: Instance, seed: int) -> list[Query]:

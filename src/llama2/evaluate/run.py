@@ -10,12 +10,10 @@ record.json      the scores
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from statistics import fmean
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +21,7 @@ from llama2 import files
 from llama2.api import Model
 from llama2.errors import EvaluationError
 from llama2.evaluate import rows as sets
-from llama2.evaluate.intervals import Interval, Z, mean_interval, standard_error
+from llama2.evaluate.intervals import Interval, mean_interval, weighted_mean
 from llama2.evaluate.queries import AnswerStore, GenerationQuery, Query, key
 from llama2.evaluate.scores import RECORD, SAMPLES, beside_published, format_spread, group_scores
 from llama2.evaluate.strata import sample
@@ -325,13 +323,11 @@ def _metrics(each: AskedTask, scored: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def _mean_of_means(values: Sequence[float], strata: Sequence[str]) -> Interval:
-    """The mean of strata's means, with the standard error of a sum of independent ones: √(Σ SE²) / S."""
+    """The mean of strata's means."""
     groups: dict[str, list[float]] = {}
     for value, stratum in zip(values, strata, strict=True):
         groups.setdefault(stratum, []).append(value)
-    mean = fmean(map(fmean, groups.values()))
-    se = math.hypot(*(standard_error(group) for group in groups.values())) / len(groups)
-    return Interval(mean, se, mean - Z * se, mean + Z * se, len(values), None, "normal, stratified")
+    return weighted_mean([mean_interval(group, proportion=False) for group in groups.values()])
 
 
 def _plain(value: Any) -> Any:
