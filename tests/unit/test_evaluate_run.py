@@ -161,6 +161,7 @@ def test_bad_input(
     found, out, error = typed(capsys, "evaluate", model.checkpoint.path, *words, *options, "--out", tmp_path / "run")
     assert (found, out, error.count("\n")) == (status, "", 1)
     assert message.replace("DATA", str(tmp_path)) in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_its_files_a_task_is_not_run(model: api.Model, tmp_path: Path) -> None:

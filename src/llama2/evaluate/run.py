@@ -85,9 +85,10 @@ def evaluate(
     harness = _harness()
     weights = weights_digest(model)
     recipe = _recipe(model, weights, tasks, settings)
-    run = _resumed(folder, recipe) if resume else Run.create(folder, recipe)
+    Run.look(folder, resume=resume)
     lm = harness.EngineLM(model, in_flight=settings.in_flight)
-    asked = [_ask(task, lm, settings) for task in tasks]
+    asked = [_ask(task, lm, settings) for task in tasks]  # before there is a run, which bad files would leave behind
+    run = _resumed(folder, recipe) if resume else Run.create(folder, recipe)
     answers = AnswerStore.open(folder / ANSWERS)
     _fill(answers, asked, model, settings, progress)
     (folder / SAMPLES).mkdir(exist_ok=True)
