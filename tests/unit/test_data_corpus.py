@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llama2 import recipe as recipes
 from llama2.data import compressed, contamination, dedup
 from llama2.data.build import build
-from llama2.data.contamination import Coverage, Matcher, SharedRun
+from llama2.data.overlap import Coverage, Matcher, SharedRun, subsets
 from llama2.data.settings import Benchmark, BuildRecipe, Decontamination
 from llama2.data.shards import Shards
 from llama2.data.tokens import epochs
@@ -102,7 +102,7 @@ def test_subsets_overlap_as_in_the_paper(tmp_path: Path) -> None:
     again.add(SharedRun(2, 0, 0, 1))
     again.load(tmp_path / "a.npy")
     assert again.shares().tolist() == [0.0, 0.2, 0.9, 0.0]
-    assert {name: mask.tolist() for name, mask in contamination.subsets(coverage.shares()).items()} == {
+    assert {name: mask.tolist() for name, mask in subsets(coverage.shares()).items()} == {
         "clean": [True, False, False, True],
         "not clean": [False, True, True, False],
         "not dirty": [True, True, False, True],

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from llama2.evaluate import published
+from llama2.evaluate import published, task
 from llama2.evaluate.intervals import Interval
 from llama2.evaluate.published import figures, group_means, groups
 
@@ -81,7 +81,7 @@ def test_a_figure_is_that_of_its_shots() -> None:
     csqa = figures("commonsenseqa", 0)
     assert csqa is not None
     assert (csqa.shots, csqa.by_model["Llama 2 7B"]) == (7, 57.8)
-    passed = figures("humaneval pass@100", 0)
+    passed = figures("humaneval_pass100", 0)
     assert passed is not None
     assert "MPT 7B" not in passed.by_model  # not published
     assert figures("copa", 0) is None
@@ -93,3 +93,14 @@ def test_a_group_with_a_missing_member_has_no_mean() -> None:
     scores = {"humaneval": exact(0.1)}
     assert code.mean(scores) is None
     assert code.missing(scores) == ["mbpp"]
+
+
+def test_tasks_are_in_the_groups_that_they_name_with_the_papers_shots() -> None:
+    names = {name: group.name for group in groups() for name in group.members}
+    found = [task.load(name) for name in task.names() if name in names]
+    assert len(found) >= 10
+    for each in found:
+        assert each.group == names[each.name], each.name
+        row = figures(each.name, each.shots)
+        assert row is not None, each.name
+        assert row.shots in (None, each.shots), each.name

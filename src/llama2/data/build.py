@@ -28,6 +28,7 @@ from llama2 import files as safely
 from llama2.data import card, contamination, dedup, describe, heldout, origin, read, shards
 from llama2.data.clean import Clean
 from llama2.data.executor import executor
+from llama2.data.overlap import Coverage
 from llama2.data.read import File
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Manifest
@@ -281,7 +282,7 @@ class Finish(Stage):
             },
         )
         samples, numbers = contamination.load(self.samples) if self.samples else ([], [])
-        before, after = contamination.Coverage(samples), contamination.Coverage(samples)
+        before, after = Coverage(samples), Coverage(samples)
         for when, coverage in (("before", before), ("after", after)):
             for path in sorted((self.work / "tokens").glob(f"{when}-*.npy")):
                 coverage.load(path)

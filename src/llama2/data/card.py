@@ -14,8 +14,8 @@ from typing import Any
 from datatrove.data import Document
 
 from llama2 import files as safely
-from llama2.data import contamination, describe
-from llama2.data.contamination import Coverage
+from llama2.data import describe, overlap
+from llama2.data.overlap import Coverage
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Manifest
 from llama2.data.stage import Stage
@@ -162,7 +162,7 @@ def _identities(total: Mapping[str, float], english: float) -> dict[str, Any]:
 def _contamination(recipe: BuildRecipe, samples: Sequence[int], before: Coverage, after: Coverage) -> dict[str, Any]:
     settings = recipe.decontamination
     table, start = {}, 0
-    subsets = {when: contamination.subsets(each.shares()) for when, each in (("before", before), ("after", after))}
+    subsets = {when: overlap.subsets(each.shares()) for when, each in (("before", before), ("after", after))}
     for name, count in zip(settings.benchmarks, samples, strict=True):
         part = slice(start, start + count)
         table[name] = {"samples": count} | {

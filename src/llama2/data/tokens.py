@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from llama2.data import contamination, shards
 from llama2.data.heldout import HeldOut
+from llama2.data.overlap import Coverage, Matcher
 from llama2.data.settings import BuildRecipe
 from llama2.data.shards import Shard, Split
 from llama2.data.stage import Stage, counts, fraction
@@ -43,8 +44,8 @@ class Tokenize(Stage):
         begin = [opened.bos_id] if opened.add_bos and opened.bos_id is not None else []
         settings = self.recipe.decontamination
         samples = contamination.load(self.samples)[0] if self.samples else []
-        matcher = contamination.Matcher(samples, length=settings.length, skips=settings.skips)
-        before, after = contamination.Coverage(samples), contamination.Coverage(samples)
+        matcher = Matcher(samples, length=settings.length, skips=settings.skips)
+        before, after = Coverage(samples), Coverage(samples)
         self.folder.mkdir(exist_ok=True)
         writers: dict[tuple[str, Split], shards.Writer] = {}
         with ExitStack() as open_writers:

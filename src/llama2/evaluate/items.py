@@ -177,6 +177,22 @@ class TaskPart:
             values |= found if len(filters) == 1 else {f"{metric},{name}": value for metric, value in found.items()}
         return values
 
+    def verbalised(self, item: TaskItem) -> str:
+        """An item as it is asked, without examples, and with the right one of its choices."""
+        doc = item.instances[0].doc
+        question = self.inner.doc_to_text(doc)
+        if self.generates:
+            return str(question)
+        context = question if isinstance(question, str) else ""  # a number is of the choice that holds the question
+        built = self.inner.construct_requests(
+            doc, context, metadata=(self.task.name, 0, 1), apply_chat_template=False, chat_template=None
+        )
+        if isinstance(built, list):
+            gold = self.inner.doc_to_target(doc)
+            gold = gold[0] if isinstance(gold, list) else gold
+            built = built[self.inner.doc_to_choice(doc).index(gold) if isinstance(gold, str) else gold]
+        return "".join(map(str, built.args))
+
     def aggregate(self, metric: str) -> Callable[[list[Any]], float]:
         """How the harness makes a score of a metric's values; `mean` unless it says otherwise."""
         name = metric.partition(",")[0]

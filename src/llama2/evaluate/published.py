@@ -68,7 +68,7 @@ class PublishedFigures:
 
 
 def figures(column: str, shots: int) -> PublishedFigures | None:
-    """Published figures of a task, or of a part of one such as "mbpp pass@80"; None for what was not published.
+    """Published figures of a task, or of a part of one such as "mmlu stem"; None for what was not published.
 
     Of a task that was published with several numbers of examples, those with `shots`, and None for another number. Of
     other tasks, those that there are.

@@ -23,7 +23,7 @@ from llama2.errors import EvaluationError
 from llama2.evaluate import rows as sets
 from llama2.evaluate.intervals import Interval, mean_interval, weighted_mean
 from llama2.evaluate.queries import AnswerStore, GenerationQuery, Query, key
-from llama2.evaluate.scores import RECORD, SAMPLES, beside_published, format_spread, group_scores
+from llama2.evaluate.scores import RECORD, SAMPLES, beside_published, format_spread, group_scores, read_samples
 from llama2.evaluate.strata import sample
 from llama2.evaluate.task import EvaluationTask
 from llama2.hub import store
@@ -48,6 +48,7 @@ class EvaluationSettings:
     seed: int = 0
     chat: bool = False  # ask questions that are to be answered by the chat template
     in_flight: int = 64
+    corpus: Path | None = None  # in which items are looked for once they are scored
 
 
 @dataclass(slots=True)
@@ -75,9 +76,11 @@ def evaluate(
     *,
     resume: bool = False,
     progress: Progress = lambda done, total: None,
+    scanned: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Ask a model the tasks, and return the run's record, which is also in `folder`.
 
+    `scanned` gets the tokens of the corpus that were compared, and all of them.
     With `resume`, what was answered before is not asked again; the result has the same bytes. Raises RunError where
     there is a run already, or with `resume` none. Raises EvaluationError for a run of other settings, for files that
     are not the task's, and where the harness is not installed. Raises EngineError when the model fails.
@@ -93,6 +96,9 @@ def evaluate(
     _fill(answers, asked, model, settings, progress)
     (folder / SAMPLES).mkdir(exist_ok=True)
     scored = {each.task.label: _scored(each, answers, folder, settings) for each in asked}
+    if settings.corpus is not None:
+        for label, found in _contamination(asked, scored, folder, settings.corpus, scanned).items():
+            scored[label]["contamination"] = found
     record = {
         **run.origin,
         "model": model.checkpoint.path.name,
@@ -248,6 +254,22 @@ def _scored(each: AskedTask, answers: AnswerStore, folder: Path, settings: Evalu
         "metrics": metrics,
         "published": beside_published(task.name, part.shots, metrics[headline]["value"]),
     }
+
+
+def _contamination(
+    asked: Sequence[AskedTask], scored: Mapping[str, Mapping[str, Any]], folder: Path, corpus: Path, scanned: Progress
+) -> dict[str, dict[str, Any]]:
+    """How much of each task's items is in a corpus, and whether that moved its score."""
+    from llama2.evaluate.contaminated import contamination
+
+    items = {}
+    for each in asked:
+        if "metric" in (task := scored[each.task.label]):
+            samples = {sample["id"]: sample for sample in read_samples(folder, each.task.label)}
+            pairs = [(part, item) for part, some in zip(each.parts, each.items, strict=True) for item in some]
+            texts = {item.id: part.verbalised(item) for part, item in pairs if item.refused is None}
+            items[each.task.label] = [*texts.values()], [samples[name]["values"][task["metric"]] for name in texts]
+    return contamination(items, corpus, scanned)
 
 
 def _samples(each: AskedTask, answers: AnswerStore) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ _NONE = "-"
 def lines(record: Mapping[str, Any]) -> list[str]:
     """The record as text: groups as columns, tasks as rows, then what was not run and why."""
     shown = [*_group_table(record), *_task_table(record)]
+    shown += _contamination_table(record["tasks"])
     if spread := record.get("formats"):
         shown += ["", *_format_table(spread)]
     return [line.rstrip() for line in shown]
@@ -83,6 +84,23 @@ def _task_table(record: Mapping[str, Any]) -> list[str]:
         if task.get("cut"):
             rest.append(f"{name}: {task['cut']} answers were cut by their limit of tokens")
     return [*(columns(rows) if len(rows) > 1 else ()), *rest]
+
+
+def _contamination_table(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Each subset's items, score in percent and Z, at the largest L that shows an effect, or else the smallest."""
+    rows = [["items in the corpus", "L", "clean", "not clean", "not dirty", "dirty", "contaminated"]]
+    for label, task in tasks.items():
+        if found := task.get("contamination"):
+            length = found["length"] or min(map(int, found["lengths"]))
+            parts = found["lengths"][str(length)].values()
+            rows.append([label, str(length), *map(_subset, parts), "no" if found["length"] is None else "yes"])
+    return ["", *columns(rows)] if len(rows) > 1 else []
+
+
+def _subset(part: Mapping[str, Any]) -> str:
+    if not part["n"]:
+        return _NONE
+    return f"{part['n']:,}: {_percent(part['mean'])}" + ("" if part["z"] is None else f" (Z {part['z']:+.2f})")
 
 
 def _format_table(spread: Mapping[str, Any]) -> list[str]:

@@ -103,12 +103,21 @@ class EvaluationRunOptions:
         typer.Option(metavar="FILE", help="Draw the scores with intervals: a .png, .svg or .pdf.", show_default=False),
     ] = None
 
+    corpus: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Look for the items in this built corpus: contamination.", show_default=False),
+    ] = None
+
     def check(self, chosen: list[EvaluationTask], protocol: str) -> None:
         """Refuse, before anything is asked, a file that cannot be drawn, and a run that cannot be compared."""
         from llama2.evaluate import comparison, scores, table
 
         if self.plot is not None and self.plot.suffix not in table.FORMATS:
             raise typer.BadParameter(f"--plot {self.plot}: the name must end in one of {', '.join(table.FORMATS)}")
+        if self.corpus is not None:
+            from llama2.data.shards import read_manifest
+
+            read_manifest(self.corpus)
         if self.against is not None:
             before = scores.read_record(self.against)["tasks"]
             for task in chosen:
@@ -140,10 +149,12 @@ def command(*, model: EvaluatedModel, tasks: TaskOptions, run: EvaluationRunOpti
         seed=tasks.seed,
         chat=tasks.chat,
         in_flight=run.batch,
+        corpus=run.corpus,
     )
     with model.load(sequences=_SEQUENCES) as loaded:
         try:
-            record = evaluate(loaded, chosen, folder, settings, resume=run.resume, progress=_Progress())
+            bars = {"progress": _Progress(), "scanned": _Progress()}
+            record = evaluate(loaded, chosen, folder, settings, resume=run.resume, **bars)
         except KeyboardInterrupt:
             say(f"\nllama2: stopped; the same command with --resume goes on in {folder}", file=sys.stderr)
             raise
