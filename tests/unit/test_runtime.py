@@ -15,7 +15,6 @@ from llama2.engine.runtime import RuntimeSettings
 from llama2.errors import RequestError
 from models import write_tiny_gguf
 
-
 TASKS = Path("/proc/self/task")
 
 
