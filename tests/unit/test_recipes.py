@@ -6,6 +6,7 @@ import pytest
 
 from llama2 import recipe as recipes
 from llama2.align.rejection_settings import RejectionRecipe
+from llama2.align.reward_recipe import RewardRecipe
 from llama2.config import ModelConfig
 from llama2.data.settings import BuildRecipe
 from llama2.errors import RecipeError
@@ -21,6 +22,8 @@ def kind(path: Path) -> type[Settings]:
         return BuildRecipe
     if path.stem == "reject":
         return RejectionRecipe
+    if path.stem.startswith("reward-"):
+        return RewardRecipe
     return SftRecipe if path.stem.endswith("-sft") else PretrainRecipe
 
 

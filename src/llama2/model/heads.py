@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,22 +41,21 @@ class RewardTransformer(Transformer):
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> RewardTransformer:
-        """The checkpoint's network with its scalar head, or with one that `seed` draws where it has none.
+        """The checkpoint's network, and its scalar head as in `of`."""
+        return cls.of(Transformer.load(checkpoint, dtype=dtype, device=device), checkpoint, seed=seed)
+
+    @classmethod
+    def of(cls, network: Transformer, checkpoint: Checkpoint, *, seed: int = 0) -> RewardTransformer:
+        """`network`, whose parts it takes, with the checkpoint's scalar head, or one that `seed` draws.
 
         A new head's weights are normal with deviation 0.02, as transformers draws them; the paper does not say.
         """
         with torch.device("meta"):
-            model = cls(checkpoint.config)
-        weights = {
-            name: torch.from_numpy(tensor.dequantize()).to(device, dtype)
-            for name, tensor in checkpoint.tensors.items()
-            if name in model.config.tensor_shapes()
-        }
+            model = cls(network.config)
+        model.tok_embeddings, model.layers, model.norm = network.tok_embeddings, network.layers, network.norm
+        head = torch.empty(1, model.config.dim)
+        model.draw(SCORE_HEAD, head, torch.Generator().manual_seed(seed))
         if SCORE_HEAD in checkpoint.extras:
-            head = torch.from_numpy(np.array(checkpoint.extras[SCORE_HEAD].dequantize()))
-        else:
-            head = torch.empty(1, model.config.dim)
-            model.draw(SCORE_HEAD, head, torch.Generator().manual_seed(seed))
-        weights[SCORE_HEAD] = head.to(device, dtype)
-        model.load_state_dict(weights, assign=True)
+            head.copy_(torch.from_numpy(checkpoint.extras[SCORE_HEAD].dequantize()))
+        model.score.weight = nn.Parameter(head.to(network.norm.weight.device))
         return model

@@ -12,10 +12,12 @@ from llama2.records import Run
 CARD = "card.md"
 #: Last steps, whose mean is a run's training loss.
 LAST = 50
+#: What has a loss of which the exponential is a perplexity.
+LANGUAGE = "a token"
 
 
-def write(run: Run) -> None:
-    """Write the card beside the run's record. Raises RunError where that cannot be done."""
+def write(run: Run, unit: str = LANGUAGE) -> None:
+    """Write the card beside the run's record; `unit` is what has a loss. Raises RunError where that cannot be done."""
     origin, lines = run.origin, run.curve()
     losses: list[float] = [line["loss"] for line in lines[-LAST:] if line.get("loss") is not None]
     mean = statistics.fmean(losses) if losses else None
@@ -33,13 +35,18 @@ def write(run: Run) -> None:
         f"Begun {origin['date']} with `{_text(origin.get('command', ''))}`{commit}; "
         f"{last.get('step', 0):,} steps, {last.get('tokens') or 0:,} tokens.",
         "",
-        "| | loss, nats a token | perplexity |",
-        "| --- | --- | --- |",
-        *(f"| {_text(name)} | {_number(loss)} | {_number(perplexity(loss))} |" for name, loss in rows),
+        *_table(rows, unit),
         *(["", "## Notes", "", *notes] if notes else []),
     ]
     with files.create(run.folder / CARD, error=RunError) as file:
         file.write(("\n".join(text) + "\n").encode())
+
+
+def _table(rows: list[tuple[str, float | None]], unit: str) -> list[str]:
+    if unit != LANGUAGE:
+        return [f"| | loss, nats {unit} |", "| --- | --- |", *(f"| {_text(n)} | {_number(loss)} |" for n, loss in rows)]
+    head = [f"| | loss, nats {unit} | perplexity |", "| --- | --- | --- |"]
+    return head + [f"| {_text(name)} | {_number(loss)} | {_number(perplexity(loss))} |" for name, loss in rows]
 
 
 def perplexity(loss: float | None) -> float | None:

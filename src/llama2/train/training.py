@@ -55,6 +55,7 @@ class Task:
     validation: Sequence[TrainBatch] = ()
     objective: Objective[Any] = next_token
     adapter: AdapterWriter | None = None
+    unit: str = card.LANGUAGE  # what has a loss
 
 
 class Training:
@@ -117,7 +118,7 @@ class Training:
                 self.reporter.begin(self._header())
             loop.run()
         if self.dist.is_main:
-            card.write(run)
+            card.write(run, self.task.unit)
         return run
 
     def _create(self, schedule: Sequence[Any], about: dict[str, Any]) -> Run:
