@@ -51,7 +51,13 @@ for name in sys.argv[1].split(","):
 print(json.dumps([sorted(set(done)), "torch" in sys.modules]))
 """
 #: What needs PyTorch.
-TORCH = ("llama2.model.", "llama2.train.", "llama2.engine.runner_torch", "llama2.align.ranking")
+TORCH = (
+    "llama2.model.",
+    "llama2.train.",
+    "llama2.engine.runner_torch",
+    "llama2.align.ranking",
+    "llama2.align.reward_training",
+)
 
 
 @pytest.fixture(scope="module")

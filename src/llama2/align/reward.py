@@ -45,8 +45,8 @@ def score(
     """Rewards (n,) of n dialogs, each read at the end token of its last answer; with `sigmoid`, in (0, 1).
 
     A reward is the same, bit for bit, whatever is scored beside it. Raises CheckpointError for a model without a scalar
-    head, DialogError for a dialog that does not end with the assistant, ContextError for one that the model cannot
-    read whole, and EngineError when the model fails.
+    head, and EngineError when the model fails. Raises DialogError for a dialog that does not end with the assistant,
+    and ContextError for one that the model cannot read whole.
     """
     return score_tokens(model, tokens_of(model.checkpoint, dialogs, neutralise=neutralise), sigmoid=sigmoid)
 

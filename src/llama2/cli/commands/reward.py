@@ -98,7 +98,7 @@ def score(
     if not read:
         raise DataError(f"{file}: holds no dialog; give one a line")
     with api.load(model, threads=threads) as loaded:
-        rows = []
+        rows: list[Any] = []
         for where, dialog in read:
             try:
                 rows += tokens_of(loaded.checkpoint, [dialog], neutralise=neutralise)
