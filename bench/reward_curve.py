@@ -2,8 +2,8 @@
 
     python bench/reward_curve.py recipes/reward-helpful.toml data.files='["helpful-base.jsonl.gz"]'
 
-Prints a JSON object: of each fraction the pairs, and of each held-out set the accuracy with its interval. The runs are in
---runs; those that are whole are not trained again, and one that was stopped continues. Smaller fractions are parts of
+Prints a JSON object: of each fraction the pairs, and of each held-out set the accuracy with its interval. Runs are in
+--runs. Those that are whole are not trained again, and one that was stopped continues. Smaller fractions are parts of
 larger ones, and the held-out pairs are the same.
 """
 

@@ -92,7 +92,7 @@ def file_names() -> set[str]:
 
 #: Files that a model, a run or another program has, and a key of GGUF files; not ours.
 FOREIGN = {
-    "tokenizer_config.json", "tokenizer.json", "config.json", "config-7b.json", "params.json",
+    "tokenizer_config.json", "tokenizer.json", "config.json", "config-7b.json", "params.json", "reward.json",
     "llama2.tokenizer.prepend_scheme", "recipe.json", "origin.json", "card/README.md", "corpora/texts/card/README.md",
     "peers/llama.cpp", "best/report.json",
 }  # fmt: skip
