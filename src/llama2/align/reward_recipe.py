@@ -5,8 +5,8 @@ few thousand pairs that would be a few steps. So these are the rules for what a 
 
 - a step reads a 64th of the pairs, at least one and at most 512, a multiple of 8 if there are so many;
 - the learning rate rises through 3 % of the steps, at least 5, then falls along a cosine to a tenth;
-- its peak is 1e-5 × 4096 / width for narrower models, and 5e-6 from the width of 70B on. Where an adapter is trained, it
-  is ten times that;
+- its peak is 1e-5 × 4096 / width for narrower models, and 5e-6 from the width of 70B on. For an adapter it is ten times
+  that;
 - there are four evaluations, and products are done in bfloat16 where the processor has instructions for them.
 
 The paper does not publish the margin of its last models, nor the formula and weight of the loss for safety.

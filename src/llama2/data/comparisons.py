@@ -100,8 +100,8 @@ def read(
     """Pairs of files and folders; `safety` is the label of those that have none.
 
     `report` counts pairs that teach nothing: an empty answer, equal answers, prompts that differ, roles out of order.
-    It also counts an unsafe answer that was chosen over a safe one. Raises DataError for a record that is not a pair; with `skip_bad`, `report`
-    counts these too.
+    It also counts an unsafe answer that was chosen over a safe one. Raises DataError for a record that is not a pair;
+    with `skip_bad`, `report` counts these too.
     """
     for path in paths:
         for file in dialog_files.find([path]):
