@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fakes import plain
 from llama2 import checkpoint
 from llama2.checkpoint import Checkpoint
+from llama2.engine.answer import collect
 from llama2.engine.engine import Engine
 from llama2.engine.request import Event, Request, Sampling
 from llama2.engine.runner_native import NativeRunner
@@ -34,12 +35,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def requests(rng: random.Random, count: int) -> list[Request]:
-    """Prompts that begin alike or not, answers short and long."""
+    """Prompts that begin alike or not, answers short and long, or continuations in their place."""
     heads = [[rng.choice(LETTERS) for _ in range(96)] for _ in range(2)]
     made = []
     for _ in range(count):
         head = rng.choice(heads)[: rng.choice([0, 32, 50, 96])]
         prompt = head + [rng.choice(LETTERS) for _ in range(rng.choice([1, 1, 7, 33]))]
+        if rng.random() < 0.2:
+            ends = [tuple(rng.choices(LETTERS, k=rng.choice([1, 2, 9, 40]))) for _ in range(rng.choice([1, 2, 4]))]
+            made.append(Request(tuple(prompt), 0, logprobs=rng.choice([None, 2]), continuations=tuple(ends)))
+            continue
         scored = rng.random() < 0.3
         made.append(
             Request(
@@ -87,9 +92,15 @@ def together(engine: Engine, asked: list[Request], rng: random.Random) -> list[l
 def alone(runner: NativeRunner, model: Checkpoint, request: Request) -> list[Event]:
     """The events of a request whose whole prompt is scored, if any of it is, cut to what was asked for."""
     engine, start = Engine(runner, model.tokenizer, context=CONTEXT), request.score_from
+    if ends := request.continuations:
+        whole = [replace(request, prompt=request.prompt + end, score_from=1, continuations=()) for end in ends]
+        scores = [answer.prompt_logprobs or () for answer in collect(engine.run(*whole), whole)]
+        rows = tuple(row[len(request.prompt) - 1 :] for row in scores)
+        return [Event(0, None, "", "length", continuation_logprobs=rows)]
     first, *rest = plain(list(engine.run(replace(request, lookup=0, score_from=start and 1))))
-    scores = first.prompt_logprobs
-    return [first if start is None or scores is None else first._replace(prompt_logprobs=scores[start - 1 :]), *rest]
+    if start is not None and first.prompt_logprobs is not None:
+        first = first._replace(prompt_logprobs=first.prompt_logprobs[start - 1 :])
+    return [first, *rest]
 
 
 @settings(max_examples=25, deadline=None)
@@ -121,8 +132,8 @@ def test_events_under_any_load(
 
 def test_such_a_load_preempts_shares_and_drafts(model: Checkpoint) -> None:
     """So that the test above tests something."""
-    rng = random.Random(0)
-    engine = Engine(NativeRunner(model, 16, threads=2), model.tokenizer, context=CONTEXT)
+    rng = random.Random(2)
+    engine = Engine(NativeRunner(model, 12, threads=2), model.tokenizer, context=CONTEXT)
     asked = requests(rng, 32)
     told = together(engine, asked, rng)
     assert engine.stats.preemptions > 2

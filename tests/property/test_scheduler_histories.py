@@ -50,6 +50,9 @@ def test_a_block_is_released_by_its_holder_once(wrong: list[int]) -> None:
 @dataclass(slots=True, eq=False, kw_only=True)
 class Tokens(Sequence):
     tokens: list[int]
+    prompt: int = 0  # how many tokens it goes back to
+    back: tuple[int, ...] = ()  # how many tokens follow the prompt, each time when it goes back to its end
+    most: int = 0  # the longest limit
 
 
 class Histories(RuleBasedStateMachine):
@@ -99,10 +102,21 @@ class Histories(RuleBasedStateMachine):
         prompt = (text + data.draw(st.lists(st.integers(0, 2), min_size=not text, max_size=40), "own"))[:room]
         limit = data.draw(st.integers(len(prompt), room), "limit")
         for _ in range(copies):
-            s = Tokens(0, length=len(prompt), limit=limit, prefix_limit=prefix_limit, tokens=list(prompt))
+            s = Tokens(0, length=len(prompt), limit=limit, prefix_limit=prefix_limit, tokens=list(prompt), most=limit)
             self.extend_keys(s)
             self.scheduler.add(s)
             self.unfinished.append(s)
+
+    @rule(data=st.data(), length=st.integers(1, 70))
+    def add_with_continuations(self, data: st.DataObject, length: int) -> None:
+        """A prompt whose end several continuations follow, one after another in the same blocks."""
+        length = min(length, self.total * BLOCK - 1)
+        back = data.draw(st.lists(st.integers(1, min(70, self.total * BLOCK - length)), max_size=3), "continuations")
+        s = Tokens(0, length, length, prefix_limit=length - 1, tokens=[0] * length, prompt=length, back=tuple(back))
+        s.most = length + max(back, default=0)
+        self.extend_keys(s)
+        self.scheduler.add(s)
+        self.unfinished.append(s)
 
     @precondition(lambda self: self.unfinished)
     @rule(data=st.data())
@@ -146,7 +160,12 @@ class Histories(RuleBasedStateMachine):
             assert list(itertools.chain(*read))[: s.cached + count] == numbers[: s.cached + count]
         for s, count in plan:
             s.cached += count
-            if s.cached == s.length == s.limit:
+            if s.cached == s.length == s.limit and s.back:
+                more, *rest = s.back
+                s.tokens[s.prompt :], s.back = [3 + len(rest)] * more, tuple(rest)
+                s.length = s.limit = s.prompt + more
+                s.cached = s.prompt
+            elif s.cached == s.length == s.limit:
                 self.end(s)
             elif s.cached == s.length:
                 s.tokens.append(self.follow(s.tokens)[-1] % 3)
@@ -161,17 +180,18 @@ class Histories(RuleBasedStateMachine):
         assert sum(counts.values()) <= self.budget
         if self.unfinished:
             assert plan[0][0] is self.unfinished[0], "the oldest does not advance"
-        answers = [s for s in self.scheduler.running if s.length - s.cached == 1]
+        answers = [s for s in self.scheduler.running if s.length - s.cached == 1 and s.limit > s.length]
         assert all(s in counts for s in answers[:-1]), "an answer waited for something else than a block"
         if answers:
             assert sum(count for s, count in plan if s not in answers) <= self.prefill
         for s in counts:  # what another computes already is not begun
             assert s.prefix_hit_tokens <= s.prefix_limit
             end = s.cached + BLOCK
-            key = s.block_hashes[s.cached // BLOCK] if s.cached % BLOCK == 0 and end < s.length else None
+            shared = s.cached % BLOCK == 0 and end < s.length and end <= s.prefix_limit
+            key = s.block_hashes[s.cached // BLOCK] if shared else None
             for earlier in self.scheduler.running[: self.scheduler.running.index(s)]:
                 ahead = earlier.length - earlier.cached > 1 and earlier.cached // BLOCK <= s.cached // BLOCK
-                assert not (end <= s.prefix_limit and ahead and key in earlier.block_hashes)
+                assert not (shared and ahead and key in earlier.block_hashes)
 
     @invariant()
     def everybody_is_in_order_of_arrival(self) -> None:
@@ -191,7 +211,7 @@ class Histories(RuleBasedStateMachine):
         assert sorted([*held, *cache._evictable, *cache._free]) == list(range(self.total))
         assert cache.available == self.total - len(held)
         for s in self.scheduler.running:
-            assert blocks_for(s.cached) <= len(s.blocks) <= blocks_for(s.limit)
+            assert blocks_for(s.cached) <= len(s.blocks) <= blocks_for(s.most)
             assert len(set(s.blocks)) == len(s.blocks)
 
     @invariant()
@@ -209,7 +229,7 @@ class Histories(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        most = sum(s.limit for s in self.unfinished)  # as the oldest gets a token in every step
+        most = sum(s.limit + sum(s.back) for s in self.unfinished)  # as the oldest gets a token in every step
         for _ in range(most):
             if self.unfinished:
                 self.step()

@@ -74,6 +74,8 @@ def test_embeddings_are_refused() -> None:
 def test_tokens_that_vllm_may_not_report_are_refused() -> None:
     with pytest.raises(RequestError, match=r"^logprob_tokens: vLLM"):
         sampling_params(Request((1,), logprobs=0, logprob_tokens=(2,)), 9)
+    with pytest.raises(RequestError, match=r"^continuations: vLLM"):
+        sampling_params(Request((1,), 0, continuations=((2,),)), 0)
 
 
 def test_processors_are_refused_and_so_is_the_field_that_needs_one() -> None:

@@ -558,6 +558,12 @@ def test_named_tokens_are_listed_after_the_likeliest() -> None:
         ({"score_from": 3}, "score_from=3 is after the prompt, which has 2 tokens"),
         ({"logprobs": 0, "logprob_tokens": (257,)}, "logprob_tokens: 257 is not a token"),
         ({"logprobs": 0, "logprob_tokens": 5}, "logprob_tokens=5 must be a list of token ids"),
+        ({"max_tokens": 0, "continuations": ((5,), ())}, r"continuations\[1\] is empty; give it at least one token"),
+        ({"max_tokens": 0, "continuations": (5,)}, r"continuations\[0\]=5 must be a list of token ids"),
+        ({"max_tokens": 0, "continuations": 5}, "continuations=5 must be a list of lists of token ids"),
+        ({"max_tokens": 0, "continuations": ((5,), (6, 257))}, r"continuations\[1\]: 257 is not a token"),
+        ({"max_tokens": 1, "continuations": ((5,),)}, "continuations: they have no answer; set max_tokens=0"),
+        ({"max_tokens": 0, "score_from": 1, "continuations": ((5,),)}, "no score_from"),
         ({"logprob_tokens": (5,)}, "logprob_tokens: nothing has log-probabilities; set logprobs or score_from"),
     ],
 )

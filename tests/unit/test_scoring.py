@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,30 @@ def test_scores_are_those_of_each_pair_alone(window: int) -> None:
     assert e.stats.held_blocks == 0
 
 
+def test_an_engine_that_takes_no_continuations_has_a_request_for_each_pair() -> None:
+    pairs, e = some_pairs(30), engine()
+    e.scores_continuations = False
+    e.add = lambda request: Engine.add(e, replace(request, continuations=()))  # type: ignore[method-assign]
+    check(pairs, list(score(e, pairs)))
+
+
+def test_the_context_and_the_last_token_of_a_continuation_run_once_or_never() -> None:
+    """Contexts of 40 tokens and 4 continuations of 9: their other 8 tokens run behind one context."""
+    e = engine()
+    pairs: list[Pair] = [((context,) * 40, (end,) * 9) for context in (3, 4) for end in range(4)]
+    check(pairs, list(score(e, pairs)))
+    assert sum(e.runner.steps) == 2 * (40 + 4 * 8)  # type: ignore[attr-defined]
+    assert sum(e.runner.rows) == 2 * (1 + 4 * 8)  # type: ignore[attr-defined]
+
+
+def test_continuations_of_two_tokens_fill_the_step() -> None:
+    """The one token that half of them run is not taken for an answer's, beside which chunks are small."""
+    e = engine(max_prefill_tokens=1)
+    pairs: list[Pair] = [((c, 1, 2), (end, 3, 4)[: 2 + c % 2]) for c in range(20) for end in range(3)]
+    check(pairs, list(score(e, pairs)))
+    assert e.runner.steps == [20 * 3, 30, 30, 30]  # type: ignore[attr-defined]
+
+
 def test_answers_of_one_token_share_a_request_and_questions_their_shots() -> None:
     """Four questions of 9 tokens behind 70 tokens of shots, each with the same four letters."""
     shots, e = tuple(range(70)), engine()
@@ -95,7 +120,7 @@ def test_results_come_before_all_have_run_and_closing_cancels_the_rest() -> None
         (((), (1,)), RequestError, "pair 1: the context is empty; give it at least one token, such as BOS"),
         (((1,), ()), RequestError, "pair 1: the continuation is empty; give it at least one token"),
         (((1,) * 200, (1,) * 57), ContextError, "pair 1: its 257 tokens do not fit the context of 256"),
-        (((1,), (VOCABULARY,)), RequestError, "logprob_tokens: 257 is not a token"),
+        (((1,), (VOCABULARY,)), RequestError, r"continuations\[1\]: 257 is not a token"),
     ],
 )
 def test_a_pair_that_cannot_be_scored_is_refused(pair: Pair, error: type[Exception], message: str) -> None:

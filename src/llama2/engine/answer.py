@@ -33,6 +33,7 @@ class Answer:
     prompt_logprobs: tuple[Logprob, ...] | None = None
     stop: str | None = None
     embedding: NDArray[np.float32] | None = None  # (D,)
+    continuation_logprobs: tuple[tuple[Logprob, ...], ...] | None = None
 
 
 def collect(events: Iterable[Event], requests: Sequence[Request]) -> list[Answer]:
@@ -62,4 +63,5 @@ def _join(events: list[Event], request: Request) -> Answer:
         prompt_logprobs=events[0].prompt_logprobs,
         stop=last.stop,
         embedding=last.embedding,
+        continuation_logprobs=last.continuation_logprobs,
     )

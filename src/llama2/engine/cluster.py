@@ -98,6 +98,7 @@ class ClusterEngine(EngineProtocol):
     """
 
     runs_processors = False
+    scores_continuations = False
 
     def __init__(
         self,
@@ -363,6 +364,8 @@ def sampling_params(request: Request, limit: int) -> dict[str, Any]:
     s = request.sampling
     if request.processors:
         raise RequestError("processors: vLLM runs none of this program's")
+    if request.continuations:
+        raise RequestError("continuations: vLLM scores one sequence a request; use score_from for each")
     if request.logprob_tokens:
         raise RequestError("logprob_tokens: vLLM reports the likeliest tokens alone; use the engine llama2")
     if request.pooling:

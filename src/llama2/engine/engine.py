@@ -34,12 +34,15 @@ class RunningRequest(Sequence):
     """A request on its way: its tokens so far, and what draws them and turns them into text."""
 
     request: Request
-    tokens: NDArray[np.int32]  # (limit,) the first `length` are known; drafts of a step follow them
+    tokens: NDArray[np.int32]  # the first `length` are known; drafts of a step, or a token to be scored, follow them
     table: NDArray[np.int32]  # (W,) its cache blocks, −1 past the last
     sampler: Sampler
     text: AnswerText
     stop_tokens: frozenset[int]
-    prompt_logprobs: list[Logprob] | None
+    score_from: int | None  # position of the first token that is scored, until those of a prompt are in an event
+    score_end: int  # position after the last one
+    scores: list[Logprob]  # of the tokens from score_from on, as far as they are known
+    continuation_logprobs: list[list[Logprob]]  # of each, once the prompt has run; one of them is `scores`
     pool: Pool | None
     lookup: Lookup | None
     thread: int  # that asked for it
@@ -69,6 +72,7 @@ class Engine(EngineProtocol):
     """
 
     runs_processors = True
+    scores_continuations = True
 
     def __init__(
         self,
@@ -184,13 +188,14 @@ class Engine(EngineProtocol):
         tokens[:length] = request.prompt
         block_hashes: list[bytes] = []
         hash_blocks(block_hashes, tokens[:length])
-        prefix_limit = len(tokens) if request.score_from is None else request.score_from - 1
+        score_from = length if request.continuations else request.score_from
+        prefix_limit = len(tokens) if score_from is None else score_from - 1
         if not request.cache_prompt or request.pooling == "mean":
             prefix_limit = 0
         return RunningRequest(
             id=next(self._ids),
             length=length,
-            limit=length + answer,
+            limit=length if request.continuations else length + answer,
             block_hashes=block_hashes,
             prefix_limit=prefix_limit,
             request=request,
@@ -199,7 +204,10 @@ class Engine(EngineProtocol):
             sampler=Sampler(request),
             text=AnswerText(request, self.tokenizer),
             stop_tokens=self.tokenizer.stop_ids | request.stop_tokens,
-            prompt_logprobs=None if request.score_from is None else [],
+            score_from=score_from,
+            score_end=length,
+            scores=[],
+            continuation_logprobs=[],
             pool=Pool(request.pooling) if request.pooling else None,
             lookup=Lookup(request.lookup) if request.lookup else None,
             thread=threading.get_ident(),
@@ -323,8 +331,8 @@ class Engine(EngineProtocol):
         the row after it draws the next.
         """
         g = part.sequence
-        if g.prompt_logprobs is not None:
-            self._score(g, part.tokens, logits)
+        if g.score_from is not None:
+            _score(g, g.score_from, part.tokens, logits)
         if g.pool is not None and hidden is not None:
             g.pool.push(g.cached, hidden)
         g.cached += part.tokens
@@ -332,9 +340,13 @@ class Engine(EngineProtocol):
             return
         if g.length == len(g.request.prompt):
             g.cached_tokens = g.prefix_hit_tokens
-        if g.length == g.limit:  # nothing but the prompt's log-probabilities or its embedding was asked for
+        if g.request.continuations and _continue(g, logits[-1]):
+            return
+        if g.length == g.limit:  # nothing but log-probabilities or an embedding was asked for
             embedding = None if g.pool is None else g.pool.vector()
-            self._events.append(self._finish(g, "length")._replace(embedding=embedding))
+            scores = tuple(map(tuple, g.continuation_logprobs)) or None
+            last = self._finish(g, "length")._replace(embedding=embedding, continuation_logprobs=scores)
+            self._events.append(last)
             return
         drafts = g.tokens[g.length : g.length + part.drafts].tolist()
         for row, draft in zip(logits[-1 - part.drafts :], (*drafts, None), strict=True):
@@ -344,22 +356,11 @@ class Engine(EngineProtocol):
                 return
             g.cached += 1
 
-    def _score(self, g: RunningRequest, count: int, logits: NDArray[np.float32]) -> None:
-        """Add the log-probabilities of those tokens of the prompt that follow the next `count`: logits (rows, V)."""
-        request, scores = g.request, g.prompt_logprobs
-        if request.score_from is None or scores is None:
-            return
-        first = max(g.cached + 1, request.score_from)
-        del scores[first - request.score_from :]  # those from before a preemption
-        for row, token in zip(logits, g.tokens[first : min(g.cached + 1 + count, g.length)].tolist(), strict=False):
-            scores.append(sampling.logprob(row, token, request.logprobs or 0, request.logprob_tokens))
-
     def _draw(self, g: RunningRequest, row: NDArray[np.float32], draft: int | None) -> Event:
         """The answer's next token, from its logits (V,)."""
-        wanted = g.request.logprobs
         raw = row.copy() if g.request.processors else row
         token = g.sampler.draw(row, g.tokens[: g.length])
-        logprob = None if wanted is None else sampling.logprob(raw, token, wanted, g.request.logprob_tokens)
+        logprob = None if g.request.logprobs is None else _logprob(g, raw, token)
         g.accepted += token == draft
         g.tokens[g.length] = token
         g.length += 1
@@ -397,18 +398,49 @@ class Engine(EngineProtocol):
         self, g: RunningRequest, token: int | None = None, text: str = "", logprob: Logprob | None = None
     ) -> Event:
         """An event of `g`; the first has the log-probabilities of its prompt."""
-        scores, g.prompt_logprobs = g.prompt_logprobs, None
-        return Event(g.id, token, text, None, logprob, None, None if scores is None else tuple(scores))
+        scores = None
+        if g.score_from is not None and not g.request.continuations:
+            scores, g.score_from = tuple(g.scores), None
+        return Event(g.id, token, text, None, logprob, None, scores)
 
 
 def _known_rows(g: RunningRequest, count: int) -> int:
     """How many of the next `count` known tokens of `g` need logits: the last ones."""
     if g.pool is not None:
         return 0
-    end = g.cached + count
-    if g.prompt_logprobs is None or g.request.score_from is None:
-        return int(end == g.length)
-    return min(count, max(0, end + 1 - g.request.score_from))
+    first = g.length if g.score_from is None else g.score_from
+    return min(count, max(0, g.cached + count + 1 - first))
+
+
+def _score(g: RunningRequest, start: int, count: int, logits: NDArray[np.float32]) -> None:
+    """Score those of the tokens from `start` on that follow the next `count` of `g`: logits (rows, V)."""
+    first, end = max(g.cached + 1, start), min(g.cached + count + 1, g.score_end)
+    del g.scores[first - start :]  # those from before a preemption
+    for row, token in zip(logits, g.tokens[first:end].tolist(), strict=False):
+        g.scores.append(_logprob(g, row, token))
+
+
+def _continue(g: RunningRequest, row: NDArray[np.float32]) -> bool:
+    """Go back to the prompt's end and on with the next continuation, if one is left.
+
+    The first tokens of all are scored by the prompt's last row of logits (V,). So a continuation of one token needs no
+    more, and of any other, all tokens run but the last.
+    """
+    start = len(g.request.prompt)
+    if g.length == start:
+        g.continuation_logprobs = [[_logprob(g, row, tokens[0])] for tokens in g.request.continuations]
+    for tokens, scores in zip(g.request.continuations, g.continuation_logprobs, strict=True):
+        if len(scores) < len(tokens):
+            g.scores, g.score_end = scores, start + len(tokens)
+            g.tokens[start : g.score_end] = tokens
+            g.length = g.limit = g.score_end - 1
+            g.cached = start
+            return True
+    return False
+
+
+def _logprob(g: RunningRequest, row: NDArray[np.float32], token: int) -> Logprob:
+    return sampling.logprob(row, token, g.request.logprobs or 0, g.request.logprob_tokens)
 
 
 def _last(event: Event, g: RunningRequest, reason: FinishReason) -> Event:

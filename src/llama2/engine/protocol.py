@@ -20,6 +20,7 @@ class EngineProtocol(Protocol):
     context: int  # tokens that prompt and answer may have together
     tokenizer: Tokenizer
     runs_processors: bool  # whether it takes requests that have some
+    scores_continuations: bool  # likewise
 
     @property
     def busy(self) -> bool:

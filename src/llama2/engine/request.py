@@ -156,7 +156,8 @@ class Request:
     that is scored or drawn lists `logprob_tokens` too. `lookup` is how many tokens a step may draft by prompt lookup.
     The answer stays the same; one that repeats itself or its prompt comes faster. What the cache holds of the prompt's
     beginning, as far as `score_from`, is not computed again, unless `cache_prompt` forbids it. `pooling` asks for the
-    prompt's embedding in place of an answer; then `max_tokens` is 0.
+    prompt's embedding in place of an answer; then `max_tokens` is 0. Likewise with `continuations`, each of which is
+    scored as what follows the prompt.
     """
 
     prompt: tuple[int, ...]
@@ -173,13 +174,15 @@ class Request:
     lookup: int = 0  # 0: off
     cache_prompt: bool = True
     pooling: Pooling | None = None
+    continuations: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.pooling not in (None, *get_args(Pooling)):
             raise RequestError(f"pooling={shown(self.pooling)} must be {' or '.join(get_args(Pooling))}")
+        self._check_continuations()
         if self.pooling and (self.max_tokens != 0 or self.score_from is not None):
             raise RequestError("pooling: an embedding has no answer; set max_tokens=0, and no score_from")
-        least = 1 if self.score_from is None and not self.pooling else 0
+        least = 1 if self.score_from is None and not self.pooling and not self.continuations else 0
         limits = {
             "max_tokens": (least, 1 << 62),
             "logprobs": (0, 1 << 30),
@@ -211,6 +214,16 @@ class Request:
         if not isinstance(self.sampling, Sampling):
             raise RequestError(f"sampling={shown(self.sampling)} must be a Sampling")
 
+    def _check_continuations(self) -> None:
+        if not isinstance(self.continuations, (tuple, list)):
+            raise RequestError(f"continuations={shown(self.continuations)} must be a list of lists of token ids")
+        rows = tuple(token_ids(f"continuations[{i}]", row) for i, row in enumerate(self.continuations))
+        object.__setattr__(self, "continuations", rows)
+        if not all(rows):
+            raise RequestError(f"continuations[{rows.index(())}] is empty; give it at least one token")
+        if rows and (self.max_tokens != 0 or self.score_from is not None or self.pooling):
+            raise RequestError("continuations: they have no answer; set max_tokens=0, no score_from and no pooling")
+
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
@@ -231,7 +244,7 @@ class Event(NamedTuple):  # which is quicker to make than a dataclass: every tok
     The last event of a request has `finish`. It says how many tokens of the prompt were found in the cache, how many
     were drafted, and how many of those were drawn. With `finish="error"`, `error` says why; with "stop", `stop`
     is the stop string that ended the answer, or None where a token did. The one event of a request with `pooling` has
-    its `embedding`, not normalised.
+    its `embedding`, not normalised; that of one with `continuations` has their log-probabilities.
     """
 
     request: int  # the id that Engine.add returned
@@ -246,6 +259,7 @@ class Event(NamedTuple):  # which is quicker to make than a dataclass: every tok
     accepted_tokens: int = 0
     stop: str | None = None
     embedding: NDArray[np.float32] | None = None  # (D,)
+    continuation_logprobs: tuple[tuple[Logprob, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +285,7 @@ def answer_limit(request: Request, context: int, vocabulary: int) -> int:
     if length == 0:
         raise RequestError("the prompt is empty; start with at least one token, such as BOS")
     answer = max(1, context - length) if request.max_tokens is None else request.max_tokens
+    answer = max((answer, *map(len, request.continuations)))
     if length + answer > context:
         raise ContextError(
             f"prompt of {length} tokens and answer of {answer} do not fit the context of {context}; "
@@ -280,6 +295,8 @@ def answer_limit(request: Request, context: int, vocabulary: int) -> int:
         raise RequestError(f"score_from={request.score_from} is after the prompt, which has {length} tokens")
     for name in ("prompt", "stop_tokens", "logprob_tokens"):
         _check_tokens(name, getattr(request, name), vocabulary)
+    for i, continuation in enumerate(request.continuations):
+        _check_tokens(f"continuations[{i}]", continuation, vocabulary)
     _check_tokens("logit_bias", request.sampling.logit_bias, vocabulary)
     if request.logprobs is not None and request.logprobs > vocabulary:
         raise RequestError(f"logprobs={request.logprobs} is more than the {vocabulary} tokens of the vocabulary")

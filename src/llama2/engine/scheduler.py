@@ -28,7 +28,8 @@ MAX_PREFILL_TOKENS = 64
 class Sequence:
     """What the scheduler knows of a request: 0 ≤ cached < length ≤ limit, counted in tokens.
 
-    The caller advances `cached` and `length`, and appends to `block_hashes`, after each step.
+    The caller advances `cached` and `length`, and appends to `block_hashes`, after each step. It may also go back to a
+    `cached` behind the blocks that have hashes, and write there anew.
     """
 
     id: int
@@ -102,7 +103,7 @@ class Scheduler(Generic[S]):
         prefilling: list[S] = []
         coming: set[bytes] = set()  # hashes of the blocks that prompts have yet to compute
         for s in self.running:
-            if s.length - s.cached == 1:
+            if s.length - s.cached == 1 and s.limit > s.length:
                 decoding.append(s)
                 continue
             done = s.cached // BLOCK
@@ -162,7 +163,7 @@ class Scheduler(Generic[S]):
 
     def _commit(self, s: S) -> None:
         """Let others find the blocks that have become full."""
-        for i in range(s.committed, s.cached // BLOCK):
+        for i in range(s.committed, min(s.cached // BLOCK, len(s.block_hashes))):
             block = self.cache.commit(s.blocks[i], s.block_hashes[i])
             if block != s.blocks[i]:
                 s.blocks[i] = block

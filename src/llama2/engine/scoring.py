@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.engine.request import Logprob, Request, Sampling
+from llama2.engine.request import Request
 from llama2.engine.scheduler import MAX_SEQUENCES
 from llama2.errors import ContextError, EngineError, RequestError
 
@@ -32,9 +32,9 @@ def score(
 ) -> Iterator[Scored]:
     """Score each pair's continuation, in the order in which they finish; closing the iterator cancels the rest.
 
-    The values do not depend on what else is scored. `window` pairs at a time are ordered by context. Those that differ
-    in the last token alone share one request, and others share what the prefix cache holds of their contexts. The
-    engine has `in_flight` requests at a time.
+    The values do not depend on what else is scored. `window` pairs at a time are ordered by context. Those of one
+    context share one request, and others what the prefix cache holds of their contexts' beginnings. The engine has
+    `in_flight` requests at a time.
     Raises RequestError for a pair with an empty side, ContextError for one longer than the engine's context.
     """
     for index, (context, continuation) in enumerate(pairs):
@@ -49,22 +49,23 @@ def score(
 
 
 def _run(engine: EngineProtocol, pairs: Sequence[Pair], window: int, in_flight: int) -> Iterator[Scored]:
-    groups = (group for start in range(0, len(pairs), window) for group in _groups(pairs, start, start + window))
+    groups = (group for start in range(0, len(pairs), window) for group in _groups(engine, pairs, start, window))
     running: dict[int, list[int]] = {}  # the pairs of each request
     try:
         while True:
             while len(running) < in_flight and (group := next(groups, None)):
-                running[engine.add(_request(pairs, group))] = group
+                running[engine.add(_request(engine, pairs, group))] = group
             if not running:
                 return
             for event in engine.step():
                 if event.error is not None:
                     raise EngineError(event.error)
-                group = running.pop(event.request)
-                if event.logprob is None:
-                    raise EngineError("a request that was scored has been cancelled")
-                for index in group:
-                    yield _scored(index, pairs[index][1], event.prompt_logprobs or (), event.logprob)
+                if event.finish == "cancelled":
+                    raise EngineError("a request that scores was cancelled; leave the engine to one caller")
+                rows = event.continuation_logprobs or (event.prompt_logprobs or (),)
+                for index, row in zip(running.pop(event.request), rows, strict=True):
+                    is_greedy = all(each.top[0][0] == each.token for each in row)
+                    yield Scored(index, np.array([each.logprob for each in row]), is_greedy)
     finally:
         for id in running:
             engine.cancel(id)
@@ -72,28 +73,18 @@ def _run(engine: EngineProtocol, pairs: Sequence[Pair], window: int, in_flight: 
             engine.step()
 
 
-def _groups(pairs: Sequence[Pair], start: int, end: int) -> list[list[int]]:
-    """The pairs from `start` to `end` by what a request of theirs computes, ordered so that what begins alike meets."""
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-    for index, (context, continuation) in enumerate(pairs[start:end], start):
-        groups.setdefault((tuple(context), tuple(continuation[:-1])), []).append(index)
-    return [groups[key] for key in sorted(groups)]
+def _groups(engine: EngineProtocol, pairs: Sequence[Pair], start: int, window: int) -> list[list[int]]:
+    """The pairs of a window by what makes a request, ordered so that contexts that begin alike are neighbours."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, _) in enumerate(pairs[start : start + window], start):
+        groups.setdefault(tuple(context), []).append(index)
+    ordered = [groups[context] for context in sorted(groups)]
+    return ordered if engine.scores_continuations else [[index] for group in ordered for index in group]
 
 
-def _request(pairs: Sequence[Pair], group: Sequence[int]) -> Request:
-    """A request for pairs that differ in their last token: it does not run, as the row before it scores it."""
-    context, continuation = pairs[group[0]]
-    return Request(
-        (*context, *continuation[:-1]),
-        max_tokens=1,
-        sampling=Sampling(temperature=0),
-        logprobs=1,
-        score_from=len(context),
-        logprob_tokens=tuple(dict.fromkeys(pairs[index][1][-1] for index in group)),
-    )
-
-
-def _scored(index: int, continuation: Sequence[int], before: Sequence[Logprob], last: Logprob) -> Scored:
-    logprobs = [*(each.logprob for each in before), dict(last.top)[continuation[-1]]]
-    best = [each.top[0][0] for each in (*before, last)]
-    return Scored(index, np.array(logprobs), best == list(continuation))
+def _request(engine: EngineProtocol, pairs: Sequence[Pair], group: Sequence[int]) -> Request:
+    context = tuple(pairs[group[0]][0])
+    continuations = tuple(tuple(pairs[index][1]) for index in group)
+    if engine.scores_continuations:
+        return Request(context, 0, logprobs=1, continuations=continuations)
+    return Request(context + continuations[0], 0, logprobs=1, score_from=len(context))
