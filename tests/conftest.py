@@ -11,6 +11,37 @@ from hypothesis import settings
 settings.register_profile("llama2", deadline=None)  # no test asserts on time
 settings.load_profile("llama2")
 
+#: The files that take longest. They come first, so that no worker is left with one of them at the end.
+LONGEST = (
+    "test_sharded_steps",
+    "test_chat_page",
+    "test_emulated",
+    "test_batch_independence",
+    "test_readme",
+    "test_pretrain",
+    "test_interpreter",
+    "test_pretrain_processes",
+    "test_serve_schema",
+    "test_data_build",
+    "test_data_corpus",
+    "test_runner_torch",
+    "test_cli",
+    "test_serve",
+    "test_page_answers",
+    "test_page_composing",
+    "test_hub_wheel",
+    "test_convert",
+    "test_convert_faults",
+    "test_pretrain_documents",
+    "test_hub_huggingface",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 _USERS_HOME = os.environ.get("LLAMA2_HOME")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from llama2.checkpoint import Checkpoint
@@ -83,11 +84,14 @@ def transformers_model(model: Checkpoint) -> LlamaForCausalLM:
         "attn_implementation": "eager",
         "dtype": "float32",
     }
-    if c.sliding_window:
-        network = MistralForCausalLM(MistralConfig(**shape, sliding_window=c.sliding_window))
-    else:
-        biases = {f"{key}_bias": any(part in name for name in c.biases) for key, part in _BIASES.items()}
-        network = LlamaForCausalLM(LlamaConfig(**shape, **biases))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("normal_", "uniform_"):  # the weights of a default model take seconds to draw, and are replaced
+            patch.setattr(torch.Tensor, name, lambda weight, *_, **__: weight)
+        if c.sliding_window:
+            network = MistralForCausalLM(MistralConfig(**shape, sliding_window=c.sliding_window))
+        else:
+            biases = {f"{key}_bias": any(part in name for name in c.biases) for key, part in _BIASES.items()}
+            network = LlamaForCausalLM(LlamaConfig(**shape, **biases))
     names, state = their_names(c), dict[str, torch.Tensor]()
     for name, tensor in model.tensors.items():
         weight = their_order(c, name, tensor.dequantize())

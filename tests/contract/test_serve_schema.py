@@ -23,7 +23,7 @@ from models import tiny_config, write_tiny_gguf
 from serving import Server, serving
 from tool_templates import HERMES
 
-EXAMPLES = int(os.environ.get("LLAMA2_SCHEMA_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("LLAMA2_SCHEMA_EXAMPLES", "6"))
 
 
 @pytest.fixture(scope="module")

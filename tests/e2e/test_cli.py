@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from commands import typed
 from llama2.cli.main import run
 
 QUESTION = "Name the capital of Japan."  # its greedy answer wins by a wide margin at every token
@@ -109,9 +110,14 @@ def test_generate_starts_from_bos(llama2: Program) -> None:
     assert llama2.json("generate", "", "--max-tokens", "3")["prompt_tokens"] == 1
 
 
-def test_runners_agree(llama2: Program) -> None:
-    words = ("generate", "The capital of France is", "--max-tokens", "1", "--temperature", "0")
-    native, *others = (llama2.json(*words, "--runner", runner) for runner in ("native", "numpy", "torch"))
+def test_runners_agree(llama2: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("generate", "-m", llama2.model, "The capital of France is", "--max-tokens", "1", "--temperature", "0")
+    records = []
+    for runner in ("native", "numpy", "torch"):
+        code, out, error = typed(capsys, *words, "--json", "--runner", runner)
+        assert (code, error) == (0, "")
+        records.append(json.loads(out))
+    native, *others = records
     assert [other["token_ids"] for other in others] == [native["token_ids"]] * 2
 
 
@@ -137,14 +143,16 @@ def test_bench(llama2: Program) -> None:
     assert re.search(r"prefill +8 tokens.*% of \d+ G int8/s\ndecode +1 tokens.*% of [\d.]+ GB/s\n$", table)
 
 
-def test_bench_of_a_batch(llama2: Program) -> None:
+def test_bench_of_a_batch(llama2: Program, capsys: pytest.CaptureFixture[str]) -> None:
     record = llama2.json("bench", "--prompt", "9", "--generate", "4", "--depth", "7", "--batch", "3", "--repeat", "1")
     assert [record[name] for name in ("prompt", "generate", "depth", "batch")] == [9, 4, 7, 3]
     read = 30 * 576 * (2 * 576 + 2 * 192 + 3 * 1536) * 20 // 32 + 49_152 * 576 * 34 // 32 + 61 * 576 * 4
     steps = record["decode_tokens_per_second"] / 3  # one reading of the weights for all three
     decode = read * steps / record["read_bytes_per_second"]
     assert record["decode_share_of_read"] == pytest.approx(decode)
-    table = llama2.run("bench", "--prompt", "8", "--generate", "1", "--batch", "3", "--repeat", "1").stdout
+    words = ("bench", "-m", llama2.model, "--prompt", "8", "--generate", "1", "--batch", "3", "--repeat", "1")
+    code, table, _ = typed(capsys, *words)
+    assert code == 0
     assert ", 3 sequences at once, medians of 1\n" in table
 
 

@@ -43,10 +43,10 @@ def environment(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the commands are typed: what one makes, the next one may use."""
     folder = tmp_path_factory.mktemp("folder")
-    for name in ("LICENSE", "recipes"):
-        (folder / name).symlink_to(ROOT / name)
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "LICENSE").write_text((ROOT / "LICENSE").read_text()[:1000])  # all of it takes ten seconds to read
     (folder / "texts").mkdir()
-    for module in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:80]:
+    for module in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]:
         shutil.copy(module, folder / "texts")
     dialog = {"prompt": "What does abs do?", "completion": "It gives the absolute value of a number."}
     (folder / "dialogs.jsonl").write_text((json.dumps(dialog) + "\n") * 40)

@@ -52,10 +52,14 @@ def test_tiny_models(config: Any, runner: Any, pooling: Any, tmp_path: Path, mon
     np.testing.assert_allclose(unit, expected / lengths, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("pooling", get_args(Pooling))
-def test_the_default_model(pooling: Any, model_path: Path) -> None:
+@pytest.fixture(scope="module")
+def network(model_path: Path) -> Any:
     with checkpoint.open(model_path) as opened:
-        network = transformers_model(opened)
+        return transformers_model(opened)
+
+
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_the_default_model(pooling: Any, model_path: Path, network: Any) -> None:
     for runner, tolerance in (("numpy", 1e-3), ("native", 8e-3)):  # which also rounds activations to 8 bits
         with llama2.load(model_path, runner=runner) as model:  # type: ignore[arg-type]
             found = model.embed(TEXTS, pooling=pooling)

@@ -48,7 +48,7 @@ FLAGS = ["-std=c++20", "-ffp-contract=off", "-pthread", f"-I{TESTS.parent / 'src
 BUILDS = {
     "plain": (["c++", "-O1"], []),
     "neon_dotprod": (
-        ["aarch64-linux-gnu-g++", "-O2", "-static", "-march=armv8.2-a+dotprod", "-DLLAMA2_ISA_NEON_DOTPROD"],
+        ["aarch64-linux-gnu-g++", "-O1", "-static", "-march=armv8.2-a+dotprod", "-DLLAMA2_ISA_NEON_DOTPROD"],
         ["qemu-aarch64-static", "-cpu", "max"],
     ),
 }
@@ -140,6 +140,12 @@ def kernels(command: list[str]) -> Iterator[Driver]:
 def isa() -> str:
     """None that attends in bfloat16."""
     return ""
+
+
+@pytest.fixture
+def several_threads() -> tuple[int, ...]:
+    """The one that a runner here has."""
+    return (1,)
 
 
 @pytest.fixture

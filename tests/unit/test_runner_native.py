@@ -226,8 +226,15 @@ def test_logits_against_numpy(
     assert error.mean() <= mean
 
 
+@pytest.fixture
+def several_threads() -> tuple[int, ...]:
+    return (2, 3)
+
+
 @pytest.mark.parametrize("window", [None, 40, 600])
-def test_long_contexts(start: Start, isa: str, window: int | None, tmp_path: Path) -> None:
+def test_long_contexts(
+    start: Start, isa: str, several_threads: tuple[int, ...], window: int | None, tmp_path: Path
+) -> None:
     """Positions on both sides of the chunks of 512: decoded one at a time, where chunks are computed apart and merged,
     alone or beside others, they get the bits that a prefill of the whole gave them; and these are NumPy's, nearly."""
     sizes = {"context_length": 1120, "n_layers": 1, "n_kv_heads": 1, "hidden_dim": 32}
@@ -238,7 +245,7 @@ def test_long_contexts(start: Start, isa: str, window: int | None, tmp_path: Pat
     expected = oracle(model, isa, 40).forward(batch((text, 0, blocks)))
     most, _ = CLOSE[isa == "avx512_bf16"]
     np.testing.assert_allclose(prefill, expected, rtol=0, atol=most * np.abs(expected).max())
-    for threads in (2, 3):
+    for threads in several_threads:
         runner = start(model, 40, threads=threads)
         assert_same_bits(runner.forward(batch((text, 0, blocks))), prefill)
         for position in (0, 31, 32, 511, 512, 513, 543, 1023, 1024, 1099):
