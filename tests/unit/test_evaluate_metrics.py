@@ -99,6 +99,10 @@ def test_open_answers_match_any_alias(answer: str, expected: int) -> None:
     assert metrics.open_answer(answer, trivia) == {"exact_match": expected}
 
 
+def test_words_are_compared_without_case_articles_and_punctuation() -> None:
+    assert metrics.normalize(" An apple,  A pear; the FIG-tree: another’s. ") == "apple pear figtree anothers"
+
+
 def test_squad_is_exact_match_and_f1_of_words() -> None:
     row = {"answers": {"text": ["the Denver Broncos", "Broncos"]}}
     assert metrics.squad(" Denver Broncos.\n\nQuestion", row) == {"exact_match": 1, "f1": 1}

@@ -365,7 +365,8 @@ def gsm8k(found: Mapping[str, SetFile]) -> Splits:
     splits: Splits = {}
     for file in found.values():
         for where, row in file.objects(question=str, answer=str):
-            _matched(where, r".*#### -?[0-9,.]*[0-9]\s*", row["answer"])
+            if re.search(r"#### -?[0-9,.]*[0-9]\s*$", row["answer"]) is None:
+                raise EvaluationError(f"{where}: the answer does not end in #### and a number; download the set again")
             splits.setdefault(file.path.stem, []).append(row)
     return splits
 
