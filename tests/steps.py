@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import forked
 from llama2.data.loader import IGNORED, TokenBatch
-from llama2.model import parallel
+from llama2.model import lora, parallel
 from llama2.model.transformer import Transformer
 from llama2.train.objective import next_token
 from llama2.train.settings import OptimizerSettings
@@ -35,6 +35,9 @@ WAYS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "one process, tied": (1, 1, {"precision": "fp32"}),
     "FSDP2, bfloat16": (2, 1, {}),
     "both, bfloat16": (2, 2, {}),
+    "one process, LoRA": (1, 1, {"precision": "fp32"}),
+    "FSDP2, LoRA": (2, 1, {"precision": "fp32", "recompute": True}),
+    "FSDP2, LoRA, bfloat16": (2, 1, {}),
 }
 STEPS = 20
 
@@ -51,6 +54,19 @@ def network(**changes: Any) -> Transformer:
     """The same weights in every process."""
     model = Transformer(tiny_config(**changes))
     model.initialise(seeded())
+    return model
+
+
+def adapted(half: bool) -> Transformer:
+    """A frozen network with an adapter that changes it; `half` holds the matrices of its blocks in bfloat16."""
+    model = network()
+    lora.attach(model, lora.Lora(4, 8.0, 0.0, ("q_proj", "down_proj")), seeded())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_(generator=seeded(), std=0.1)
+            elif half and name.endswith((".w1.weight", ".wo.weight", "base.weight")):
+                parameter.data = parameter.bfloat16()
     return model
 
 
@@ -90,11 +106,15 @@ def train(name: str) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (data, tensor), mesh_dim_names=("dp", "tp")) if data * tensor > 1 else None
     rank = 0 if mesh is None else mesh.get_local_rank("dp")
     config = tiny_config(tied_embeddings="tied" in name)
-    with torch.device("meta"):
-        model = Transformer(config)
-    optimizer = OptimizerSettings(clip=0.5)
-    step = Step(model, partial(next_token, chunk=10), optimizer=optimizer, mesh=mesh, device="cpu", **settings)
-    parallel.initialise(step.network, seeded())
+    model = adapted("bfloat16" in name) if "LoRA" in name else None
+    if model is None:
+        with torch.device("meta"):
+            model = Transformer(config)
+    new = model.norm.weight.is_meta
+    settings = settings | {"optimizer": OptimizerSettings(clip=0.5), "device": "cpu" if new else None}
+    step = Step(model, partial(next_token, chunk=10), mesh=mesh, **settings)
+    if new:
+        parallel.initialise(step.network, seeded())
     found: dict[str, Any] = {"weights": whole(step.network), "before": [], "losses": [], "norms": [], "gradients": []}
     for i in range(STEPS):
         both = [rows(4, 16, 2 * i, ignored=3), rows(2, 16, 2 * i + 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.checkpoint import FileSystemReader
 
 import llama2
 from commands import typed
@@ -293,3 +295,86 @@ def test_a_template_of_the_start_stays(place: Path, capsys: pytest.CaptureFixtur
     with checkpoint.open(place / "runs" / "mine") as tuned, checkpoint.open(place / "tiny.gguf") as tiny:
         assert tuned.template == template
         assert tuned.tokenizer.encode("the coin") == tiny.tokenizer.encode("the coin")
+
+
+LORA = ["lora.rank=4", 'lora.targets=["q_proj","o_proj","up_proj"]', "optimizer.lr=3e-2", "save.every=2"]
+
+
+def test_an_adapter_resumes_to_the_same_bytes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With dropout; a state has the adapter's weights and moments alone."""
+    lora = [*LORA, "lora.dropout=0.3", "steps=4", "save.keep_last=3"]
+    code, out, error = typed(capsys, "sft", "mine.toml", *lora)
+    assert code == 0, error
+    assert "\nadapter, rank 4, alpha 32, on o_proj, q_proj, up_proj; rows of 64 tokens" in error
+    assert out.splitlines()[-3:] == [
+        "runs/mine: done; talk with it: llama2 chat -m tiny.gguf --adapter runs/mine",
+        "for llama.cpp: llama2 convert tiny.gguf mine.gguf --to gguf --format Q8_0 --adapter runs/mine",
+        "for transformers: llama2 convert tiny.gguf mine-hf --to hf --adapter runs/mine",
+    ]
+    states = place / "runs" / "mine" / "states"
+    assert not list(states.glob("*/model"))
+    saved = FileSystemReader(states / "step-00000004").read_metadata().state_dict_metadata
+    names = {re.sub(r"(exp_avg(_sq)?|step)$", "", re.sub(r"^(model|optimizer\.state)\.", "", name)) for name in saved}
+    assert {name for name in names if name.startswith("layers")} == {
+        f"layers.{layer}.{matrix}.lora_{part}{dot}"
+        for layer in (0, 1)
+        for matrix in ("attention.wq", "attention.wo", "feed_forward.w3")
+        for part in "ab"
+        for dot in ("", ".")
+    }
+    whole = Run.open(place / "runs" / "mine").metrics()
+    file = "step-00000004/adapter/adapter_model.safetensors"
+    expected = (states / file).read_bytes()
+    shutil.rmtree(states / "step-00000004")
+    code, again, error = typed(capsys, "sft", "mine.toml", *lora, "--resume")
+    assert (code, again) == (0, out), error
+    assert (states / file).read_bytes() == expected
+    found = Run.open(place / "runs" / "mine").metrics()
+    assert [(line["loss"], line["norm"]) for line in found] == [(line["loss"], line["norm"]) for line in whole]
+
+
+def test_an_adapter_answers_and_is_continued(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = ['samples.prompts=["one"]', "samples.tokens=8"]
+    code, _, error = typed(capsys, "sft", "mine.toml", *LORA, "steps=40", "save.every=40", *samples)
+    assert code == 0, error
+    with llama2.load(place / "tiny.gguf", adapter=str(place / "runs" / "mine")) as model:
+        answer = model.chat([{"role": "user", "content": "one"}], temperature=0, max_tokens=20)
+        assert answer.text.strip() == "bat"
+        assert not [note for note in model.checkpoint.notes if "another model" in note]
+    assert json.loads((place / "runs" / "mine" / "samples.jsonl").read_text())["text"].startswith("one\n")
+    code, out, error = typed(
+        capsys, "sft", "mine.toml", "--adapter", "runs/mine", "--qlora", "steps=1", "--out", "more"
+    )
+    assert code == 0, error
+    assert "\nadapter of the model in Q4_1, rank 4, alpha 32, on o_proj, q_proj, up_proj; " in error
+    first = Run.open(place / "runs" / "mine").metrics()[0]["loss"]
+    assert Run.open(place / "runs" / "more").metrics()[0]["loss"] < first / 2
+    code, out, error = typed(capsys, "generate", "-m", "runs/mine", "one")
+    assert (code, out) == (1, "")
+    assert re.search(r"adapter: is an adapter of tiny.gguf, .*; give both: -m tiny.gguf --adapter runs/mine", error)
+
+
+def test_an_adapter_of_another_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same shape with other norms: commands warn, and training refuses."""
+    adapter = ["sft", "mine.toml", *LORA]
+    assert typed(capsys, *adapter, "steps=1")[0] == 0
+    write_tiny_gguf(place / "other.gguf", config=tiny_config(), seed=1)
+    with checkpoint.open(place / "other.gguf", adapters=[(place / "runs" / "mine", 1.0)]) as model:
+        (note,) = [note for note in model.notes if "another model" in note]
+        assert re.search(r"adapter: was trained on another model than .*other.gguf; give its own base, tiny.gguf", note)
+    for words, message in (
+        (
+            ["start=other.gguf", "--adapter", "runs/mine", "--out", "b"],
+            "adapter: was trained on another model than oth",
+        ),
+        (["--adapter", "runs/mine", "lora.rank=2", "--out", "b"], "lora.rank=2: the adapter to continue has 4; leave"),
+        (["--adapter", "dialogs.jsonl", "--out", "b"], "dialogs.jsonl: is not an adapter"),
+    ):
+        code, _, error = typed(capsys, "sft", "mine.toml", "steps=1", *words)
+        assert code == 1
+        assert error.count("\n") == 1
+        assert message in error
+    (place / "other.gguf").rename(place / "tiny.gguf")
+    code, _, error = typed(capsys, *adapter, "steps=1", "--resume")
+    assert code == 1
+    assert error.endswith("runs/mine: was begun with another model than tiny.gguf is now; begin another run\n")

@@ -19,7 +19,7 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def single() -> dict[str, dict[str, Any]]:
-    found = {name: train(name) for name in ("one process", "one process, tied")}
+    found = {name: train(name) for name in ("one process", "one process, tied", "one process, LoRA")}
     for weight, value in network().named_parameters():
         assert torch.equal(found["one process"]["weights"][weight], value)
     return found
@@ -35,10 +35,11 @@ def test_processes_agree_with_one(processes: int, single: dict[str, dict[str, An
     )
     for name in names:
         found = torch.load(tmp_path / f"{name}.pt")
-        expected = single["one process, tied" if "tied" in name else "one process"]
+        kind = next((kind for kind in ("tied", "LoRA") if kind in name), None)
+        expected = single[f"one process, {kind}" if kind else "one process"]
         rounded = "bfloat16" in name
         for weight, value in expected["weights"].items():
-            assert torch.equal(found["weights"][weight], value), (name, weight)
+            assert torch.equal(found["weights"][weight], value.to(found["weights"][weight].dtype)), (name, weight)
         for what in ("before", "losses", "norms"):
             assert found[what] == pytest.approx(expected[what], rel=2e-2 if rounded else 1e-5), (name, what)
         assert len(found["gradients"]) == STEPS
