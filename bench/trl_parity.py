@@ -62,15 +62,12 @@ def write_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def dialogs(count: int) -> list[dict[str, list[int]]]:
-    """Dialogs of random tokens, of which the second part is the answer."""
+def dialogs(count: int, vocabulary: int = VOCABULARY, most: int = LENGTH // 2) -> list[dict[str, list[int]]]:
+    """Dialogs of random tokens, at most so many, of which the second part is the answer."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(count):
-        prompt, answer = (
-            rng.integers(3, VOCABULARY, rng.integers(5, 25)),
-            rng.integers(3, VOCABULARY, rng.integers(3, 20)),
-        )
+        prompt, answer = (rng.integers(3, vocabulary, rng.integers(5, most // 2)) for _ in range(2))
         tokens = [BOS, *prompt.tolist(), *answer.tolist(), EOS]
         found.append({"input_ids": tokens, "completion_mask": [0] * (1 + len(prompt)) + [1] * (len(answer) + 1)})
     return found
@@ -89,8 +86,19 @@ def tokenizer() -> Any:
     )
 
 
-def trainer(folder: Path, steps: int, *, packing: bool, lora: bool) -> Any:
-    """TRL's trainer of the model in a folder, which takes rows in their order and keeps each step's loss."""
+def trainer(  # 9 parameters: TRL's own settings
+    model: Path,
+    folder: Path,
+    data: list[dict[str, list[int]]],
+    steps: int,
+    *,
+    packing: bool,
+    lora: bool,
+    rows: int = ROWS,
+    length: int = LENGTH,
+    bf16: bool = False,
+) -> Any:
+    """TRL's trainer of a model, which writes to `folder`, takes rows in their order and keeps each step's loss."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import LlamaForCausalLM
@@ -112,7 +120,7 @@ def trainer(folder: Path, steps: int, *, packing: bool, lora: bool) -> Any:
     config = SFTConfig(
         output_dir=str(folder / "trl"),
         max_steps=steps,
-        per_device_train_batch_size=ROWS,
+        per_device_train_batch_size=rows,
         learning_rate=LORA_RATE if lora else RATE,
         lr_scheduler_type="constant",
         weight_decay=DECAY,
@@ -120,10 +128,10 @@ def trainer(folder: Path, steps: int, *, packing: bool, lora: bool) -> Any:
         adam_beta2=BETAS[1],
         adam_epsilon=EPS,
         max_grad_norm=CLIP,
-        max_length=LENGTH,
+        max_length=length,
         packing=packing,
         completion_only_loss=True,
-        bf16=False,
+        bf16=bf16,
         use_cpu=True,
         gradient_checkpointing=False,
         save_strategy="no",
@@ -134,13 +142,13 @@ def trainer(folder: Path, steps: int, *, packing: bool, lora: bool) -> Any:
     )
     peft = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
     made = InOrder(
-        model=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=LlamaForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=config,
-        train_dataset=Dataset.from_list(dialogs(steps * ROWS * (3 if packing else 1))),
+        train_dataset=Dataset.from_list(data),
         processing_class=tokenizer(),
         peft_config=peft if lora else None,
     )
-    whole = len(made.train_dataset) // ROWS * ROWS  # or the last step of an epoch would have fewer rows
+    whole = len(made.train_dataset) // rows * rows  # or the last step of an epoch would have fewer rows
     made.train_dataset = made.train_dataset.select(range(whole))
     return made
 
@@ -162,7 +170,8 @@ def batches(made: Any, steps: int) -> Iterator[TokenBatch]:
 
 def compare(folder: Path, steps: int, *, packing: bool = False, lora: bool = False) -> Losses:
     """Losses of fine-tuning, all weights or an adapter."""
-    theirs = trainer(folder, steps, packing=packing, lora=lora)
+    data = dialogs(steps * ROWS * (3 if packing else 1))
+    theirs = trainer(folder, folder, data, steps, packing=packing, lora=lora)
     with checkpoint.open(folder) as base:
         if lora:
             theirs.model.save_pretrained(folder / "begun", save_embedding_layers=False)

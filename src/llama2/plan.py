@@ -229,13 +229,16 @@ class TrainingRun:
     sequences: int = 1  # at once on a GPU, which takes only its share of the batch if that is less
     recompute: bool = False  # keep the layers' inputs alone, and compute the rest again (activation checkpointing)
     products: bool = False  # attention keeps its weights, as it does in steps that are compiled for a CPU
+    trained: int | None = None  # parameters beside a frozen network, which has no gradients; None: all
+    frozen: int = 0  # bytes of that network's weights
     mfu: float = MFU
     price: float | None = None  # of a GPU for an hour
     pue: float = PUE
     intensity: float = INTENSITY  # kg of CO₂ equivalent a kWh
 
     def __post_init__(self) -> None:
-        _positive(**{field.name: getattr(self, field.name) for field in fields(self) if field.type != "bool"})
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.type != "bool"}
+        _positive(**given | {"frozen": self.frozen or None})
         if self.mfu > 1:
             raise PlanError(f"mfu={self.mfu} must be at most 1, all that a GPU can do")
 
@@ -262,11 +265,14 @@ def training(config: ModelConfig, gpu: Machine, run: TrainingRun, *, gpus: int =
     Gathered are the bfloat16 parameters of the layer at work and of the next, and a layer's gradients in bfloat16 and
     float32. One device has instead a bfloat16 copy of all parameters, and the head's gradient in both beside the
     embeddings'. Activations are `saved_bytes`. Logits of CHUNK tokens and their gradients are in float32.
-    FLOPs: 6 N a token, and 3 times the causal attention of a forward pass. hours = FLOPs / (operations * MFU).
+    FLOPs: 6 N a token, and 3 times the causal attention of a forward pass. A frozen network is taken to be whole on
+    each GPU, and has 4 N. hours = FLOPs / (operations * MFU).
     Raises PlanError when `gpus` is out of range.
     """
     _positive(gpus=gpus)
     matrix = config.training_flops(run.tokens)
+    if run.trained is not None:
+        matrix = matrix * 2 // 3 + 6 * run.trained * run.tokens
     attention = 3 * run.tokens * config.causal_attention_flops(run.context)
     hours = (matrix + attention) / (gpu.operations * run.mfu) / 3600
     spent, emitted = (None, None) if gpu.watts is None else energy(hours, gpu.watts, run.pue, run.intensity)
@@ -285,14 +291,16 @@ def training(config: ModelConfig, gpu: Machine, run: TrainingRun, *, gpus: int =
 
 def _training_memory(config: ModelConfig, gpu: Machine, run: TrainingRun, gpus: int) -> dict[str, int]:
     tokens = min(run.sequences * run.context, -(-run.batch_tokens // gpus))
-    share = -(-config.parameters() // gpus)
+    share = -(-(config.parameters() if run.trained is None else run.trained) // gpus)
     ends = config.parameters() - config.n_layers * _layer(config)  # embeddings, last norm, head: gathered together
     head = config.vocab_size * config.dim
     gathered = 10 * max(_layer(config), ends) if gpus > 1 else 2 * config.parameters() + 10 * head
+    if run.trained is not None:
+        gathered = 0  # what is frozen is held as products read it
     layer = saved_bytes(config) + (config.n_heads * run.context if run.products else 0)  # half of T weights of 2 bytes
     layers = config.n_layers * 2 * config.dim + layer if run.recompute else config.n_layers * layer
     return {
-        "parameters": 4 * share,
+        "parameters": 4 * share + run.frozen,
         "gradients": 4 * share,
         "AdamW": 8 * share,
         "gathered layers": gathered,

@@ -195,6 +195,21 @@ def test_training_memory_by_hand() -> None:
     assert many["activations"] == 2048 * 80 * 332_032
 
 
+def test_an_adapter_by_hand() -> None:
+    """Rank 8 on wq and wv of 7B: 2 × 8 × (4096 + 4096) in each of 32 layers; a frozen matrix has no gradient."""
+    trained, frozen = 4_194_304, 13_476_831_232
+    run = plan.TrainingRun(context=4096, tokens=10**6, trained=trained, frozen=frozen)
+    planned = plan.training(SIZES["7B"], A100, run)
+    memory = {name: planned.memory[name] for name in ("parameters", "gradients", "AdamW", "gathered layers")}
+    assert memory == {
+        "parameters": frozen + 4 * trained,
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
+        "gathered layers": 0,
+    }
+    assert planned.matrix_flops == (4 * 6_738_415_616 + 6 * trained) * 10**6
+
+
 @pytest.mark.parametrize(("size", "gib"), [("7B", 100.4), ("13B", 194.0), ("34B", 502.8), ("70B", 1027.8)])
 def test_training_keeps_16_bytes_a_parameter(size: str, gib: float) -> None:
     parts = plan.training(SIZES[size], A100, plan.TrainingRun(context=4096)).memory

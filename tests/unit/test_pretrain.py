@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
 import shutil
 import signal
@@ -158,6 +159,7 @@ def test_the_learning_rate_of_the_paper(step: int, rate: float) -> None:
 def test_operations_of_a_token() -> None:
     """Spec 12.1: three times the forward pass's products and causal attention."""
     assert flops_per_token(SIZES["7B"], 4096) == 3 * (13_214_154_752 + 1_074_003_968)
+    assert flops_per_token(SIZES["7B"], 4096, trained=10) == 2 * 13_214_154_752 + 3 * 1_074_003_968 + 60
 
 
 def test_what_a_spike_is() -> None:
@@ -199,6 +201,10 @@ def test_a_run_leaves_all_that_there_is_to_know(asked: Any, tmp_path: Path) -> N
     assert samples[-1] == (run.folder / "states/step-00000008/model", ["the cat"], 5)
     assert list((run.folder / "tensorboard").glob("events*"))
     assert "MFU = " in reporter.header[1]
+    assert re.fullmatch(
+        r"estimate: [\d,]+ tokens in 8 steps take about 1 min, if 41% of the peak is reached, and 0.5 GB of memory",
+        reporter.header[2],
+    )
 
 
 def test_the_model_opens_without_torch(asked: Any, tmp_path: Path) -> None:

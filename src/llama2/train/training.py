@@ -36,7 +36,7 @@ from llama2.train.processes import Processes
 from llama2.train.settings import MOST, LoopSettings, long_warmup
 from llama2.train.states import AdapterWriter, States
 from llama2.train.step import Step
-from llama2.train.throughput import flops_per_token, peak_flops
+from llama2.train.throughput import estimate, flops_per_token, peak_flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,8 @@ class Training:
             adapter=task.adapter,
         )
         self.batch_tokens = batch.size * task.source.length  # that a step reads; with a loss mask fewer have losses
-        self.flops = flops_per_token(self.config, task.source.length)
+        self.trained, self.frozen = _trained(task.network) if task.adapter else (None, 0)
+        self.flops = flops_per_token(self.config, task.source.length, self.trained)
         self.peak = peak_flops(dist.device, recipe.precision)
 
     def run(self, *, resume: bool, **about: Any) -> Run:
@@ -178,12 +179,28 @@ class Training:
         device = self.dist.device.type
         on = f"{devices} × {device}" if devices > 1 else device
         epochs = r.steps * r.batch.size / len(self.task.source)
+        some = "" if self.trained is None else f" and {self.trained / 1e6:.2f} M that are trained"
+        products = "6 × parameters" if self.trained is None else "(4 × frozen + 6 × trained parameters)"
         return [
-            f"{self.config.parameters() / 1e6:.1f} M parameters, {r.precision}, on {on}; "
+            f"{self.config.parameters() / 1e6:.1f} M parameters{some}, {r.precision}, on {on}; "
             f"{r.steps:,} steps of {self.batch_tokens:,} tokens, {epochs:.2f} epochs",
-            "MFU = (6 × parameters in products + 3 × attention's operations) × tokens/s ÷ peak "
+            f"MFU = ({products} in products + 3 × attention's operations) × tokens/s ÷ peak "
             f"= {self.flops / 1e6:.1f} MFLOP × tokens/s ÷ {self.peak * devices / 1e9:,.0f} GFLOP/s",
+            estimate(
+                *(self.config, r, self.dist.device),
+                length=self.task.source.length,
+                devices=devices,
+                trained=self.trained,
+                frozen=self.frozen,
+                peak=self.peak,
+            ),
         ]
+
+
+def _trained(network: Transformer) -> tuple[int, int]:
+    """Parameters that are trained, and bytes of the others, which are frozen."""
+    frozen = [*(p for p in network.parameters() if not p.requires_grad), *network.buffers()]
+    return sum(p.numel() for p in network.parameters() if p.requires_grad), sum(each.nbytes for each in frozen)
 
 
 def step_of(
