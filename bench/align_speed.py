@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ def beside(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
     keep_memory()
     bf16 = "avx512_bf16" in native.supported()
+    precision: Literal["bf16", "fp32"] = "bf16" if bf16 else "fp32"
     found, good = {}, True
     for name, lora in (("sft", False), ("LoRA", True)):
         with tempfile.TemporaryDirectory() as folder, checkpoint.open(options.model) as base:
@@ -63,9 +64,9 @@ def beside(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
                 lora=lora,
                 bf16=bf16,
             )
-            settings, precision = LoraSettings(dropout=0), "bf16" if bf16 else "fp32"
             network = Transformer.load(base)
             if lora:
+                settings = LoraSettings(dropout=0)
                 network = adapters.build(base, settings, precision=precision, seed=0, device=torch.device("cpu"))
             step = Step(network, optimizer=OptimizerSettings(), precision=precision, compile=not options.eager)
             times = _times(theirs, trl_parity.batches(theirs, options.steps + WARMUP), step)
@@ -84,7 +85,7 @@ def _times(theirs: Any, rows: Any, step: Step) -> list[tuple[float, float]]:
 
     times: list[list[float]] = []
 
-    class Between(TrainerCallback):  # type: ignore[misc]
+    class Between(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             begun = time.perf_counter()
             step.step([next(rows)], 1e-5, len(times) + 1)

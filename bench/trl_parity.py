@@ -80,7 +80,7 @@ def tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(VOCABULARY)}
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Tokenizer(WordLevel(words, "w3")),
         **{f"{name}_token": f"w{i}" for name, i in {"pad": PAD, "bos": BOS, "eos": EOS}.items()},
     )

@@ -44,8 +44,9 @@ def adapted(base: Checkpoint, settings: Lora = LORA, quantize: str | None = None
 
 
 def test_a_new_adapter_changes_nothing(files: dict[str, Checkpoint]) -> None:
-    network, tokens = lora.load_frozen(files["F32"]), torch.from_numpy(rows(2, 9, 0).tokens)
+    network, tokens = Transformer.load(files["F32"]), torch.from_numpy(rows(2, 9, 0).tokens)
     lora.attach(network, LORA, seeded())
+    assert all(p.requires_grad == ("lora_" in name) for name, p in network.named_parameters())
     assert torch.equal(network(tokens), Transformer.load(files["F32"])(tokens))
     width = files["F32"].config.dim
     first = network.get_submodule("layers.0.attention.wq")

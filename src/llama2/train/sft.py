@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from llama2 import checkpoint
-from llama2.checkpoint.lora import fingerprint
+from llama2.checkpoint import Checkpoint
+from llama2.checkpoint.lora import Adapter, fingerprint
 from llama2.data import dialogs
 from llama2.data.dialogs import Packed, Prepared
 from llama2.data.loader import Loader, TokenBatch
@@ -65,14 +68,14 @@ def sft(
         checkpoint.open(locate(recipe.start), template=recipe.template or None) as start,
     ):
         refuse_large(recipe, start.config.parameters())
-        lora, continued = recipe.lora, None
-        if lora and lora.adapter:
-            lora, continued = adapters.continued(lora, start, locate)
-            recipe = recipe.model_copy(update={"lora": lora})
-        if lora and resume:
-            adapters.refuse_another_base(Run.open(folder), start)
         if "length" in recipe.data.model_fields_set:
             refuse_longer(recipe.data.length, start)
+        continued = None
+        if recipe.lora and recipe.lora.adapter:
+            own, continued = adapters.continued(recipe.lora, start, locate)
+            recipe = recipe.model_copy(update={"lora": own})
+        if recipe.lora and resume:
+            adapters.refuse_another_base(Run.open(folder), start)
         template = start.template_for(tools=False)
         note = start.assumes_format
         if template is None and start.tokenizer.kind == "sentencepiece":  # its folder then names this format
@@ -84,43 +87,54 @@ def sft(
         recipe = recipe.model_copy(update={"data": fit_rows(recipe.data, sizes, start.config.context_length)})
         ready = dialogs.prepare(recipe.data, rendered, seed=recipe.seed)
         recipe = fit(recipe, len(ready.train), width=start.config.dim, dp_size=dist.dp_size, bf16=dist.bf16)
-        held = [
-            replace(batch, source=packed.name)
-            for packed in ready.validation
-            for batch in _rows(packed, recipe.batch.micro_size)
-        ]
-        task = Task(
-            Transformer.load(start, device=dist.device)
-            if lora is None
-            else adapters.build(
-                start, lora, continued, precision=recipe.precision, seed=recipe.seed, device=dist.device
-            ),
-            *(ready.train, start.tokenizer, template),
-            validation=held,
-            adapter=adapters.writer(start, lora, recipe.start, template) if lora else None,
-        )
-        training = Training(
-            recipe, folder, dist, task, sample=_sampling(sample, start.path if lora else None), reporter=reporter
-        )
+        task = _task(recipe, start, ready, template, continued, dist.device)
+        sampling = _sampling(sample, start.path if recipe.lora else None)
+        training = Training(recipe, folder, dist, task, sample=sampling, reporter=reporter)
         if reporter and dist.is_main:
             notes = [*rendered.report.lines(), _describe(ready), tuning.describe(recipe), *([note] if note else [])]
             reporter.begin([*notes, *(f"warning: {each}" for each in tuning.warnings(recipe, ready.train))])
-        some = _rows(ready.train, recipe.batch.micro_size, _SAMPLE)
+        about = {"base": fingerprint(start.tensors)} if recipe.lora else {}
+        return _tuned(training, ready, resume=resume, **about)
 
-        def losses() -> Losses:
-            return Losses(training.step.evaluate(some), training.step.evaluate(held) if held else None)
 
-        before = None if resume else losses()
-        about: dict[str, Any] = {
-            "dialogs": ready.train.dialogs,
-            "left_out": ready.left_out,
-            "trained_on": ready.train.loss_tokens,
-        }
-        about |= {"base": fingerprint(start.tensors)} if lora else {}
-        run = training.run(resume=resume, **about, before=before and before._asdict())
-        if resume and (recorded := run.origin.get("before")):
-            before = Losses(**recorded)
-        return Tuned(run, before, losses())
+def _task(
+    recipe: SftRecipe,
+    start: Checkpoint,
+    ready: Prepared,
+    template: str | None,
+    continued: Adapter | None,
+    device: torch.device,
+) -> Task:
+    """What is trained: every weight of `start`, or an adapter, which may be continued."""
+    held = [
+        replace(batch, source=packed.name)
+        for packed in ready.validation
+        for batch in _rows(packed, recipe.batch.micro_size)
+    ]
+    if recipe.lora is None:
+        return Task(Transformer.load(start, device=device), ready.train, start.tokenizer, template, validation=held)
+    return Task(
+        adapters.build(start, recipe.lora, continued, precision=recipe.precision, seed=recipe.seed, device=device),
+        *(ready.train, start.tokenizer, template),
+        validation=held,
+        adapter=adapters.writer(start, recipe.lora, recipe.start, template),
+    )
+
+
+def _tuned(training: Training, ready: Prepared, *, resume: bool, **about: Any) -> Tuned:
+    """Train, and measure losses before, unless the run is resumed, and after. `about` is recorded."""
+    some = _rows(ready.train, training.recipe.batch.micro_size, _SAMPLE)
+    held = training.task.validation
+
+    def losses() -> Losses:
+        return Losses(training.step.evaluate(some), training.step.evaluate(held) if held else None)
+
+    before = None if resume else losses()
+    counts = {"dialogs": ready.train.dialogs, "left_out": ready.left_out, "trained_on": ready.train.loss_tokens}
+    run = training.run(resume=resume, **counts, **about, before=before and before._asdict())
+    if resume and (recorded := run.origin.get("before")):
+        before = Losses(**recorded)
+    return Tuned(run, before, losses())
 
 
 def _sampling(sample: Callable[..., list[str]] | None, base: Path | None) -> Sample | None:

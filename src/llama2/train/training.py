@@ -94,7 +94,10 @@ class Training:
             adapter=task.adapter,
         )
         self.batch_tokens = batch.size * task.source.length  # that a step reads; with a loss mask fewer have losses
-        self.trained, self.frozen = _trained(task.network) if task.adapter else (None, 0)
+        self.trained: int | None = None  # parameters of an adapter; None: all are trained
+        self.frozen = 0  # bytes of the others
+        if task.adapter:
+            self.trained, self.frozen = _trained(task.network)
         self.flops = flops_per_token(self.config, task.source.length, self.trained)
         self.peak = peak_flops(dist.device, recipe.precision)
 
