@@ -56,7 +56,7 @@ def test_all_four_subsets_must_differ_each_in_its_direction() -> None:
 
 
 def test_subsets_of_items() -> None:
-    # 8 clean items of which 2 are right, 2 of which both are, one half and one wholly contaminated: μ = 0.4, σ² = 0.24
+    # 8 clean items of which 2 are right, 2 of which both are, one half and one wholly so: μ = 0.4, σ² = 0.24
     values = [1, 1, 0, 0, 0, 0, 0, 0, 1, 1]
     found = subset_scores(np.array([0.1] * 8 + [0.5, 0.9]), values)
     assert {name: (part["n"], part["mean"]) for name, part in found.items()} == {
@@ -79,8 +79,9 @@ def test_planted_items_are_found_at_each_length(
     random = np.random.default_rng(0)
     texts = ["".join(random.choice([*"abcdefghijklmnopqrstuvwxyz "], 120)) for _ in range(7)]
     ids = [encoder.encode(text) for text in texts]
-    half = ids[1][: len(ids[1]) // 2]
-    documents = [[1, *ids[0], 2], [1, *half, 2], [1, *ids[6], 2]]
+    assert 100 < len(ids[1]) < 125
+    quarter = ids[1][:25]
+    documents = [[1, *ids[0], 2], [1, *quarter, 2], [1, *ids[6], 2]]
     corpora.write(corpus, tokenizer, encoder.vocab_size(), {"train": [documents[:2], documents[2:]]})
     seen: list[tuple[int, int]] = []
     found = contamination(
@@ -91,19 +92,20 @@ def test_planted_items_are_found_at_each_length(
     assert found["a"]["lengths"]["10"]["clean"]["mean"] == 0
     assert found["b"]["lengths"]["10"]["clean"]["n"] == 2
     longer = [found["a"]["lengths"][str(n)]["not clean"]["n"] for n in (10, 20, 30, 40, 50)]
-    assert longer == [sum(len(run) >= n for run in (ids[0], half)) for n in (10, 20, 30, 40, 50)]
+    assert longer == [sum(len(run) >= n for run in (ids[0], quarter)) for n in (10, 20, 30, 40, 50)]
     assert found["a"]["length"] is None  # four items show nothing
     assert seen[-1][0] == seen[-1][1] == sum(map(len, documents))
 
 
 def test_a_run_looks_for_its_items_in_a_corpus(tokenizer: Path, tmp_path: Path) -> None:
-    choices = ["in the old house", "by the river", "at the market", "on the hill"]
+    right = "in the old house behind the mill"
+    choices = [right, "by the long river where we swim", "at the busy market far away", "on the hill, under a tree"]
     rows = [{"query": f"Question: Where is the {n}?", "choices": choices, "gold": 0} for n in ("cat", "dog", "cow")]
     write_rows(tmp_path / "sets/mine.jsonl", rows)
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     encoder = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    planted = encoder.encode("Question: Where is the dog?\nAnswer: in the old house")
+    planted = encoder.encode(f"Question: Where is the dog?\nAnswer: {right}")
     corpora.write(corpus, tokenizer, encoder.vocab_size(), {"train": [[[1, *planted, 2]]]})
     with tiny_model(tmp_path) as model:
         settings = EvaluationSettings(data=tmp_path / "sets", corpus=corpus)
