@@ -293,6 +293,21 @@ def test_a_row_that_is_not_the_sets_is_refused(
         rows.read(write(tmp_path, name, **{path: content}), tmp_path)
 
 
+def test_the_harness_asks_with_its_own_examples(tmp_path: Path) -> None:
+    """Its file of a task of BIG-Bench Hard holds three; rows that are asked are never examples."""
+    from llama2.evaluate.items import parts
+
+    files = {"bbh/navigate.json": BBH, "bbh/cot-prompts/navigate.txt": BBH_PROMPT}
+    chosen = write(tmp_path, "bbh", **files).model_copy(update={"files": dict.fromkeys(files, "")})
+    splits, _ = rows.read(chosen, tmp_path)
+    (part,) = parts(chosen, splits, "harness")
+    context = part.inner.fewshot_context(part.inner.task_docs[0], num_fewshot=part.shots)
+    assert context.startswith("Given a series of navigation instructions, determine whether one would end up back")
+    assert context.count("If you follow these instructions, do you return to the starting point?") == 3
+    assert context.count("Let's think step by step.\nWe start at the origin") == 3
+    assert context.endswith("Q: Two and two is\nA: Let's think step by step.\n")
+
+
 def test_the_papers_number_of_answers_is_drawn_by_full() -> None:
     code = task.load("humaneval_pass100")
     assert code.lacking == "pass@100 needs 100 answers to a question, not 10; --full draws 200"

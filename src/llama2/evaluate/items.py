@@ -315,7 +315,8 @@ def _harness(
     splits = {each: entry.get(each) for each in ("training_split", "fewshot_split")}
     changes = {each: split if split in rows else None for each, split in splits.items()}
     shots = task.harness_shots if entry.get("num_fewshot") is None else int(entry["num_fewshot"])
-    if shots and not any(changes.values()):
+    own = (entry.get("fewshot_config") or {}).get("samples")
+    if shots and not own and not any(changes.values()):
         changes["fewshot_split"] = task.split  # so that the harness leaves out the item itself
     for unused in ("tag", "group", "task_list", "task_alias", "dataset_path", "dataset_name", "dataset_kwargs"):
         entry.pop(unused, None)

@@ -173,7 +173,7 @@ def _ask(task: EvaluationTask, lm: Any, settings: EvaluationSettings) -> AskedTa
 
     reason = sets.missing(task, settings.data) or task.lacking
     if settings.protocol == "harness" and not task.harness:
-        reason = "the harness does not ask these rows"
+        reason = "the harness's version is not used; ask by --protocol paper"
     if reason is not None:
         return AskedTask(task, reason=reason)
     splits, digests = sets.read(task, settings.data)
