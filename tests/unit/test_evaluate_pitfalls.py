@@ -83,7 +83,15 @@ def test_a_token_over_the_seam(bytes_: EngineLM) -> None:
 
 
 def test_a_continuation_is_never_empty(pieces: EngineLM) -> None:
-    for context, continuation in [("he we", "r"), ("h", "e"), (" ", "x"), ("", " a"), ("a", " "), ("a ", " b")]:
+    for context, continuation in [
+        ("he we", "r"),
+        ("h", "e"),
+        (" ", "x"),
+        ("", " a"),
+        ("", " "),
+        ("a", " "),
+        ("a ", " b"),
+    ]:
         query = pieces.likelihood(context, continuation)
         assert query.context
         assert query.continuation
@@ -148,7 +156,7 @@ def test_bos_once(pieces: EngineLM, bytes_: EngineLM) -> None:
         assert (query.context[0], query.context.count(cast("int", bos))) == (bos, 1)
         assert bos not in query.continuation
     assert pieces.tok_encode("on it", add_special_tokens=False)[0] != bos
-    assert bytes_.model.tokenizer.bos_id not in bytes_.likelihood("on it", " to").tokens
+    assert bytes_.model.tokenizer.bos_id not in bytes_.likelihood("on it", " to").context
     assert bytes_.likelihood("", "to").context == (bytes_.model.tokenizer.bos_id,)
     chat = bytes_.apply_chat_template([{"role": "user", "content": "to"}])
     assert bytes_.generation(chat, {}).prompt == tuple(bytes_.model.render("to"))
@@ -235,7 +243,7 @@ def test_rolling_windows() -> None:
     text = "".join(chr(97 + i % 26) for i in range(70))
     windows = lm.windows(text)
     assert bytes(token for window in windows for token in window.continuation) == text.encode()
-    assert all(len(window.tokens) <= 32 for window in windows)
+    assert all(window.needed <= 32 for window in windows)
     (found,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     expected = sum(
         log_softmax(logits([*w.context, *w.continuation[:i]]).astype(float))[token]

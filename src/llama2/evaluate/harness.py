@@ -35,7 +35,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         super().__init__()
         self.model = model
         self.in_flight = in_flight
-        self._encode = lru_cache(maxsize=256)(self._encoded)  # the choices of an item share its context
+        self._encode = lru_cache(maxsize=16)(self._encoded)  # the choices of an item share its context
 
     @property
     def eot_token_id(self) -> int:
@@ -73,41 +73,42 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return tuple(t.encode(text, bos=add))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        query = self.likelihood(context, continuation)
+        return list(query.context), list(query.continuation)
+
+    def likelihood(self, context: str, continuation: str) -> LikelihoodQuery:
         """Token ids of a context, and of what follows it in the encoding of both together.
 
         White space at the context's end belongs to the continuation, as words of most vocabularies begin with their
         space. A token that covers both the context's end and the continuation's beginning is scored whole, so that the
-        continuation is never empty. A context that is empty otherwise is the prefix token.
+        continuation is never without a token. In place of an empty context is the prefix token. Raises EvaluationError
+        for an empty continuation.
         """
+        if not continuation:
+            raise EvaluationError("a continuation is empty, so it has no likelihood; check the row's choices")
         if isinstance(context, RenderedPrompt):
-            return list(context.prompt.tokens), self.model.tokenizer.encode(continuation)
+            return LikelihoodQuery(tuple(context.prompt.tokens), tuple(self.model.tokenizer.encode(continuation)))
         stripped = context.rstrip()
         context, continuation = stripped, context[len(stripped) :] + continuation
         if not context:
-            return self._unconditional(continuation)
-        before = self.tok_encode(context)
-        whole = self.tok_encode(context + continuation)
+            return LikelihoodQuery((self.prefix_token_id,), self._unconditional(continuation))
+        before = self._encode(context, None)
+        whole = self._encoded(context + continuation, None)
         shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
         shared = min(shared, len(whole) - 1)
         if shared == 0:
-            return [self.prefix_token_id], whole
-        return whole[:shared], whole[shared:]
+            return LikelihoodQuery((self.prefix_token_id,), whole)
+        # An item's choices share one tuple, as a long context takes more memory than all else.
+        return LikelihoodQuery(before if shared == len(before) else whole[:shared], whole[shared:])
 
-    def _unconditional(self, continuation: str) -> tuple[list[int], list[int]]:
-        """The prefix token, and a text's ids. The space that SentencePiece puts in front is the text's own first one.
+    def _unconditional(self, continuation: str) -> tuple[int, ...]:
+        """Ids of a text without a context. The space that SentencePiece puts in front is the text's own first one.
 
         Two would leave a lone "▁" before the first word, which costs likelihood.
         """
         if self.model.tokenizer.kind == "sentencepiece" and self.model.tokenizer.prepend_scheme != "never":
-            continuation = continuation.removeprefix(" ")
-        return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
-
-    def likelihood(self, context: str, continuation: str) -> LikelihoodQuery:
-        """The query of a pair of texts. Raises EvaluationError for an empty continuation."""
-        if not continuation:
-            raise EvaluationError("a continuation is empty, so it has no likelihood; check the row's choices")
-        pair = self._encode_pair(context, continuation) if context else self._unconditional(continuation)
-        return LikelihoodQuery(tuple(pair[0]), tuple(pair[1]))
+            continuation = continuation.removeprefix(" ") or continuation
+        return self._encoded(continuation, False)
 
     def generation(
         self, context: str, settings: Mapping[str, Any], *, sample: int = 0, seed: int = 0
@@ -118,7 +119,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         most = int(settings.get("max_gen_toks", DEFAULT_MAX_GEN_TOKS))
         sampled = settings.get("do_sample", settings.get("temperature", 0.0) > 0)
         query = GenerationQuery(
-            tuple(self.tok_encode(context)),
+            self._encoded(context, None),
             most,
             stop,
             temperature=float(settings.get("temperature", 1.0)) if sampled else 0.0,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -30,11 +30,6 @@ class LikelihoodQuery:
     continuation: tuple[int, ...]
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        """All that the model reads."""
-        return self.context + self.continuation
-
-    @property
     def needed(self) -> int:
         """Tokens of context that an answer needs at least."""
         return len(self.context) + len(self.continuation)
@@ -53,11 +48,6 @@ class GenerationQuery:
     seed: int = 0
     sample: int = 0
     raw_completion: bool = True
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """All that the model reads before it answers."""
-        return self.prompt
 
     @property
     def needed(self) -> int:
@@ -82,7 +72,15 @@ Query = LikelihoodQuery | GenerationQuery
 
 def key(query: Query) -> str:
     """A name for a query, from all that its answer depends on but the model."""
-    return sha256(json.dumps([type(query).__name__, asdict(query)]).encode()).hexdigest()[:32]
+    values = [getattr(query, each.name) for each in fields(query)]
+    return sha256(json.dumps([type(query).__name__, *values]).encode()).hexdigest()[:32]
+
+
+def _order(query: Query) -> tuple[Any, ...]:
+    """Likelihoods first, then answers; queries that begin alike are neighbours, so that the prefix cache has it."""
+    if isinstance(query, LikelihoodQuery):
+        return 0, query.context, query.continuation
+    return 1, query.prompt, query.sample
 
 
 def answers(engine: EngineProtocol, queries: Sequence[Query], in_flight: int) -> Iterator[dict[str, Any]]:
@@ -179,25 +177,23 @@ class AnswerStore:
     def fill(
         self,
         engine: EngineProtocol,
-        queries: Sequence[Query],
+        queries: Mapping[str, Query],
         in_flight: int,
         progress: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        """Answer the queries that have no answer here yet; each answer is on disk before `progress` has its tokens.
+        """Answer the queries, by their keys, that have no answer here; one is on disk before `progress` has its tokens.
 
-        Likelihoods come first, then answers, in the order of their tokens: common beginnings are neighbours, so that
-        the prefix cache has them. The order does not depend on what was answered before, and neither does the file.
+        The order does not depend on what was answered before, and neither does the file.
         """
-        waiting = {name: query for query in queries if (name := key(query)) not in self.found}
-        ordered = sorted(waiting.items(), key=lambda each: (isinstance(each[1], GenerationQuery), each[1].tokens))
+        waiting = sorted((_order(query), name) for name, query in queries.items() if name not in self.found)
+        names = [name for _, name in waiting]
+        found = answers(engine, [queries[name] for name in names], in_flight)
         with self.path.open("ab") as file:
-            for (name, query), answer in zip(
-                ordered, answers(engine, [query for _, query in ordered], in_flight), strict=True
-            ):
+            for name, answer in zip(names, found, strict=True):
                 self.found[name] = answer
                 file.write(json.dumps({"key": name, **answer}).encode() + b"\n")
                 file.flush()
-                progress(len(query.tokens))
+                progress(queries[name].needed)
 
     def __getitem__(self, query: Query) -> dict[str, Any]:
         return self.found[key(query)]

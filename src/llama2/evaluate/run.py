@@ -10,7 +10,7 @@ record.json      the scores
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -27,15 +27,13 @@ from llama2.evaluate.scores import RECORD, SAMPLES, beside_published, format_spr
 from llama2.evaluate.strata import sample
 from llama2.evaluate.task import EvaluationTask
 from llama2.hub import store
+from llama2.hub.progress import Progress
 from llama2.records import Run
 
 if TYPE_CHECKING:
     from llama2.evaluate.items import TaskItem, TaskPart
 
 ANSWERS = "answers.jsonl"
-
-#: Called with the tokens that the model has read of all that it has to read.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +73,7 @@ def evaluate(
     settings: EvaluationSettings,
     *,
     resume: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda what, done, total: None,
     scanned: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Ask a model the tasks, and return the run's record, which is also in `folder`.
@@ -84,13 +82,18 @@ def evaluate(
     With `resume`, what was answered before is not asked again; the result has the same bytes. Raises RunError where
     there is a run already, or with `resume` none. Raises EvaluationError for a run of other settings, for files that
     are not the task's, and where the harness is not installed. Raises EngineError when the model fails.
+
+    `progress` gets the tasks that are prepared, then the tokens that the model has read, of all.
     """
     harness = _harness()
     weights = weights_digest(model)
     recipe = _recipe(model, weights, tasks, settings)
     Run.look(folder, resume=resume)
     lm = harness.EngineLM(model, in_flight=settings.in_flight)
-    asked = [_ask(task, lm, settings) for task in tasks]  # before there is a run, which bad files would leave behind
+    asked = []  # before there is a run, which bad files would leave behind
+    for number, task in enumerate(tasks):
+        progress("tasks", number, len(tasks))
+        asked.append(_ask(task, lm, settings))
     run = _resumed(folder, recipe) if resume else Run.create(folder, recipe)
     answers = AnswerStore.open(folder / ANSWERS)
     _fill(answers, asked, model, settings, progress)
@@ -199,16 +202,16 @@ def _fill(
     for each in asked:
         for item in each.asked:
             queries |= {key(query): query for some in item.queries for query in some}
-    total = sum(len(query.tokens) for query in queries.values())
-    done = sum(len(query.tokens) for name, query in queries.items() if name in answers.found)
-    progress(done, total)
+    total = sum(query.needed for query in queries.values())
+    done = sum(query.needed for name, query in queries.items() if name in answers.found)
+    progress("tokens", done, total)
 
     def count(tokens: int) -> None:
         nonlocal done
         done += tokens
-        progress(done, total)
+        progress("tokens", done, total)
 
-    answers.fill(model.engine, list(queries.values()), settings.in_flight, count)
+    answers.fill(model.engine, queries, settings.in_flight, count)
 
 
 def _scored(each: AskedTask, answers: AnswerStore, folder: Path, settings: EvaluationSettings) -> dict[str, Any]:

@@ -177,17 +177,21 @@ def _report(record: dict[str, Any], folder: Path, run: EvaluationRunOptions, *, 
 
 
 class _Progress:
-    """A line on a terminal: the share of tokens that the model has read, and the time left."""
+    """A line on a terminal: the tasks that are prepared, then the share of tokens that are read, and the time left."""
 
     def __init__(self) -> None:
         self.began: tuple[float, int] | None = None
         self.shown = 0.0
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if not sys.stderr.isatty() or not total:
+            return
         now = time.monotonic()
-        if self.began is None:
-            self.began = (now, done)
-        if not sys.stderr.isatty() or not total or (now - self.shown < 1 and done < total):
+        if what == "tasks":
+            rewrite(f"preparing tasks, {done} of {total}", ended=False)
+            return
+        self.began = self.began or (now, done)
+        if now - self.shown < 1 and done < total:
             return
         self.shown = now
         seconds, tokens = now - self.began[0], done - self.began[1]
