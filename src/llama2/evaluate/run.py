@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -74,16 +75,15 @@ def evaluate(
     *,
     resume: bool = False,
     progress: Progress = lambda what, done, total: None,
-    scanned: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Ask a model the tasks, and return the run's record, which is also in `folder`.
 
-    `scanned` gets the tokens of the corpus that were compared, and all of them.
     With `resume`, what was answered before is not asked again; the result has the same bytes. Raises RunError where
     there is a run already, or with `resume` none. Raises EvaluationError for a run of other settings, for files that
     are not the task's, and where the harness is not installed. Raises EngineError when the model fails.
 
-    `progress` gets the tasks that are prepared, then the tokens that the model has read, of all.
+    `progress` gets "tasks" that are prepared, then "tokens" that the model has read, then those of the "corpus" that
+    were compared, each with their number in all.
     """
     harness = _harness()
     weights = weights_digest(model)
@@ -100,7 +100,7 @@ def evaluate(
     (folder / SAMPLES).mkdir(exist_ok=True)
     scored = {each.task.label: _scored(each, answers, folder, settings) for each in asked}
     if settings.corpus is not None:
-        for label, found in _contamination(asked, scored, folder, settings.corpus, scanned).items():
+        for label, found in _contamination(asked, scored, folder, settings.corpus, progress).items():
             scored[label]["contamination"] = found
     record = {
         **run.origin,
@@ -260,7 +260,7 @@ def _scored(each: AskedTask, answers: AnswerStore, folder: Path, settings: Evalu
 
 
 def _contamination(
-    asked: Sequence[AskedTask], scored: Mapping[str, Mapping[str, Any]], folder: Path, corpus: Path, scanned: Progress
+    asked: Sequence[AskedTask], scored: Mapping[str, Mapping[str, Any]], folder: Path, corpus: Path, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """How much of each task's items is in a corpus, and whether that moved its score."""
     from llama2.evaluate.contaminated import contamination
@@ -272,7 +272,7 @@ def _contamination(
             pairs = [(part, item) for part, some in zip(each.parts, each.items, strict=True) for item in some]
             texts = {item.id: part.verbalised(item) for part, item in pairs if item.refused is None}
             items[each.task.label] = [*texts.values()], [samples[name]["values"][task["metric"]] for name in texts]
-    return contamination(items, corpus, scanned)
+    return contamination(items, corpus, partial(progress, "corpus"))
 
 
 def _samples(each: AskedTask, answers: AnswerStore) -> list[dict[str, Any]]:

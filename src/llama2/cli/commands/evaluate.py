@@ -153,8 +153,7 @@ def command(*, model: EvaluatedModel, tasks: TaskOptions, run: EvaluationRunOpti
     )
     with model.load(sequences=_SEQUENCES) as loaded:
         try:
-            bars = {"progress": _Progress(), "scanned": _Progress()}
-            record = evaluate(loaded, chosen, folder, settings, resume=run.resume, **bars)
+            record = evaluate(loaded, chosen, folder, settings, resume=run.resume, progress=_Progress())
         except KeyboardInterrupt:
             say(f"\nllama2: stopped; the same command with --resume goes on in {folder}", file=sys.stderr)
             raise
@@ -177,26 +176,27 @@ def _report(record: dict[str, Any], folder: Path, run: EvaluationRunOptions, *, 
 
 
 class _Progress:
-    """A line on a terminal: the tasks that are prepared, then the share of tokens that are read, and the time left."""
+    """A line on a terminal: how many tasks are prepared, then how much is read, and the time left."""
 
     def __init__(self) -> None:
-        self.began: tuple[float, int] | None = None
+        self.began: dict[str, tuple[float, int]] = {}
         self.shown = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if not sys.stderr.isatty() or not total:
             return
-        now = time.monotonic()
         if what == "tasks":
             rewrite(f"preparing tasks, {done} of {total}", ended=False)
             return
-        self.began = self.began or (now, done)
+        now = time.monotonic()
+        began, before = self.began.setdefault(what, (now, done))
         if now - self.shown < 1 and done < total:
             return
         self.shown = now
-        seconds, tokens = now - self.began[0], done - self.began[1]
+        seconds, tokens = now - began, done - before
         left = f", {_clock(seconds / tokens * (total - done))} left" if tokens and done < total else ""
-        rewrite(f"{done / total:.0%} of {total / 1e6:.2f} M tokens, {_clock(seconds)}{left}", ended=done == total)
+        of = "" if what == "tokens" else " of the corpus"
+        rewrite(f"{done / total:.0%} of {total / 1e6:.2f} M tokens{of}, {_clock(seconds)}{left}", ended=done == total)
 
 
 def _clock(seconds: float) -> str:
