@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
+from fakes import VOCABULARY, ByteTokenizer, HistoryRunner
 from llama2 import api, recipe
+from llama2.engine.engine import Engine
 from llama2.evaluate.task import EvaluationTask
 from models import write_tiny_gguf
+
+if TYPE_CHECKING:
+    from llama2.evaluate.harness import EngineLM
 
 #: SmolLM2's chat template in short.
 CHATML = (
@@ -58,3 +66,24 @@ def arc_task(name: str = "mine", **changes: Any) -> EvaluationTask:
         "harness_metric": "acc_norm",
     }
     return recipe.make(table | changes, EvaluationTask, where=name)
+
+
+def one_task(task: EvaluationTask, folder: Path, contents: dict[str, bytes]) -> EvaluationTask:
+    """A task over files with these contents, which are written below a folder."""
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return recipe.make(task.model_dump() | {"files": dict.fromkeys(contents, "")}, EvaluationTask, where=task.name)
+
+
+def logits(history: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(history).normal(size=VOCABULARY).astype(np.float32)
+
+
+def by_hand(context: int = 512) -> EngineLM:
+    """A model whose every row of logits is known, and whose tokens are bytes."""
+    from llama2.evaluate.harness import EngineLM  # which takes seconds
+
+    engine = Engine(HistoryRunner(logits, n_blocks=128, context=context), cast("Any", ByteTokenizer()))
+    tokenizer = engine.tokenizer
+    return EngineLM(cast("api.Model", SimpleNamespace(engine=engine, tokenizer=tokenizer)))

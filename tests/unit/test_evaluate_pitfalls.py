@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from scipy.special import log_softmax
 
-from evaluations import CHATML, QUESTIONS, arc_task, tiny_model, write_rows
-from fakes import VOCABULARY, ByteTokenizer, HistoryRunner
-from llama2 import api
-from llama2.engine.engine import Engine
+from evaluations import CHATML, QUESTIONS, arc_task, by_hand, logits, tiny_model, write_rows
+from fakes import ByteTokenizer
 from llama2.errors import ContextError
 from llama2.evaluate import rows as sets
 from llama2.evaluate.harness import EngineLM
@@ -38,17 +34,6 @@ def bytes_(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineLM]:
     """A model with SmolLM2's kind of vocabulary and chat template."""
     with tiny_model(tmp_path_factory.mktemp("bytes"), tokenizer="bpe", template=CHATML) as model:
         yield EngineLM(model)
-
-
-def logits(history: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.random.default_rng(history).normal(size=VOCABULARY).astype(np.float32)
-
-
-def by_hand(context: int = 512) -> EngineLM:
-    """A model whose every row of logits is known, and whose tokens are bytes."""
-    engine = Engine(HistoryRunner(logits, n_blocks=64, context=context), cast("Any", ByteTokenizer()))
-    tokenizer = engine.tokenizer
-    return EngineLM(cast("api.Model", SimpleNamespace(engine=engine, tokenizer=tokenizer)))
 
 
 def asked(
