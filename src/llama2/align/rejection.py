@@ -47,13 +47,13 @@ def reject(
     """
     report = PromptReport()
     prompts = {prompt.id: prompt for prompt in prompt_files.read(recipe.prompts, recipe.seed, report)}
-    with SampleStore.open(recipe.store) as store:
-        store.add_prompts(prompts.values())
-        sampling = _Rejection(recipe, store, prompts, scorers, report, note, progress)
-        rounds = {name: sampling.round(name) for name in recipe.models}
-        pool = sampling.pool()
     for line in report.lines():
         note(line)
+    with SampleStore.open(recipe.store) as store:
+        store.add_prompts(prompts.values())
+        sampling = _Rejection(recipe, store, prompts, scorers, note, progress)
+        rounds = {name: sampling.round(name) for name in recipe.models}
+        pool = sampling.pool()
     result = {
         "rounds": rounds,
         "prompts": {
@@ -87,7 +87,6 @@ class _Rejection:
     store: SampleStore
     prompts: Mapping[str, TaggedPrompt]  # by digest
     scorers: Mapping[str, Scorer]
-    report: PromptReport
     note: Callable[[str], None]
     progress: Progress
     digests: dict[str, str] = field(init=False)  # of the rounds' models
@@ -108,15 +107,12 @@ class _Rejection:
         options = recipe.runtime
         runtime = Runtime(threads=options.threads, context=options.context, sequences=options.sequences)
         with api.load(recipe.models[name], runtime) as model:
-            requests = drawing.render(
-                model,
-                [*self.prompts.values()],
-                recipe.max_tokens,
-                skip_bad=recipe.prompts.skip_bad,
-                report=self.report,
-            )
+            report, given = PromptReport(), [*self.prompts.values()]
+            requests = drawing.render(model, given, recipe.max_tokens, skip_bad=recipe.prompts.skip_bad, report=report)
             if not requests:
-                raise DataError(f"models.{name}: cannot answer any of the prompts; the first: {self.report.first_bad}")
+                raise DataError(f"models.{name}: cannot answer any of the prompts; the first: {report.first_bad}")
+            for line in report.lines():
+                self.note(f"{name}: {line}")
             some = dict(islice(requests.items(), recipe.sweep.prompts))
             temperature, sweep = recipe.temperature, []
             self._estimate(name, model, requests if temperature else some)
@@ -125,8 +121,8 @@ class _Rejection:
                 sweep = [{"temperature": t, **self._measure(name, model, some, t)} for t in temperatures]
                 temperature = self._best_temperature(name, sweep)
             measured = self._measure(name, model, requests, temperature)
-        facts = {"model": recipe.models[name], "digest": self.digests[name], "temperature": temperature}
-        return {**facts, **measured, "sweep": sweep}
+        about = {"model": recipe.models[name], "digest": self.digests[name], "left_out": report.bad}
+        return {**about, "temperature": temperature, **measured, "sweep": sweep}
 
     def pool(self) -> list[list[Judged]]:
         """Every sample that competes, judged, by prompt; those of a prompt in the order of the store."""
