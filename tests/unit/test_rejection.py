@@ -15,7 +15,7 @@ import llama2
 from commands import typed
 from llama2 import checkpoint
 from llama2 import recipe as recipes
-from llama2.align import rejection, selection
+from llama2.align import best_of_curves, rejection, selection
 from llama2.align.combined_reward import combined
 from llama2.align.judging import Judged
 from llama2.align.rejection_settings import RejectionRecipe
@@ -95,7 +95,9 @@ def test_the_best_of_all_rounds_becomes_data(place: Path, models: dict[str, str]
     report = reject(recipe_of(models), {"helpful": scorer})
     samples = lines(place / "samples/samples.jsonl")
     assert len(samples) == 2 * 3 * 4
-    assert {(s["round"], s["k"]) for s in samples} == {(r, k) for r in models for k in range(4)}
+    prompts = [prompt["prompt"] for prompt in lines(place / "samples/prompts.jsonl")]
+    order = [(s["round"], s["prompt"], s["k"]) for s in samples]
+    assert order == [(r, prompt, k) for r in models for prompt in prompts for k in range(4)]
     best, pairs = lines(place / "best/best.jsonl"), lines(place / "best/preferences.jsonl")
     assert report["best"]["dialogs"] == len(best) > 0
     texts = {s["prompt"]: [t["answer"].strip() for t in samples if t["prompt"] == s["prompt"]] for s in samples}
@@ -113,6 +115,9 @@ def test_the_best_of_all_rounds_becomes_data(place: Path, models: dict[str, str]
     judged = [scorer.one(s["answer"].strip()) if s["answer"].strip() else 0 for s in samples if s["round"] == "v0"]
     assert curve[0]["maximum"] == pytest.approx(sum(judged) / 12)
     assert curve[3]["maximum"] == pytest.approx(sum(max(judged[i : i + 4]) for i in (0, 4, 8)) / 3)
+    tokens = [s["tokens"] for s in samples if s["round"] == "v0"]
+    of_best = [tokens[max(range(i, i + 4), key=judged.__getitem__)] for i in (0, 4, 8)]
+    assert curve[3]["tokens"] == pytest.approx(sum(of_best) / 3)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(place: Path, models: dict[str, str]) -> None:
@@ -188,9 +193,15 @@ def test_the_temperature_with_the_best_of_k_is_chosen(place: Path, models: dict[
     estimate, chosen = notes
     assert estimate.startswith("estimate: 36 answers, about ")  # 3 prompts × 6 × 2; the sweep covers all
     assert chosen.startswith(f"v0: temperature {each['temperature']:g} has the greatest maximum of 6 answers'")
-    spread = recipe.model_copy(update={"sweep": recipe.sweep.model_copy(update={"choose_by": "spread"})})
-    chosen_by_spread = reject(spread)["rounds"]["v0"]["temperature"]
-    assert chosen_by_spread == max(rows, key=lambda t: rows[t]["maximum"] - rows[t]["median"])
+
+
+def test_the_temperature_by_maximum_or_spread() -> None:
+    sweep = [
+        {"temperature": t, "curve": [{"maximum": 9, "median": 0}, {"maximum": high, "median": middle}]}
+        for t, high, middle in ((0.5, 0.75, 0.625), (1.0, 0.5, 0.25), (1.5, 0.75, 0.5))
+    ]
+    assert best_of_curves.choose_temperature(sweep, "maximum") == (0.5, 0.75)
+    assert best_of_curves.choose_temperature(sweep, "spread") == (1.0, 0.25)
 
 
 def test_the_combined_reward() -> None:

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,9 +83,18 @@ def summary(groups: Sequence[Sequence[Judged]], conversations: Sequence[str]) ->
     }
 
 
-def spread(points: Sequence[Point]) -> float:
-    """How far the expected best of all answers is above their median."""
-    return float(points[-1]["maximum"] - points[-1]["median"])
+def choose_temperature(sweep: Sequence[Mapping[str, Any]], by: Literal["maximum", "spread"]) -> tuple[float, float]:
+    """The best temperature of some (`temperature`, `curve`), and its worth at the largest K.
+
+    That is the expected best reward, or how far it is above the median. Of equal ones, the first is the best.
+    """
+
+    def worth(row: Mapping[str, Any]) -> float:
+        last = row["curve"][-1]
+        return float(last["maximum"] - (last["median"] if by == "spread" else 0))
+
+    best = max(sweep, key=worth)
+    return best["temperature"], worth(best)
 
 
 def draw_rounds(curves: Mapping[str, Sequence[Point]], file: Path) -> None:

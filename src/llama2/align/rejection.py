@@ -119,7 +119,12 @@ class _Rejection:
             if temperature is None:
                 temperatures = sorted(set(recipe.sweep.temperatures))
                 sweep = [{"temperature": t, **self._measure(name, model, some, t)} for t in temperatures]
-                temperature = self._best_temperature(name, sweep)
+                by = recipe.sweep.choose_by
+                temperature, worth = best_of_curves.choose_temperature(sweep, by)
+                self.note(
+                    f"{name}: temperature {temperature:g} has the greatest {by} of {recipe.samples} answers' rewards, "
+                    f"{worth:.3f}"
+                )
             measured = self._measure(name, model, requests, temperature)
         about = {"model": recipe.models[name], "digest": self.digests[name], "left_out": report.bad}
         return {**about, "temperature": temperature, **measured, "sweep": sweep}
@@ -147,21 +152,6 @@ class _Rejection:
         judged = self._judge([self.store.drawn[prompt, policy, k] for prompt in requests for k in range(n)])
         groups = [judged[start : start + n] for start in range(0, len(judged), n)]
         return best_of_curves.summary(groups, [self.prompts[prompt].group for prompt in requests])
-
-    def _best_temperature(self, name: str, sweep: Sequence[Mapping[str, Any]]) -> float:
-        by_spread = self.recipe.sweep.choose_by == "spread"
-
-        def worth(row: Mapping[str, Any]) -> float:
-            points = row["curve"]
-            return best_of_curves.spread(points) if by_spread else points[-1]["maximum"]
-
-        best = max(sweep, key=worth)
-        temperature: float = best["temperature"]
-        self.note(
-            f"{name}: temperature {temperature:g} has the greatest {self.recipe.sweep.choose_by} of "
-            f"{self.recipe.samples} answers' rewards, {worth(best):.3f}"
-        )
-        return temperature
 
     def _judge(self, samples: Sequence[StoredSample]) -> list[Judged]:
         threshold = self.recipe.rewards.threshold

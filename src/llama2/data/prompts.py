@@ -94,11 +94,11 @@ def read(settings: PromptSettings, seed: int, report: PromptReport | None = None
 
 def read_held_out(settings: PromptSettings, seed: int, report: PromptReport | None = None) -> list[TaggedPrompt]:
     """The `settings.held_out` prompts that `read` leaves aside. Raises as it does."""
-    return _split(settings, seed, report or PromptReport())[1][: settings.held_out]
+    return _split(settings, seed, report or PromptReport())[1]
 
 
 def _split(settings: PromptSettings, seed: int, report: PromptReport) -> tuple[list[TaggedPrompt], list[TaggedPrompt]]:
-    """Prompts to use, and those held out: whole conversations, in the order in which pairs are held out."""
+    """Prompts to use, and those held out, in the order in which pairs are; no conversation has prompts of both."""
     found: dict[str, TaggedPrompt] = {}
     for paths, safety in ((settings.files, False), (settings.safety_files, True)):
         for prompt in _prompts(paths, safety, settings.skip_bad, report):
@@ -106,16 +106,14 @@ def _split(settings: PromptSettings, seed: int, report: PromptReport) -> tuple[l
             report.repeated += before is not prompt
             if prompt.safety and not before.safety:
                 found[prompt.id] = prompt
-    held: dict[str, list[TaggedPrompt]] = {}
-    for prompt in sorted(found.values(), key=lambda prompt: order(seed, prompt.group)):
-        if prompt.group in held or sum(map(len, held.values())) < settings.held_out:
-            held.setdefault(prompt.group, []).append(prompt)
-    prompts = [prompt for prompt in found.values() if prompt.group not in held]
+    held = sorted(found.values(), key=lambda prompt: order(seed, prompt.group))[: settings.held_out]
+    groups = {prompt.group for prompt in held}
+    prompts = [prompt for prompt in found.values() if prompt.group not in groups]
     if not prompts:
         names = ", ".join(map(str, (*settings.files, *settings.safety_files))) or "prompts.files"
         less = ", or hold out fewer" if held else ""
         raise DataError(f"{names}: no prompts are there to use; give files that have some{less}")
-    return prompts, [prompt for group in held.values() for prompt in group]
+    return prompts, held
 
 
 def _prompts(paths: Sequence[Path], safety: bool, skip_bad: bool, report: PromptReport) -> Iterator[TaggedPrompt]:
