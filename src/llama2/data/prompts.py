@@ -31,7 +31,7 @@ class PromptSettings(Settings):
     files: list[Path] = Field([], description="files or folders of prompts")
     safety_files: list[Path] = Field([], description="more, whose prompts may all elicit unsafe answers")
     held_out: int = Field(
-        0, ge=0, description="prompts left aside to measure with, of whole conversations; reward models hold out alike"
+        0, ge=0, description="prompts left aside to measure with; reward models of the same seed hold them out, too"
     )
     count: int = Field(0, ge=0, description="so many of the others, chosen by `seed`; 0: all")
     skip_bad: bool = Field(False, description="leave out and count bad prompts instead of refusing them")
