@@ -18,7 +18,7 @@ from llama2.errors import ContextError
 from llama2.evaluate import rows as sets
 from llama2.evaluate.harness import EngineLM
 from llama2.evaluate.items import TaskItem, TaskPart, parts
-from llama2.evaluate.queries import AnswerStore, GenerationQuery, LikelihoodQuery, key
+from llama2.evaluate.queries import AnswerStore, GenerationQuery, LikelihoodQuery, answers, key
 from llama2.evaluate.task import EvaluationTask
 
 
@@ -96,6 +96,7 @@ def test_a_space_at_the_end_of_a_context(pieces: EngineLM, bytes_: EngineLM) -> 
     """Pitfall 3: words begin with their space."""
     for lm in (pieces, bytes_):
         assert lm.likelihood("on it ", "to") == lm.likelihood("on it", " to")
+        assert lm.likelihood("on it ", "x") == lm.likelihood("on it", " x")  # for which there is not one token
 
 
 def test_positions_and_lengths() -> None:
@@ -139,6 +140,7 @@ def test_bos_once(pieces: EngineLM, bytes_: EngineLM) -> None:
     for context in ("on it", "<s>on it"):
         query = pieces.likelihood(context, " to")
         assert (query.context[0], query.context.count(cast("int", bos))) == (bos, 1)
+        assert query == pieces.likelihood("on it", " to")
         assert bos not in query.continuation
     assert pieces.tok_encode("on it", add_special_tokens=False)[0] != bos
     assert bytes_.model.tokenizer.bos_id not in bytes_.likelihood("on it", " to").context
@@ -254,3 +256,10 @@ def test_samples_differ_and_greedy_answers_do_not() -> None:
     assert key(greedy[0]) == key(greedy[1])
     assert key(replace(greedy[0], max_tokens=3)) != key(greedy[0])
     assert key(LikelihoodQuery((1,), (2, 3))) != key(LikelihoodQuery((1, 2), (3,)))
+
+
+def test_answers_come_in_the_order_of_their_queries() -> None:
+    """Also where a later one is ready first, so that the stored bytes do not depend on what ran beside what."""
+    lm = by_hand()
+    queries = [lm.generation(text, {"max_gen_toks": most}) for text, most in (("ab", 9), ("cd", 2), ("ef", 5))]
+    assert [answer["tokens"] for answer in answers(lm.model.engine, queries, 3)] == [9, 2, 5]
