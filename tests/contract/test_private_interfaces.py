@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +80,15 @@ def test_llguidance_grammars() -> None:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     assert "start" in gbnf_to_lark('root ::= "yes" | "no"')
+
+
+def test_lm_eval_instructions() -> None:
+    """IFEval's checks find what they need where it is replaced. They are not imported, since that downloads data."""
+    spec = find_spec("lm_eval")
+    assert spec is not None
+    folder = Path(str(spec.origin)).parent / "tasks/ifeval"
+    checks = (folder / "instructions.py").read_text()
+    for call in ("instructions_util.count_sentences(value)", "instructions_util.nltk.word_tokenize(value)"):
+        assert checks.count(call) == 1, call
+    assert "\nimport langdetect\n" in checks
+    assert "nltk.download(" in (folder / "instructions_util.py").read_text()

@@ -100,8 +100,8 @@ def _command() -> list[str]:
     """The command line of bubblewrap around Python.
 
     bubblewrap itself starts with an empty environment: the program could read it as that of process 1. As root, it
-    makes no namespace of users, in which the program would still count as root, and which could not see Python in
-    root's home. It retains what it takes to become another user instead.
+    makes no namespace of users: in one, the program would still count as root, and not see Python in root's home.
+    It retains what it takes to become another user instead.
     """
     bwrap = shutil.which("bwrap")
     if bwrap is None:
