@@ -63,6 +63,7 @@ def texts(split: str, corpus: str = "corpus") -> list[str]:
     return [library.decode(document) for document in documents]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_every_document_is_in_one_split(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = typed(capsys, "data", "build", "recipe.toml", "--json")
     assert (code, err) == (0, "")
@@ -86,6 +87,7 @@ def test_the_same_recipe_gives_the_same_bytes(place: Path, capsys: pytest.Captur
     assert (place / "corpus/manifest.json").read_bytes() == (place / "again/manifest.json").read_bytes()
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_corpus_is_replaced_only_when_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed(capsys, "data", "build", "recipe.toml")
     before = (place / "corpus/manifest.json").read_bytes()
@@ -100,6 +102,7 @@ def test_a_corpus_is_replaced_only_when_asked(place: Path, capsys: pytest.Captur
     assert (place / "corpus/manifest.json").read_bytes() != before
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_corpus_knows_what_it_was_built_from(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed(capsys, "data", "build", "recipe.toml")
     before = (place / "corpus/manifest.json").read_bytes()
@@ -125,6 +128,7 @@ def test_a_corpus_knows_what_it_was_built_from(place: Path, capsys: pytest.Captu
     assert typed(capsys, "data", "build", "recipe.toml", "executor.workers=2")[0] == 0
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_tokenizer_is_known_by_its_bytes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for vocabulary in (400, 410):
         (place / f"{vocabulary}.model").write_bytes(train_sentencepiece(vocabulary, ()))
@@ -138,6 +142,7 @@ def test_a_tokenizer_is_known_by_its_bytes(place: Path, capsys: pytest.CaptureFi
     assert "of something else: the tokenizer is another one; replace it" in err
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_source_without_files_is_left_out_with_a_note(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = typed(capsys, "data", "build", "recipe.toml", "sources.pages.files=['*.x', '*.y']", "--json")
     assert code == 0
@@ -145,6 +150,7 @@ def test_a_source_without_files_is_left_out_with_a_note(place: Path, capsys: pyt
     assert list(json.loads(out)["sources"]) == ["notes"]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_any_folder_of_documents(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = place / "mine"
     (folder / "sub/.git").mkdir(parents=True)
@@ -187,6 +193,7 @@ def test_a_folder_without_documents_is_one_line(place: Path, capsys: pytest.Capt
     assert err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_three_books_hold_out_the_end_of_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = place / "books"
     folder.mkdir()

@@ -208,6 +208,7 @@ def test_weights_become_epochs() -> None:
         epochs(recipe(a=1, b=1), {"a": 10, "b": 0})
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_source_is_repeated_for_its_weight(tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{'ab'[number % 2]}{number}.txt").write_text(" ".join(story(number)))
@@ -288,6 +289,7 @@ def test_the_card_has_the_papers_tables(tmp_path: Path) -> None:
     assert (tmp_path / "out/card/steps.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_samples_of_a_benchmark_leave_the_corpus(tmp_path: Path) -> None:
     planted, other = story(7, 60), story(8, 60)
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"q": " ".join(words)}) + "\n" for words in (planted, other)))
@@ -308,6 +310,7 @@ def test_samples_of_a_benchmark_leave_the_corpus(tmp_path: Path) -> None:
     assert found["cut"]["documents"] == 1
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_tokenizer_is_trained_on_the_training_split(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / f"{number}.txt").write_text(" ".join(story(number, 120)))
