@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
@@ -30,6 +31,8 @@ class _Quiet(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no t
         if self.announce:
             self.announce(Path(self.logging_dir.path).name)
             self.announce = None  # workers, which get a copy of this, do not need it
+        if self.workers > 1:  # the server that workers are forked from imports once what each of them needs
+            multiprocess.set_forkserver_preload(["llama2.data.build"])
         return super().run()
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
