@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +108,7 @@ def qlora(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         for kind in ("lora", "qlora"):
             words = ["sft", *options.words, "-m", options.model, f"--{kind}", "--runs", folder, "--out", kind]
             command = [sys.executable, "-m", "llama2", *words, f"steps={options.steps}", *options.set]
-            with subprocess.Popen(command) as process:
+            with subprocess.Popen(command, stdout=sys.stderr) as process:
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:
@@ -139,7 +140,8 @@ def main() -> int:
     memory.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of both runs")
     memory.set_defaults(measure=qlora)
     options = parser.parse_args()
-    found, good = options.measure(options)
+    with redirect_stdout(sys.stderr):  # where transformers prints, too
+        found, good = options.measure(options)
     versions = {name: installed(name) for name in ("trl", "transformers", "peft", "torch")}
     print(json.dumps(provenance() | {"versions": versions, "met": good, "measured": found}))
     return 0 if good else 1

@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def main() -> int:
     steps = parser.parse_args().steps
     found, worst = {}, 0.0
     for name, comparison in COMPARISONS.items():
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):  # where transformers prints, too
             write_model(Path(folder))
             ours, theirs = comparison(Path(folder), steps)
         difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))

@@ -182,7 +182,7 @@ class Training:
         device = self.dist.device.type
         on = f"{devices} × {device}" if devices > 1 else device
         epochs = r.steps * r.batch.size / len(self.task.source)
-        some = "" if self.trained is None else f" and {self.trained / 1e6:.2f} M that are trained"
+        some = "" if self.trained is None else f", frozen, and {self.trained:,} that are trained"
         products = "6 × parameters" if self.trained is None else "(4 × frozen + 6 × trained parameters)"
         return [
             f"{self.config.parameters() / 1e6:.1f} M parameters{some}, {r.precision}, on {on}; "
