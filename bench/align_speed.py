@@ -6,7 +6,7 @@
 `beside` needs TRL, in the environment that bench/trl_parity.py describes. It trains all weights, then an adapter, of a
 folder such as `llama2 convert smollm2-135m-instruct MODEL-HF --to hf` writes. In each step both sides take the same
 packed rows, one right after the other, and the ratio is taken within the step. Ours is compiled, as in every run of a
-million tokens; TRL's has the defaults of its SFTConfig but for gradient checkpointing, which neither has.
+million tokens. TRL's has the defaults of its SFTConfig. Neither has gradient checkpointing.
 
 `qlora` runs `llama2 sft` twice on the same dialogs, with --lora and with --qlora: the largest resident set of each
 process, and the mean loss of the last tenth of its steps. The tables go to stderr, one JSON object to stdout. Exit code
