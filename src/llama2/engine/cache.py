@@ -4,7 +4,8 @@ This is bookkeeping: the cache itself is the runner's.
 
 Only full blocks are shared, and a full block is never written again, so no write ever needs a copy first. What that
 costs: sequences that begin alike each run the tokens of their last, unfinished block themselves, fewer than BLOCK of
-them. A copy would save those and nothing else, and every runner would need an operation that makes it.
+them. A copy would save those and nothing else, and every runner would need an operation that makes it. Continuations of
+one prompt do not pay this: they are scored one after another in one sequence.
 """
 
 from __future__ import annotations
