@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llama2 import checkpoint
 from llama2.align.reward import sigmoid_of
 from llama2.align.reward_recipe import RewardRecipe, fit, refuse_large
 from llama2.align.reward_report import Report, WordsBaseline, calibration, measure, unsafe_recall
+from llama2.align.reward_training import refuse_tokenizer
 from llama2.data.comparisons import PreferencePair
 from llama2.errors import RecipeError
 from llama2.text.dialog import Message
+from models import write_tiny_gguf
 
 
 def pair(chosen: str, rejected: str, number: int, **labels: Any) -> PreferencePair:
@@ -121,3 +126,12 @@ def test_large_models_are_trained_by_adapters() -> None:
     with pytest.raises(RecipeError, match=r"chat: has 7\.0 billion parameters; lora\.rank=8 trains"):
         refuse_large(recipe(), 7 * 10**9)
     refuse_large(recipe(lora={}), 7 * 10**9)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    with checkpoint.open(tmp_path / "tiny.gguf") as model:
+        refuse_tokenizer(model)
+        model.config = replace(model.config, vocab_size=319)
+        with pytest.raises(RecipeError, match="its tokenizer has 320 tokens and the model 319; give the model's own"):
+            refuse_tokenizer(model)

@@ -22,6 +22,7 @@ from llama2.data.pairs import TokenizedPair
 from llama2.errors import RunError
 from llama2.evaluate.comparison import compare
 from llama2.evaluate.intervals import Interval, mean_interval, weighted_mean
+from llama2.hub.progress import Progress
 
 #: The report's file in a run's folder.
 REPORT = "reward.json"
@@ -80,20 +81,23 @@ def report_on(
     trained_on: Sequence[PreferencePair],
     *,
     threshold: float,
-    note: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """Score held-out pairs by the engine, and compare with the baselines. `note` gets what is being done."""
+    """Score held-out pairs by the engine, and compare with the baselines. `progress` gets how many answers are done."""
     longest = max(max(len(row.chosen), len(row.rejected)) for each in held.values() for row in each.tokens)
     words = WordsBaseline(trained_on)
     sets = {}
     with api.load(model, context=longest, runner=_runner()) as loaded:
         for name, each in held.items():
-            if note:
-                note(f"{name}: scoring {len(each.pairs):,} held-out pairs")
             rows = [side for row in each.tokens for side in (row.chosen, row.rejected)]
-            scores = score_tokens(loaded, rows).reshape(-1, 2)
+            counted = _counted(progress, f"scoring {name}", len(rows))
+            scores = score_tokens(loaded, rows, progress=counted).reshape(-1, 2)
             sets[name] = measure(each.pairs, scores, threshold=threshold, words=words)
     return Report(sets)
+
+
+def _counted(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
+    return None if progress is None else lambda done: progress(what, done, total)
 
 
 def _runner() -> Any:

@@ -26,6 +26,7 @@ from llama2.data.comparisons import PairReport, PreferencePair
 from llama2.data.loader import Loader
 from llama2.data.pairs import PairBatch, Pairs, TokenizedPair
 from llama2.errors import DataError, RecipeError
+from llama2.hub.progress import Progress
 from llama2.model import lora as low_rank
 from llama2.model.heads import RewardTransformer
 from llama2.model.transformer import Transformer
@@ -68,6 +69,7 @@ def reward(
     locate: Callable[[str], Path],
     resume: bool = False,
     reporter: Reporter | None = None,
+    progress: Progress | None = None,
 ) -> RewardRun:
     """Train a reward model from a chat model, which `locate` finds by its name, and leave the run in `folder`.
 
@@ -110,9 +112,7 @@ def reward(
         model, main = training.states.path(recipe.steps) / MODEL, dist.is_main
     if not main:
         return RewardRun(run, None)
-    report = report_on(
-        model, ready.held, ready.texts, threshold=recipe.threshold, note=reporter.note if reporter else None
-    )
+    report = report_on(model, ready.held, ready.texts, threshold=recipe.threshold, progress=progress)
     report.write(folder)
     return RewardRun(run, report)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,8 +12,8 @@ import typer
 
 from llama2.cli.options import Json, RecipeSettings, ShowSettings
 from llama2.cli.output import warn
-from llama2.cli.training import clock
-from llama2.console import data, rewrite, say
+from llama2.cli.training import Bar
+from llama2.console import data, say
 
 if TYPE_CHECKING:
     from llama2.align.rejection_settings import RejectionRecipe, SamplingRuntimeSettings
@@ -84,30 +82,6 @@ def _scorers(recipe: RejectionRecipe) -> Iterator[dict[str, EngineScorer]]:
     named = {"helpful": recipe.rewards.helpful, "safety": recipe.rewards.safety}
     with ExitStack() as stack:
         yield {name: EngineScorer(stack.enter_context(api.load(m, runtime))) for name, m in named.items() if m}
-
-
-class Bar:
-    """Progress on standard error, with the time left: a line that is rewritten, or outside a terminal, one in 10 s."""
-
-    def __init__(self) -> None:
-        self._rewrites = sys.stderr.isatty()
-        self._what, self._start, self._first, self._last = "", 0.0, 0, 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._start, self._first = what, now, done
-        ended = done == total
-        if now - self._last < (0.2 if self._rewrites else 10) and not ended:
-            return
-        self._last = now
-        speed = (done - self._first) / (now - self._start) if now > self._start else 0
-        left = f"  {clock((total - done) / speed)} left" if speed else ""
-        text = f"{what}  {done:,}/{total:,}{left}"
-        if self._rewrites:
-            rewrite(text, ended=ended)
-        else:
-            say(text, file=sys.stderr, flush=True)
 
 
 def _summary(recipe: RejectionRecipe, report: dict[str, Any]) -> None:

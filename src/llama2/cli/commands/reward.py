@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from llama2.cli.options import RecipeSettings, Threads, expand
-from llama2.cli.training import RunOptions, run
+from llama2.cli.training import Bar, RunOptions, run
 from llama2.console import data, say
 
 RECIPES = {"llama2 reward train": "llama2.align.reward_recipe:RewardRecipe"}
@@ -59,7 +59,7 @@ def train(
 
     chosen = recipes.load(file, RewardRecipe, settings or ())
     folder = options.folder(file)
-    done = run(reward, chosen, folder, options)
+    done = run(reward, chosen, folder, options, progress=Bar())
     if done.report is None:
         return
     if as_json:
@@ -104,7 +104,8 @@ def score(
                 rows += tokens_of(loaded.checkpoint, [dialog], neutralise=neutralise)
             except DialogError as error:
                 raise DataError(f"{where}: {str(error).removeprefix('dialog 0: ')}") from None
-        scores = score_tokens(loaded, rows, sigmoid=sigmoid)
+        bar, total = Bar(), len(rows)
+        scores = score_tokens(loaded, rows, sigmoid=sigmoid, progress=lambda done: bar("scoring", done, total))
     for (where, _), found in zip(read, scores.tolist(), strict=True):
         if as_json:
             data(json.dumps({"where": where, "score": found}))
