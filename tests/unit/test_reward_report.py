@@ -28,7 +28,7 @@ def pair(chosen: str, rejected: str, number: int, **labels: Any) -> PreferencePa
 PAIRS = [
     pair("a good long answer", "bad", 0, grade=3, safety="chosen safe"),
     pair("good", "a bad long answer", 1, grade=3, safety="both unsafe"),
-    pair("good one", "bad answer", 2, grade=0),
+    pair("good one", "bad ones", 2, grade=0),
     pair("good and long", "bad", 3, safety="both safe"),
 ]
 SCORES = np.array([[2.0, -1.0], [-1.0, 1.0], [0.5, 0.0], [1.0, 1.0]])  # right, wrong, right, equal
@@ -40,8 +40,8 @@ def test_accuracies_by_hand() -> None:
     lengths = {name: each["mean"] for name, each in found["by_length"].items()}
     assert lengths == {
         "the longer answer is better": 0.75,
-        "the shorter answer is better": 0.5,
-        "mean of these two": 0.625,
+        "the shorter answer is better": 0,
+        "mean of these two": 0.375,
     }
     assert {name: each["mean"] for name, each in found["by_grade"].items()} == {
         "negligibly better": 1,
@@ -54,7 +54,7 @@ def test_accuracies_by_hand() -> None:
     }
     assert found["loss"] == pytest.approx(np.log1p(np.exp([-3.0, 2.0, -0.5, 0.0])).mean())
     longer = found["baselines"]["the longer answer wins"]
-    assert (longer["accuracy"]["mean"], longer["n"], longer["test"]) == (0.5, 3, "McNemar, exact")  # without the equal
+    assert (longer["accuracy"]["mean"], longer["n"], longer["test"]) == (0.625, 2, "McNemar, exact")  # without equals
     assert found["baselines"]["words alone"]["accuracy"]["mean"] == 1
     lines = Report({"set": found}).lines()
     assert lines[0].startswith("set: 4 held-out pairs, calibration error 0.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,7 +104,7 @@ def reward(
         training = Training(recipe, folder, dist, task, reporter=reporter)
         if reporter and dist.is_main:
             note = [start.assumes_format] if start.assumes_format else []
-            reporter.begin([*ready.notes, *reward_recipe.describe(recipe), *note, _estimate(training, source)])
+            reporter.begin([*ready.notes, *reward_recipe.describe(recipe), *note])
         about = {"base": fingerprint(start.tensors)} if lora else {}
         run = training.run(resume=resume, pairs=len(source), **about)
         model, main = training.states.path(recipe.steps) / MODEL, dist.is_main
@@ -208,16 +206,3 @@ def _bytes(weight: torch.Tensor, format: str) -> NDArray[np.uint8]:
     """A weight as a checkpoint holds it, in F32 or BF16."""
     data = weight.to(torch.bfloat16 if format == "BF16" else torch.float32).contiguous()
     return data.view(torch.uint8).flatten().numpy()
-
-
-def _estimate(training: Training, source: Pairs) -> str:
-    """How long the run may take, by the time of one forward pass; a backward pass takes about twice as long."""
-    recipe = training.recipe
-    batch = source.batch(range(min(recipe.batch.micro_size, len(source))))
-    training.step.evaluate([batch])  # the first pass is slower
-    begun = time.perf_counter()
-    training.step.evaluate([batch])
-    seconds = (time.perf_counter() - begun) * 3 / batch.count * recipe.steps * recipe.batch.size / training.dist.dp_size
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    tokens = recipe.steps * recipe.batch.size * source.length
-    return f"about {hours} h {minutes} min for {tokens:,} tokens, by the time of a forward pass; --resume continues"

@@ -267,7 +267,7 @@ def hold_out(
     held: set[str] = set()
     taken: Counter[str] = Counter()
     for pair in sorted(every, key=lambda pair: order(seed, pair.group)):
-        if pair.group in held or taken[pair.source] < min(count, sizes[pair.source] * 2 // 5):
+        if taken[pair.source] < min(count, sizes[pair.source] * 2 // 5):
             held.add(pair.group)
             taken[pair.source] += 1
     return [pair for pair in every if pair.group not in held], [pair for pair in every if pair.group in held]
