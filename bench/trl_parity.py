@@ -1,8 +1,8 @@
-"""Losses of fine-tuning beside TRL's: the same tiny Llama, rows, order and optimizer, float32, step by step.
+"""Losses beside TRL's: the same tiny Llama, rows, order and optimizer, float32, step by step.
 
-Three comparisons: rows of one dialog each, rows that TRL packed, and an adapter (LoRA). Both sides begin with the same
-weights; an adapter's are those that peft drew. Each loss must agree within 1e-4. The table goes to stderr, one JSON
-object with all losses to stdout; exit code 1 says that they do not agree. TRL needs an environment of its own:
+Four comparisons: rows of one dialog each, rows that TRL packed, an adapter (LoRA), and a reward model with margins. Both
+sides begin with the same weights; an adapter's are those that peft drew. Each loss must agree within 1e-4. The table goes
+to stderr, one JSON object with all losses to stdout. Exit code 1 says that they do not agree. TRL needs an environment of its own:
 
     python -m venv trl-env
     trl-env/bin/pip install torch==2.13.0
@@ -26,7 +26,10 @@ import torch
 from provenance import provenance
 
 from llama2 import checkpoint
+from llama2.align.ranking import ranking
 from llama2.data.loader import IGNORED, TokenBatch
+from llama2.data.pairs import Pairs, TokenizedPair
+from llama2.model.heads import RewardTransformer
 from llama2.model.transformer import Transformer
 from llama2.records import installed
 from llama2.train import adapters
@@ -87,6 +90,31 @@ def tokenizer() -> Any:
     )
 
 
+def common(folder: Path, steps: int, *, rate: float, rows: int, length: int, bf16: bool = False) -> dict[str, Any]:
+    """Settings of TRL's trainers: the optimizer, no schedule, nothing written but to `folder`."""
+    return {
+        "output_dir": str(folder / "trl"),
+        "max_steps": steps,
+        "per_device_train_batch_size": rows,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": DECAY,
+        "adam_beta1": BETAS[0],
+        "adam_beta2": BETAS[1],
+        "adam_epsilon": EPS,
+        "max_grad_norm": CLIP,
+        "max_length": length,
+        "bf16": bf16,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 10**6,
+        "seed": 0,
+    }
+
+
 def trainer(  # 9 parameters: TRL's own settings
     model: Path,
     folder: Path,
@@ -118,28 +146,11 @@ def trainer(  # 9 parameters: TRL's own settings
             self.losses.append(loss.item())
             return loss
 
+    rate = LORA_RATE if lora else RATE
     config = SFTConfig(
-        output_dir=str(folder / "trl"),
-        max_steps=steps,
-        per_device_train_batch_size=rows,
-        learning_rate=LORA_RATE if lora else RATE,
-        lr_scheduler_type="constant",
-        weight_decay=DECAY,
-        adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1],
-        adam_epsilon=EPS,
-        max_grad_norm=CLIP,
-        max_length=length,
+        **common(folder, steps, rate=rate, rows=rows, length=length, bf16=bf16),
         packing=packing,
         completion_only_loss=True,
-        bf16=bf16,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=10**6,
-        seed=0,
     )
     peft = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
     made = InOrder(
@@ -189,11 +200,60 @@ def compare(folder: Path, steps: int, *, packing: bool = False, lora: bool = Fal
     return ours, theirs.losses
 
 
+def pairs(count: int) -> list[dict[str, Any]]:
+    """Pairs of random tokens that begin alike, with a margin."""
+    rng, found = np.random.default_rng(0), []
+    for i in range(count):
+        prompt = [BOS, *rng.integers(3, VOCABULARY, rng.integers(5, LENGTH // 4)).tolist()]
+        sides = [[*prompt, *rng.integers(3, VOCABULARY, rng.integers(5, LENGTH // 4)).tolist(), EOS] for _ in range(2)]
+        found.append({"chosen_ids": sides[0], "rejected_ids": sides[1], "margin": i % 4 / 3})
+    return found
+
+
+def compare_reward(folder: Path, steps: int) -> Losses:
+    """Losses of a reward model with margins, all weights: the same scalar head on the same network."""
+    from datasets import Dataset
+    from transformers import LlamaForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    class InOrder(RewardTrainer):  # type: ignore[misc]
+        losses: list[float]
+
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def training_step(self, *arguments: Any, **settings: Any) -> Any:
+            loss = super().training_step(*arguments, **settings)
+            self.losses.append(loss.item())
+            return loss
+
+    data = pairs(steps * ROWS)
+    model = LlamaForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=PAD, dtype=torch.float32)
+    config = RewardConfig(**common(folder, steps, rate=RATE, rows=ROWS, length=LENGTH))
+    theirs = InOrder(model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer())
+    theirs.losses = []
+    with checkpoint.open(folder) as base:
+        network = RewardTransformer.load(base)
+    with torch.no_grad():
+        network.score.weight.copy_(model.score.weight)
+    rows = [
+        TokenizedPair(np.array(p["chosen_ids"], np.int32), np.array(p["rejected_ids"], np.int32), p["margin"], (1, 0))
+        for p in data
+    ]
+    source = Pairs("pairs", rows)
+    optimizer = OptimizerSettings(betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP)
+    step = Step(network, ranking, optimizer=optimizer, precision="fp32")
+    ours = [step.step([source.batch(range(i * ROWS, (i + 1) * ROWS))], RATE).loss for i in range(steps)]
+    theirs.train()
+    return ours, theirs.losses
+
+
 #: Each comparison makes losses of both sides in a folder with the model, in so many steps.
 COMPARISONS: dict[str, Callable[[Path, int], Losses]] = {
     "sft": compare,
     "sft, packed": lambda folder, steps: compare(folder, steps, packing=True),
     "sft, LoRA": lambda folder, steps: compare(folder, steps, lora=True),
+    "reward, margins": compare_reward,
 }
 
 

@@ -61,7 +61,6 @@ def test_learns_what_is_better_and_scores_dialogs(place: Path, capsys: pytest.Ca
     assert {*report["by_safety"]} == {"chosen safe", "both safe"}
     assert json.loads((place / "runs/mine/reward.json").read_text()) == {"pairs": report}
     assert "40 pairs to train on, 40 of the model's own kind were there\nheld out by prompt: 8 of pairs\n" in error
-    assert "estimate: 160 tokens" not in error  # which are those of pairs, and not the pairs
     assert "estimate: " in error
     run = Run.open(place / "runs" / "mine")
     assert [line["tokens"] for line in run.metrics()] == [*range(8, 161, 8)]  # pairs
