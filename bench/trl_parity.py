@@ -1,8 +1,9 @@
 """Losses beside TRL's: the same tiny Llama, rows, order and optimizer, float32, step by step.
 
-Four comparisons: rows of one dialog each, rows that TRL packed, an adapter (LoRA), and a reward model with margins. Both
-sides begin with the same weights; an adapter's are those that peft drew. Each loss must agree within 1e-4. The table goes
-to stderr, one JSON object with all losses to stdout. Exit code 1 says that they do not agree. TRL needs an environment of its own:
+Four comparisons: rows of one dialog each, rows that TRL packed, an adapter (LoRA), and a reward model with margins.
+Both sides begin with the same weights; an adapter's are those that peft drew. Each loss must agree within 1e-4. The
+table goes to stderr, one JSON object with all losses to stdout. Exit code 1 says that they do not agree. TRL needs an
+environment of its own:
 
     python -m venv trl-env
     trl-env/bin/pip install torch==2.13.0
