@@ -10,8 +10,8 @@ def sample(n: int, limit: int, seed: int, strata: Sequence[str] | None = None) -
     """Sorted indices of at most `limit` of `n` items, drawn without replacement, the same for the same seed.
 
     `strata` names the stratum of each item. Each stratum gets its share of the sample by largest remainders, and at
-    least one item if `limit` allows one of each. Items are ranked by a hash of seed and index, so that the draw depends
-    on no library, and a larger sample of one stratum contains a smaller.
+    least one item if `limit` allows one of each. Items are ranked by a hash of seed and index. So the draw depends on
+    no library, and a larger sample of one stratum contains a smaller.
     """
     if limit >= n:
         return list(range(n))
