@@ -1,7 +1,7 @@
 """Two models on the same items: the paired difference, whether chance explains it, and what a set this size can show.
 
 The models answer the same questions, so their scores correlate. The difference of each item has less variance than the
-scores have, and its standard error is what counts (Miller, *Adding Error Bars to Evals*, 2024, section 4).
+scores have. Its standard error is what counts (Miller, *Adding Error Bars to Evals*, 2024, section 4).
 """
 
 from __future__ import annotations

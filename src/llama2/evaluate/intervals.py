@@ -54,9 +54,9 @@ class Interval:
 def mean_interval(values: Sequence[float], clusters: Sequence[str] | None = None, *, proportion: bool) -> Interval:
     """The mean of values with its interval. `clusters` names the cluster of each value.
 
-    A `proportion` is a mean of zeros and ones. Its interval is Wilson's below 100 independent values. It is also Wilson's
-    wherever all values are equal, as their spread is then zero; each cluster counts as one value there. Raises
-    ValueError without values.
+    A `proportion` is a mean of zeros and ones. Its interval is Wilson's below 100 independent values. So it is wherever
+    all values are equal, as their spread is then zero; each cluster counts as one value there. Raises ValueError
+    without values.
     """
     x = np.asarray(values, np.float64)  # (n,)
     if not len(x):
