@@ -53,7 +53,6 @@ def requests(rng: random.Random, count: int) -> list[Request]:
                 Sampling(rng.choice([0, 0.7]), logit_bias=dict.fromkeys(LETTERS, 50.0), seed=rng.randrange(3)),
                 logprobs=rng.choice([None, 0, 2]),
                 score_from=rng.choice([1, len(prompt), rng.randint(1, len(prompt))]) if scored else None,
-                logprob_tokens=LETTERS[: rng.choice([0, 3])] if scored else (),
                 choice=rng.randrange(2),
                 lookup=rng.choice([0, 0, 1, 8]),
             )

@@ -71,9 +71,7 @@ def test_embeddings_are_refused() -> None:
         sampling_params(Request((1,), 0, pooling="mean"), 0)
 
 
-def test_tokens_that_vllm_may_not_report_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"^logprob_tokens: vLLM"):
-        sampling_params(Request((1,), logprobs=0, logprob_tokens=(2,)), 9)
+def test_continuations_are_refused() -> None:
     with pytest.raises(RequestError, match=r"^continuations: vLLM"):
         sampling_params(Request((1,), 0, continuations=((2,),)), 0)
 

@@ -537,34 +537,18 @@ def test_what_stands_before_the_scored_tokens_is_found_in_the_cache(start: int) 
     assert e.runner.rows == [70, 71 - start]  # type: ignore[attr-defined]
 
 
-def test_named_tokens_are_listed_after_the_likeliest() -> None:
-    row = np.full(VOCABULARY, -np.inf, np.float32)
-    row[[65, 66, 67, 68]] = np.log([0.5, 0.25, 0.125, 0.125])
-    request = Request((65, 66), 1, GREEDY, logprobs=1, score_from=1, logprob_tokens=(67, 65, 9, 67))
-    (event,) = engine(lambda history: row.copy()).run(request)
-    for scored in (event.logprob, *(event.prompt_logprobs or ())):
-        assert scored is not None
-        assert [token for token, _ in scored.top] == [65, 67, 9]
-        assert [value for _, value in scored.top] == pytest.approx([math.log(0.5), math.log(0.125), -math.inf])
-    (event,) = engine(lambda history: row.copy()).run(replace(request, logprobs=None, max_tokens=0))
-    assert [[token for token, _ in scored.top] for scored in event.prompt_logprobs or ()] == [[67, 65, 9]]
-
-
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
         ({"score_from": 0}, "score_from=0 must be a whole number between 1"),
         ({"score_from": True}, "score_from=True must be"),
         ({"score_from": 3}, "score_from=3 is after the prompt, which has 2 tokens"),
-        ({"logprobs": 0, "logprob_tokens": (257,)}, "logprob_tokens: 257 is not a token"),
-        ({"logprobs": 0, "logprob_tokens": 5}, "logprob_tokens=5 must be a list of token ids"),
         ({"max_tokens": 0, "continuations": ((5,), ())}, r"continuations\[1\] is empty; give it at least one token"),
         ({"max_tokens": 0, "continuations": (5,)}, r"continuations\[0\]=5 must be a list of token ids"),
         ({"max_tokens": 0, "continuations": 5}, "continuations=5 must be a list of lists of token ids"),
         ({"max_tokens": 0, "continuations": ((5,), (6, 257))}, r"continuations\[1\]: 257 is not a token"),
         ({"max_tokens": 1, "continuations": ((5,),)}, "continuations: they have no answer; set max_tokens=0"),
         ({"max_tokens": 0, "score_from": 1, "continuations": ((5,),)}, "no score_from"),
-        ({"logprob_tokens": (5,)}, "logprob_tokens: nothing has log-probabilities; set logprobs or score_from"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(settings: dict[str, Any], reason: str) -> None:

@@ -366,8 +366,6 @@ def sampling_params(request: Request, limit: int) -> dict[str, Any]:
         raise RequestError("processors: vLLM runs none of this program's")
     if request.continuations:
         raise RequestError("continuations: vLLM scores one sequence a request; use score_from for each")
-    if request.logprob_tokens:
-        raise RequestError("logprob_tokens: vLLM reports the likeliest tokens alone; use the engine llama2")
     if request.pooling:
         raise RequestError("pooling: vLLM is started for answers and makes no embeddings; use the engine llama2")
     greedy = s.temperature == 0 or s.top_p == 0

@@ -440,7 +440,7 @@ def _continue(g: RunningRequest, row: NDArray[np.float32]) -> bool:
 
 
 def _logprob(g: RunningRequest, row: NDArray[np.float32], token: int) -> Logprob:
-    return sampling.logprob(row, token, g.request.logprobs or 0, g.request.logprob_tokens)
+    return sampling.logprob(row, token, g.request.logprobs or 0)
 
 
 def _last(event: Event, g: RunningRequest, reason: FinishReason) -> Event:

@@ -152,12 +152,11 @@ class Request:
 
     `stop` strings end the answer and are left out of its text; `stop_tokens` likewise by id. `logprobs` asks, for each
     token of the answer, for its log-probability (of the raw logits) and that of so many likeliest alternatives.
-    `score_from` asks the same of the prompt's tokens from that position on; then `max_tokens` may be 0. Every token
-    that is scored or drawn lists `logprob_tokens` too. `lookup` is how many tokens a step may draft by prompt lookup.
-    The answer stays the same; one that repeats itself or its prompt comes faster. What the cache holds of the prompt's
-    beginning, as far as `score_from`, is not computed again, unless `cache_prompt` forbids it. `pooling` asks for the
-    prompt's embedding in place of an answer; then `max_tokens` is 0. Likewise with `continuations`, each of which is
-    scored as what follows the prompt.
+    `score_from` asks the same of the prompt's tokens from that position on; then `max_tokens` may be 0. `lookup` is how
+    many tokens a step may draft by prompt lookup. The answer stays the same; one that repeats itself or its prompt
+    comes faster. What the cache holds of the prompt's beginning, as far as `score_from`, is not computed again, unless
+    `cache_prompt` forbids it. `pooling` asks for the prompt's embedding in place of an answer; then `max_tokens` is 0.
+    Likewise with `continuations`, each of which is scored as what follows the prompt.
     """
 
     prompt: tuple[int, ...]
@@ -167,7 +166,6 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     logprobs: int | None = None  # None: none; 0: the drawn token's alone
     score_from: int | None = None  # None: no token of the prompt; 1: all that have one before them
-    logprob_tokens: tuple[int, ...] = ()
     choice: int = 0  # which of several answers to one prompt; part of the random numbers' key
     raw_completion: bool = False  # the text continues the prompt, and keeps its first space
     processors: tuple[Processor, ...] = ()
@@ -194,10 +192,7 @@ class Request:
             value = getattr(self, name)
             if value is not None or name not in ("max_tokens", "logprobs", "score_from"):
                 object.__setattr__(self, name, whole(name, value, low, high))
-        for name in ("prompt", "logprob_tokens"):
-            object.__setattr__(self, name, token_ids(name, getattr(self, name)))
-        if self.logprob_tokens and self.logprobs is None and self.score_from is None:
-            raise RequestError("logprob_tokens: nothing has log-probabilities; set logprobs or score_from")
+        object.__setattr__(self, "prompt", token_ids("prompt", self.prompt))
         if self.stop_tokens:
             stops = self.stop_tokens
             listed = list(stops) if isinstance(stops, AbstractSet) else stops
@@ -227,10 +222,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Natural log-probability of a token under the raw logits, and of others: the likeliest, best first.
-
-    Those of a request's `logprob_tokens` that are not among the likeliest follow them.
-    """
+    """Natural log-probability of a token under the raw logits, and the likeliest alternatives, best first."""
 
     token: int
     logprob: float
@@ -293,7 +285,7 @@ def answer_limit(request: Request, context: int, vocabulary: int) -> int:
         )
     if request.score_from is not None and request.score_from > length:
         raise RequestError(f"score_from={request.score_from} is after the prompt, which has {length} tokens")
-    for name in ("prompt", "stop_tokens", "logprob_tokens"):
+    for name in ("prompt", "stop_tokens"):
         _check_tokens(name, getattr(request, name), vocabulary)
     for i, continuation in enumerate(request.continuations):
         _check_tokens(f"continuations[{i}]", continuation, vocabulary)

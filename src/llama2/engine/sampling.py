@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,16 +48,10 @@ class Sampler:
         )
 
 
-def logprob(logits: NDArray[np.float32], token: int, top: int, others: Sequence[int] = ()) -> Logprob:
-    """Log-softmax of `logits` (V,) at `token`, at the `top` likeliest and at `others`, which follow these.
-
-    Raises EngineError when a logit is not a number.
-    """
+def logprob(logits: NDArray[np.float32], token: int, top: int) -> Logprob:
+    """Log-softmax of `logits` (V,) at `token` and at the `top` likeliest. Raises EngineError when not a number."""
     tokens, values = np.empty(top, np.int32), np.empty(top, np.float32)
     value: float = native.module().logprobs(logits, token, tokens, values)
     if math.isnan(value):
         raise EngineError("a logit is not a number; check the model file")
-    listed = dict(zip(tokens.tolist(), values.tolist(), strict=True))
-    for other in others:
-        listed.setdefault(other, native.module().logprobs(logits, other, tokens[:0], values[:0]))
-    return Logprob(token, value, tuple(listed.items()))
+    return Logprob(token, value, tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
