@@ -337,3 +337,24 @@ def test_prompts_of_big_bench_hard_are_the_sets_own() -> None:
         )
         file = (SETS / f"bbh/cot-prompts/{name}.txt").read_text()
         assert text == file.partition("-----\n")[2].rstrip()
+
+
+def test_programs_are_not_executed_again(model: api.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that took too long on one day may not on another."""
+    executed: list[str] = []
+
+    def scored(answer: str, row: Any) -> dict[str, float]:
+        executed.append(answer)
+        return {"passed": float(len(executed) == 1)}
+
+    monkeypatch.setattr(execution, "available", lambda: None)
+    monkeypatch.setattr(metrics, "humaneval", scored)
+    code = write(tmp_path, "humaneval").model_copy(update={"max_tokens": 3, "samples": 1})
+    settings, seen = EvaluationSettings(data=tmp_path), []
+    first = evaluate(model, [code], tmp_path / "run", settings, progress=lambda *each: seen.append(each))
+    assert (len(executed), first["tasks"]["humaneval"]["metrics"]["pass@1"]["value"]) == (1, 1.0)
+    assert seen[-1] == ("programs", 1, 1)
+    samples = (tmp_path / "run/samples/humaneval.jsonl").read_bytes()
+    again = evaluate(model, [code], tmp_path / "run", settings, resume=True)
+    assert (len(executed), again["tasks"]) == (1, first["tasks"])
+    assert (tmp_path / "run/samples/humaneval.jsonl").read_bytes() == samples

@@ -5,6 +5,7 @@ This module imports lm_eval, which takes seconds: import it where it is used.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,19 +136,30 @@ class TaskPart:
     def _answer_normalised(self) -> bool:
         return self.protocol == "paper" and self.task.normalisation == "answer"
 
-    def values(self, items: Sequence[TaskItem], store: AnswerStore) -> list[dict[str, Any]]:
-        """The values of each item by metric, from the stored answers."""
+    def values(
+        self,
+        items: Sequence[TaskItem],
+        store: AnswerStore,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[dict[str, Any]]:
+        """The values of each item by metric, from the stored answers.
+
+        What executing programs gives is stored too, as a time limit may decide otherwise on another day. `progress` is
+        called with the items whose programs were executed, and all whose programs are to be.
+        """
         for item in items:
             for instance, queries in zip(item.instances, item.queries, strict=True):
                 instance.resps = _responses(instance, [store[query] for query in queries])
         if self.protocol == "paper" and self.generates:
-            return self._scored(items)
+            return self._scored(items, store, progress)
         self.inner._instances = [each for item in items for each in item.instances]
         self.inner.apply_filters()
         with _compiled_once():
             return [self._processed(item) for item in items]
 
-    def _scored(self, items: Sequence[TaskItem]) -> list[dict[str, Any]]:
+    def _scored(
+        self, items: Sequence[TaskItem], store: AnswerStore, progress: Callable[[int, int], None]
+    ) -> list[dict[str, Any]]:
         """The values of our own scorer; programs are executed on all processors."""
         scorer = _scorer(self.task)
 
@@ -156,11 +169,17 @@ class TaskPart:
 
         if not self.task.executes:
             return [score(item) for item in items]
+        names = [_outcome_key(self.task, item) for item in items]
+        waiting = {name: item for name, item in zip(names, items, strict=True) if name not in store.found}
         pool = ThreadPoolExecutor(machine.processors())
         try:
-            return list(pool.map(score, items))
+            found = pool.map(score, waiting.values())
+            for number, (name, values) in enumerate(zip(waiting, found, strict=True), 1):
+                store.add(name, values)
+                progress(number, len(waiting))
         finally:
             pool.shutdown(cancel_futures=True)
+        return [store.found[name] for name in names]
 
     def _processed(self, item: TaskItem) -> dict[str, Any]:
         """An item's values as the harness has them, a metric of several filters under `metric,filter`."""
@@ -215,6 +234,12 @@ def _over_samples(values: Sequence[Mapping[str, Any]], pass_at: Sequence[int]) -
     found = {name: sum(each[name] for each in values) / len(values) for name in values[0]}
     correct = sum(each["passed"] for each in values) if pass_at else 0
     return found | {f"pass@{k}": metrics.pass_at_k(len(values), int(correct), k) for k in pass_at}
+
+
+def _outcome_key(task: EvaluationTask, item: TaskItem) -> str:
+    """A name for what executing an item's answers gives, from all that it depends on."""
+    executed = [task.digest, item.id, item.instances[0].resps]
+    return sha256(json.dumps(executed).encode()).hexdigest()[:32]
 
 
 def _scorer(task: EvaluationTask) -> Callable[[str, Row], dict[str, float]]:

@@ -188,12 +188,15 @@ class AnswerStore:
         waiting = sorted((_order(query), name) for name, query in queries.items() if name not in self.found)
         names = [name for _, name in waiting]
         found = answers(engine, [queries[name] for name in names], in_flight)
+        for name, answer in zip(names, found, strict=True):
+            self.add(name, answer)
+            progress(queries[name].needed)
+
+    def add(self, name: str, answer: dict[str, Any]) -> None:
+        """Store an answer under its key; it is in the file before this returns."""
+        self.found[name] = answer
         with self.path.open("ab") as file:
-            for name, answer in zip(names, found, strict=True):
-                self.found[name] = answer
-                file.write(json.dumps({"key": name, **answer}).encode() + b"\n")
-                file.flush()
-                progress(queries[name].needed)
+            file.write(json.dumps({"key": name, **answer}).encode() + b"\n")
 
     def __getitem__(self, query: Query) -> dict[str, Any]:
         return self.found[key(query)]

@@ -10,7 +10,7 @@ record.json      the scores
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -98,7 +98,8 @@ def evaluate(
     answers = AnswerStore.open(folder / ANSWERS)
     _fill(answers, asked, model, settings, progress)
     (folder / SAMPLES).mkdir(exist_ok=True)
-    scored = {each.task.label: _scored(each, answers, folder, settings) for each in asked}
+    programs = partial(progress, "programs")
+    scored = {each.task.label: _scored(each, answers, folder, settings, programs) for each in asked}
     if settings.corpus is not None:
         for label, found in _contamination(asked, scored, folder, settings.corpus, progress).items():
             scored[label]["contamination"] = found
@@ -214,7 +215,13 @@ def _fill(
     answers.fill(model.engine, queries, settings.in_flight, count)
 
 
-def _scored(each: AskedTask, answers: AnswerStore, folder: Path, settings: EvaluationSettings) -> dict[str, Any]:
+def _scored(
+    each: AskedTask,
+    answers: AnswerStore,
+    folder: Path,
+    settings: EvaluationSettings,
+    programs: Callable[[int, int], None],
+) -> dict[str, Any]:
     """A task's part of the record; its samples are written."""
     task = each.task
     about: dict[str, Any] = {
@@ -233,7 +240,7 @@ def _scored(each: AskedTask, answers: AnswerStore, folder: Path, settings: Evalu
         return about | {"not_run": each.reason}
     if not each.asked:
         return about | {"not_run": f"none of {each.rows} items fits the context"}
-    samples = _samples(each, answers)
+    samples = _samples(each, answers, programs)
     with files.create(folder / SAMPLES / f"{task.label}.jsonl", error=EvaluationError) as file:
         for sample in samples:
             file.write((json.dumps(sample, ensure_ascii=False, default=_plain) + "\n").encode())
@@ -275,12 +282,12 @@ def _contamination(
     return contamination(items, corpus, partial(progress, "corpus"))
 
 
-def _samples(each: AskedTask, answers: AnswerStore) -> list[dict[str, Any]]:
+def _samples(each: AskedTask, answers: AnswerStore, programs: Callable[[int, int], None]) -> list[dict[str, Any]]:
     """What a task's file of samples has of each item, in the order of the rows."""
     samples = []
     for part, items in zip(each.parts, each.items, strict=True):
         fitting = [item for item in items if item.refused is None]
-        values = iter(part.values(fitting, answers) if fitting else ())
+        values = iter(part.values(fitting, answers, programs) if fitting else ())
         for item in items:
             sample: dict[str, Any] = {"id": item.id}
             if each.task.stratum:

@@ -195,8 +195,9 @@ class _Progress:
         self.shown = now
         seconds, tokens = now - began, done - before
         left = f", {_clock(seconds / tokens * (total - done))} left" if tokens and done < total else ""
-        of = "" if what == "tokens" else " of the corpus"
-        rewrite(f"{done / total:.0%} of {total / 1e6:.2f} M tokens{of}, {_clock(seconds)}{left}", ended=done == total)
+        of = {"programs": f"{total:,} items with programs", "corpus": f"{total / 1e6:.2f} M tokens of the corpus"}
+        shown = of.get(what, f"{total / 1e6:.2f} M tokens")
+        rewrite(f"{done / total:.0%} of {shown}, {_clock(seconds)}{left}", ended=done == total)
 
 
 def _clock(seconds: float) -> str:
