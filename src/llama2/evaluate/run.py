@@ -82,8 +82,8 @@ def evaluate(
     there is a run already, or with `resume` none. Raises EvaluationError for a run of other settings, for files that
     are not the task's, and where the harness is not installed. Raises EngineError when the model fails.
 
-    `progress` gets "tasks" that are prepared, then "tokens" that the model has read, then those of the "corpus" that
-    were compared, each with their number in all.
+    `progress` gets what is counted, how many are done, and how many there are. It counts "tasks" that are prepared,
+    then "tokens" that the model has read, then items whose "programs" were executed, then tokens of the "corpus".
     """
     harness = _harness()
     weights = weights_digest(model)
