@@ -337,6 +337,10 @@ def test_a_client_that_left_is_logged_as_such(server: Server) -> None:
     assert 'status="503"' not in server.get("/metrics")[2].decode()
 
 
+@pytest.mark.skipif(
+    signal.getsignal(getattr(signal, "SIGHUP", signal.SIGINT)) is signal.SIG_IGN,
+    reason="hangups are ignored, as by nohup",
+)
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no such signal here")
 def test_a_hangup_lets_streams_finish(tmp_path: Path) -> None:
     with serving([write_model(tmp_path)]) as server:

@@ -410,7 +410,7 @@ def test_a_context_is_continued(server: Server) -> None:
 
 def test_formats_hold_answers(server: Server) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
-    options = {"num_predict": 60}
+    options = {"num_predict": 300, "seed": 1}
     for path, asked, read in (
         ("/api/chat", {"messages": ASK}, lambda row: row["message"]["content"]),
         ("/api/generate", {"prompt": "to be"}, lambda row: row["response"]),

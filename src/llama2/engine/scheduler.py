@@ -91,8 +91,14 @@ class Scheduler(Generic[S]):
         """The sequences of the next step and how many tokens each runs, in order of arrival.
 
         Every answer gets its token, if there is a block for it, and prompts run in chunks of what room is left
-        (`_divide`). A prompt whose next block is being computed for an earlier one waits for that.
+        (`_divide`). A prompt whose next block is being computed for an earlier one waits for that. Where a sequence is
+        preempted, the others share the room that it had.
         """
+        preemptions = self.preemptions
+        plan = self._plan()
+        return plan if self.preemptions == preemptions else self.schedule()
+
+    def _plan(self) -> list[tuple[S, int]]:
         for s in self.running:
             if s.committed < s.cached // BLOCK:
                 self._commit(s)
