@@ -116,6 +116,25 @@ def common(folder: Path, steps: int, *, rate: float, rows: int, length: int, bf1
     }
 
 
+def in_order(kind: Any) -> Any:
+    """A trainer of TRL that takes rows in their order, and keeps each step's loss in `losses`."""
+
+    class InOrder(kind):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            self.losses: list[float] = []
+
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def training_step(self, *arguments: Any, **settings: Any) -> Any:
+            loss = super().training_step(*arguments, **settings)
+            self.losses.append(loss.item())
+            return loss
+
+    return InOrder
+
+
 def trainer(  # 9 parameters: TRL's own settings
     model: Path,
     folder: Path,
@@ -134,19 +153,6 @@ def trainer(  # 9 parameters: TRL's own settings
     from transformers import LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    class InOrder(SFTTrainer):  # type: ignore[misc]
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings)
-            self.losses: list[float] = []
-
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-        def training_step(self, *arguments: Any, **settings: Any) -> Any:
-            loss = super().training_step(*arguments, **settings)
-            self.losses.append(loss.item())
-            return loss
-
     rate = LORA_RATE if lora else RATE
     config = SFTConfig(
         **common(folder, steps, rate=rate, rows=rows, length=length, bf16=bf16),
@@ -154,7 +160,7 @@ def trainer(  # 9 parameters: TRL's own settings
         completion_only_loss=True,
     )
     peft = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
-    made = InOrder(
+    made = in_order(SFTTrainer)(
         model=LlamaForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=config,
         train_dataset=Dataset.from_list(data),
@@ -217,22 +223,12 @@ def compare_reward(folder: Path, steps: int) -> Losses:
     from transformers import LlamaForSequenceClassification
     from trl import RewardConfig, RewardTrainer
 
-    class InOrder(RewardTrainer):  # type: ignore[misc]
-        losses: list[float]
-
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-        def training_step(self, *arguments: Any, **settings: Any) -> Any:
-            loss = super().training_step(*arguments, **settings)
-            self.losses.append(loss.item())
-            return loss
-
     data = pairs(steps * ROWS)
     model = LlamaForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=PAD, dtype=torch.float32)
     config = RewardConfig(**common(folder, steps, rate=RATE, rows=ROWS, length=LENGTH))
-    theirs = InOrder(model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer())
-    theirs.losses = []
+    theirs = in_order(RewardTrainer)(
+        model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer()
+    )
     with checkpoint.open(folder) as base:
         network = RewardTransformer.load(base)
     with torch.no_grad():

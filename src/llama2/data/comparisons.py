@@ -107,9 +107,7 @@ def read(
         for file in dialog_files.find([path]):
             for where, raw in dialog_files.records(file):
                 try:
-                    if raw is None:
-                        raise DialogError(f"has more than {dialog_files.LONGEST >> 20} MB; cut it")
-                    record = dialog_files.parse(raw) if isinstance(raw, bytes) else raw
+                    record = dialog_files.value(raw)
                     form, pairs = understand(record)
                 except UnusableError as error:
                     report.leave_out(str(error), where)

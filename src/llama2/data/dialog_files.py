@@ -86,6 +86,13 @@ def _kind(path: Path) -> str:
     return Path(compressed.bare(path.name.lower())).suffix
 
 
+def value(record: Any) -> Any:
+    """The value of what `records` gave: a line's JSON, or what is one already. Raises DialogError."""
+    if record is None:
+        raise DialogError(f"has more than {LONGEST >> 20} MB; cut it")
+    return parse(record) if isinstance(record, bytes) else record
+
+
 def parse(text: bytes) -> Any:
     """The value of a JSON text. Raises DialogError."""
     if len(text) > LONGEST or (needed := files.json_memory(text)) > files.MAX_VALUES:

@@ -109,9 +109,7 @@ def read(
         for file in dialog_files.find([path]):
             for where, raw in dialog_files.records(file):
                 try:
-                    if raw is None:
-                        raise DialogError(f"has more than {dialog_files.LONGEST >> 20} MB; cut it")
-                    record = dialog_files.parse(raw) if isinstance(raw, bytes) else raw
+                    record = dialog_files.value(raw)
                     form, dialog, unused = understand(record)
                 except DialogError as error:
                     _bad(where, error, report, skip_bad)

@@ -120,9 +120,7 @@ def _prompts(paths: Sequence[Path], safety: bool, skip_bad: bool, report: Prompt
     for file in dialog_files.find(paths):
         for where, raw in dialog_files.records(file):
             try:
-                if raw is None:
-                    raise DialogError(f"has more than {dialog_files.LONGEST >> 20} MB; cut it")
-                record = dialog_files.parse(raw) if isinstance(raw, bytes) else raw
+                record = dialog_files.value(raw)
                 yield from (_prompt(dialog, tagged or safety, where) for dialog, tagged in _dialogs(record))
             except UnusableError as error:
                 report.leave_out(f"{where}: {error}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from llama2.cli.options import Json, ModelOptions
+from llama2.cli.training import clock
 from llama2.console import data as print_data
 from llama2.console import rewrite, say
 
@@ -194,12 +195,7 @@ class _Progress:
             return
         self.shown = now
         seconds, tokens = now - began, done - before
-        left = f", {_clock(seconds / tokens * (total - done))} left" if tokens and done < total else ""
+        left = f", {clock(seconds / tokens * (total - done))} left" if tokens and done < total else ""
         of = {"programs": f"{total:,} items with programs", "corpus": f"{total / 1e6:.2f} M tokens of the corpus"}
         shown = of.get(what, f"{total / 1e6:.2f} M tokens")
-        rewrite(f"{done / total:.0%} of {shown}, {_clock(seconds)}{left}", ended=done == total)
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+        rewrite(f"{done / total:.0%} of {shown}, {clock(seconds)}{left}", ended=done == total)
