@@ -1,5 +1,6 @@
 """Fixtures that every kind of test shares."""
 
+import logging
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -51,6 +52,17 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAMA2_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A test's handlers go with it: its standard error is closed afterwards, and the next test would fail on it."""
+    loggers = [logging.getLogger(name) for name in ("llama2", "uvicorn")]
+    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
