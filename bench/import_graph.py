@@ -17,6 +17,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import grimp
@@ -40,11 +41,13 @@ class Report:
 
 def report(src: Path = SRC) -> Report:
     """The graph of the package in the folder `src`, whose pyproject.toml lies beside it."""
+    path, finders = sys.path[:], sys.meta_path[:]
     sys.path.insert(0, str(src))
+    sys.meta_path.insert(0, PathFinder)  # before that of an editable install, which knows one place alone
     try:
         graph = grimp.build_graph(PACKAGE, cache_dir=None)
     finally:
-        sys.path.remove(str(src))
+        sys.path[:], sys.meta_path[:] = path, finders
     arrows = {module: set(graph.find_modules_directly_imported_by(module)) for module in sorted(graph.modules)}
     ranks = _ranks(src.parent / "pyproject.toml")
     ranks[PACKAGE] = max((ranks[room(module)] for module in arrows[PACKAGE]), default=0) + 0.5

@@ -301,6 +301,22 @@ def append(path: Path, text: str, *, error: type[Llama2Error] = CheckpointError)
         ) from None
 
 
+def remove_half_line(path: Path, *, error: type[Llama2Error] = CheckpointError) -> None:
+    """Cut what a killed process wrote of a file's last line. Raises `error` where it is not a file."""
+    with open_file(path, error=error) as file:
+        end = size = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+    if end < size:
+        os.truncate(path, end)
+
+
 def lines(file: IO[bytes], limit: int) -> Iterator[bytes | None]:
     """Lines of a file; None for one of more than `limit` bytes, of which no more is held."""
     while line := file.readline(limit + 1):

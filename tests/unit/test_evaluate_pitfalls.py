@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +171,8 @@ def test_examples_of_a_chat_are_one_message(tmp_path: Path, bytes_: EngineLM) ->
         assert isinstance(query, GenerationQuery)
         assert query.prompt == tuple(bytes_.model.render(same.prompt))
         assert query.stop_tokens
+        assert json.loads(item.question) == [{"role": "user", "content": same.prompt}]
+        assert same.question == same.prompt
 
 
 def test_an_item_is_not_among_its_own_examples(tmp_path: Path) -> None:

@@ -45,12 +45,19 @@ def record(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def run(
-    folder: Path, values: Mapping[str, float] = RIGHT, cluster: str | None = None, prompt: str = "p", **changes: Any
+    folder: Path,
+    values: Mapping[str, float] = RIGHT,
+    *,
+    cluster: str | None = None,
+    prompt: str = "p",
+    question: str | None = None,
+    **changes: Any,
 ) -> Path:
     """A finished run of arc_easy."""
     (folder / "samples").mkdir(parents=True)
     (folder / "record.json").write_text(json.dumps(record({"arc_easy": task(values, **changes)})))
-    shared = {"prompt": prompt} | ({"cluster": cluster} if cluster else {})
+    shared = {"prompt": prompt, "cluster": cluster, "question": question}
+    shared = {name: value for name, value in shared.items() if value is not None}
     samples = [{"id": name, **shared, "values": {"acc": value}} for name, value in values.items()]
     write_rows(folder / "samples/arc_easy.jsonl", samples)
     return folder
@@ -67,9 +74,15 @@ def test_two_runs_are_compared_item_by_item(tmp_path: Path) -> None:
     assert clustered["tasks"]["arc_easy"]["clusters"] == 1
 
 
+def test_models_with_other_chat_templates_are_compared(tmp_path: Path) -> None:
+    ours, theirs = (run(tmp_path / name, prompt=name, question="q", chat=True) for name in "ab")
+    assert compare_runs(ours, theirs)["tasks"]["arc_easy"]["n"] == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"question": "q"}, "arc_easy has another prompt at item 1 and 3 more"),
         ({"version": 2}, "arc_easy has another version 2 there and 1 here"),
         ({"task": "b2"}, "arc_easy has another settings"),
         ({"protocol": "harness"}, "another protocol harness there and paper here"),

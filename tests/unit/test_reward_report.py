@@ -12,7 +12,7 @@ import pytest
 
 from llama2 import checkpoint
 from llama2.align.reward import sigmoid_of
-from llama2.align.reward_recipe import RewardRecipe, fit, refuse_large
+from llama2.align.reward_recipe import RewardRecipe, fit
 from llama2.align.reward_report import Report, WordsBaseline, calibration, measure, unsafe_recall
 from llama2.align.reward_training import refuse_tokenizer
 from llama2.data.comparisons import PreferencePair
@@ -124,8 +124,8 @@ def test_settings_that_lead_nowhere(settings: dict[str, Any], message: str) -> N
 
 def test_large_models_are_trained_by_adapters() -> None:
     with pytest.raises(RecipeError, match=r"chat: has 7\.0 billion parameters; lora\.rank=8 trains"):
-        refuse_large(recipe(), 7 * 10**9)
-    refuse_large(recipe(lora={}), 7 * 10**9)
+        recipe().refuse_large(7 * 10**9)
+    recipe(lora={}).refuse_large(7 * 10**9)
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:

@@ -153,11 +153,9 @@ def test_warnings() -> None:
 
 
 def test_large_models_are_not_trained_in_full_unasked() -> None:
-    tuning.refuse_large(recipe(), 10**9)
-    tuning.refuse_large(recipe(full=True), 6_738_415_616)
-    tuning.refuse_large(recipe(lora={}), 6_738_415_616)
-    message = (
-        r"m: has 6.7 billion parameters; --lora or --qlora trains an adapter, --full every weight, in about 108 GB"
-    )
+    recipe().refuse_large(10**9)
+    recipe(full=True).refuse_large(6_738_415_616)
+    recipe(lora={}).refuse_large(6_738_415_616)
+    message = r"m: has 6.7 billion parameters; lora.rank=8 trains an adapter, full=true every weight, in about 108 GB"
     with pytest.raises(RecipeError, match=message):
-        tuning.refuse_large(recipe(), 6_738_415_616)
+        recipe().refuse_large(6_738_415_616)

@@ -21,10 +21,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from llama2.data.comparisons import Safety
-from llama2.errors import RecipeError
 from llama2.recipe import Settings
 from llama2.train import settings
-from llama2.train.tuning import LARGE, LORA_LR
+from llama2.train.tuning import LORA_LR
 
 #: Pairs of a step, and the learning rate's peak of a width, as in the paper; that of 70B's width and more.
 PAIRS, LR, WIDTH, WIDE_LR, WIDE = 512, 1e-5, 4096, 5e-6, 8192
@@ -78,15 +77,12 @@ class RewardBatchSettings(settings.BatchSettings):
     )
 
 
-class RewardRecipe(settings.LoopSettings):
-    """A run of `llama2 reward`. Defaults are the paper's. A setting that says "unless given" is fitted to the data."""
+class RewardRecipe(settings.TuningSettings):
+    """A run of `llama2 reward`. Defaults are the paper's. A setting that says "unless given" is fitted to the data.
 
-    start: str = Field(description="the chat model to begin with: a run, a folder or file, or a name")
-    template: str = Field("", description="a chat format's name or a Jinja file, in place of the model's own template")
-    full: bool = Field(False, description="train every weight, also of a model of more than a billion parameters")
-    lora: settings.LoraSettings | None = Field(
-        None, description="train an adapter beside the head; without this table, every weight"
-    )
+    The head is trained beside every weight, or beside an adapter.
+    """
+
     data: PairSettings
     margin: Literal["none", "small", "large"] = Field(
         "small", description="by a pair's grade, subtracted from the scores' difference; not graded: 0"
@@ -95,7 +91,6 @@ class RewardRecipe(settings.LoopSettings):
         0.0, ge=0, description="of the loss for classifying labelled answers as safe; the paper's is not published"
     )
     threshold: float = Field(0.5, gt=0, lt=1, description="below this score, an answer counts as unsafe in the report")
-    steps: int = Field(0, ge=0, description="0: as many as `epochs` take")
     epochs: float = Field(1.0, gt=0, description="how often each pair is read; the paper's models overfit with more")
     batch: RewardBatchSettings = RewardBatchSettings()
     optimizer: RewardOptimizerSettings = RewardOptimizerSettings()
@@ -105,8 +100,6 @@ class RewardRecipe(settings.LoopSettings):
 
     @model_validator(mode="after")
     def _possible(self) -> RewardRecipe:
-        if self.full and self.lora is not None:
-            raise ValueError("has full and also lora; every weight is trained or an adapter, leave either out")
         if self.mesh.tensor > 1:
             raise ValueError("mesh.tensor: reward models are not trained by tensor parallelism; leave mesh.tensor out")
         if self.samples.prompts:
@@ -117,15 +110,6 @@ class RewardRecipe(settings.LoopSettings):
     def margins(self) -> dict[int | None, float]:
         """Margins by grade."""
         return dict(enumerate(MARGINS[self.margin]))
-
-
-def refuse_large(recipe: RewardRecipe, parameters: int) -> None:
-    """Raise RecipeError for a model whose weights are not all trained unless that is requested."""
-    if parameters > LARGE and not recipe.full and recipe.lora is None:
-        raise RecipeError(
-            f"{recipe.start}: has {parameters / 1e9:.1f} billion parameters; lora.rank=8 trains an adapter, full=true "
-            f"every weight, in about {16 * parameters / 1e9:.0f} GB of memory"
-        )
 
 
 def fit(
@@ -144,8 +128,7 @@ def fit(
         step = max(unit, wanted // unit * unit)
     micro_size = batch.micro_size
     if "micro_size" not in batch.model_fields_set and step % dp_size == 0:
-        most = max(1, _AT_ONCE // tokens)
-        micro_size = next(m for m in range(min(most, step // dp_size), 0, -1) if step // dp_size % m == 0)
+        micro_size = settings.rows_at_once(step, dp_size, _AT_ONCE // tokens)
     steps = recipe.steps or math.ceil(round(recipe.epochs * pairs / step, 6))
     peak = (LR if width < WIDE else WIDE_LR) * max(1.0, WIDTH / width)
     if recipe.lora is not None:

@@ -8,14 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from llama2 import checkpoint
 from llama2.align import reward_recipe
 from llama2.align.ranking import ranking
-from llama2.align.reward_recipe import RewardRecipe, fit, refuse_large
+from llama2.align.reward_recipe import RewardRecipe, fit
 from llama2.align.reward_report import HeldOut, Report, report_on
 from llama2.checkpoint import SCORE_HEAD, Checkpoint, Tensor, hf_folder
 from llama2.checkpoint.lora import fingerprint
@@ -27,9 +25,8 @@ from llama2.errors import DataError, RecipeError
 from llama2.hub.progress import Progress
 from llama2.model import lora as low_rank
 from llama2.model.heads import RewardTransformer
-from llama2.model.transformer import Transformer
+from llama2.model.transformer import Transformer, stored
 from llama2.records import MODEL, Run
-from llama2.text import chat_formats
 from llama2.train import adapters
 from llama2.train.callbacks import Reporter
 from llama2.train.lock import hold
@@ -81,13 +78,11 @@ def reward(
         hold(folder, dist, resume=resume),
         checkpoint.open(locate(recipe.start), template=recipe.template or None) as start,
     ):
-        refuse_large(recipe, start.config.parameters())
+        recipe.refuse_large(start.config.parameters())
         refuse_tokenizer(start)
         if recipe.lora and resume:
             adapters.refuse_another_base(Run.open(folder), start)
-        template = start.template_for(tools=False)
-        if template is None and start.tokenizer.kind == "sentencepiece":  # its folder then names this format
-            template = chat_formats.source(chat_formats.LLAMA2, bos=True)
+        template = start.template_to_write
         ready = _prepare(recipe, start, template)
         name = ", ".join(map(str, recipe.data.files))
         source = Pairs(name, ready.train, fixed=recipe.compile)
@@ -175,7 +170,7 @@ def _validation(held: dict[str, HeldOut], micro_size: int) -> list[PairBatch]:
 
 def _merging(start: Checkpoint, lora: LoraSettings, template: str | None, precision: str) -> AdapterWriter:
     """What writes the whole model of a state, W + alpha / rank · B A, with its head, so that the engine opens it."""
-    format = "BF16" if precision == "bf16" else "F32"
+    format, dtype = ("BF16", torch.bfloat16) if precision == "bf16" else ("F32", torch.float32)
 
     def write(folder: Path, weights: Any) -> None:
         updates = low_rank.updates(weights)
@@ -188,21 +183,14 @@ def _merging(start: Checkpoint, lora: LoraSettings, template: str | None, precis
 
             def data() -> Any:
                 whole = torch.from_numpy(tensor.dequantize()) + lora.alpha / lora.rank * (b @ a)
-                return _bytes(whole, format)
+                return stored(name, whole.to(dtype)).data
 
             return Tensor(name, format, tensor.shape, data)
 
-        head = weights[SCORE_HEAD].detach().float().cpu()
+        head = stored(SCORE_HEAD, weights[SCORE_HEAD].float())
         config = replace(start.config, tied_embeddings=True)
         like = Checkpoint(folder, "huggingface", config, {}, {}, template, tokenizer_source=start.tokenizer)
         tensors = {name: merged(name) for name in config.tensor_shapes()}
-        extras = {SCORE_HEAD: Tensor(SCORE_HEAD, "F32", tuple(head.shape), _bytes(head, "F32"))}
-        hf_folder.write(replace(like, tensors=tensors, extras=extras), folder.with_name(MODEL))
+        hf_folder.write(replace(like, tensors=tensors, extras={SCORE_HEAD: head}), folder.with_name(MODEL))
 
     return write
-
-
-def _bytes(weight: torch.Tensor, format: str) -> NDArray[np.uint8]:
-    """A weight as a checkpoint holds it, in F32 or BF16."""
-    data = weight.to(torch.bfloat16 if format == "BF16" else torch.float32).contiguous()
-    return data.view(torch.uint8).flatten().numpy()

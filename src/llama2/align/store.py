@@ -13,7 +13,6 @@ A process that is killed leaves at most a part of a last line, which the next on
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -107,7 +106,7 @@ class SampleStore:
             raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another store") from None
         try:
             for path in sorted(folder.glob("*.jsonl")):
-                _remove_half_line(path)
+                files.remove_half_line(path, error=DataError)
             yield cls(folder)
         finally:
             lock.release()
@@ -154,22 +153,6 @@ class SampleStore:
     def _append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         if text := "".join(json.dumps(record) + "\n" for record in records):
             files.append(self.folder / name, text, error=DataError)
-
-
-def _remove_half_line(path: Path) -> None:
-    """Cut what a killed process wrote of its last line."""
-    with files.open_file(path, error=DataError) as file:
-        end = size = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - (1 << 16))
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-    if end < size:
-        os.truncate(path, end)
 
 
 def _lines(path: Path, kind: type[_Stored]) -> Iterator[_Stored]:

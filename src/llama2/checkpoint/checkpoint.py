@@ -16,6 +16,7 @@ from llama2.checkpoint.tensor import Tensor
 from llama2.config import ModelConfig
 from llama2.ending import section
 from llama2.errors import CheckpointError, DialogError, TokenizerError
+from llama2.text import chat_formats
 
 if TYPE_CHECKING:
     from llama2.text.tokenizer import Mode, Tokenizer
@@ -80,6 +81,17 @@ class Checkpoint:
                 "choose one with --template NAME"
             )
         return self.template
+
+    @property
+    def template_to_write(self) -> str | None:
+        """The chat template for files written from this model: Llama 2's where a SentencePiece model has none.
+
+        Such a model's folder then names the format that is used for it. Raises DialogError as `template_for` does.
+        """
+        template = self.template_for(tools=False)
+        if template is None and self.tokenizer.kind == "sentencepiece":
+            return chat_formats.source(chat_formats.LLAMA2, bos=True)
+        return template
 
     @property
     def assumes_format(self) -> str | None:

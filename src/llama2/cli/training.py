@@ -14,6 +14,7 @@ import typer
 
 from llama2.cli.options import RecipeSettings, ShowSettings
 from llama2.cli.output import warn
+from llama2.cli.progress import clock
 from llama2.console import rewrite, say
 
 if TYPE_CHECKING:
@@ -108,33 +109,3 @@ class ConsoleReporter:
     def note(self, note: str) -> None:
         """Print what happened between steps."""
         warn(note)
-
-
-class Bar:
-    """Progress on standard error, with the time left: a line that is rewritten, or outside a terminal, one in 10 s."""
-
-    def __init__(self) -> None:
-        self._rewrites = sys.stderr.isatty()
-        self._what, self._start, self._first, self._last = "", 0.0, 0, 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._start, self._first = what, now, done
-        ended = done == total
-        if now - self._last < (0.2 if self._rewrites else 10) and not ended:
-            return
-        self._last = now
-        speed = (done - self._first) / (now - self._start) if now > self._start else 0
-        left = f"  {clock((total - done) / speed)} left" if speed else ""
-        text = f"{what}  {done:,}/{total:,}{left}"
-        if self._rewrites:
-            rewrite(text, ended=ended)
-        else:
-            say(text, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -160,6 +160,11 @@ def refuse_other_task(label: str, ours: Mapping[str, Any], theirs: Mapping[str, 
             raise EvaluationError(f"{run}: {label} has another {what}{shown}; evaluate both models the same way")
 
 
+def _question(sample: Mapping[str, Any]) -> str:
+    """The hash of what was asked, before the model's own chat template."""
+    return str(sample.get("question", sample["prompt"]))
+
+
 def _compare_samples(label: str, metric: str, ours: Path, theirs: Path) -> Comparison:
     """The comparison of a task's items by its metric. Raises EvaluationError for other items or prompts."""
     a, b = ({sample["id"]: sample for sample in read_samples(run, label)} for run in (ours, theirs))
@@ -169,7 +174,7 @@ def _compare_samples(label: str, metric: str, ours: Path, theirs: Path) -> Compa
             f"{theirs}: {label} has other items ({len(different)} are in one run only); evaluate both models with the "
             "same --limit and --seed"
         )
-    if asked := [name for name in scores[0] if a[name]["prompt"] != b[name]["prompt"]]:
+    if asked := [name for name in scores[0] if _question(a[name]) != _question(b[name])]:
         raise EvaluationError(
             f"{theirs}: {label} has another prompt at item {asked[0]} and {len(asked) - 1} more; evaluate both models "
             "the same way"

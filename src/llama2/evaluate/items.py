@@ -49,6 +49,7 @@ class TaskItem:
     id: str
     row: Row
     prompt: str  # of its first instance
+    question: str  # the same before the chat template; runs of models with other templates have it in common
     instances: list[Instance]
     queries: list[list[Query]]
     refused: str | None  # why it cannot be asked
@@ -97,6 +98,12 @@ class TaskPart:
             return list(self._items(lm, wanted, seed, chat))
 
     def _items(self, lm: EngineLM, wanted: Container[str], seed: int, chat: bool) -> Iterator[TaskItem]:
+        messages: list[dict[str, str]] = []
+
+        def render(dialog: list[dict[str, str]], **options: Any) -> str:
+            messages[:] = dialog
+            return lm.apply_chat_template(dialog, **options)
+
         drawn = self.shots > 0 and not isinstance(self.inner.sampler, FirstNSampler)
         for number, (name, doc) in enumerate(zip(self.ids, self.inner.task_docs, strict=True)):
             if name not in wanted and not (drawn and self.protocol == "harness"):
@@ -107,14 +114,16 @@ class TaskPart:
                 doc,
                 num_fewshot=self.shots,
                 apply_chat_template=chat,
-                chat_template=lm.apply_chat_template if chat else None,
+                chat_template=render if chat else None,
                 gen_prefix=self.inner.doc_to_prefix(doc),
             )
             if name in wanted:
                 instances = self._instances(doc, context, number, chat)
                 queries = [self._queries(lm, each, seed) for each in instances]
                 refused = next((why for some in queries for q in some if (why := lm.refuse_longer(q))), None)
-                yield TaskItem(name, self.rows[number], str(instances[0].args[0]), instances, queries, refused)
+                prompt = str(instances[0].args[0])
+                question = json.dumps(messages) if chat else prompt
+                yield TaskItem(name, self.rows[number], prompt, question, instances, queries, refused)
 
     def _instances(self, doc: Row, context: Any, number: int, chat: bool) -> list[Instance]:
         built = self.inner.construct_requests(

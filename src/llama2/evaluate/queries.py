@@ -156,11 +156,9 @@ class AnswerStore:
         store = cls(path)
         if not files.exists(path):
             return store
-        whole = 0
+        files.remove_half_line(path, error=EvaluationError)
         with files.open_file(path, error=EvaluationError) as file:
             for number, line in enumerate(files.lines(file, _LINE), 1):
-                if line is not None and not line.endswith(b"\n"):
-                    break
                 try:
                     answer = json.loads(line or b"")
                     store.found[answer.pop("key")] = answer
@@ -168,10 +166,6 @@ class AnswerStore:
                     raise EvaluationError(
                         f"{path}:{number}: is not an answer; remove the run's folder, begin anew"
                     ) from None
-                whole = file.tell()
-        if whole < path.stat().st_size:
-            with path.open("r+b") as file:
-                file.truncate(whole)
         return store
 
     def fill(
@@ -195,8 +189,7 @@ class AnswerStore:
     def add(self, name: str, answer: dict[str, Any]) -> None:
         """Store an answer under its key; it is in the file before this returns."""
         self.found[name] = answer
-        with self.path.open("ab") as file:
-            file.write(json.dumps({"key": name, **answer}).encode() + b"\n")
+        files.append(self.path, json.dumps({"key": name, **answer}) + "\n", error=EvaluationError)
 
     def __getitem__(self, query: Query) -> dict[str, Any]:
         return self.found[key(query)]

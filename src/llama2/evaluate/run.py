@@ -295,6 +295,8 @@ def _samples(each: AskedTask, answers: AnswerStore, programs: Callable[[int, int
             if each.task.cluster:
                 sample["cluster"] = _cluster(str(item.row[each.task.cluster]), item)
             sample["prompt"] = sha256(item.prompt.encode()).hexdigest()
+            if item.question != item.prompt:
+                sample["question"] = sha256(item.question.encode()).hexdigest()
             if item.refused is not None:
                 samples.append(sample | {"refused": item.refused})
                 continue

@@ -283,15 +283,16 @@ class Transformer(nn.Module):
 
         Raises KeyError for a number format that checkpoints do not have.
         """
-        return {
-            name: Stored(
-                name,
-                _FORMATS[weight.dtype],
-                tuple(weight.shape),
-                weight.detach().cpu().contiguous().view(torch.uint8).flatten().numpy(),
-            )
-            for name, weight in self.state_dict().items()
-        }
+        return {name: stored(name, weight) for name, weight in self.state_dict().items()}
+
+
+def stored(name: str, weight: Tensor) -> Stored:
+    """A weight as a checkpoint holds it; on the CPU it shares the memory of one that is contiguous.
+
+    Raises KeyError for a number format that checkpoints do not have.
+    """
+    data = weight.detach().cpu().contiguous()
+    return Stored(name, _FORMATS[data.dtype], tuple(data.shape), data.view(torch.uint8).flatten().numpy())
 
 
 class ContiguousCache:

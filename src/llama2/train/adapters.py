@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint import Checkpoint, adapter, adapter_writer, hf_folder
-from llama2.checkpoint import Tensor as Stored
 from llama2.checkpoint.lora import Adapter, Update, fingerprint
 from llama2.errors import RecipeError, RunError
 from llama2.files import quote
 from llama2.model import lora as low_rank
 from llama2.model.lora import Lora
-from llama2.model.transformer import Transformer
+from llama2.model.transformer import Transformer, stored
 from llama2.records import Run
 from llama2.train.settings import LoraSettings, Target
 from llama2.train.states import AdapterWriter
@@ -77,8 +76,9 @@ def writer(start: Checkpoint, settings: LoraSettings, name: str, template: str |
     config, given = start.config, template if template != start.template else None
 
     def write(folder: Path, weights: Mapping[str, Tensor]) -> None:
+        scale = settings.alpha / settings.rank
         updates = {
-            f"{module}.weight": Update(module, _stored(lora_b), _stored(lora_a), settings.alpha / settings.rank)
+            f"{module}.weight": Update(module, stored("", lora_b.float()), stored("", lora_a.float()), scale)
             for module, (lora_b, lora_a) in low_rank.updates(weights).items()
         }
         adapter_writer.write(
@@ -102,8 +102,3 @@ def _ordered(found: Adapter, start: Checkpoint) -> dict[str, tuple[Tensor, Tenso
         lora_b, lora_a = (torch.from_numpy(each.dequantize()) for each in (left, update.right))
         pairs[name.removesuffix(".weight")] = lora_b, lora_a
     return pairs
-
-
-def _stored(weight: Tensor) -> Stored:
-    data = weight.detach().to("cpu", torch.float32).contiguous()
-    return Stored("", "F32", tuple(data.shape), data.view(torch.uint8).flatten().numpy())

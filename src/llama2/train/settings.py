@@ -1,4 +1,4 @@
-"""Settings of `llama2 pretrain`. Defaults are the paper's (2.2), as far as they do not depend on size."""
+"""Settings of training runs, and of `llama2 pretrain`. Defaults are the paper's (2.2), unless they go with size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llama2.config import SIZES, ModelConfig
+from llama2.errors import RecipeError
 from llama2.recipe import Settings
 
 #: The most of anything that is counted.
@@ -16,6 +17,8 @@ MOST = 10**12
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 #: A dimension of a matrix, or of a step: two of them, multiplied, are a size that every library can count.
 Width = Annotated[int, Field(ge=1, le=1 << 20)]
+#: Above so many parameters, all of them are trained only where that is requested.
+LARGE = 10**9
 #: Matrices that can have an update, by peft's names.
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: A decay of AdamW's moments.
@@ -185,6 +188,38 @@ class LoopSettings(Settings):
         if reason := long_warmup(self.optimizer.warmup, self.steps or math.inf):  # 0: not known yet
             raise ValueError(reason)
         return self
+
+
+class TuningSettings(LoopSettings):
+    """Settings of a run that begins with a model: every weight of it is trained, or an adapter."""
+
+    start: str = Field(description="the model to begin with: a run, a folder or file, or a name")
+    template: str = Field("", description="a chat format's name or a Jinja file, in place of the model's own template")
+    full: bool = Field(False, description="train every weight, also of a model of more than a billion parameters")
+    lora: LoraSettings | None = Field(None, description="train an adapter; without this table, every weight")
+    steps: int = Field(0, ge=0, description="0: as many as `epochs` take")
+
+    @model_validator(mode="after")
+    def _weights_or_adapter(self) -> TuningSettings:
+        if self.full and self.lora is not None:
+            raise ValueError("has full and also lora; every weight is trained or an adapter, leave either out")
+        if self.lora is not None and self.mesh.tensor > 1:
+            raise ValueError("mesh.tensor: adapters are not trained by tensor parallelism; leave mesh.tensor out")
+        return self
+
+    def refuse_large(self, parameters: int) -> None:
+        """Raise RecipeError for a model whose weights are not all trained unless that is requested."""
+        if parameters > LARGE and not self.full and self.lora is None:
+            raise RecipeError(
+                f"{self.start}: has {parameters / 1e9:.1f} billion parameters; lora.rank=8 trains an adapter, "
+                f"full=true every weight, in about {16 * parameters / 1e9:.0f} GB of memory"
+            )
+
+
+def rows_at_once(step: int, dp_size: int, most: int) -> int:
+    """The largest divisor of the rows of a step that a process has, up to `most`, at least one."""
+    rows = step // dp_size
+    return next(m for m in range(max(1, min(most, rows)), 0, -1) if rows % m == 0)
 
 
 def precision_of(recipe: LoopSettings, bf16: bool) -> Literal["bf16", "fp32"]:

@@ -17,13 +17,12 @@ from llama2.data.dialogs import Packed, Prepared
 from llama2.data.loader import Loader, TokenBatch
 from llama2.model.transformer import Transformer
 from llama2.records import Run
-from llama2.text import chat_formats
 from llama2.train import adapters, tuning
 from llama2.train.callbacks import Reporter, Sample
 from llama2.train.lock import hold
 from llama2.train.processes import processes
 from llama2.train.training import Task, Training, refuse_longer
-from llama2.train.tuning import SftRecipe, fit, fit_rows, refuse_large
+from llama2.train.tuning import SftRecipe, fit, fit_rows
 
 #: Rows of the dialogs trained on whose loss is measured before and after.
 _SAMPLE = 32
@@ -67,7 +66,7 @@ def sft(
         hold(folder, dist, resume=resume),
         checkpoint.open(locate(recipe.start), template=recipe.template or None) as start,
     ):
-        refuse_large(recipe, start.config.parameters())
+        recipe.refuse_large(start.config.parameters())
         if "length" in recipe.data.model_fields_set:
             refuse_longer(recipe.data.length, start)
         continued = None
@@ -76,10 +75,8 @@ def sft(
             recipe = recipe.model_copy(update={"lora": own})
         if recipe.lora and resume:
             adapters.refuse_another_base(Run.open(folder), start)
-        template = start.template_for(tools=False)
+        template = start.template_to_write
         note = start.assumes_format
-        if template is None and start.tokenizer.kind == "sentencepiece":  # its folder then names this format
-            template = chat_formats.source(chat_formats.LLAMA2, bos=True)
         rendered = dialogs.render_all(
             recipe.data, start.tokenizer, template, start.template_for(tools=True) or template
         )

@@ -35,6 +35,7 @@ from llama2 import files
 from llama2.checkpoint import Checkpoint, Tensor, hf_folder
 from llama2.config import ModelConfig
 from llama2.errors import CheckpointError, RunError
+from llama2.model.transformer import stored
 from llama2.records import ADAPTER, MODEL, STATE, states_folder
 from llama2.text.tokenizer import Tokenizer
 from llama2.train.processes import broadcast
@@ -214,8 +215,7 @@ def write_model(folder: Path, weights: dict[str, Any], like: Checkpoint, precisi
     extras: dict[str, Tensor] = {}
     for name, weight in weights.items():
         bf16 = precision == "bf16" and name in known
-        data = weight.detach().to("cpu", torch.bfloat16 if bf16 else torch.float32).contiguous()
-        tensor = Tensor(name, "BF16" if bf16 else "F32", tuple(data.shape), data.view(torch.uint8).flatten().numpy())
+        tensor = stored(name, weight.detach().to("cpu", torch.bfloat16 if bf16 else torch.float32))
         (tensors if name in known else extras)[name] = tensor
     hf_folder.write(replace(like, tensors=tensors, extras=extras), folder)
 

@@ -21,18 +21,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from llama2.data.dialogs import DialogSettings, Packed
-from llama2.errors import RecipeError
 from llama2.train import settings
 
 #: The paper's, of the width that its smallest model has.
 LR, WIDTH, ROWS, EPOCHS, LENGTH = 2e-5, 4096, 64, 2, 4096
 #: The peak of Meta's llama-recipes, for adapters.
 LORA_LR = 1e-4
-#: Above so many parameters, all of them are trained only where that is requested.
-LARGE = 10**9
 
 _LEAST_LENGTH, _UNIT = 256, 64
 _HELD, _MOST_HELD = 10, 100
@@ -59,35 +56,13 @@ class SftBatchSettings(settings.BatchSettings):
     )
 
 
-class SftRecipe(settings.LoopSettings):
+class SftRecipe(settings.TuningSettings):
     """A run of `llama2 sft`. Defaults are the paper's. A setting that says "unless given" is fitted to the data."""
 
-    start: str = Field(description="the model to begin with: a run, a folder or file, or a name")
-    template: str = Field("", description="a chat format's name or a Jinja file, in place of the model's own template")
-    full: bool = Field(False, description="train every weight, also of a model of more than a billion parameters")
-    lora: settings.LoraSettings | None = Field(None, description="train an adapter; without this table, every weight")
     data: DialogSettings
-    steps: int = Field(0, ge=0, description="0: as many as `epochs` take")
     epochs: float = Field(EPOCHS, gt=0, description="how often each dialog is read; unless given, 40 steps or more")
     batch: SftBatchSettings = SftBatchSettings()
     optimizer: SftOptimizerSettings = SftOptimizerSettings()
-
-    @model_validator(mode="after")
-    def _one(self) -> SftRecipe:
-        if self.full and self.lora is not None:
-            raise ValueError("has full and also lora; every weight is trained or an adapter, leave either out")
-        if self.lora is not None and self.mesh.tensor > 1:
-            raise ValueError("mesh.tensor: adapters are not trained by tensor parallelism; leave mesh.tensor out")
-        return self
-
-
-def refuse_large(recipe: SftRecipe, parameters: int) -> None:
-    """Raise RecipeError for a model whose weights are not all trained unless that is requested."""
-    if parameters > LARGE and not recipe.full and recipe.lora is None:
-        raise RecipeError(
-            f"{recipe.start}: has {parameters / 1e9:.1f} billion parameters; --lora or --qlora trains an adapter, "
-            f"--full every weight, in about {16 * parameters / 1e9:.0f} GB of memory"
-        )
 
 
 def fit_rows(data: DialogSettings, sizes: Sequence[int], context: int) -> DialogSettings:
@@ -118,8 +93,7 @@ def fit(recipe: SftRecipe, rows: int, *, width: int, dp_size: int = 1, bf16: boo
         step = max(unit, min(ROWS, rows // _STEPS_AN_EPOCH) // unit * unit)
     micro_size = batch.micro_size
     if "micro_size" not in batch.model_fields_set and step % dp_size == 0:
-        most = max(1, _AT_ONCE // recipe.data.length)
-        micro_size = next(m for m in range(min(most, step // dp_size), 0, -1) if step // dp_size % m == 0)
+        micro_size = settings.rows_at_once(step, dp_size, _AT_ONCE // recipe.data.length)
     epochs = recipe.epochs
     if "epochs" not in recipe.model_fields_set:
         minimum = min(_MOST_EPOCHS, _LEAST_STEPS * step / rows)

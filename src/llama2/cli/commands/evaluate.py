@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from llama2.cli.options import Json, ModelOptions
-from llama2.cli.training import clock
+from llama2.cli.progress import Bar
 from llama2.console import data as print_data
-from llama2.console import rewrite, say
+from llama2.console import say
 
 if TYPE_CHECKING:
     from llama2.evaluate.task import EvaluationTask
@@ -154,7 +153,7 @@ def command(*, model: EvaluatedModel, tasks: TaskOptions, run: EvaluationRunOpti
     )
     with model.load(sequences=_SEQUENCES) as loaded:
         try:
-            record = evaluate(loaded, chosen, folder, settings, resume=run.resume, progress=_Progress())
+            record = evaluate(loaded, chosen, folder, settings, resume=run.resume, progress=Bar())
         except KeyboardInterrupt:
             say(f"\nllama2: stopped; the same command with --resume goes on in {folder}", file=sys.stderr)
             raise
@@ -174,28 +173,3 @@ def _report(record: dict[str, Any], folder: Path, run: EvaluationRunOptions, *, 
     for line in (*table.lines(record), *(("", *table.comparison_lines(compared)) if compared else ())):
         say(line)
     say(f"{folder}: every sample and the record")
-
-
-class _Progress:
-    """A line on a terminal: how many tasks are prepared, then how much is read, and the time left."""
-
-    def __init__(self) -> None:
-        self.began: dict[str, tuple[float, int]] = {}
-        self.shown = 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if not sys.stderr.isatty() or not total:
-            return
-        if what == "tasks":
-            rewrite(f"preparing tasks, {done} of {total}", ended=False)
-            return
-        now = time.monotonic()
-        began, before = self.began.setdefault(what, (now, done))
-        if now - self.shown < 1 and done < total:
-            return
-        self.shown = now
-        seconds, tokens = now - began, done - before
-        left = f", {clock(seconds / tokens * (total - done))} left" if tokens and done < total else ""
-        of = {"programs": f"{total:,} items with programs", "corpus": f"{total / 1e6:.2f} M tokens of the corpus"}
-        shown = of.get(what, f"{total / 1e6:.2f} M tokens")
-        rewrite(f"{done / total:.0%} of {shown}, {clock(seconds)}{left}", ended=done == total)

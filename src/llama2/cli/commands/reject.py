@@ -12,7 +12,7 @@ import typer
 
 from llama2.cli.options import Json, RecipeSettings, ShowSettings
 from llama2.cli.output import warn
-from llama2.cli.training import Bar
+from llama2.cli.progress import Bar
 from llama2.console import data, say
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from llama2.cli.options import RecipeSettings, Threads, expand
-from llama2.cli.training import Bar, RunOptions, run
+from llama2.cli.progress import Bar
+from llama2.cli.training import RunOptions, run
 from llama2.console import data, say
 
 RECIPES = {"llama2 reward train": "llama2.align.reward_recipe:RewardRecipe"}
