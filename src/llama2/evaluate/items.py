@@ -202,6 +202,8 @@ class TaskPart:
             if self._answer_normalised:
                 gains = [after - alone for (after, _), (alone, _) in zip(results, results[choices:], strict=False)]
                 found["acc_answer"] = float(gains.index(max(gains)) == self.inner.doc_to_target(doc))
+            if self.protocol == "paper" and self.task.scorer:
+                found |= _scorer(self.task)([logprob for logprob, _ in results[:choices]], item.row)
             values |= found if len(filters) == 1 else {f"{metric},{name}": value for metric, value in found.items()}
         return values
 

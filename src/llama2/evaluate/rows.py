@@ -5,87 +5,20 @@ A reader takes a set's files by name and returns rows by split. Each file is che
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from llama2 import files
 from llama2.errors import EvaluationError
-from llama2.evaluate import metrics
+from llama2.evaluate import bias_rows, metrics
+from llama2.evaluate.set_files import Row, SetFile, Splits, checked, text_list
 from llama2.evaluate.task import EvaluationTask
 
-Row = dict[str, Any]
-Splits = dict[str, list[Row]]
-
 _LONGEST = 1 << 28  # bytes of a file
-
-
-@dataclass(frozen=True, slots=True)
-class SetFile:
-    """A file of a set, as it is on disk."""
-
-    path: Path
-    data: bytes
-
-    @property
-    def text(self) -> str:
-        """The content, decompressed by the name's end. Raises EvaluationError for what is not UTF-8."""
-        opened = {".gz": gzip.decompress, ".bz2": bz2.decompress}.get(self.path.suffix, bytes)
-        try:
-            return opened(self.data).decode("utf-8-sig")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"{self.path}: cannot be read ({error}); download it again") from None
-
-    def lines(self) -> Iterator[tuple[str, str]]:
-        """Lines that are not empty, each with its place for messages."""
-        for number, line in enumerate(self.text.split("\n"), 1):
-            if line.strip():
-                yield f"{self.path}:{number}", line.removesuffix("\r")
-
-    def objects(self, **fields: type | tuple[type, ...]) -> Iterator[tuple[str, Row]]:
-        """JSON objects, one a line, each with its place. Raises EvaluationError as `checked` does."""
-        for where, line in self.lines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise EvaluationError(f"{where}: is not JSON ({error}); download the set again") from None
-            yield where, checked(where, row, **fields)
-
-    def elements(self, *names: str, **fields: type | tuple[type, ...]) -> Iterator[tuple[str, Row]]:
-        """Objects of the list under `names` in the one JSON value of the file. Raises EvaluationError as `objects`."""
-        try:
-            found = json.loads(self.text)
-        except (ValueError, RecursionError) as error:
-            raise EvaluationError(f"{self.path}: is not JSON ({error}); download the set again") from None
-        for name in names:
-            found = checked(str(self.path), found, **{name: list})[name]
-        if not isinstance(found, list):
-            raise EvaluationError(f"{self.path}: is not a list; compare it with the task's source")
-        for number, row in enumerate(found):
-            where = f"{self.path}: {'.'.join(names)}[{number}]"
-            yield where, checked(where, row, **fields)
-
-
-def checked(where: str, row: Any, **fields: type | tuple[type, ...]) -> Row:
-    """`row`, an object with these fields. Raises EvaluationError where one is missing or of another type."""
-    if not isinstance(row, dict):
-        raise EvaluationError(f"{where}: is not an object; download the set again")
-    for name, kind in fields.items():
-        if name not in row:
-            raise EvaluationError(f"{where}: the field {name!r} is missing; compare it with the task's source")
-        if not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind is int):
-            raise EvaluationError(
-                f"{where}: the field {name!r} has a value of another type; compare it with the source"
-            )
-    return row
 
 
 def missing(task: EvaluationTask, data: Path) -> str | None:
@@ -385,7 +318,7 @@ def nq_open(found: Mapping[str, SetFile]) -> Splits:
     rows = []
     for file in found.values():
         for where, row in file.objects(question=str, answer=list):
-            rows.append(row | {"answer": _texts(where, "answer", row["answer"])})
+            rows.append(row | {"answer": text_list(where, "answer", row["answer"])})
     return {"validation": rows}
 
 
@@ -395,7 +328,7 @@ def triviaqa(found: Mapping[str, SetFile]) -> Splits:
     for file in found.values():
         for where, row in file.elements("Data", Question=str, QuestionId=str, Answer=dict):
             answer = checked(f"{where}: Answer", row["Answer"], Value=str, Aliases=list)
-            gold = {"value": answer["Value"], "aliases": _texts(where, "Aliases", answer["Aliases"])}
+            gold = {"value": answer["Value"], "aliases": text_list(where, "Aliases", answer["Aliases"])}
             rows.append({"question": row["Question"], "question_id": row["QuestionId"], "answer": gold})
     return {"validation": rows}
 
@@ -496,7 +429,7 @@ def mbpp(found: Mapping[str, SetFile]) -> Splits:
     splits: Splits = {"prompt": [], "test": []}
     for file in found.values():
         for where, row in file.objects(task_id=int, text=str, code=str, test_list=list, test_setup_code=str):
-            if len(_texts(where, "test_list", row["test_list"])) != 3:
+            if len(text_list(where, "test_list", row["test_list"])) != 3:
                 raise EvaluationError(f"{where}: the field 'test_list' does not have three tests; check the file")
             row["code"] = row["code"].replace("\r\n", "\n")
             if row["task_id"] <= 510:
@@ -516,15 +449,8 @@ def ifeval(found: Mapping[str, SetFile]) -> Splits:
     return {"train": rows}
 
 
-def _texts(where: str, name: str, values: list[Any]) -> list[str]:
-    """A list of texts that is not empty."""
-    if not values or not all(isinstance(value, str) for value in values):
-        raise EvaluationError(f"{where}: the field {name!r} is not a list of texts; download the set again")
-    return values
-
-
 _CHOSEN = (arc, openbookqa, commonsense_qa, piqa, siqa, hellaswag, winogrande, boolq, copa, lambada, mmlu, agieval)
 _ANSWERED = (gsm8k, svamp, nq_open, triviaqa, squad, quac, mathematics, bbh, humaneval, mbpp, ifeval)
 READERS: dict[str, Callable[[Mapping[str, SetFile]], Splits]] = {
-    reader.__name__: reader for reader in (*_CHOSEN, *_ANSWERED)
+    reader.__name__: reader for reader in (*_CHOSEN, *_ANSWERED, *bias_rows.READERS)
 }

@@ -262,6 +262,7 @@ def _scored(
         "cut": finishes.count("length") if finishes else 0,
         "metric": headline,
         "metrics": metrics,
+        **({"by": _by_value(each, scored, headline)} if each.task.by else {}),
         "published": beside_published(task.name, part.shots, metrics[headline]["value"]),
     }
 
@@ -292,6 +293,8 @@ def _samples(each: AskedTask, answers: AnswerStore, programs: Callable[[int, int
             sample: dict[str, Any] = {"id": item.id}
             if each.task.stratum:
                 sample["stratum"] = str(item.row[each.task.stratum])
+            if each.task.by:
+                sample["by"] = str(item.row[each.task.by])
             if each.task.cluster:
                 sample["cluster"] = _cluster(str(item.row[each.task.cluster]), item)
             sample["prompt"] = sha256(item.prompt.encode()).hexdigest()
@@ -330,13 +333,15 @@ def _answered(item: TaskItem, answers: AnswerStore) -> dict[str, Any]:
     return {"continuations": continuations}
 
 
-def _metrics(each: AskedTask, scored: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every metric of a task: its value, and its interval where it is a mean.
+def _metrics(
+    each: AskedTask, scored: Sequence[Mapping[str, Any]], only: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Every metric of a task, or one: its value, and its interval where it is a mean.
 
     An item's value may be a list, as of a prompt's instructions: the score is their mean, and they are a cluster.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name in scored[0]["values"]:
+    for name in [only] if only else scored[0]["values"]:
         lists = any(isinstance(sample["values"][name], list) for sample in scored)
         pairs = [
             (value, sample.get("cluster", sample["id"]))
@@ -355,6 +360,14 @@ def _metrics(each: AskedTask, scored: Sequence[Mapping[str, Any]]) -> dict[str, 
             interval = mean_interval(values, clusters, proportion={*values} <= {0, 1})
         found[name] = {"value": interval.mean, "interval": interval.to_json()}
     return found
+
+
+def _by_value(each: AskedTask, scored: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """The score of the items that share a value of the task's field `by`, for each value."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for item in scored:
+        groups.setdefault(item["by"], []).append(item)
+    return {name: _metrics(each, groups[name], metric)[metric] for name in sorted(groups)}
 
 
 def _mean_of_means(values: Sequence[float], strata: Sequence[str]) -> Interval:

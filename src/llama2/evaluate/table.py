@@ -21,6 +21,9 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     """The record as text: groups as columns, tasks as rows, then what was not run and why."""
     shown = [*_group_table(record), *_task_table(record)]
     shown += _contamination_table(record["tasks"])
+    for label, task in record["tasks"].items():
+        if found := task.get("by"):
+            shown += ["", *_by_table(label, found)]
     if spread := record.get("formats"):
         shown += ["", *_format_table(spread)]
     return [line.rstrip() for line in shown]
@@ -101,6 +104,15 @@ def _subset(part: Mapping[str, Any]) -> str:
     if not part["n"]:
         return _NONE
     return f"{part['n']:,}: {_percent(part['mean'])}" + ("" if part["z"] is None else f" (Z {part['z']:+.2f})")
+
+
+def _by_table(label: str, found: Mapping[str, Any]) -> list[str]:
+    """A task's score by group."""
+    rows = [[label, "items", "score", "95 % interval"]]
+    for name, part in found.items():
+        interval = Interval.from_json(part["interval"])
+        rows.append([f"  {name}", f"{interval.n:,}", _percent(interval.mean), _bounds(interval.to_json())])
+    return columns(rows)
 
 
 def _format_table(spread: Mapping[str, Any]) -> list[str]:

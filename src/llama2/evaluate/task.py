@@ -57,6 +57,7 @@ class EvaluationTask(Settings):
     part: str = Field("", description="The field by which rows are divided: examples come from the same part.")
     cluster: str = Field("", description="The field that items with common text share; scores of these depend.")
     stratum: str = Field("", description="The field by which a limit's sample is stratified.")
+    by: str = Field("", description="The field by whose values the score is reported too, such as a group of people.")
     description: str = Field("", description="Text before everything.")
     prompt: str = Field(description="The question.")
     choices: str | list[str] = Field("", description="The choices, if any; a template gives a list.")
@@ -74,8 +75,10 @@ class EvaluationTask(Settings):
     executes: bool = Field(False, description="Whether answers are programs, executed in a sandbox.")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
-    scorer: str = Field("", description="The function of `metrics.py` that scores an answer.")
-    metric: str = Field("", description="Its value that is the score; for choices the normalisation decides.")
+    scorer: str = Field(
+        "", description="The function of `metrics.py` that scores an answer, or likelihoods of choices."
+    )
+    metric: str = Field("", description="Its value that is the score; without it the normalisation of choices decides.")
     aggregation: Literal["items", "strata"] = Field(
         "items", description="The mean: of all items, or of strata's means."
     )
@@ -92,6 +95,8 @@ class EvaluationTask(Settings):
             raise ValueError("choices: is missing; multiple_choice compares some")
         if self.output == "generate_until" and not (self.scorer and self.metric):
             raise ValueError("scorer, metric: an answer needs both; name a function of metrics.py and its value")
+        if bool(self.scorer) != bool(self.metric):
+            raise ValueError("scorer, metric: one is not given without the other; name a function and its value")
         if self.normalisation != "none" and self.output != "multiple_choice":
             raise ValueError(f"normalisation: {self.normalisation} is for multiple_choice")
         if self.aggregation == "strata" and not self.stratum:
@@ -117,7 +122,7 @@ class EvaluationTask(Settings):
     @property
     def headline(self) -> str:
         """The metric of the paper's protocol that is the score."""
-        if self.output == "multiple_choice":
+        if self.output == "multiple_choice" and not self.metric:
             return _CHOICE_METRICS[self.normalisation]
         return self.metric or "acc"
 
