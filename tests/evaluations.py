@@ -46,6 +46,11 @@ def write_rows(path: Path, rows: list[Any]) -> str:
     return sha256(path.read_bytes()).hexdigest()
 
 
+def jsonl(*rows: Any) -> bytes:
+    """A file of JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 def arc_task(name: str = "mine", **changes: Any) -> EvaluationTask:
     """A task over a file `mine.jsonl` in ARC's form."""
     table = {

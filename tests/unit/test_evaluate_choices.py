@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import bz2
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from test_evaluate_bias import CASES as BIAS_CASES
 
-from evaluations import by_hand, one_task
+from evaluations import by_hand, jsonl, one_task
 from llama2 import recipe
 from llama2.errors import EvaluationError, RecipeError
 from llama2.evaluate import rows as sets
 from llama2.evaluate.items import parts
 from llama2.evaluate.task import EvaluationTask, load, names
-
-
-def jsonl(*rows: Any) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
 
 LSAT = {"passage": "A map. ", "question": "Where?", "options": ["(A)here", "(B)there"], "label": "B"}
 MMLU = {
@@ -120,6 +115,8 @@ CASES: list[tuple[str, dict[str, bytes], dict[str, tuple[list[str], list[str], i
         },
     ),
 ]
+
+CASES += BIAS_CASES
 
 
 @pytest.mark.parametrize(("name", "files", "expected"), CASES, ids=lambda each: each if isinstance(each, str) else "")

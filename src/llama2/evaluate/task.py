@@ -95,8 +95,8 @@ class EvaluationTask(Settings):
             raise ValueError("choices: is missing; multiple_choice compares some")
         if self.output == "generate_until" and not (self.scorer and self.metric):
             raise ValueError("scorer, metric: an answer needs both; name a function of metrics.py and its value")
-        if bool(self.scorer) != bool(self.metric):
-            raise ValueError("scorer, metric: one is not given without the other; name a function and its value")
+        if self.scorer and not self.metric:
+            raise ValueError("metric: is missing; name the scorer's value that is the score")
         if self.normalisation != "none" and self.output != "multiple_choice":
             raise ValueError(f"normalisation: {self.normalisation} is for multiple_choice")
         if self.aggregation == "strata" and not self.stratum:
