@@ -67,3 +67,7 @@ class RunError(Llama2Error):
 
 class EvaluationError(Llama2Error):
     """A task or its data is missing or damaged, or cannot be evaluated here."""
+
+
+class ClassifierError(Llama2Error):
+    """A classifier of texts is not there, damaged, or cannot be trained."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from llama2.data.set_files import Row, SetFile, Splits
 from llama2.errors import EvaluationError
-from llama2.evaluate.set_files import Row, SetFile, Splits
 
 _PRONOUN = re.compile(r"he|she|him|her|his|hers|they|them|their|theirs|himself|herself")
 

@@ -13,9 +13,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from llama2 import files
+from llama2.data.set_files import Row, SetFile, Splits, checked, text_list
 from llama2.errors import EvaluationError
 from llama2.evaluate import bias_rows, metrics
-from llama2.evaluate.set_files import Row, SetFile, Splits, checked, text_list
 from llama2.evaluate.task import EvaluationTask
 
 _LONGEST = 1 << 28  # bytes of a file
