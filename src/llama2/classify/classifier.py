@@ -25,7 +25,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("refusal", "toxicity")
 
 #: Below this share of known words, a text is of a language or kind that the classifier was not trained on.
-_KNOWN = 0.4
+_KNOWN = 0.3
 #: Words from which on that is decided; a shorter text may have a name or two alone.
 _FEW = 3
 

@@ -20,8 +20,9 @@ _HEAD = 300
 
 @dataclass(frozen=True, slots=True)
 class NGrams:
-    """Runs of `low` to `high` words, or of characters inside a word with a space around it; of the first `head`
-    characters of the text, or of all with 0.
+    """Runs of `low` to `high` words, or of characters inside a word with a space around it.
+
+    With `head`, they are of so many characters of the text's beginning alone.
     """
 
     unit: Literal["words", "characters"]

@@ -68,6 +68,16 @@ class SetFile:
         except csv.Error as error:
             raise EvaluationError(f"{self.path}:{lines.line_num}: is not CSV ({error}); check the file") from None
 
+    def nested(self) -> dict[str, dict[str, Any]]:
+        """The file's one JSON object, whose values are objects. Raises EvaluationError where it is another."""
+        try:
+            found = json.loads(self.text)
+        except (ValueError, RecursionError) as error:
+            raise EvaluationError(f"{self.path}: is not JSON ({error}); download the set again") from None
+        if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
+            raise EvaluationError(f"{self.path}: is not an object of objects; compare it with the task's source")
+        return found
+
     def elements(self, *names: str, **fields: type | tuple[type, ...]) -> Iterator[tuple[str, Row]]:
         """Objects of the list under `names` in the one JSON value of the file. Raises EvaluationError as `objects`."""
         try:
@@ -99,6 +109,6 @@ def checked(where: str, row: Any, **fields: type | tuple[type, ...]) -> Row:
 
 def text_list(where: str, name: str, values: list[Any]) -> list[str]:
     """A list of texts that is not empty."""
-    if not values or not all(isinstance(value, str) for value in values):
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise EvaluationError(f"{where}: the field {name!r} is not a list of texts; download the set again")
     return values

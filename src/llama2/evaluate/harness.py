@@ -179,6 +179,13 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         queries = [self.generation(*request.args) for request in requests]
         return [answer["text"] for answer in self._ask(queries)]
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the model's chat format is known: its files have it, or its name is Llama 2 Chat's."""
+        checkpoint = self.model.checkpoint
+        named = checkpoint.tokenizer.kind == "sentencepiece" and checkpoint.assumes_format is None
+        return bool(checkpoint.templates) or named
+
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The model's template, for the harness's records."""
         return self.model.checkpoint.template_for(tools=False) if chat_template else None

@@ -28,7 +28,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from llama2 import machine
 from llama2.errors import EvaluationError
-from llama2.evaluate import metrics
+from llama2.evaluate import harm, metrics
+from llama2.evaluate.harm import NotJudgedError
 from llama2.evaluate.harness import EngineLM
 from llama2.evaluate.queries import AnswerStore, Query
 from llama2.evaluate.rows import Row, Splits
@@ -80,6 +81,10 @@ class TaskPart:
         """Whether the model answers in its own words."""
         return bool(self.inner.OUTPUT_TYPE == "generate_until")
 
+    def in_chat(self, lm: EngineLM, chat: bool) -> bool:
+        """Whether items are asked in the model's chat format, given whether the user wants that."""
+        return (chat or (self.task.chat and lm.has_template)) and self.generates
+
     @property
     def stops(self) -> list[str]:
         """Texts that end an answer."""
@@ -92,7 +97,7 @@ class TaskPart:
         By the paper's protocol they are drawn by seed and item; by the harness's in one sequence over all items, as it
         draws them. With `chat`, a question to be answered is one message of the user, with its examples.
         """
-        chat = chat and self.generates
+        chat = self.in_chat(lm, chat)
         self.inner.set_fewshot_seed(HARNESS_SEED)
         with _compiled_once():
             return list(self._items(lm, wanted, seed, chat))
@@ -150,8 +155,8 @@ class TaskPart:
         items: Sequence[TaskItem],
         store: AnswerStore,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> list[dict[str, Any]]:
-        """The values of each item by metric, from the stored answers.
+    ) -> list[dict[str, Any] | NotJudgedError]:
+        """The values of each item by metric, from the stored answers; or why none of its answers can be judged.
 
         What executing programs gives is stored too, as a time limit may decide otherwise on another day. `progress` is
         called with the items whose programs were executed, and all whose programs are to be.
@@ -168,16 +173,16 @@ class TaskPart:
 
     def _scored(
         self, items: Sequence[TaskItem], store: AnswerStore, progress: Callable[[int, int], None]
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict[str, Any] | NotJudgedError]:
         """The values of our own scorer; programs are executed on all processors."""
         scorer = _scorer(self.task)
 
         def score(item: TaskItem) -> dict[str, Any]:
             found = {text: scorer(text, item.row) for text in dict.fromkeys(item.instances[0].resps)}
-            return _over_samples([found[text] for text in item.instances[0].resps], self.task.pass_at)
+            return _over_samples([found[text] for text in item.instances[0].resps], self.task)
 
         if not self.task.executes:
-            return [score(item) for item in items]
+            return [self._judged(item, scorer) for item in items]
         names = [_outcome_key(self.task, item) for item in items]
         waiting = {name: item for name, item in zip(names, items, strict=True) if name not in store.found}
         pool = ThreadPoolExecutor(machine.processors())
@@ -189,6 +194,19 @@ class TaskPart:
         finally:
             pool.shutdown(cancel_futures=True)
         return [store.found[name] for name in names]
+
+    def _judged(self, item: TaskItem, scorer: Callable[[str, Row], dict[str, Any]]) -> dict[str, Any] | NotJudgedError:
+        """An item's values over those of its answers that can be judged."""
+        found: dict[str, dict[str, Any] | NotJudgedError] = {}
+        for text in item.instances[0].resps:
+            if text not in found:
+                try:
+                    found[text] = scorer(text, item.row)
+                except NotJudgedError as reason:
+                    found[text] = reason
+        each = [found[text] for text in item.instances[0].resps]
+        values = [value for value in each if not isinstance(value, NotJudgedError)]
+        return _over_samples(values, self.task) if values else next(v for v in each if isinstance(v, NotJudgedError))
 
     def _processed(self, item: TaskItem) -> dict[str, Any]:
         """An item's values as the harness has them, a metric of several filters under `metric,filter`."""
@@ -238,13 +256,14 @@ def _responses(instance: Instance, stored: Sequence[Mapping[str, Any]]) -> list[
     return [sum(answer["logprob"] for answer in stored)]
 
 
-def _over_samples(values: Sequence[Mapping[str, Any]], pass_at: Sequence[int]) -> dict[str, Any]:
-    """The mean of each metric over several answers to one question, and each pass@k. Of one answer, its values."""
-    if len(values) == 1 and not pass_at:
+def _over_samples(values: Sequence[Mapping[str, Any]], task: EvaluationTask) -> dict[str, Any]:
+    """The mean of each metric over several answers to one question, its maxima, and each pass@k. Of one, its values."""
+    if len(values) == 1 and not task.pass_at and not task.maxima:
         return dict(values[0])
     found = {name: sum(each[name] for each in values) / len(values) for name in values[0]}
-    correct = sum(each["passed"] for each in values) if pass_at else 0
-    return found | {f"pass@{k}": metrics.pass_at_k(len(values), int(correct), k) for k in pass_at}
+    found |= {f"max_{name}": max(each[name] for each in values) for name in task.maxima}
+    correct = sum(each["passed"] for each in values) if task.pass_at else 0
+    return found | {f"pass@{k}": metrics.pass_at_k(len(values), int(correct), k) for k in task.pass_at}
 
 
 def _outcome_key(task: EvaluationTask, item: TaskItem) -> str:
@@ -254,10 +273,10 @@ def _outcome_key(task: EvaluationTask, item: TaskItem) -> str:
 
 
 def _scorer(task: EvaluationTask) -> Callable[[str, Row], dict[str, float]]:
-    scorer = getattr(metrics, task.scorer, None) if not task.scorer.startswith("_") else None
-    if not callable(scorer):
+    scorer = getattr(metrics, task.scorer, None) or getattr(harm, task.scorer, None)
+    if task.scorer.startswith("_") or not callable(scorer):
         raise EvaluationError(
-            f"{task.name}: scorer: {task.scorer} is not a function of metrics.py; check the task's file"
+            f"{task.name}: scorer: {task.scorer} is not a function of metrics.py or harm.py; check the task's file"
         )
     return scorer  # type: ignore[no-any-return]  # found by name
 

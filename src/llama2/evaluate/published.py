@@ -1,6 +1,6 @@
 """What the paper published of Llama 2 and the models beside it, and its means of groups (2.3, A.2.2, A.4).
 
-Figures are as in `published.toml`: percent, but for BOLD's sentiment.
+Figures are in percent. BOLD's sentiment is in hundredths, and from -1 to 1 in `published.toml`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PublishedFigures:
 
 
 def figures(column: str, shots: int) -> PublishedFigures | None:
-    """Published figures of a task, or of a part of one such as "mmlu stem"; None for what was not published.
+    """Published figures in percent of a task, or of a part of one such as "mmlu stem"; None for what was not published.
 
     Of a task that was published with several numbers of examples, those with `shots`, and None for another number. Of
     other tasks, those that there are.
@@ -78,8 +78,11 @@ def figures(column: str, shots: int) -> PublishedFigures | None:
         for index, name in enumerate(table["columns"]):
             if name == column:
                 row = found.setdefault(table["shots"][index] if "shots" in table else None, {})
+                scale = 100 if column.startswith("bold ") else 1
                 row |= {
-                    model: figures[index] for model, figures in table["rows"].items() if not math.isnan(figures[index])
+                    model: scale * figures[index]
+                    for model, figures in table["rows"].items()
+                    if not math.isnan(figures[index])
                 }
     unstated = found.pop(None, {})
     if not found:

@@ -15,7 +15,7 @@ from pathlib import Path
 from llama2 import files
 from llama2.data.set_files import Row, SetFile, Splits, checked, text_list
 from llama2.errors import EvaluationError
-from llama2.evaluate import bias_rows, metrics
+from llama2.evaluate import metrics, safety_rows
 from llama2.evaluate.task import EvaluationTask
 
 _LONGEST = 1 << 28  # bytes of a file
@@ -452,5 +452,5 @@ def ifeval(found: Mapping[str, SetFile]) -> Splits:
 _CHOSEN = (arc, openbookqa, commonsense_qa, piqa, siqa, hellaswag, winogrande, boolq, copa, lambada, mmlu, agieval)
 _ANSWERED = (gsm8k, svamp, nq_open, triviaqa, squad, quac, mathematics, bbh, humaneval, mbpp, ifeval)
 READERS: dict[str, Callable[[Mapping[str, SetFile]], Splits]] = {
-    reader.__name__: reader for reader in (*_CHOSEN, *_ANSWERED, *bias_rows.READERS)
+    reader.__name__: reader for reader in (*_CHOSEN, *_ANSWERED, *safety_rows.READERS)
 }

@@ -22,7 +22,9 @@ from llama2 import files
 from llama2.api import Model
 from llama2.errors import EvaluationError
 from llama2.evaluate import rows as sets
+from llama2.evaluate.harm import NotJudgedError
 from llama2.evaluate.intervals import Interval, mean_interval, weighted_mean
+from llama2.evaluate.published import LLAMA_2, figures
 from llama2.evaluate.queries import AnswerStore, GenerationQuery, Query, key
 from llama2.evaluate.scores import RECORD, SAMPLES, beside_published, format_spread, group_scores, read_samples
 from llama2.evaluate.strata import sample
@@ -59,6 +61,7 @@ class AskedTask:
     items: list[list[TaskItem]] = field(default_factory=list)  # of each part
     digests: Mapping[str, str] = field(default_factory=dict)  # of its files
     rows: int = 0  # of the split, before a limit
+    chat: bool = False  # asked in the model's chat format
     reason: str | None = None  # why it is not run
 
     @property
@@ -184,7 +187,8 @@ def _ask(task: EvaluationTask, lm: Any, settings: EvaluationSettings) -> AskedTa
     found = parts(task, splits, settings.protocol)
     wanted = _wanted(found, settings)
     items = [list(part.items(lm, wanted, seed=settings.seed, chat=settings.chat)) for part in found]
-    return AskedTask(task, found, items, digests, rows=sum(len(part.ids) for part in found))
+    rows, chat = sum(len(part.ids) for part in found), found[0].in_chat(lm, settings.chat)
+    return AskedTask(task, found, items, digests, rows=rows, chat=chat)
 
 
 def _wanted(found: Sequence[TaskPart], settings: EvaluationSettings) -> set[str]:
@@ -245,25 +249,30 @@ def _scored(
         for sample in samples:
             file.write((json.dumps(sample, ensure_ascii=False, default=_plain) + "\n").encode())
     scored = [sample for sample in samples if "values" in sample]
+    unjudged = [sample for sample in samples if "not_judged" in sample]
+    if not scored:
+        return about | {"not_run": f"no answer could be judged: {unjudged[0]['not_judged']}"}
     finishes = [finish for sample in scored for finish in sample.get("finish", ())]
     part = each.parts[0]
     headline = task.headline if settings.protocol == "paper" else task.harness_metric
     metrics = _metrics(each, scored)
+    lacking = {*task.groups} - {sample["by"] for sample in scored if task.by}
     return about | {
         "prompts": sha256("".join(sample["prompt"] for sample in samples).encode()).hexdigest(),
         "example": each.asked[0].prompt,
         "shots": part.shots,
         "samples": part.samples,
         "stops": part.stops,
-        "chat": settings.chat and part.generates,
+        "chat": each.chat,
         "rows": each.rows,
         "n": len(scored),
-        "refused": len(samples) - len(scored),
+        "refused": sum("refused" in sample for sample in samples),
+        "not_judged": len(unjudged),
         "cut": finishes.count("length") if finishes else 0,
         "metric": headline,
         "metrics": metrics,
-        **({"by": _by_value(each, scored, headline)} if each.task.by else {}),
-        "published": beside_published(task.name, part.shots, metrics[headline]["value"]),
+        **_by_group(each, scored, headline),
+        "published": None if lacking else beside_published(task.name, part.shots, metrics[headline]["value"]),
     }
 
 
@@ -303,7 +312,9 @@ def _samples(each: AskedTask, answers: AnswerStore, programs: Callable[[int, int
             if item.refused is not None:
                 samples.append(sample | {"refused": item.refused})
                 continue
-            samples.append(sample | _answered(item, answers) | {"values": next(values)})
+            found = next(values)
+            judged = {"not_judged": str(found)} if isinstance(found, NotJudgedError) else {"values": found}
+            samples.append(sample | _answered(item, answers) | judged)
     return samples
 
 
@@ -362,12 +373,19 @@ def _metrics(
     return found
 
 
-def _by_value(each: AskedTask, scored: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """The score of the items that share a value of the task's field `by`, for each value."""
+def _by_group(each: AskedTask, scored: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """The score by the values of the task's field `by`, with the published ones, and groups that are lacking."""
+    if not each.task.by:
+        return {}
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for item in scored:
         groups.setdefault(item["by"], []).append(item)
-    return {name: _metrics(each, groups[name], metric)[metric] for name in sorted(groups)}
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted(groups):
+        found[name] = _metrics(each, groups[name], metric)[metric]
+        if row := figures(f"{each.task.name} {name}", each.parts[0].shots):
+            found[name]["published"] = {model: row.by_model[model] for model in LLAMA_2 if model in row.by_model}
+    return {"by": found, "lacking": sorted({*each.task.groups} - {*found})}
 
 
 def _mean_of_means(values: Sequence[float], strata: Sequence[str]) -> Interval:

@@ -84,6 +84,10 @@ def _task_table(record: Mapping[str, Any]) -> list[str]:
         )
         if task["refused"]:
             rest.append(f"{name}: {task['refused']} of {task['refused'] + found.n:,} items do not fit the context")
+        if task.get("lacking"):
+            rest.append(f"{name}: is not the paper's mean, without the groups {', '.join(task['lacking'])}")
+        if task.get("not_judged"):
+            rest.append(f"{name}: {task['not_judged']} answers were not judged; the samples say why")
         if task.get("cut"):
             rest.append(f"{name}: {task['cut']} answers were cut by their limit of tokens")
     return [*(columns(rows) if len(rows) > 1 else ()), *rest]
@@ -108,10 +112,14 @@ def _subset(part: Mapping[str, Any]) -> str:
 
 def _by_table(label: str, found: Mapping[str, Any]) -> list[str]:
     """A task's score by group."""
-    rows = [[label, "items", "score", "95 % interval"]]
+    rows = [[label, "items", "score", "95 % interval", LLAMA_2[0]]]
     for name, part in found.items():
         interval = Interval.from_json(part["interval"])
-        rows.append([f"  {name}", f"{interval.n:,}", _percent(interval.mean), _bounds(interval.to_json())])
+        published = part.get("published", {}).get(LLAMA_2[0])
+        theirs = _NONE if published is None else f"{published:g}"
+        rows.append([f"  {name}", f"{interval.n:,}", _percent(interval.mean), _bounds(interval.to_json()), theirs])
+    if not any("published" in part for part in found.values()):
+        rows = [row[:-1] for row in rows]
     return columns(rows)
 
 

@@ -58,6 +58,7 @@ class EvaluationTask(Settings):
     cluster: str = Field("", description="The field that items with common text share; scores of these depend.")
     stratum: str = Field("", description="The field by which a limit's sample is stratified.")
     by: str = Field("", description="The field by whose values the score is reported too, such as a group of people.")
+    groups: list[str] = Field([], description="Values of `by` that the score is of; without one it is another score.")
     description: str = Field("", description="Text before everything.")
     prompt: str = Field(description="The question.")
     choices: str | list[str] = Field("", description="The choices, if any; a template gives a list.")
@@ -71,6 +72,10 @@ class EvaluationTask(Settings):
     max_tokens: int = Field(256, ge=1, description="Tokens of an answer at most.")
     samples: int = Field(1, ge=1, description="Answers to each question.")
     full_samples: int = Field(0, ge=0, description="Answers to each question with --full; 0 for the same.")
+    maxima: list[str] = Field(
+        [], description="Values whose largest over the answers to a question is a value too: max_NAME."
+    )
+    chat: bool = Field(False, description="Asked in the model's chat format where it has one, also without --chat.")
     pass_at: list[int] = Field([], description="The k of pass@k, whose estimator needs as many answers.")
     executes: bool = Field(False, description="Whether answers are programs, executed in a sandbox.")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token.")
@@ -109,6 +114,10 @@ class EvaluationTask(Settings):
         k = max(self.pass_at, default=0)
         if k > self.samples:
             return f"pass@{k} needs {k} answers to a question, not {self.samples}; --full draws {self.full_samples}"
+        if self.scorer == "sentiment":
+            from llama2.evaluate import harm
+
+            return harm.absent_judge()
         if self.executes:
             from llama2.evaluate import execution
 

@@ -1,11 +1,11 @@
-"""Sets about truth and bias as rows, in the fields that they have in public."""
+"""Sets about truth, bias and harm as rows, in the fields that they have in public."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-from llama2.data.set_files import Row, SetFile, Splits
+from llama2.data.set_files import Row, SetFile, Splits, checked, text_list
 from llama2.errors import EvaluationError
 
 _PRONOUN = re.compile(r"he|she|him|her|his|hers|they|them|their|theirs|himself|herself")
@@ -116,4 +116,91 @@ def _coreference(where: str, line: str, occupations: list[str]) -> Row:
     }
 
 
-READERS = (truthfulqa, crows_pairs, winogender, winobias)
+#: The paper's names of ToxiGen's 13 groups; the set has two more, which it leaves out.
+TOXIGEN_GROUPS = {
+    "physical_disability": "phys. disab.",
+    "middle_east": "mid. eastern",
+    "mental_disability": "mental disab.",
+    "native_american": "native am.",
+    **{name: name for name in ("asian", "mexican", "muslim", "jewish", "chinese", "latino", "women", "black", "lgbtq")},
+}
+
+
+def toxigen(found: Mapping[str, SetFile]) -> Splits:
+    """ToxiGen: `prompt` (a list of sentences that is to be continued), `kind` (hate or neutral), `group`."""
+    rows = []
+    for file in found.values():
+        for _, row in file.objects(kind=str, group=str, prompt=str):
+            if row["group"] in TOXIGEN_GROUPS:
+                rows.append({**row, "group": TOXIGEN_GROUPS[row["group"]]})
+    return {"test": rows}
+
+
+def realtoxicityprompts(found: Mapping[str, SetFile]) -> Splits:
+    """RealToxicityPrompts: `text`, which is to be continued, and `kind`, the file's name: toxic or nontoxic."""
+    rows = []
+    for file in found.values():
+        for where, row in file.objects(prompt=dict):
+            rows.append({"text": checked(where, row["prompt"], text=str)["text"], "kind": file.path.stem})
+    return {"train": rows}
+
+
+#: The paper's names of BOLD's groups, where they are not the set's.
+BOLD_GROUPS = {
+    "Asian_Americans": "asian am.",
+    "African_Americans": "african am.",
+    "European_Americans": "european am.",
+    "Hispanic_and_Latino_Americans": "hispanic/latino am.",
+    "American_actors": "am. actors",
+    "American_actresses": "am. actresses",
+    "metalworking_occupations": "metal-working",
+    "film_and_television_occupations": "film & tv",
+    "nursing_specialties": "nursing",
+    "professional_driver_types": "prof. driver",
+    "engineering_branches": "engineering",
+    "theatre_personnel": "theatre",
+    "mental_health_occupations": "mental health",
+    "corporate_titles": "corporate titles",
+    "railway_industry_occupations": "railway",
+}
+#: Groups with so few prompts that the paper leaves them out.
+_LEFT_OUT = ("hinduism", "atheism")
+
+
+def bold(found: Mapping[str, SetFile]) -> Splits:
+    """BOLD: `prompt`, `domain` and `group`, by the paper's names. A file has prompts by group and entity."""
+    rows = []
+    for file in found.values():
+        domain = file.path.name.removesuffix("_prompt.json")
+        for group, entities in file.nested().items():
+            name = BOLD_GROUPS.get(group, group.removesuffix("_occupations"))
+            if name in _LEFT_OUT:
+                continue
+            for entity, prompts in entities.items():
+                for prompt in text_list(f"{file.path}: {group}", entity, prompts):
+                    rows.append({"prompt": prompt.rstrip(), "domain": domain, "group": name})
+    return {"test": rows}
+
+
+def xstest(found: Mapping[str, SetFile]) -> Splits:
+    """XSTest: `prompt` and `type`; whether a prompt is safe or unsafe is its split."""
+    splits: Splits = {}
+    for file in found.values():
+        for _, row in file.table("prompt", "type", "label"):
+            splits.setdefault(row["label"], []).append(row)
+    return splits
+
+
+def advbench(found: Mapping[str, SetFile]) -> Splits:
+    """AdvBench: `goal`, what is asked for; all of it is harmful."""
+    return {"train": [row for file in found.values() for _, row in file.table("goal")]}
+
+
+def cyber_frr(found: Mapping[str, SetFile]) -> Splits:
+    """CyberSecEval's false refusals: `mutated_prompt`, harmless, though it sounds like an attack."""
+    return {"test": [row for file in found.values() for _, row in file.elements(mutated_prompt=str)]}
+
+
+_LIKELIHOODS = (truthfulqa, crows_pairs, winogender, winobias)
+_ANSWERS = (toxigen, realtoxicityprompts, bold, xstest, advbench, cyber_frr)
+READERS = (*_LIKELIHOODS, *_ANSWERS)
