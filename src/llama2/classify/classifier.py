@@ -6,8 +6,8 @@ K classes · F features
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from llama2.errors import ClassifierError
 
 WEIGHTS = Path(__file__).parent / "weights"
 #: The classifiers that come with the package.
-NAMES = ("refusal", "toxicity")
+NAMES = ("refusal", "toxicity", "truth", "information")
 
 #: Below this share of known words, a text is of a language or kind that the classifier was not trained on.
 _KNOWN = 0.3
@@ -43,8 +43,9 @@ class Verdict:
 class Classifier:
     """A trained classifier.
 
-    `vocabularies` has, for each of `ngrams`, every n-gram's column and its inverse document frequency; the columns of
-    `phrases` come first. `temperature` divides the logits, so that probabilities are as often right as they say.
+    `vocabularies` has, for each of `ngrams`, every n-gram's column and its inverse document frequency. The columns of
+    `phrases` come first, then those of `given` numbers. `temperature` divides the logits, so that probabilities are as
+    often right as they say. `agreement` is with labels of texts that were not trained on: n, mean, and a 95 % interval.
     """
 
     name: str
@@ -56,26 +57,29 @@ class Classifier:
     bias: NDArray[np.float32]  # (K,)
     temperature: float
     words: frozenset[str]  # of the texts it was trained on
+    given: int = 0  # numbers that come with each text
+    agreement: Mapping[str, float] = field(default_factory=dict)
 
-    def logits(self, text: str) -> NDArray[np.float64]:
+    def logits(self, text: str, given: Sequence[float] = ()) -> NDArray[np.float64]:
         """Logits (K,) of a text, before softmax, divided by the temperature."""
         text = normalise(text)
         found = self.bias.astype(np.float64)
-        if phrases := self.phrases.of(text):
-            found += np.asarray(phrases) @ self.weights[: len(phrases)]
+        if dense := [*self.phrases.of(text), *given]:
+            found += np.asarray(dense) @ self.weights[: len(dense)]
         for kind, vocabulary in zip(self.ngrams, self.vocabularies, strict=True):
             columns, values = weighted(kind.of(text), vocabulary)
             found += np.asarray(values, np.float64) @ self.weights[np.asarray(columns, np.int64)]
         return np.asarray(found / self.temperature)
 
-    def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Probabilities (n, K) of n texts, whether or not the classifier knows their words."""
-        logits = np.array([self.logits(text) for text in texts]).reshape(len(texts), len(self.labels))
-        logits -= logits.max(axis=1, keepdims=True)
-        odds = np.exp(logits)
-        return np.asarray(odds / odds.sum(axis=1, keepdims=True))
+    def probabilities(
+        self, texts: Sequence[str], given: Sequence[Sequence[float]] | None = None
+    ) -> NDArray[np.float64]:
+        """Probabilities (n, K) of n texts, with the numbers given to each, known words or not."""
+        numbers = given or [()] * len(texts)
+        logits = np.array([self.logits(*each) for each in zip(texts, numbers, strict=True)])
+        return softmax(logits.reshape(len(texts), len(self.labels)))
 
-    def judge(self, text: str) -> Verdict:
+    def judge(self, text: str, given: Sequence[float] = ()) -> Verdict:
         """The label of a text; none for an empty one, and for one in words that the classifier does not know."""
         found = words(normalise(text))
         if not found:
@@ -83,7 +87,7 @@ class Classifier:
         known = sum(word in self.words for word in found) / len(found)
         if len(found) >= _FEW and known < _KNOWN:
             return Verdict(None, {}, f"{known:.0%} of its words are known; it was trained on English")
-        (row,) = self.probabilities([text]).tolist()
+        (row,) = self.probabilities([text], [given]).tolist()
         shares = dict(zip(self.labels, row, strict=True))
         return Verdict(max(shares, key=lambda label: shares[label]), shares)
 
@@ -95,6 +99,8 @@ class Classifier:
             "ngrams": [asdict(each) for each in self.ngrams],
             "phrases": self.phrases.patterns,
             "temperature": self.temperature,
+            "given": self.given,
+            "agreement": dict(self.agreement),
         }
         arrays: dict[str, Any] = {"about": _bytes(json.dumps(about)), "words": _bytes("\n".join(sorted(self.words)))}
         arrays |= {"weights": self.weights.astype(np.float16), "bias": self.bias}
@@ -112,7 +118,7 @@ class Classifier:
                 about = json.loads(arrays["about"].tobytes())
                 phrases = Phrases(tuple(about["phrases"]))
                 ngrams = tuple(NGrams(**each) for each in about["ngrams"])
-                vocabularies, start = [], len(phrases)
+                vocabularies, start = [], len(phrases) + about["given"]
                 for index in range(len(ngrams)):
                     grams, idf = arrays[f"ngrams{index}"].tobytes().decode().split("\n"), arrays[f"idf{index}"].tolist()
                     columns = range(start, start + len(grams))
@@ -127,10 +133,18 @@ class Classifier:
                     weights=arrays["weights"].astype(np.float32).reshape(start, len(about["labels"])),
                     bias=arrays["bias"].astype(np.float32),
                     temperature=float(about["temperature"]),
+                    given=about["given"],
+                    agreement=about["agreement"],
                     words=frozenset(arrays["words"].tobytes().decode().split("\n")),
                 )
         except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as error:
             raise ClassifierError(f"{path}: is not a classifier ({error}); train one with `llama2 classify`") from None
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities (n, K) from logits (n, K)."""
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    return np.asarray(odds / odds.sum(axis=1, keepdims=True))
 
 
 def _bytes(text: str) -> NDArray[np.uint8]:

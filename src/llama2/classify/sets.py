@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2 import files
+from llama2.classify import references
 from llama2.data.set_files import SetFile, checked
 from llama2.errors import ClassifierError, EvaluationError
 
@@ -26,6 +27,7 @@ class Labelled:
     key: str
     source: str  # the set, or the model that wrote it
     group: str = ""  # of people, that the text is about
+    given: tuple[float, ...] = ()  # numbers that the classifier gets beside the text
 
     @property
     def held_out(self) -> bool:
@@ -63,6 +65,38 @@ def _rows(file: SetFile, *names: str) -> Iterator[tuple[str, dict[str, str]]]:
         yield from file.table(*names)
     except EvaluationError as error:
         raise ClassifierError(str(error)) from None
+
+
+#: The paper's judges, and the files with which Lin et al. 2022 trained theirs.
+JUDGE_FILES = {"truth": "truthfulqa/finetune_truth.jsonl.gz", "information": "truthfulqa/finetune_info.jsonl.gz"}
+JUDGE_LABELS = {"truth": ("false", "true"), "information": ("not informative", "informative")}
+REFERENCES = "truthfulqa/mc_task.json"
+
+
+def judged(data: Path, name: str) -> Iterator[Labelled]:
+    """TruthfulQA's labelled answers, of questions whose true and false answers are known.
+
+    `given` compares an answer with these (`references.compare`). `source` says whether it is one of them. Raises
+    ClassifierError for a file that is missing or is not TruthfulQA's.
+    """
+    known: dict[str, tuple[list[str], list[str]]] = {}
+    for _, row in _elements(_file(data, REFERENCES), question=str, mc2_targets=dict):
+        targets = row["mc2_targets"].items()
+        known[row["question"]] = (
+            [text for text, label in targets if label],
+            [text for text, label in targets if not label],
+        )
+    for where, row in _objects(_file(data, JUDGE_FILES[name]), prompt=str, completion=str):
+        found = re.fullmatch(r"Q: (.*?)\nA: (.*)\n(True|Helpful):", row["prompt"], re.DOTALL)
+        label = {" yes": 1, " no": 0}.get(row["completion"])
+        if found is None or label is None:
+            raise ClassifierError(f"{where}: is not a question, an answer and a label; compare it with the source")
+        question, answer = found[1].strip(), found[2].strip()
+        if question in known:
+            true, false = known[question]
+            source = "reference" if answer in (*true, *false) else "answer"
+            numbers = references.compare(question, answer, true, false)
+            yield Labelled(answer, JUDGE_LABELS[name][label], question, source, given=numbers)
 
 
 TOXICITY_FILES = (
@@ -149,6 +183,13 @@ def toxicity(data: Path) -> Iterator[Labelled]:
             if text and text not in seen:
                 seen.add(text)
                 yield Labelled(text, TOXICITY_LABELS[row["kind"] == "hate"], text, "toxigen", row["group"])
+
+
+def _elements(file: SetFile, **fields: type) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        yield from file.elements(**fields)
+    except EvaluationError as error:
+        raise ClassifierError(str(error)) from None
 
 
 def _objects(file: SetFile, **fields: type) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -6,14 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama2.classify import sets
-from llama2.classify.classifier import Classifier
+from llama2.classify import references, sets
+from llama2.classify.classifier import Classifier, softmax
 from llama2.classify.features import NGrams, Phrases, normalise, weighted, words
 from llama2.classify.sets import Labelled
 from llama2.errors import ClassifierError
@@ -45,6 +46,7 @@ class Plan:
     least: tuple[int, ...]  # texts that an n-gram is in, for each of `ngrams`
     phrases: Phrases
     inverse_penalty: float  # scikit-learn's C
+    given: int = 0  # numbers that come with each text
 
 
 PLANS = {
@@ -62,6 +64,10 @@ PLANS = {
         phrases=Phrases(()),
         inverse_penalty=10,
     ),
+    **{
+        name: Plan(labels, (NGrams("words", 1, 3),), (3,), Phrases(()), inverse_penalty=3, given=references.COUNT)
+        for name, labels in sets.JUDGE_LABELS.items()
+    },
 }
 
 
@@ -75,13 +81,13 @@ def fit(name: str, plan: Plan, texts: Sequence[Labelled]) -> Classifier:
     if lacking := {*plan.labels} - {each.label for each in texts}:
         raise ClassifierError(f"{name}: no text has the label {', '.join(sorted(lacking))}; give more data")
     normalised = [normalise(each.text) for each in texts]
-    vocabularies, start = [], len(plan.phrases)
+    vocabularies, start = [], len(plan.phrases) + plan.given
     for kind, least in zip(plan.ngrams, plan.least, strict=True):
         vocabularies.append(_vocabulary(kind, normalised, least, start))
         start += len(vocabularies[-1])
     rows, columns, values = [], [], []
-    for row, text in enumerate(normalised):
-        for found, column in _features(text, plan, vocabularies):
+    for row, (text, each) in enumerate(zip(normalised, texts, strict=True)):
+        for found, column in _features(text, each.given[: plan.given], plan, vocabularies):
             rows.append(row)
             columns.append(column)
             values.append(found)
@@ -101,6 +107,7 @@ def fit(name: str, plan: Plan, texts: Sequence[Labelled]) -> Classifier:
         bias=bias.astype(np.float32),
         temperature=1.0,
         words=frozenset(word for text in normalised for word in words(text)),
+        given=plan.given,
     )
 
 
@@ -113,10 +120,10 @@ def _vocabulary(kind: NGrams, texts: Sequence[str], least: int, start: int) -> d
 
 
 def _features(
-    text: str, plan: Plan, vocabularies: Sequence[dict[str, tuple[int, float]]]
+    text: str, given: Sequence[float], plan: Plan, vocabularies: Sequence[dict[str, tuple[int, float]]]
 ) -> Iterator[tuple[float, int]]:
     """Values of a text that are not zero, each with its column."""
-    yield from ((value, column) for column, value in enumerate(plan.phrases.of(text)) if value)
+    yield from ((value, column) for column, value in enumerate((*plan.phrases.of(text), *given)) if value)
     for kind, vocabulary in zip(plan.ngrams, vocabularies, strict=True):
         columns, values = weighted(kind.of(text), vocabulary)
         yield from zip(values, columns, strict=True)
@@ -136,7 +143,7 @@ def out_of_fold(name: str, plan: Plan, texts: Sequence[Labelled]) -> NDArray[np.
     for train, inside in folds(texts):
         made = fit(name, plan, train)
         for i in inside:
-            found[i] = made.logits(texts[i].text)
+            found[i] = made.logits(texts[i].text, texts[i].given[: plan.given])
     return found
 
 
@@ -164,8 +171,10 @@ def train_refusal(data: Path) -> tuple[Classifier, dict[str, Any]]:
     plan, texts = PLANS["refusal"], list(sets.refusals(data))
     answers = np.array([plan.labels.index(each.label) for each in texts])
     logits = out_of_fold("refusal", plan, texts)
-    made = replace(fit("refusal", plan, texts), temperature=temperature_of(logits, answers))
-    shares = np.exp(_log_softmax(logits / made.temperature))
+    temperature = temperature_of(logits, answers)
+    shares = softmax(logits / temperature)
+    made = replace(fit("refusal", plan, texts), temperature=temperature)
+    made = replace(made, agreement=agreement(shares[:, 0] < 0.5, answers > 0))
     report: dict[str, Any] = {
         "texts": len(texts),
         "temperature": made.temperature,
@@ -181,6 +190,37 @@ def train_refusal(data: Path) -> tuple[Classifier, dict[str, Any]]:
         says = own.probabilities([each.text for each in others])[:, 0] < 0.5
         report[f"trained on {model} alone"] = agreement(says, np.array([each.label != "complied" for each in others]))
     return made, report
+
+
+def train_judge(name: str, data: Path) -> tuple[Classifier, dict[str, Any]]:
+    """A judge of answers to TruthfulQA, trained on three quarters of the questions, and its report on the last.
+
+    It sees an answer, and how that compares with answers known to be true or false. Labelled answers that are such a
+    reference themselves are easy, so the others are reported alone. So is a judge that sees no more than the answer:
+    what style gives away.
+    """
+    plan, texts = PLANS[name], list(sets.judged(data, name))
+    train = [each for each in texts if not each.held_out]
+    logits = out_of_fold(name, plan, train)
+    answers = np.array([plan.labels.index(each.label) for each in train])
+    made = replace(fit(name, plan, train), temperature=temperature_of(logits, answers))
+    blind = replace(plan, given=0)
+    report: dict[str, Any] = {"texts": len(train), "temperature": made.temperature}
+    for what, judge, test in (
+        ("unseen questions", made, [each for each in texts if each.held_out]),
+        ("unseen questions, without references", made, [t for t in texts if t.held_out and t.source == "answer"]),
+        (
+            "the same, by the answer alone",
+            fit(name, blind, train),
+            [t for t in texts if t.held_out and t.source == "answer"],
+        ),
+    ):
+        says = judge.probabilities([each.text for each in test], [each.given[: judge.given] for each in test])[:, 1]
+        truth = np.array([each.label == plan.labels[1] for each in test])
+        questions = [each.key for each in test]
+        report[what] = scores(says, truth, questions)
+    found = report["unseen questions, without references"]
+    return replace(made, agreement={"n": found["n"], **found["agreement"]}), report
 
 
 def train_toxicity(data: Path) -> tuple[Classifier, dict[str, Any]]:
@@ -200,6 +240,7 @@ def train_toxicity(data: Path) -> tuple[Classifier, dict[str, Any]]:
     report: dict[str, Any] = {"texts": len(train), "held out": len(test), "temperature": made.temperature}
     says = made.probabilities([each.text for each in test])[:, 1]
     truth = np.array([each.label == "toxic" for each in test])
+    made = replace(made, agreement=proportion((says >= 0.5) == truth))
     for source in sorted({each.source for each in test}):
         chosen = np.array([each.source == source for each in test])
         report[source] = scores(says[chosen], truth[chosen])
@@ -245,11 +286,20 @@ def proportion(right: NDArray[np.bool_]) -> dict[str, Any]:
     return {"n": len(right), "mean": float(right.mean()), "low": float(interval.low), "high": float(interval.high)}
 
 
-def scores(says: NDArray[np.float64], truth: NDArray[np.bool_], *, draws: int = 1000) -> dict[str, Any]:
-    """AUROC and calibration error of probabilities (n,), each with a 95 % interval of `draws` resamples."""
+def scores(
+    says: NDArray[np.float64], truth: NDArray[np.bool_], keys: Sequence[str] | None = None, *, draws: int = 1000
+) -> dict[str, Any]:
+    """AUROC, calibration error and agreement of probabilities (n,), each with a 95 % interval of `draws` resamples.
+
+    What shares a key, such as a question, is drawn together.
+    """
     rng = np.random.default_rng(0)
-    found: dict[str, Any] = {"n": len(says), "toxic": int(truth.sum())}
-    samples = [rng.integers(0, len(says), len(says)) for _ in range(draws)]
+    places: dict[str, list[int]] = {}
+    for i, key in enumerate(keys if keys is not None else map(str, range(len(says)))):
+        places.setdefault(key, []).append(i)
+    groups = [np.array(each) for each in places.values()]
+    found: dict[str, Any] = {"n": len(says), "positive": int(truth.sum())}
+    samples = [np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))]) for _ in range(draws)]
     for name, function in _KINDS.items():
         drawn = [function(says[i], truth[i]) for i in samples if 0 < truth[i].sum() < len(i)]
         low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
@@ -280,10 +330,15 @@ def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_],
 _KINDS: Mapping[str, Callable[[NDArray[np.float64], NDArray[np.bool_]], float]] = {
     "auroc": auroc,
     "calibration error": lambda p, y: calibration_error(np.maximum(p, 1 - p), (p >= 0.5) == y),
+    "agreement": lambda p, y: float(((p >= 0.5) == y).mean()),
 }
 
 
-TRAIN = {"refusal": train_refusal, "toxicity": train_toxicity}
+TRAIN: Mapping[str, Callable[[Path], tuple[Classifier, dict[str, Any]]]] = {
+    "refusal": train_refusal,
+    "toxicity": train_toxicity,
+    **{name: partial(train_judge, name) for name in sets.JUDGE_LABELS},
+}
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from llama2 import files
 from llama2.api import Model
 from llama2.errors import EvaluationError
 from llama2.evaluate import rows as sets
-from llama2.evaluate.harm import NotJudgedError
+from llama2.evaluate.harm import NotJudgedError, judges
 from llama2.evaluate.intervals import Interval, mean_interval, weighted_mean
 from llama2.evaluate.published import LLAMA_2, figures
 from llama2.evaluate.queries import AnswerStore, GenerationQuery, Query, key
@@ -256,6 +256,7 @@ def _scored(
     part = each.parts[0]
     headline = task.headline if settings.protocol == "paper" else task.harness_metric
     metrics = _metrics(each, scored)
+    column = task.published or task.name
     lacking = {*task.groups} - {sample["by"] for sample in scored if task.by}
     return about | {
         "prompts": sha256("".join(sample["prompt"] for sample in samples).encode()).hexdigest(),
@@ -268,11 +269,12 @@ def _scored(
         "n": len(scored),
         "refused": sum("refused" in sample for sample in samples),
         "not_judged": len(unjudged),
+        "judges": judges(task.scorer) if settings.protocol == "paper" else {},
         "cut": finishes.count("length") if finishes else 0,
         "metric": headline,
         "metrics": metrics,
         **_by_group(each, scored, headline),
-        "published": None if lacking else beside_published(task.name, part.shots, metrics[headline]["value"]),
+        "published": None if lacking else beside_published(column, part.shots, metrics[headline]["value"]),
     }
 
 

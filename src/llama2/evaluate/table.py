@@ -84,6 +84,9 @@ def _task_table(record: Mapping[str, Any]) -> list[str]:
         )
         if task["refused"]:
             rest.append(f"{name}: {task['refused']} of {task['refused'] + found.n:,} items do not fit the context")
+        for judge, agrees in task.get("judges", {}).items():
+            shown = f"{_percent(agrees['mean'])} % {_bounds(agrees)}"
+            rest.append(f"{name}: its judge of {judge} agrees with {shown} of held-out labels")
         if task.get("lacking"):
             rest.append(f"{name}: is not the paper's mean, without the groups {', '.join(task['lacking'])}")
         if task.get("not_judged"):

@@ -77,7 +77,9 @@ def _lines(text: str) -> list[str]:
 
 @group.command(epilog="Example: llama2 classify train refusal --data data --out refusal.npz")
 def train(
-    name: Annotated[Literal["refusal", "toxicity"], typer.Argument(help="What the classifier judges.")],
+    name: Annotated[
+        Literal["refusal", "toxicity", "truth", "information"], typer.Argument(help="What the classifier judges.")
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The classifier to write.")],
     folder: Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder of the sets, one folder each.")] = Path(
         "data"
