@@ -141,7 +141,8 @@ class TaskPart:
 
     def _queries(self, lm: EngineLM, instance: Instance, seed: int) -> list[Query]:
         if instance.request_type == "generate_until":
-            return [lm.generation(*instance.args, sample=i, seed=seed) for i in range(self.samples)]
+            queries = [lm.generation(*instance.args, sample=i, seed=seed) for i in range(self.samples)]
+            return [replace(query, scored=True) for query in queries] if self.task.abstains else [*queries]
         if instance.request_type == "loglikelihood":
             return [lm.likelihood(*instance.args)]
         return [*lm.windows(*instance.args)]

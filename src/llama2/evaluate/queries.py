@@ -48,6 +48,7 @@ class GenerationQuery:
     seed: int = 0
     sample: int = 0
     raw_completion: bool = True
+    scored: bool = False  # whether the answer's log-likelihood is wanted
 
     @property
     def needed(self) -> int:
@@ -64,6 +65,7 @@ class GenerationQuery:
             stop_tokens=frozenset(self.stop_tokens),
             choice=self.sample,
             raw_completion=self.raw_completion,
+            logprobs=0 if self.scored else None,
         )
 
 
@@ -87,7 +89,8 @@ def answers(engine: EngineProtocol, queries: Sequence[Query], in_flight: int) ->
     """The answers to queries, in their order; `in_flight` of them run at once.
 
     To a LikelihoodQuery: `logprob`, the sum over the continuation in nats, and `greedy`, whether each of its tokens was
-    the likeliest. To a GenerationQuery: `text`, `tokens`, and `finish`. How many run at once changes no bit of them.
+    the likeliest. To a GenerationQuery: `text`, `tokens`, `finish`, and `logprob` if it is scored. How many run at once
+    changes no bit of them.
     Raises EngineError when the engine fails.
     """
     for kind, some in groupby(queries, type):
@@ -121,7 +124,10 @@ def _generations(
                     del running[event.request]
                     (answer,) = collect(events, [request])
                     tokens = len(answer.token_ids)
-                    yield index, {"text": answer.text, "tokens": tokens, "finish": answer.finish_reason}
+                    found = {"text": answer.text, "tokens": tokens, "finish": answer.finish_reason}
+                    if answer.logprobs is not None:
+                        found["logprob"] = math.fsum(each.logprob for each in answer.logprobs)
+                    yield index, found
     finally:
         for id in running:
             engine.cancel(id)

@@ -22,6 +22,7 @@ from llama2 import files
 from llama2.api import Model
 from llama2.errors import EvaluationError
 from llama2.evaluate import rows as sets
+from llama2.evaluate.abstention import abstention, confidence
 from llama2.evaluate.harm import NotJudgedError, judges
 from llama2.evaluate.intervals import Interval, mean_interval, weighted_mean
 from llama2.evaluate.published import LLAMA_2, figures
@@ -274,6 +275,7 @@ def _scored(
         "metric": headline,
         "metrics": metrics,
         **_by_group(each, scored, headline),
+        **_abstention(task, scored, headline),
         "published": None if lacking else beside_published(column, part.shots, metrics[headline]["value"]),
     }
 
@@ -333,6 +335,7 @@ def _answered(item: TaskItem, answers: AnswerStore) -> dict[str, Any]:
             "answers": [answer["text"] for answer in stored],
             "tokens": [answer["tokens"] for answer in stored],
             "finish": [answer["finish"] for answer in stored],
+            **({"logprobs": [answer["logprob"] for answer in stored]} if "logprob" in stored[0] else {}),
         }
     continuations = [
         {
@@ -388,6 +391,14 @@ def _by_group(each: AskedTask, scored: Sequence[Mapping[str, Any]], metric: str)
         if row := figures(f"{each.task.name} {name}", each.parts[0].shots):
             found[name]["published"] = {model: row.by_model[model] for model in LLAMA_2 if model in row.by_model}
     return {"by": found, "lacking": sorted({*each.task.groups} - {*found})}
+
+
+def _abstention(task: EvaluationTask, scored: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """How well the model's own probabilities tell right answers from wrong ones, where the task wants that."""
+    if not task.abstains:
+        return {}
+    right = [sample["values"][metric] for sample in scored]
+    return {"abstention": abstention([confidence(sample) for sample in scored], right)}
 
 
 def _mean_of_means(values: Sequence[float], strata: Sequence[str]) -> Interval:

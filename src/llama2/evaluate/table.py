@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import EvaluationError
+from llama2.evaluate.abstention import COVERAGES
 from llama2.evaluate.intervals import Interval
 from llama2.evaluate.published import LLAMA_2, group_means, groups
 from llama2.evaluate.scores import score
@@ -21,6 +22,7 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     """The record as text: groups as columns, tasks as rows, then what was not run and why."""
     shown = [*_group_table(record), *_task_table(record)]
     shown += _contamination_table(record["tasks"])
+    shown += _abstention_table(record["tasks"])
     for label, task in record["tasks"].items():
         if found := task.get("by"):
             shown += ["", *_by_table(label, found)]
@@ -111,6 +113,16 @@ def _subset(part: Mapping[str, Any]) -> str:
     if not part["n"]:
         return _NONE
     return f"{part['n']:,}: {_percent(part['mean'])}" + ("" if part["z"] is None else f" (Z {part['z']:+.2f})")
+
+
+def _abstention_table(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Accuracy where the model answers only what it is surest of, by the share that it answers."""
+    rows = [["answering the surest", *(f"{100 * share:g} %" for share in COVERAGES), "AURC", "calibration error"]]
+    for label, task in tasks.items():
+        if found := task.get("abstention"):
+            accuracies = (_percent(found["accuracy"][f"{share:g}"]) for share in COVERAGES)
+            rows.append([label, *accuracies, f"{found['aurc']:.3f}", f"{found['calibration_error']:.3f}"])
+    return ["", *columns(rows)] if len(rows) > 1 else []
 
 
 def _by_table(label: str, found: Mapping[str, Any]) -> list[str]:

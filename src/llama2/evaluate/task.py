@@ -87,6 +87,9 @@ class EvaluationTask(Settings):
     aggregation: Literal["items", "strata"] = Field(
         "items", description="The mean: of all items, or of strata's means."
     )
+    abstains: bool = Field(
+        False, description="Whether to report how well the model's own probability tells what is right."
+    )
     published: str = Field("", description="The paper's column of figures, where it has another name than the task.")
     harness: str = Field("", description="The harness's task, with `{part}` for the part.")
     harness_folder: str = Field("", description="Its folder among the harness's tasks.")
