@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from llama2.cli.groups import with_default
 from llama2.cli.options import RecipeSettings, Threads, expand
 from llama2.cli.progress import Bar
 from llama2.cli.training import RunOptions, run
@@ -17,16 +17,7 @@ from llama2.console import data, say
 RECIPES = {"llama2 reward train": "llama2.align.reward_recipe:RewardRecipe"}
 
 
-class _TrainsByDefault(TyperGroup):
-    """`llama2 reward RECIPE` is `llama2 reward train RECIPE`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "--help"):
-            args = ["train", *args]
-        return super().parse_args(ctx, args)
-
-
-group = typer.Typer(cls=_TrainsByDefault, rich_markup_mode=None, no_args_is_help=True)
+group = typer.Typer(cls=with_default("train"), rich_markup_mode=None, no_args_is_help=True)
 
 
 @group.callback(epilog="Example: llama2 reward recipes/reward-helpful.toml --name helpful")

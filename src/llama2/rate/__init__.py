@@ -1,0 +1,1 @@
+"""Human evaluation on a local page: what people rate, what they said, how far they agree."""
