@@ -14,8 +14,8 @@ COUNT = 10
 def compare(question: str, answer: str, true: Sequence[str], false: Sequence[str]) -> tuple[float, ...]:
     """Features of an answer to a question: its overlap with the nearest true and false answers, and its length.
 
-    Overlap is F1 of words; once of all, and once of those that are not in the question, since these alone tell answers
-    apart. `true` and `false` are not empty.
+    Overlap is F1 of words: once of all, and once of those that are not in the question, which alone distinguish
+    answers. `true` and `false` are not empty.
     """
     asked = {*words(normalise(question))}
     said = words(normalise(answer))

@@ -1,4 +1,4 @@
-"""When a model should say nothing: does its own probability of an answer tell right ones from wrong ones?
+"""When a model should say nothing: does its own probability distinguish right answers from wrong ones?
 
 A model that is asked for facts may answer the questions of which it is surest, and abstain from the rest. Risk is the
 share of wrong answers among those given, coverage the share of questions answered (El-Yaniv and Wiener 2010).
@@ -31,7 +31,7 @@ def confidence(sample: Mapping[str, Any]) -> float:
 
 
 def abstention(confidences: Sequence[float], right: Sequence[float]) -> dict[str, Any]:
-    """How well confidences (n,) tell right answers (n,) of 1 from wrong ones of 0.
+    """How well confidences (n,) distinguish right answers (n,) of 1 from wrong ones of 0.
 
     `aurc` is the mean risk over all coverages, `risk` the one of all answers: by chance they are equal. `accuracy` and
     `threshold` are by coverage, where the surest are answered. A tie counts by the mean of its members.

@@ -394,7 +394,7 @@ def _by_group(each: AskedTask, scored: Sequence[Mapping[str, Any]], metric: str)
 
 
 def _abstention(task: EvaluationTask, scored: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """How well the model's own probabilities tell right answers from wrong ones, where the task wants that."""
+    """How well the model's own probabilities distinguish right answers from wrong ones, where the task wants that."""
     if not task.abstains:
         return {}
     right = [sample["values"][metric] for sample in scored]

@@ -88,7 +88,7 @@ class EvaluationTask(Settings):
         "items", description="The mean: of all items, or of strata's means."
     )
     abstains: bool = Field(
-        False, description="Whether to report how well the model's own probability tells what is right."
+        False, description="Whether to report how well the model's own probability distinguishes right answers."
     )
     published: str = Field("", description="The paper's column of figures, where it has another name than the task.")
     harness: str = Field("", description="The harness's task, with `{part}` for the part.")

@@ -48,7 +48,7 @@ def read(path: Path, kind: Kind) -> list[Question]:
             try:
                 record = json.loads(line or b"")
             except (ValueError, RecursionError):
-                raise DataError(f"{where}: is not JSON of at most {_LONGEST >> 20} MB; mend the line") from None
+                raise DataError(f"{where}: is not JSON of at most {_LONGEST >> 20} MB; correct the line") from None
             for question in _questions(where, record, kind):
                 found.setdefault(question.id, question)
     if not found:

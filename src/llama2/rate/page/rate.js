@@ -147,25 +147,25 @@ async function submit() {
   await go(rated && shown.number + 1 < shown.total ? shown.number + 1 : state.next);
 }
 
-const tell = (error) => {
+const report = (error) => {
   element("problem").textContent = `Not saved: ${error.message}`;
 };
 
 element("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  submit().catch(tell);
+  submit().catch(report);
 });
 element("form").noValidate = true;
-element("back").addEventListener("click", () => go(shown.number - 1).catch(tell));
+element("back").addEventListener("click", () => go(shown.number - 1).catch(report));
 
 document.addEventListener("keydown", (event) => {
   if (!shown || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Enter" && event.target.tagName !== "BUTTON") {
     event.preventDefault();
-    submit().catch(tell);
+    submit().catch(report);
   } else if (event.key === "Backspace" && shown.number > 0) {
     event.preventDefault();
-    go(shown.number - 1).catch(tell);
+    go(shown.number - 1).catch(report);
   } else {
     const input = document.querySelector(`input[data-key="${CSS.escape(event.key.toLowerCase())}"]`);
     if (input) {
@@ -177,4 +177,4 @@ document.addEventListener("keydown", (event) => {
 
 ask("api/state")
   .then(({ next }) => go(next))
-  .catch(tell);
+  .catch(report);
