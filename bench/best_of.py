@@ -38,7 +38,7 @@ from llama2.align.store import Policy, SampleStore, StoredSample
 from llama2.api import Model
 from llama2.checkpoint import identity
 from llama2.cli.commands.reject import EngineScorer
-from llama2.cli.training import Bar
+from llama2.cli.progress import Bar
 from llama2.data import prompts as prompt_files
 from llama2.data.prompts import PromptReport, TaggedPrompt
 from llama2.engine import scoring
