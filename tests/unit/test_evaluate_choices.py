@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,6 +151,20 @@ def test_formats_render(name: str, tmp_path: Path) -> None:
         prompts.append([instance.args for instance in item.instances])
     assert len({str(prompt) for prompt in prompts}) == len(prompts)
     assert asked.shots == part.shots
+
+
+def test_subjects_of_mmlu_by_category() -> None:
+    """As the harness groups them."""
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent / "mmlu/default"
+    theirs = {}
+    for file in folder.glob("mmlu_*.yaml"):
+        text = file.read_text()
+        if found := re.search(r'"tag": "mmlu_(\w+)_tasks"', text):
+            theirs[file.stem.removeprefix("mmlu_")] = found[1].replace("_", " ")
+    assert len(theirs) == 57
+    assert {subject: sets.MMLU_CATEGORIES.get(subject, "other") for subject in theirs} == theirs
 
 
 def broken(name: str, files: dict[str, bytes], folder: Path) -> str:

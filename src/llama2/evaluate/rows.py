@@ -250,12 +250,35 @@ def lambada(found: Mapping[str, SetFile]) -> Splits:
     return {"test": rows}
 
 
+#: MMLU's subjects by the paper's four categories (Hendrycks et al. 2021, appendix B); the others are "other".
+_MMLU = {
+    "stem": (
+        "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
+        "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
+        "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
+        "high_school_mathematics high_school_physics high_school_statistics machine_learning"
+    ),
+    "humanities": (
+        "formal_logic high_school_european_history high_school_us_history high_school_world_history "
+        "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory "
+        "professional_law world_religions"
+    ),
+    "social sciences": (
+        "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics "
+        "high_school_microeconomics high_school_psychology human_sexuality professional_psychology public_relations "
+        "security_studies sociology us_foreign_policy"
+    ),
+}
+MMLU_CATEGORIES = {subject: name for name, subjects in _MMLU.items() for subject in subjects.split()}
+
+
 def mmlu(found: Mapping[str, SetFile]) -> Splits:
-    """MMLU: `question`, `choices`, `answer` (0 to 3), `subject`; the folder of a file is its split."""
+    """MMLU: `question`, `choices`, `answer` (0 to 3), `subject`, `category`; the folder of a file is its split."""
     splits: Splits = {}
     for file in found.values():
         split = file.path.parent.name
         subject = file.path.stem.removesuffix(f"_{split}")
+        about = {"subject": subject, "category": MMLU_CATEGORIES.get(subject, "other")}
         # Fields hold newlines in quotes, so that an item may take several lines.
         table = csv.reader(io.StringIO(file.text, newline=""), strict=True)
         try:
@@ -265,8 +288,9 @@ def mmlu(found: Mapping[str, SetFile]) -> Splits:
                     raise EvaluationError(f"{where}: is not a question, four choices and a letter; check the file")
                 question, *choices, letter = fields
                 answer = "ABCD".index(letter)
-                row = {"question": question, "choices": choices, "answer": answer, "subject": subject}
-                splits.setdefault(split, []).append(row)
+                splits.setdefault(split, []).append(
+                    {"question": question, "choices": choices, "answer": answer, **about}
+                )
         except csv.Error as error:
             raise EvaluationError(f"{file.path}:{table.line_num}: is not CSV ({error}); check the file") from None
     return splits
