@@ -27,12 +27,12 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from llama2 import machine
+from llama2.data.set_files import Row, Splits
 from llama2.errors import EvaluationError
 from llama2.evaluate import harm, metrics
 from llama2.evaluate.harm import NotJudgedError
 from llama2.evaluate.harness import EngineLM
 from llama2.evaluate.queries import AnswerStore, Query
-from llama2.evaluate.rows import Row, Splits
 from llama2.evaluate.task import EvaluationTask
 
 Protocol = Literal["paper", "harness"]
@@ -273,7 +273,8 @@ def _outcome_key(task: EvaluationTask, item: TaskItem) -> str:
     return sha256(json.dumps(executed).encode()).hexdigest()[:32]
 
 
-def _scorer(task: EvaluationTask) -> Callable[[str, Row], dict[str, float]]:
+def _scorer(task: EvaluationTask) -> Callable[[Any, Row], dict[str, float]]:
+    """The task's scorer, of an answer's text, or of the choices' log-likelihoods."""
     scorer = getattr(metrics, task.scorer, None) or getattr(harm, task.scorer, None)
     if task.scorer.startswith("_") or not callable(scorer):
         raise EvaluationError(

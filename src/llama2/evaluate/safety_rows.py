@@ -67,7 +67,7 @@ def winogender(found: Mapping[str, SetFile]) -> Splits:
 
 def _pronoun(where: str, sentence: str) -> str:
     """The one pronoun of a sentence."""
-    found = [word for word in re.findall(r"[a-z]+", sentence.lower()) if _PRONOUN.fullmatch(word)]
+    found: list[str] = [word for word in re.findall(r"[a-z]+", sentence.lower()) if _PRONOUN.fullmatch(word)]
     if len({*found}) != 1:
         raise EvaluationError(f"{where}: the sentence does not have one pronoun; check the file")
     return found[0]

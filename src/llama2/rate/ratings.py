@@ -185,7 +185,7 @@ def pairs(ratings: Sequence[Rating], questions: Mapping[str, Question]) -> Itera
         labels = Counter(_label(rating, chosen) for rating in some if rating.safety)
         label, count = labels.most_common(1)[0] if labels else (None, 0)
         yield PreferencePair(
-            tuple(Message(each["role"], each["content"]) for each in question.prompt),  # type: ignore[arg-type]
+            tuple(Message(each["role"], each["content"]) for each in question.prompt),
             question.answers[chosen].strip(),
             question.answers[rejected].strip(),
             grade=median_low(grades),
