@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where it is run as a program
 
 from fakes import ByteTokenizer
-from llama2 import records
+from llama2 import native, records
 from llama2.config import ModelConfig
 from llama2.data.loader import IGNORED
 from llama2.engine.engine import Engine
@@ -161,7 +161,9 @@ def test_the_reward_rises() -> None:
     found = summary(train())
     assert found["start"] < 0.5
     assert found["end"] > found["start"] + 4  # of 16 tokens
-    assert found["gap"] < 0.02  # the engine caches keys and values in 16 bits
+    # The engine caches keys and values in 16 bits: in bfloat16, of 8 bits of precision, where it multiplies these.
+    bfloat16 = native.module().__name__.endswith("bf16")
+    assert found["gap"] < (0.2 if bfloat16 else 0.02)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from llama2.evaluate import execution, metrics
+from llama2.evaluate.task import load
 
 
 def test_pass_at_k_has_the_published_values() -> None:
@@ -267,6 +268,9 @@ def test_several_answers_to_a_question_are_averaged_and_estimated() -> None:
     from llama2.evaluate.items import _over_samples
 
     values = [{"passed": 1.0}, {"passed": 0.0}, {"passed": 0.0}, {"passed": 1.0}]
+    estimated = load("humaneval").model_copy(update={"pass_at": [1, 2]})
     # Of the six pairs of answers, one has no correct one.
-    assert _over_samples(values, [1, 2]) == {"passed": 0.5, "pass@1": 0.5, "pass@2": pytest.approx(5 / 6)}
-    assert _over_samples([{"instruction_strict": [1.0, 0.0]}], []) == {"instruction_strict": [1.0, 0.0]}
+    assert _over_samples(values, estimated) == {"passed": 0.5, "pass@1": 0.5, "pass@2": pytest.approx(5 / 6)}
+    assert _over_samples([{"instruction_strict": [1.0, 0.0]}], load("ifeval")) == {"instruction_strict": [1.0, 0.0]}
+    worst = load("realtoxicityprompts").model_copy(update={"maxima": ["passed"]})
+    assert _over_samples(values, worst) == {"passed": 0.5, "max_passed": 1.0}
