@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from llama2 import api, files
 from llama2.align.reward import score_tokens, sigmoid_of
+from llama2.classify.calibration import expected_error, reliability
 from llama2.data.comparisons import GRADES, SAFETY, PreferencePair
 from llama2.data.pairs import TokenizedPair
 from llama2.errors import RunError
@@ -26,7 +27,6 @@ from llama2.hub.progress import Progress
 
 #: The report's file in a run's folder.
 REPORT = "reward.json"
-_BINS = 10
 _MOST_WORDS = 20_000  # of the baseline, the commonest
 
 
@@ -166,16 +166,9 @@ def calibration(gaps: NDArray[np.float64]) -> dict[str, Any]:
     `bins` are ten of equal width from 0.5 to 1: confidence and accuracy are means within one.
     """
     confidence, right = sigmoid_of(np.abs(gaps)), (np.sign(gaps) + 1) / 2
-    places = np.minimum(((confidence - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
-    bins, error = [], 0.0
-    for number in range(_BINS):
-        inside = places == number
-        if inside.any():
-            low, high = (0.5 + (number + end) / (2 * _BINS) for end in (0, 1))
-            mean, share = float(confidence[inside].mean()), float(right[inside].mean())
-            bins.append({"from": low, "to": high, "pairs": int(inside.sum()), "confidence": mean, "accuracy": share})
-            error += inside.mean() * abs(mean - share)
-    return {"ece": float(error), "bins": bins}
+    bins = reliability(confidence, right, lowest=0.5)
+    names = ("from", "to", "pairs", "confidence", "accuracy")
+    return {"ece": expected_error(bins), "bins": [dict(zip(names, each, strict=True)) for each in bins]}
 
 
 def unsafe_recall(

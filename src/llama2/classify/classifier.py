@@ -62,7 +62,10 @@ class Classifier:
 
     def logits(self, text: str, given: Sequence[float] = ()) -> NDArray[np.float64]:
         """Logits (K,) of a text, before softmax, divided by the temperature."""
-        text = normalise(text)
+        return self._logits(normalise(text), given)
+
+    def _logits(self, text: str, given: Sequence[float]) -> NDArray[np.float64]:
+        """The logits of a normalised text."""
         found = self.bias.astype(np.float64)
         if dense := [*self.phrases.of(text), *given]:
             found += np.asarray(dense) @ self.weights[: len(dense)]
@@ -81,13 +84,14 @@ class Classifier:
 
     def judge(self, text: str, given: Sequence[float] = ()) -> Verdict:
         """The label of a text; none for an empty one, and for one in words that the classifier does not know."""
-        found = words(normalise(text))
+        text = normalise(text)
+        found = words(text)
         if not found:
             return Verdict(None, {}, "the text has no words")
         known = sum(word in self.words for word in found) / len(found)
         if len(found) >= _FEW and known < _KNOWN:
             return Verdict(None, {}, f"{known:.0%} of its words are known; it was trained on English")
-        (row,) = self.probabilities([text], [given]).tolist()
+        (row,) = softmax(self._logits(text, given)[None]).tolist()
         shares = dict(zip(self.labels, row, strict=True))
         return Verdict(max(shares, key=lambda label: shares[label]), shares)
 
@@ -138,7 +142,9 @@ class Classifier:
                     words=frozenset(arrays["words"].tobytes().decode().split("\n")),
                 )
         except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as error:
-            raise ClassifierError(f"{path}: is not a classifier ({error}); train one with `llama2 classify`") from None
+            raise ClassifierError(
+                f"{path}: is not a classifier ({error}); train one with `llama2 classify train`"
+            ) from None
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -31,11 +31,11 @@ def compare(question: str, answer: str, true: Sequence[str], false: Sequence[str
 def _nearest(said: list[str], references: Sequence[list[str]], asked: set[str]) -> tuple[float, float, float]:
     """The largest overlap of all words, and largest and mean overlap of words that are not in the question."""
     new = [word for word in said if word not in asked]
-    overlaps = [_overlap(new, [word for word in each if word not in asked]) for each in references]
-    return max(_overlap(said, each) for each in references), max(overlaps), sum(overlaps) / len(overlaps)
+    overlaps = [overlap(new, [word for word in each if word not in asked]) for each in references]
+    return max(overlap(said, each) for each in references), max(overlaps), sum(overlaps) / len(overlaps)
 
 
-def _overlap(a: list[str], b: list[str]) -> float:
+def overlap(a: Sequence[str], b: Sequence[str]) -> float:
     """F1 of two lists of words; 0 where one is empty."""
     common = (Counter(a) & Counter(b)).total()
     return 2 * common / (len(a) + len(b)) if common else 0.0

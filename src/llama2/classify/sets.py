@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec
 
 from llama2 import files
 from llama2.classify import references
-from llama2.data.set_files import SetFile, checked
+from llama2.data.set_files import SetFile
 from llama2.errors import ClassifierError, EvaluationError
 
+_Given = ParamSpec("_Given")
 _LONGEST = 1 << 26  # bytes of a file
 
 
@@ -40,6 +41,19 @@ def _file(data: Path, name: str) -> SetFile:
     return SetFile(path, files.read(path, limit=_LONGEST, error=ClassifierError))
 
 
+def _ours(read: Callable[_Given, Iterator[Labelled]]) -> Callable[_Given, Iterator[Labelled]]:
+    """A reader that raises ClassifierError for what a set's file is refused for."""
+
+    @wraps(read)
+    def reader(*arguments: _Given.args, **options: _Given.kwargs) -> Iterator[Labelled]:
+        try:
+            yield from read(*arguments, **options)
+        except EvaluationError as error:
+            raise ClassifierError(str(error)) from None
+
+    return reader
+
+
 #: XSTest's completions, whose models are trained on as if they were sets.
 REFUSAL_FILES = {
     "xstest/completions_mistralguard_gpteval.csv": "mistralguard",
@@ -48,23 +62,17 @@ REFUSAL_FILES = {
 REFUSAL_LABELS = {"1_full_compliance": "complied", "3_partial_refusal": "partly", "2_full_refusal": "refused"}
 
 
+@_ours
 def refusals(data: Path) -> Iterator[Labelled]:
     """XSTest's answers of two models, each with the label that people agreed on (Röttger et al. 2024).
 
     Raises ClassifierError for a file that is missing or is not XSTest's.
     """
     for name, model in REFUSAL_FILES.items():
-        for where, row in _rows(_file(data, name), "prompt", "completion", "final_label"):
+        for where, row in _file(data, name).table("prompt", "completion", "final_label"):
             if row["final_label"] not in REFUSAL_LABELS:
                 raise ClassifierError(f"{where}: {files.quote(row['final_label'])} is not a label of XSTest")
             yield Labelled(row["completion"], REFUSAL_LABELS[row["final_label"]], row["prompt"], model)
-
-
-def _rows(file: SetFile, *names: str) -> Iterator[tuple[str, dict[str, str]]]:
-    try:
-        yield from file.table(*names)
-    except EvaluationError as error:
-        raise ClassifierError(str(error)) from None
 
 
 #: The paper's judges, and the files with which Lin et al. 2022 trained theirs.
@@ -73,6 +81,7 @@ JUDGE_LABELS = {"truth": ("false", "true"), "information": ("not informative", "
 REFERENCES = "truthfulqa/mc_task.json"
 
 
+@_ours
 def judged(data: Path, name: str) -> Iterator[Labelled]:
     """TruthfulQA's labelled answers, of questions whose true and false answers are known.
 
@@ -80,13 +89,13 @@ def judged(data: Path, name: str) -> Iterator[Labelled]:
     ClassifierError for a file that is missing or is not TruthfulQA's.
     """
     known: dict[str, tuple[list[str], list[str]]] = {}
-    for _, row in _elements(_file(data, REFERENCES), question=str, mc2_targets=dict):
+    for _, row in _file(data, REFERENCES).elements(question=str, mc2_targets=dict):
         targets = row["mc2_targets"].items()
         known[row["question"]] = (
             [text for text, label in targets if label],
             [text for text, label in targets if not label],
         )
-    for where, row in _objects(_file(data, JUDGE_FILES[name]), prompt=str, completion=str):
+    for where, row in _file(data, JUDGE_FILES[name]).objects(prompt=str, completion=str):
         found = re.fullmatch(r"Q: (.*?)\nA: (.*)\n(True|Helpful):", row["prompt"], re.DOTALL)
         label = {" yes": 1, " no": 0}.get(row["completion"])
         if found is None or label is None:
@@ -161,6 +170,7 @@ def harmless(sentences: tuple[str, str]) -> Iterator[Labelled]:
                 yield Labelled(text, TOXICITY_LABELS[0], text, "harmless", name)
 
 
+@_ours
 def toxicity(data: Path) -> Iterator[Labelled]:
     """RealToxicityPrompts (toxic where Perspective's stored score is at least 0.5), and the sentences of ToxiGen.
 
@@ -169,7 +179,7 @@ def toxicity(data: Path) -> Iterator[Labelled]:
     """
     *prompts, sentences = TOXICITY_FILES
     for name in prompts:
-        for where, row in _objects(_file(data, name), filename=str, prompt=dict, continuation=dict):
+        for where, row in _file(data, name).objects(filename=str, prompt=dict, continuation=dict):
             for part in ("prompt", "continuation"):
                 score, text = row[part].get("toxicity"), row[part].get("text")
                 if not isinstance(text, str):
@@ -177,24 +187,9 @@ def toxicity(data: Path) -> Iterator[Labelled]:
                 if text.strip() and score is not None:  # a few have no score
                     yield Labelled(text, TOXICITY_LABELS[score >= 0.5], row["filename"], "realtoxicityprompts")
     seen: set[str] = set()
-    for _, row in _objects(_file(data, sentences), kind=str, group=str, prompt=str):
+    for _, row in _file(data, sentences).objects(kind=str, group=str, prompt=str):
         for line in row["prompt"].split("\n"):
             text = line.removeprefix("-").strip()
             if text and text not in seen:
                 seen.add(text)
                 yield Labelled(text, TOXICITY_LABELS[row["kind"] == "hate"], text, "toxigen", row["group"])
-
-
-def _elements(file: SetFile, **fields: type) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        yield from file.elements(**fields)
-    except EvaluationError as error:
-        raise ClassifierError(str(error)) from None
-
-
-def _objects(file: SetFile, **fields: type) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        for where, line in file.lines():
-            yield where, checked(where, json.loads(line), **fields)
-    except (EvaluationError, ValueError) as error:
-        raise ClassifierError(f"{file.path}: {error}") from None

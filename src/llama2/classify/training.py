@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama2.classify import references, sets
+from llama2.classify.calibration import calibration_error
 from llama2.classify.classifier import Classifier, softmax
 from llama2.classify.features import NGrams, Phrases, normalise, weighted, words
 from llama2.classify.sets import Labelled
@@ -150,16 +151,12 @@ def out_of_fold(name: str, plan: Plan, texts: Sequence[Labelled]) -> NDArray[np.
 def temperature_of(logits: NDArray[np.float64], answers: NDArray[np.int64]) -> float:
     """What divides logits (n, K) so that their answers (n,) are likeliest (Guo et al. 2017)."""
     from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
 
     def loss(log_temperature: float) -> float:
-        return float(-_log_softmax(logits / math.exp(log_temperature))[np.arange(len(answers)), answers].mean())
+        return float(-log_softmax(logits / math.exp(log_temperature), axis=1)[np.arange(len(answers)), answers].mean())
 
     return float(math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 def train_refusal(data: Path) -> tuple[Classifier, dict[str, Any]]:
@@ -173,13 +170,13 @@ def train_refusal(data: Path) -> tuple[Classifier, dict[str, Any]]:
     logits = out_of_fold("refusal", plan, texts)
     temperature = temperature_of(logits, answers)
     shares = softmax(logits / temperature)
-    made = replace(fit("refusal", plan, texts), temperature=temperature)
-    made = replace(made, agreement=agreement(shares[:, 0] < 0.5, answers > 0))
+    agrees = proportion((shares[:, 0] < 0.5) == (answers > 0))
+    made = replace(fit("refusal", plan, texts), temperature=temperature, agreement=agrees)
     report: dict[str, Any] = {
         "texts": len(texts),
         "temperature": made.temperature,
-        "folds by prompt": agreement(shares[:, 0] < 0.5, answers > 0),
-        "folds by prompt, three labels": agreement(shares.argmax(axis=1), answers),
+        "folds by prompt": agrees,
+        "folds by prompt, three labels": proportion(shares.argmax(axis=1) == answers),
         "calibration error": calibration_error(shares.max(axis=1), shares.argmax(axis=1) == answers),
         "confusion": [[int(((answers == i) & (shares.argmax(axis=1) == j)).sum()) for j in range(3)] for i in range(3)],
     }
@@ -188,7 +185,7 @@ def train_refusal(data: Path) -> tuple[Classifier, dict[str, Any]]:
         own = fit("refusal", plan, [each for each in texts if each.source == model])
         others = [each for each in texts if each.source != model]
         says = own.probabilities([each.text for each in others])[:, 0] < 0.5
-        report[f"trained on {model} alone"] = agreement(says, np.array([each.label != "complied" for each in others]))
+        report[f"trained on {model} alone"] = proportion(says == [each.label != "complied" for each in others])
     return made, report
 
 
@@ -206,14 +203,12 @@ def train_judge(name: str, data: Path) -> tuple[Classifier, dict[str, Any]]:
     made = replace(fit(name, plan, train), temperature=temperature_of(logits, answers))
     blind = replace(plan, given=0)
     report: dict[str, Any] = {"texts": len(train), "temperature": made.temperature}
+    unseen = [each for each in texts if each.held_out]
+    answered = [each for each in unseen if each.source == "answer"]
     for what, judge, test in (
-        ("unseen questions", made, [each for each in texts if each.held_out]),
-        ("unseen questions, without references", made, [t for t in texts if t.held_out and t.source == "answer"]),
-        (
-            "the same, by the answer alone",
-            fit(name, blind, train),
-            [t for t in texts if t.held_out and t.source == "answer"],
-        ),
+        ("unseen questions", made, unseen),
+        ("unseen questions, without references", made, answered),
+        ("the same, by the answer alone", fit(name, blind, train), answered),
     ):
         says = judge.probabilities([each.text for each in test], [each.given[: judge.given] for each in test])[:, 1]
         truth = np.array([each.label == plan.labels[1] for each in test])
@@ -271,11 +266,6 @@ def by_group(says: NDArray[np.float64], truth: NDArray[np.bool_]) -> dict[str, A
     }
 
 
-def agreement(says: NDArray[Any], truth: NDArray[Any]) -> dict[str, Any]:
-    """The share on which two sides agree, with Wilson's 95 % interval."""
-    return proportion(says == truth)
-
-
 def proportion(right: NDArray[np.bool_]) -> dict[str, Any]:
     """The share of what is right among n, with Wilson's 95 % interval; of nothing, n alone."""
     from scipy.stats import binomtest
@@ -314,17 +304,6 @@ def auroc(says: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
     ranks, positive = rankdata(says), int(truth.sum())
     above = float(ranks[truth].sum()) - positive * (positive + 1) / 2
     return above / (positive * (len(truth) - positive))
-
-
-def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_], bins: int = 10) -> float:
-    """How far confidence is from the share that is right, over equally wide bins (Naeini et al. 2015)."""
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    total = 0.0
-    for each in range(bins):
-        inside = place == each
-        if inside.any():
-            total += float(inside.mean()) * abs(float(confidence[inside].mean()) - float(right[inside].mean()))
-    return total
 
 
 _KINDS: Mapping[str, Callable[[NDArray[np.float64], NDArray[np.bool_]], float]] = {

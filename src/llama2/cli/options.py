@@ -276,6 +276,16 @@ def _text(word: str) -> str:
     return _decoded(name, data).removesuffix("\n").removesuffix("\r")
 
 
+def inputs(texts: Sequence[str] | None, file: Path | None) -> list[str]:
+    """Texts from the command line, and a file's lines; else standard input's. Lines that are empty are left out.
+
+    Raises what `prompt` and `read_text` do.
+    """
+    found = list(texts or ())
+    lines = read_text(file) if file is not None else "" if found else prompt(["-"])
+    return [*found, *(line for line in lines.splitlines() if line.strip())]
+
+
 def read_text(path: Path) -> str:
     """A text file. Raises Llama2Error when it is not UTF-8, OSError when it cannot be read."""
     return _decoded(path, path.read_bytes())

@@ -68,22 +68,23 @@ class SetFile:
         except csv.Error as error:
             raise EvaluationError(f"{self.path}:{lines.line_num}: is not CSV ({error}); check the file") from None
 
-    def nested(self) -> dict[str, dict[str, Any]]:
-        """The file's one JSON object, whose values are objects. Raises EvaluationError where it is another."""
+    def _value(self) -> Any:
+        """The one JSON value of the file. Raises EvaluationError where it is not JSON."""
         try:
-            found = json.loads(self.text)
+            return json.loads(self.text)
         except (ValueError, RecursionError) as error:
             raise EvaluationError(f"{self.path}: is not JSON ({error}); download the set again") from None
+
+    def nested(self) -> dict[str, dict[str, Any]]:
+        """The file's one JSON object, whose values are objects. Raises EvaluationError where it is another."""
+        found = self._value()
         if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
             raise EvaluationError(f"{self.path}: is not an object of objects; compare it with the task's source")
         return found
 
     def elements(self, *names: str, **fields: type | tuple[type, ...]) -> Iterator[tuple[str, Row]]:
         """Objects of the list under `names` in the one JSON value of the file. Raises EvaluationError as `objects`."""
-        try:
-            found = json.loads(self.text)
-        except (ValueError, RecursionError) as error:
-            raise EvaluationError(f"{self.path}: is not JSON ({error}); download the set again") from None
+        found = self._value()
         for name in names:
             found = checked(str(self.path), found, **{name: list})[name]
         if not isinstance(found, list):

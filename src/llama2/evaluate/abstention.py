@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llama2.classify.training import calibration_error
+from llama2.classify.calibration import calibration_error
 
 #: The coverages whose accuracy is reported.
 COVERAGES = (1.0, 0.75, 0.5, 0.25, 0.1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llama2.errors import EvaluationError
-from llama2.evaluate.intervals import Z, standard_error
+from llama2.evaluate.intervals import Z, finite_fields, standard_error
 from llama2.evaluate.scores import read_record, read_samples, score
 
 #: The two-sided level of significance, and the power of the smallest difference.
@@ -52,10 +52,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Its fields; null for what is not finite."""
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(self).items()
-        }
+        return finite_fields(self)
 
 
 def compare(a: Mapping[str, float], b: Mapping[str, float], clusters: Mapping[str, str] | None = None) -> Comparison:

@@ -10,14 +10,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 #: The normal quantile of a two-sided interval of 95 %.
 Z = NormalDist().inv_cdf(0.975)
 #: Items below which a proportion's interval is Wilson's, as the normal approximation is poor.
 _FEW = 100
+
+
+def finite_fields(record: DataclassInstance) -> dict[str, Any]:
+    """A record's fields for JSON, which has no number that is not finite: null stands for it."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(record).items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +49,8 @@ class Interval:
     method: str
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields; null for what is not finite, for which JSON has no number."""
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(self).items()
-        }
+        """Its fields; null for what is not finite."""
+        return finite_fields(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Interval:

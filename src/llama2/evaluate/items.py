@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import datasets
 import lm_eval.tasks
@@ -178,19 +178,18 @@ class TaskPart:
         """The values of our own scorer; programs are executed on all processors."""
         scorer = _scorer(self.task)
 
-        def score(item: TaskItem) -> dict[str, Any]:
-            found = {text: scorer(text, item.row) for text in dict.fromkeys(item.instances[0].resps)}
-            return _over_samples([found[text] for text in item.instances[0].resps], self.task)
+        def score(item: TaskItem) -> dict[str, Any] | NotJudgedError:
+            return self._judged(item, scorer)
 
         if not self.task.executes:
-            return [self._judged(item, scorer) for item in items]
+            return [score(item) for item in items]
         names = [_outcome_key(self.task, item) for item in items]
         waiting = {name: item for name, item in zip(names, items, strict=True) if name not in store.found}
         pool = ThreadPoolExecutor(machine.processors())
         try:
             found = pool.map(score, waiting.values())
             for number, (name, values) in enumerate(zip(waiting, found, strict=True), 1):
-                store.add(name, values)
+                store.add(name, cast("dict[str, Any]", values))  # a program is always judged
                 progress(number, len(waiting))
         finally:
             pool.shutdown(cancel_futures=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import string
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from math import comb, exp
 from typing import Any
+
+from llama2.classify.references import overlap
 
 Row = Mapping[str, Any]
 
@@ -113,8 +114,7 @@ def f1(answer: str, gold: str) -> float:
     words, wanted = normalize(answer).split(), normalize(gold).split()
     if not words or not wanted:
         return float(words == wanted)
-    common = (Counter(words) & Counter(wanted)).total()
-    return 2 * common / (len(words) + len(wanted))
+    return overlap(words, wanted)
 
 
 def normalize(text: str) -> str:

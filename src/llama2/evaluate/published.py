@@ -78,7 +78,7 @@ def figures(column: str, shots: int) -> PublishedFigures | None:
         for index, name in enumerate(table["columns"]):
             if name == column:
                 row = found.setdefault(table["shots"][index] if "shots" in table else None, {})
-                scale = 100 if column.startswith("bold ") else 1
+                scale = table.get("scale", 1)
                 row |= {
                     model: scale * figures[index]
                     for model, figures in table["rows"].items()

@@ -258,7 +258,7 @@ def _scored(
     headline = task.headline if settings.protocol == "paper" else task.harness_metric
     metrics = _metrics(each, scored)
     column = task.published or task.name
-    lacking = {*task.groups} - {sample["by"] for sample in scored if task.by}
+    by = _by_group(each, scored, headline)
     return about | {
         "prompts": sha256("".join(sample["prompt"] for sample in samples).encode()).hexdigest(),
         "example": each.asked[0].prompt,
@@ -274,9 +274,9 @@ def _scored(
         "cut": finishes.count("length") if finishes else 0,
         "metric": headline,
         "metrics": metrics,
-        **_by_group(each, scored, headline),
+        **by,
         **_abstention(task, scored, headline),
-        "published": None if lacking else beside_published(column, part.shots, metrics[headline]["value"]),
+        "published": None if by.get("lacking") else beside_published(column, part.shots, metrics[headline]["value"]),
     }
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from llama2.evaluate.intervals import finite_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,7 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         """Its fields; null for what is not finite."""
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(self).items()
-        }
+        return finite_fields(self)
 
 
 def weights(q: int, kind: Literal["identity", "quadratic"]) -> NDArray[np.float64]:

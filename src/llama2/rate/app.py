@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def _file(path: Path) -> Any:
     return answer
 
 
-def serve(session: Session, port: int, started: Any) -> None:
+def serve(session: Session, port: int, started: Callable[[str], None]) -> None:
     """Run the page on loopback until it is stopped; `started` gets its address. Port 0 takes a free one."""
     import socket
 

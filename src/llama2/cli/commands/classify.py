@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from llama2.cli.options import Json, prompt, read_text
+from llama2.cli.options import Json, inputs
 from llama2.console import data, say
 
 if TYPE_CHECKING:
@@ -49,15 +49,11 @@ def refusal(texts: Texts = None, file: File = None, weights: Weights = None, as_
 def _judge(name: str, texts: list[str] | None, file: Path | None, weights: Path | None, *, as_json: bool) -> None:
     from llama2.classify.classifier import Classifier, bundled
 
-    inputs = list(texts or ())
-    if file is not None:
-        inputs += _lines(read_text(file))
-    elif not inputs:
-        inputs = _lines(prompt(["-"]))
+    given = inputs(texts, file)
     classifier = bundled(name) if weights is None else Classifier.open(weights)
     if classifier.name != name:
         raise typer.BadParameter(f"--weights {weights}: judges {classifier.name}, not {name}")
-    for text in inputs:
+    for text in given:
         found = classifier.judge(text)
         if as_json:
             data(json.dumps({"text": text, "label": found.label, **_rest(found)}, ensure_ascii=False))
@@ -69,10 +65,6 @@ def _judge(name: str, texts: list[str] | None, file: Path | None, weights: Path 
 
 def _rest(found: Verdict) -> dict[str, object]:
     return {"probabilities": found.probabilities, "reason": found.reason}
-
-
-def _lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]
 
 
 @group.command(epilog="Example: llama2 classify train refusal --data data --out refusal.npz")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llama2.cli.options import Json, ModelOptions, prompt, read_text
+from llama2.cli.options import Json, ModelOptions, inputs
 from llama2.console import data
 from llama2.engine.request import Pooling
 
@@ -32,20 +32,12 @@ def command(
 
     Prints a line of numbers for each input. Lines that are empty are left out.
     """
-    inputs = list(texts or ())
-    if file is not None:
-        inputs += _lines(read_text(file))
-    elif not inputs:
-        inputs = _lines(prompt(["-"]))
+    given = inputs(texts, file)
     with model.load() as loaded:
-        vectors = loaded.embed(inputs, pooling=pooling, normalise=normalise)
+        vectors = loaded.embed(given, pooling=pooling, normalise=normalise)
     if as_json:
         record = {"model": model.name, "pooling": pooling, "normalised": normalise, "embeddings": vectors.tolist()}
         data(json.dumps(record))
         return
     for vector in vectors:
         data(" ".join(map(str, vector)))
-
-
-def _lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]
