@@ -6,6 +6,8 @@ The items are drawn as `--limit` draws them, with the harness's own prompts. Eac
 - `transformers`: the harness's transformers backend on the F32 conversion, in float32.
 - `http`: the harness's local-completions, unmodified, against `llama2 serve` with the remote tokenizer.
 
+Each side's answers are kept beside the output, in FILE.answers, as they come. A run that was ended goes on from them.
+
 Log-likelihoods are compared pair by pair, accuracies item by item. Items on which they differ are listed with the
 margin between the two likeliest choices. Answers that differ are listed with the margin between the two tokens where
 they part.
@@ -23,6 +25,7 @@ have the batch size that was fastest on the first slice. Nothing else may run be
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -40,6 +43,7 @@ from typing import Any
 from provenance import provenance
 
 import llama2
+from llama2 import native
 from llama2.engine.answer import collect
 from llama2.engine.request import Request
 from llama2.evaluate import rows as sets
@@ -144,7 +148,7 @@ class Side:
     def __init__(self, name: str, model: str) -> None:
         command = [sys.executable, __file__, model, "--side", name]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
-        self.name = name
+        self.name, self.model = name, model
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -157,6 +161,19 @@ class Side:
             raise SystemExit(f"{self.name} ended with exit code {self.process.wait()}; its errors are above")
         found: dict[str, Any] = json.loads(line)
         return found
+
+    def kept(self, name: str, kind: str, requests: Sequence[Any], folder: Path) -> list[Any]:
+        """The answers to requests, from the folder if they are there."""
+        isa = "" if self.name.startswith("transformers") else native.module().isa
+        digest = hashlib.sha256(json.dumps([self.name, self.model, isa, kind, requests]).encode()).hexdigest()
+        path = folder / f"{self.name}-{name}-{digest[:12]}.json"
+        if not path.exists():
+            found, seconds = self.ask(kind, requests)
+            print(f"{self.name}: {name}, {len(requests)} requests in {seconds:.1f} s", file=sys.stderr)
+            folder.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found))
+        answers: list[Any] = json.loads(path.read_text())
+        return answers
 
     def ask(self, kind: str, requests: Sequence[Any], batch: int | None = None) -> tuple[list[Any], float]:
         """The answers to requests, and in how many seconds."""
@@ -265,16 +282,15 @@ def agreement(lm: Any, options: argparse.Namespace) -> dict[str, Any]:
     questions = drawn(lm, "gsm8k", options.data, options.answers)[1] if options.answers else []
     asked = [item.instances[0].args for item in questions]
     written: dict[str, list[str]] = {}
+    folder = options.output.with_suffix(".answers")
     for name, model in models.items():
         with side(name, model) as each:
             answers[name] = {}
             for task, (_, items) in chosen.items():
                 pairs = [instance.args for item in items for instance in item.instances]
-                answers[name][task], seconds = each.ask("loglikelihood", pairs)
-                print(f"{name}: {task}, {len(items)} items in {seconds:.1f} s", file=sys.stderr)
+                answers[name][task] = each.kept(task, "loglikelihood", pairs, folder)
             if asked and name in ("engine", "transformers"):
-                written[name], seconds = each.ask("generate_until", asked)
-                print(f"{name}: {len(asked)} answers in {seconds:.1f} s", file=sys.stderr)
+                written[name] = each.kept("gsm8k", "generate_until", asked, folder)
     rows: dict[str, Any] = {}
     for task, (inner, items) in chosen.items():
         ours = answers["engine"][task]

@@ -59,6 +59,8 @@ class HistoryRunner:
     So an answer is right only if every token was given once, at its position, in the sequence's own blocks.
     """
 
+    arithmetic = "none"
+
     def __init__(
         self, logits: Callable[[list[int]], NDArray[np.float32]], *, n_blocks: int = 8, context: int = 8 * BLOCK
     ) -> None:

@@ -97,6 +97,8 @@ class Driver:
 class DriverRunner:
     """NativeRunner without Python: the model of a driver."""
 
+    arithmetic = "native, of the driver"
+
     def __init__(self, driver: Driver, checkpoint: Checkpoint, n_blocks: int, threads: int) -> None:
         c = self.config = checkpoint.config
         self.n_blocks, self._driver = n_blocks, driver

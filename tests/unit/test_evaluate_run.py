@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import llama2
 from commands import typed
 from evaluations import QUESTIONS, arc_task, tiny_model, write_rows
 from llama2 import api
@@ -141,6 +142,11 @@ def test_another_run_is_not_continued(model: api.Model, data: Path, tmp_path: Pa
     ):
         with pytest.raises(EvaluationError, match=message):
             evaluate(model, [task], tmp_path, settings, resume=True)
+    with (
+        llama2.load(model.checkpoint.path, runner="numpy") as other,
+        pytest.raises(EvaluationError, match=r"other arithmetic: it was native, .+ and is numpy, float32;"),
+    ):
+        evaluate(other, [arc_task()], tmp_path, EvaluationSettings(data=data), resume=True)
 
 
 BAD = [

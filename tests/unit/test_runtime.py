@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import llama2
-from llama2 import Runtime
+from llama2 import Runtime, native
 from llama2.engine.runtime import RuntimeSettings
-from llama2.errors import RequestError
+from llama2.errors import EngineError, RequestError
 from models import write_tiny_gguf
 
 TASKS = Path("/proc/self/task")
@@ -57,6 +57,22 @@ def test_so_many_threads_compute(path: Path) -> None:
     assert threads(5) - threads(2) == 3
 
 
+def test_a_float16_cache_is_that_of_the_best_instruction_set_without_bfloat16(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLAMA2_ISA", raising=False)
+    best = next(isa for isa in native.supported() if isa != "avx512_bf16")
+    with llama2.load(path, cache_type="float16") as model:
+        assert model.engine.arithmetic == f"native, {best}"
+    with llama2.load(path) as model:
+        assert model.engine.arithmetic == f"native, {native.supported()[0]}"
+    monkeypatch.setattr(native, "supported", lambda: ["avx512_bf16", best])
+    assert native.module(cache_type="float16").isa == best
+    monkeypatch.setenv("LLAMA2_ISA", "avx512_bf16")
+    with pytest.raises(EngineError, match="avx512_bf16 caches in bfloat16; for float16, unset LLAMA2_ISA"):
+        native.module(cache_type="float16")
+
+
 def test_type_checkers_know_every_setting() -> None:
     assert get_type_hints(RuntimeSettings) == get_type_hints(Runtime)
 
@@ -67,6 +83,9 @@ def test_type_checkers_know_every_setting() -> None:
         ({"thread": 2}, "thread: unknown setting; did you mean threads?"),
         ({"colour": 2}, "colour: unknown setting; there are engine, runner, "),
         ({"engine": "vllm", "runner": "torch"}, "vLLM has settings of its own"),
+        ({"engine": "vllm", "cache_type": "float16"}, "cache_type are for our own engine"),
+        ({"runner": "numpy", "cache_type": "float16"}, "cache_type is for the native runner; that of numpy is"),
+        ({"cache_type": "int3"}, "cache_type='int3' must be auto or float16"),
         ({"engine": "other"}, "engine='other' must be llama2 or vllm"),
         ({"pipeline_parallel": 2}, 'need engine="vllm"'),
         ({"sequences": None}, "sequences=None must be a whole number"),

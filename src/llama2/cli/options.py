@@ -20,6 +20,7 @@ from llama2.cli.output import warn
 from llama2.engine.request import Request, Sampling
 from llama2.engine.runtime import Runtime
 from llama2.errors import Llama2Error, RequestError
+from llama2.native import CacheType
 
 if TYPE_CHECKING:
     from llama2.api import Model
@@ -107,7 +108,7 @@ class ModelOptions:
 
         return self.model or hub.DEFAULT
 
-    def load(self, *, sequences: int = 1, template: str | None = None) -> Model:
+    def load(self, *, sequences: int = 1, template: str | None = None, cache_type: CacheType = "auto") -> Model:
         """The model, ready for so many answers of the whole context at once; fetched first if need be."""
         if self.runner != "numpy":  # NumPy multiplies no matrices then, and its threads would only be in the way
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -121,6 +122,7 @@ class ModelOptions:
                 compile=self.compile,
                 context=self.context,
                 sequences=sequences,
+                cache_type=cache_type,
             ),
             tokenizer=self.tokenizer,
             template=template,

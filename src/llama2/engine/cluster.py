@@ -99,6 +99,7 @@ class ClusterEngine(EngineProtocol):
 
     runs_processors = False
     scores_continuations = False
+    arithmetic = "vllm"
 
     def __init__(
         self,

@@ -85,6 +85,7 @@ class Engine(EngineProtocol):
         max_sequences: int = MAX_SEQUENCES,
     ) -> None:
         self.runner = runner
+        self.arithmetic = runner.arithmetic
         self.tokenizer = tokenizer
         self.context = min(context or runner.config.context_length, runner.n_blocks * BLOCK)
         self.scheduler: Scheduler[RunningRequest] = Scheduler(

@@ -21,6 +21,7 @@ class EngineProtocol(Protocol):
     tokenizer: Tokenizer
     runs_processors: bool  # whether it takes requests that have some
     scores_continuations: bool  # likewise
+    arithmetic: str  # what the bits of an answer depend on, beside weights and request
 
     @property
     def busy(self) -> bool:

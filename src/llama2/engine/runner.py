@@ -36,6 +36,7 @@ class Runner(Protocol):
 
     config: ModelConfig
     n_blocks: int
+    arithmetic: str  # what the bits of logits depend on, beside weights and tokens
 
     def forward(self, batch: Batch, hidden: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Write keys and values of every token into its block, and return the logits of `outputs`: (M, V) float32.

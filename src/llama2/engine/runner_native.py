@@ -25,10 +25,17 @@ class NativeRunner(EndsInSection):
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, n_blocks: int, *, threads: int | None = None, isa: str | None = None
+        self,
+        checkpoint: Checkpoint,
+        n_blocks: int,
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+        cache_type: native.CacheType = "auto",
     ) -> None:
         c = checkpoint.config
-        module = self._allocate(c, n_blocks, threads, isa)
+        module = native.module(isa, cache_type=cache_type)
+        self._allocate(c, n_blocks, threads, module)
         for tensor in checkpoint.tensors.values():
             if len(tensor.shape) == 1 and not tensor.name.endswith(".bias"):
                 self._set(tensor, _in_float32(tensor), format="F32")
@@ -43,10 +50,10 @@ class NativeRunner(EndsInSection):
                 self._set(tensor, _in_float32(tensor), format="F32")
         self._model.check()
 
-    def _allocate(self, c: ModelConfig, n_blocks: int, threads: int | None, isa: str | None) -> ModuleType:
-        """Make the model, still without weights, and its cache; the extension module that it is of."""
+    def _allocate(self, c: ModelConfig, n_blocks: int, threads: int | None, module: ModuleType) -> None:
+        """Make the model, still without weights, and its cache."""
         self.config, self.n_blocks = c, n_blocks
-        module = native.module(isa)
+        self.arithmetic = f"native, {module.isa}"
         if module.block != BLOCK:
             raise EngineError("the native extension is of another version; reinstall with `pip install whole-llama`")
         shape = (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.hidden_dim, c.vocab_size, c.head_dim, c.context_length)
@@ -57,7 +64,6 @@ class NativeRunner(EndsInSection):
             self._model = module.Model(*shape, c.tied_embeddings, c.norm_eps, *rope, window, threads, n_blocks)
         except MemoryError:
             raise cache_too_large(n_blocks) from None
-        return module
 
     def _set(
         self, tensor: Tensor, data: NDArray[np.uint8], name: str | None = None, *, format: str | None = None
@@ -113,7 +119,7 @@ class LiveNativeRunner(NativeRunner):
         isa: str | None = None,
     ) -> None:
         """Raises EngineError for a tensor that is missing, unknown, or of another shape or format."""
-        self._allocate(config, n_blocks, threads, isa)
+        self._allocate(config, n_blocks, threads, native.module(isa))
         self._weights = weights
         self.weights_changed()
 

@@ -56,6 +56,8 @@ def attend(q: Floats, k: Floats, v: Floats, positions: NDArray[np.int32], window
 class NumpyRunner:
     """A Runner over dequantized float32 weights: 4 bytes a parameter, and 8 * K * E a layer and position of cache."""
 
+    arithmetic = "numpy, float32"
+
     def __init__(self, checkpoint: Checkpoint, n_blocks: int) -> None:
         c = self.config = checkpoint.config
         self.n_blocks = n_blocks

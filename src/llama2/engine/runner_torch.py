@@ -126,6 +126,7 @@ class TorchRunner(EndsInSection):
         """Make the cache, of the weights' device and number format. `config` is the whole network's."""
         self.model, self.config, self.n_blocks = model, config, n_blocks
         self.device, dtype = model.norm.weight.device, model.norm.weight.dtype
+        self.arithmetic = f"torch, {str(dtype).removeprefix('torch.')} on {self.device.type}"
         self._process = os.getpid()
         c = model.config  # of the part that is here
         try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypedDict, get_type_hints
 
 from llama2.engine.request import flag, index, shown, whole
 from llama2.errors import ContextError, EngineError, RequestError
+from llama2.native import CacheType
 
 if TYPE_CHECKING:
     from llama2.checkpoint import Checkpoint
@@ -31,6 +32,11 @@ class Runtime:
     threads: Annotated[int | None, "Threads that compute."] = None  # None: every core
     context: Annotated[int | None, "Tokens of prompt and answer together."] = None  # None: the model's own
     sequences: Annotated[int, "Requests of the whole context that the cache holds; it holds more shorter ones."] = 1
+    cache_type: Annotated[
+        CacheType,
+        "Numbers in the cache of the native runner: what runs fastest here, or float16, which is nearer to float32 "
+        "than the bfloat16 of some processors.",
+    ] = "auto"
     cache_bytes: Annotated[int | None, "Bytes of the cache at most; one whole context fits in any case."] = None
     tensor_parallel: Annotated[int, "With vLLM: processes that share each layer."] = 1
     pipeline_parallel: Annotated[int, "With vLLM: groups of processes that share the layers."] = 1
@@ -45,9 +51,13 @@ class Runtime:
             raise RequestError(f"engine={shown(self.engine)} must be llama2 or vllm")
         if self.runner not in ("native", "numpy", "torch"):
             raise RequestError(f"runner={shown(self.runner)} must be native, numpy or torch")
+        if self.cache_type not in ("auto", "float16"):
+            raise RequestError(f"cache_type={shown(self.cache_type)} must be auto or float16")
         if self.engine == "vllm":
-            if self.runner != "native" or self.compile or self.threads is not None:
-                raise RequestError("runner, compile and threads are for our own engine; vLLM has settings of its own")
+            if self.runner != "native" or self.compile or self.threads is not None or self.cache_type != "auto":
+                raise RequestError(
+                    "runner, compile, threads and cache_type are for our own engine; vLLM has settings of its own"
+                )
             return
         if (self.tensor_parallel, self.pipeline_parallel) != (1, 1):
             raise RequestError('tensor_parallel and pipeline_parallel need engine="vllm"')
@@ -57,6 +67,8 @@ class Runtime:
             raise RequestError(
                 f"threads: the {self.runner} runner leaves them to its library; set OMP_NUM_THREADS instead"
             )
+        if self.cache_type != "auto" and self.runner != "native":
+            raise RequestError(f"cache_type is for the native runner; that of {self.runner} is of its weights' type")
 
     @classmethod
     def meaning(cls, field: str) -> str:
@@ -74,6 +86,7 @@ class RuntimeSettings(TypedDict, total=False):
     threads: int | None
     context: int | None
     sequences: int
+    cache_type: CacheType
     cache_bytes: int | None
     tensor_parallel: int
     pipeline_parallel: int
@@ -125,7 +138,7 @@ def _runner(checkpoint: Checkpoint, runtime: Runtime, blocks: int) -> Runner:
     if runtime.runner == "native":
         from llama2.engine.runner_native import NativeRunner
 
-        return NativeRunner(checkpoint, blocks, threads=runtime.threads)
+        return NativeRunner(checkpoint, blocks, threads=runtime.threads, cache_type=runtime.cache_type)
     if runtime.runner == "numpy":
         from llama2.engine.runner_numpy import NumpyRunner
 

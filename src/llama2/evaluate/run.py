@@ -155,6 +155,7 @@ def _recipe(
         "adapters": [adapter.summary() for adapter in model.checkpoint.adapters],
         "tokenizer_mode": model.checkpoint.tokenizer_mode,
         "context": model.engine.context,
+        "arithmetic": model.engine.arithmetic,
         "protocol": settings.protocol,
         "limit": settings.limit,
         "seed": settings.seed,

@@ -10,9 +10,14 @@ import os
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Literal
 
 from llama2.errors import EngineError
 from llama2.machine import processors
+
+CacheType = Literal["auto", "float16"]
+#: Instruction sets that cache keys and values in bfloat16 (decision 7).
+_CACHES_BFLOAT16 = ("avx512_bf16",)
 
 
 def supported() -> list[str]:
@@ -30,12 +35,20 @@ def _load(isa: str) -> ModuleType:
     return import_module(f"llama2.native._native_{isa}")
 
 
-def module(isa: str | None = None) -> ModuleType:
-    """The extension module for `isa`, by default `LLAMA2_ISA` or the best. EngineError for one that cannot run."""
+def module(isa: str | None = None, *, cache_type: CacheType = "auto") -> ModuleType:
+    """The extension module for `isa`, by default `LLAMA2_ISA`, or the best one with this type of cache.
+
+    Raises EngineError for one that cannot run, or whose cache is of another type.
+    """
     names = supported()
-    isa = isa or os.environ.get("LLAMA2_ISA") or names[0]
-    if isa not in names:
+    isa = isa or os.environ.get("LLAMA2_ISA")
+    if isa and isa not in names:
         raise EngineError(f"instruction set {isa!r} does not run here; LLAMA2_ISA may be one of {', '.join(names)}")
+    if cache_type == "float16":
+        if isa in _CACHES_BFLOAT16:
+            raise EngineError(f"instruction set {isa} caches in bfloat16; for float16, unset LLAMA2_ISA")
+        names = [name for name in names if name not in _CACHES_BFLOAT16]
+    isa = isa or names[0]
     return _load(isa)
 
 

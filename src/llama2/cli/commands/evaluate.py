@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from llama2.cli.options import Json, ModelOptions
 from llama2.cli.progress import Bar
 from llama2.console import data as print_data
 from llama2.console import say
+from llama2.native import CacheType
 
 if TYPE_CHECKING:
     from llama2.evaluate.task import EvaluationTask
@@ -151,13 +153,18 @@ def command(*, model: EvaluatedModel, tasks: TaskOptions, run: EvaluationRunOpti
         in_flight=run.batch,
         corpus=run.corpus,
     )
-    with model.load(sequences=_SEQUENCES) as loaded:
+    with model.load(sequences=_SEQUENCES, cache_type=_cache_type(model)) as loaded:
         try:
             record = evaluate(loaded, chosen, folder, settings, resume=run.resume, progress=Bar())
         except KeyboardInterrupt:
             say(f"\nllama2: stopped; the same command with --resume goes on in {folder}", file=sys.stderr)
             raise
     _report(record, folder, run, as_json=as_json)
+
+
+def _cache_type(model: ModelOptions) -> CacheType:
+    """float16, by which figures are nearer to others' and the same on more processors, unless `LLAMA2_ISA` is set."""
+    return "auto" if model.runner != "native" or os.environ.get("LLAMA2_ISA") else "float16"
 
 
 def _report(record: dict[str, Any], folder: Path, run: EvaluationRunOptions, *, as_json: bool) -> None:
