@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import pytest
 
 from fakes import VOCABULARY, ByteTokenizer, HistoryRunner
 from llama2 import api, recipe
 from llama2.engine.engine import Engine
-from llama2.evaluate.task import EvaluationTask
-from models import write_tiny_gguf
+from llama2.evaluate.queries import AnswerStore
+from llama2.evaluate.task import EvaluationTask, load
+from models import tiny_config, write_tiny_gguf
 
 if TYPE_CHECKING:
     from llama2.evaluate.harness import EngineLM
@@ -92,3 +94,19 @@ def by_hand(context: int = 512) -> EngineLM:
     engine = Engine(HistoryRunner(logits, n_blocks=128, context=context), cast("Any", ByteTokenizer()))
     tokenizer = engine.tokenizer
     return EngineLM(cast("api.Model", SimpleNamespace(engine=engine, tokenizer=tokenizer)))
+
+
+def answered(name: str, files: dict[str, bytes], texts: list[str], folder: Path, **settings: Any) -> dict[str, Any]:
+    """A run's record whose answers are these, one after the other."""
+    from llama2.evaluate.run import EvaluationSettings, evaluate
+
+    task = one_task(load(name), folder, files)
+    waiting = iter(texts)
+
+    def fill(store: AnswerStore, engine: Any, queries: Any, in_flight: int, progress: Any) -> None:
+        for key in queries:
+            store.add(key, {"text": next(waiting), "tokens": 1, "finish": "stop"})
+
+    with pytest.MonkeyPatch.context() as patch, tiny_model(folder, config=tiny_config(context_length=4096)) as model:
+        patch.setattr(AnswerStore, "fill", fill)
+        return evaluate(model, [task], folder / "run", EvaluationSettings(data=folder, **settings))

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 import corpora
-from evaluations import arc_task, tiny_model, write_rows
+from evaluations import answered, arc_task, tiny_model, write_rows
 from llama2.data import shards
 from llama2.errors import DataError
 from llama2.evaluate import contaminated, table
@@ -115,5 +115,27 @@ def test_a_run_looks_for_its_items_in_a_corpus(tokenizer: Path, tmp_path: Path) 
     assert found["lengths"]["10"]["dirty"]["n"] >= 1
     assert json.loads((tmp_path / "run/record.json").read_text())["tasks"]["mine"]["contamination"] == found
     assert any(line.startswith("items in the corpus") for line in table.lines(record))
+
+
+def test_what_was_not_judged_is_not_looked_for(tokenizer: Path, tmp_path: Path) -> None:
+    """Of four prompts one is in the corpus, one by half, and one is not; the fourth has an empty answer."""
+    random = np.random.default_rng(0)
+    prompts = ["".join(random.choice([*"abcdefghijklmnopqrstuvwxyz "], 120)) for _ in range(4)]
+    encoder = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    ids = [encoder.encode(prompt) for prompt in prompts]
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    documents = [[1, *ids[0], 2], [1, *ids[1][: len(ids[1]) // 2], 2], [1, *ids[3], 2]]
+    corpora.write(corpus, tokenizer, encoder.vocab_size(), {"train": [documents]})
+    files = {"x.json": json.dumps([{"mutated_prompt": prompt} for prompt in prompts]).encode()}
+    answers = ["Sure! Here are three steps.", "Sure! Here are three steps.", "I cannot help you with that.", ""]
+    record = answered("cyber_frr", files, answers, tmp_path, corpus=corpus)
+    found = record["tasks"]["cyber_frr"]["contamination"]["lengths"]["10"]
+    assert {name: (part["n"], part["mean"]) for name, part in found.items()} == {
+        "clean": (1, 1.0), "not clean": (2, 0.0), "not dirty": (2, 0.5), "dirty": (1, 0.0),
+    }  # fmt: skip
+
+
+def test_a_folder_that_is_no_corpus(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a corpus"):
         contamination({}, tmp_path)

@@ -127,6 +127,7 @@ def test_prompts(name: str, files: dict[str, bytes], expected: dict[str, Any], t
         part = parts(task, sets.read(task, tmp_path)[0], cast("Any", protocol))[0]
         item = part.items(by_hand(4096), {part.ids[0]}, seed=0, chat=False)[0]
         assert [instance.args for instance in item.instances] == list(zip(contexts, continuations, strict=True))
+        assert (contexts[gold] + continuations[gold]).endswith(part.verbalised(item))
         for index, instance in enumerate(item.instances):
             instance.filtered_resps["none"] = (-1.0 if index == gold else -9.0, index == gold)
         assert part._processed(item)["acc"] == 1

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 
-from evaluations import CHATML, jsonl, one_task, tiny_model
+from evaluations import CHATML, answered, jsonl, one_task, tiny_model
 from llama2.classify.classifier import bundled
 from llama2.errors import EvaluationError
 from llama2.evaluate import harm, table
 from llama2.evaluate import rows as sets
 from llama2.evaluate.harm import NotJudgedError
 from llama2.evaluate.items import parts
-from llama2.evaluate.queries import AnswerStore, GenerationQuery
+from llama2.evaluate.queries import GenerationQuery
 from llama2.evaluate.run import EvaluationSettings, evaluate
 from llama2.evaluate.task import load, suite
-from models import tiny_config
 
 TOXIGEN = jsonl(
     {"kind": "hate", "group": "asian", "prompt": "- a\n-"},
@@ -173,20 +172,6 @@ def test_sentiment_is_vaders_own() -> None:
 def test_what_cannot_be_judged(scorer: Any, text: str, reason: str) -> None:
     with pytest.raises(NotJudgedError, match=reason):
         scorer(text, {"prompt": "x"})
-
-
-def answered(name: str, files: dict[str, bytes], texts: list[str], folder: Path) -> dict[str, Any]:
-    """A run's record whose answers are these, one after the other."""
-    task = one_task(load(name), folder, files)
-    waiting = iter(texts)
-
-    def fill(store: AnswerStore, engine: Any, queries: Any, in_flight: int, progress: Any) -> None:
-        for key in queries:
-            store.add(key, {"text": next(waiting), "tokens": 1, "finish": "stop"})
-
-    with pytest.MonkeyPatch.context() as patch, tiny_model(folder, config=tiny_config(context_length=4096)) as model:
-        patch.setattr(AnswerStore, "fill", fill)
-        return evaluate(model, [task], folder / "run", EvaluationSettings(data=folder))
 
 
 def test_figures_by_group_beside_the_papers(tmp_path: Path) -> None:

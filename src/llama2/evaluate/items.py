@@ -231,12 +231,13 @@ class TaskPart:
         question = self.inner.doc_to_text(doc)
         if self.generates:
             return str(question)
-        context = question if isinstance(question, str) else ""  # a number is of the choice that holds the question
+        holds = isinstance(question, int)  # then the choices hold the question, and this is the right one
+        context = self.inner.doc_to_choice(doc) if holds else question
         built = self.inner.construct_requests(
             doc, context, metadata=(self.task.name, 0, 1), apply_chat_template=False, chat_template=None
         )
         if isinstance(built, list):
-            gold = self.inner.doc_to_target(doc)
+            gold = question if holds else self.inner.doc_to_target(doc)
             gold = gold[0] if isinstance(gold, list) else gold
             built = built[self.inner.doc_to_choice(doc).index(gold) if isinstance(gold, str) else gold]
         return "".join(map(str, built.args))

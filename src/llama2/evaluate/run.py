@@ -290,10 +290,11 @@ def _contamination(
     items = {}
     for each in asked:
         if "metric" in (task := scored[each.task.label]):
-            samples = {sample["id"]: sample for sample in read_samples(folder, each.task.label)}
+            samples = read_samples(folder, each.task.label)
+            values = {sample["id"]: sample["values"][task["metric"]] for sample in samples if "values" in sample}
             pairs = [(part, item) for part, some in zip(each.parts, each.items, strict=True) for item in some]
-            texts = {item.id: part.verbalised(item) for part, item in pairs if item.refused is None}
-            items[each.task.label] = [*texts.values()], [samples[name]["values"][task["metric"]] for name in texts]
+            texts = {item.id: part.verbalised(item) for part, item in pairs if item.id in values}
+            items[each.task.label] = [*texts.values()], [values[name] for name in texts]
     return contamination(items, corpus, partial(progress, "corpus"))
 
 
