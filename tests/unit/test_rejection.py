@@ -26,7 +26,7 @@ from llama2.checkpoint import SCORE_HEAD, Tensor, hf_folder
 from llama2.data import comparisons, dialogs
 from llama2.data import prompts as prompt_files
 from llama2.data.prompts import PromptReport, PromptSettings
-from llama2.errors import DataError, RecipeError
+from llama2.errors import DataError, RecipeError, RequestError
 from models import tiny_config, write_tiny_gguf
 
 PROMPTS = [{"prompt": "one"}, {"prompt": "two", "safety": True}, {"messages": [{"role": "user", "content": "three"}]}]
@@ -387,6 +387,8 @@ def test_the_command(
     with llama2.load(reward_model) as model:
         dialogs_of = [[*messages[s["prompt"]], {"role": "assistant", "content": s["answer"].strip()}] for s in samples]
         scores = score(model, dialogs_of, neutralise=True)
+        with pytest.raises(RequestError, match="this is a reward model, which scores answers and writes none"):
+            model.generate([1])
     assert report["rounds"]["v0"]["curve"][0]["maximum"] == pytest.approx((1 / (1 + np.exp(-scores))).mean())
 
     code, out, error = typed(capsys, "reject", "mine.toml")

@@ -25,7 +25,7 @@ from llama2.engine.runner import BLOCK, Batch, LiveRunner, Runner
 from llama2.engine.sampling import Sampler
 from llama2.engine.scheduler import MAX_PREFILL_TOKENS, MAX_SEQUENCES, Scheduler, Sequence, blocks_for
 from llama2.engine.stop import AnswerText
-from llama2.errors import EngineError, Llama2Error
+from llama2.errors import EngineError, Llama2Error, RequestError
 from llama2.text.tokenizer import Tokenizer
 
 
@@ -83,8 +83,11 @@ class Engine(EngineProtocol):
         max_batch_tokens: int = 512,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         max_sequences: int = MAX_SEQUENCES,
+        generates: bool = True,
     ) -> None:
+        """`generates` is False for a reward model, whose output head says nothing."""
         self.runner = runner
+        self.generates = generates
         self.arithmetic = runner.arithmetic
         self.tokenizer = tokenizer
         self.context = min(context or runner.config.context_length, runner.n_blocks * BLOCK)
@@ -185,6 +188,10 @@ class Engine(EngineProtocol):
     def _prepare(self, request: Request) -> RunningRequest:
         length = len(request.prompt)
         answer = answer_limit(request, self.context, self.runner.config.vocab_size)
+        if answer and not self.generates:
+            raise RequestError(
+                "this is a reward model, which scores answers and writes none; ask it with `llama2 reward score`"
+            )
         tokens = np.empty(length + answer, np.int32)
         tokens[:length] = request.prompt
         block_hashes: list[bytes] = []

@@ -105,6 +105,7 @@ def start(checkpoint: Checkpoint, runtime: Runtime) -> EngineProtocol:
         )
     if runtime.engine == "vllm":
         return _vllm(checkpoint, runtime, context)
+    from llama2.checkpoint import SCORE_HEAD
     from llama2.engine.engine import Engine
     from llama2.engine.runner import BLOCK
     from llama2.engine.scheduler import blocks_for
@@ -113,7 +114,8 @@ def start(checkpoint: Checkpoint, runtime: Runtime) -> EngineProtocol:
     blocks = runtime.sequences * least
     if runtime.cache_bytes is not None:
         blocks = min(blocks, max(least, runtime.cache_bytes // checkpoint.config.cache_bytes(BLOCK)))
-    return Engine(_runner(checkpoint, runtime, blocks), checkpoint.tokenizer, context=context)
+    generates = SCORE_HEAD not in checkpoint.extras
+    return Engine(_runner(checkpoint, runtime, blocks), checkpoint.tokenizer, context=context, generates=generates)
 
 
 def _vllm(checkpoint: Checkpoint, runtime: Runtime, context: int) -> EngineProtocol:
