@@ -37,6 +37,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def backend(side: str, model: str, stack: ExitStack) -> Any:
         )
     from llama2.evaluate.harness import EngineLM
 
-    return EngineLM(stack.enter_context(llama2.load(model, sequences=4)))
+    return EngineLM(stack.enter_context(llama2.load(model, sequences=4, cache_type="float16")))
 
 
 def unshared(lm: Any, pairs: Pairs) -> list[tuple[float, bool]]:
@@ -164,7 +165,7 @@ class Side:
 
     def kept(self, name: str, kind: str, requests: Sequence[Any], folder: Path) -> list[Any]:
         """The answers to requests, from the folder if they are there."""
-        isa = "" if self.name.startswith("transformers") else native.module().isa
+        isa = "" if self.name.startswith("transformers") else native.module(cache_type="float16").isa
         digest = hashlib.sha256(json.dumps([self.name, self.model, isa, kind, requests]).encode()).hexdigest()
         path = folder / f"{self.name}-{name}-{digest[:12]}.json"
         if not path.exists():
@@ -314,7 +315,9 @@ def speed(lm: Any, options: argparse.Namespace) -> dict[str, Any]:
         sides = {name: stack.enter_context(side(name, model)) for name, model in models.items()}
         for task in ("mmlu", "hellaswag"):
             _, items = drawn(lm, task, options.data, options.speed)
-            slices = [items[i::SLICES] for i in range(SLICES) if items[i::SLICES]]
+            # Neighbours stay together, as in a whole run: they may have examples in common.
+            cuts = [i * len(items) // SLICES for i in range(SLICES + 1)]
+            slices = [items[a:b] for a, b in pairwise(cuts) if a < b]
             asked = [[instance.args for item in some for instance in item.instances] for some in slices]
             first = asked[0][:40]
             batches = {
@@ -388,7 +391,7 @@ def main() -> None:
         parser.error("--data and --output are needed")
     from llama2.evaluate.harness import EngineLM
 
-    with llama2.load(options.model, sequences=4) as model:
+    with llama2.load(options.model, sequences=4, cache_type="float16") as model:
         lm = EngineLM(model)
         found = {"provenance": provenance(), "agreement": agreement(lm, options)}
         found["speed"] = speed(lm, options) if options.speed else {}
