@@ -62,6 +62,7 @@ class Checked:
 
     def __post_init__(self) -> None:
         self.config, self.n_blocks, self.steps = self.runner.config, self.runner.n_blocks, 0
+        self.arithmetic = self.runner.arithmetic
 
     def forward(self, batch: Batch, hidden: None = None) -> NDArray[np.float32]:
         assert self.engine
