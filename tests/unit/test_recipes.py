@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama2 import recipe as recipes
+from llama2.align.ppo_recipe import PpoRecipe
 from llama2.align.rejection_settings import RejectionRecipe
 from llama2.align.reward_recipe import RewardRecipe
 from llama2.config import ModelConfig
@@ -20,6 +21,8 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 def kind(path: Path) -> type[Settings]:
     if path.parent.name == "data":
         return BuildRecipe
+    if path.stem == "ppo":
+        return PpoRecipe
     if path.stem == "reject":
         return RejectionRecipe
     if path.stem.startswith("reward-"):

@@ -21,6 +21,7 @@ from llama2.align import best_of_curves, drawing, selection
 from llama2.align.judging import Judged, Scorer, judge
 from llama2.align.order_statistics import kl_bound
 from llama2.align.rejection_settings import RejectionRecipe
+from llama2.align.scorers import runtime_of
 from llama2.align.selection import SelectionReport
 from llama2.align.store import Policy, SampleStore, StoredSample
 from llama2.api import Model
@@ -28,7 +29,6 @@ from llama2.checkpoint import identity
 from llama2.data import prompts as prompt_files
 from llama2.data.prompts import PromptReport, TaggedPrompt
 from llama2.engine.request import Request
-from llama2.engine.runtime import Runtime
 from llama2.errors import DataError, RecipeError
 from llama2.hub.progress import Progress
 
@@ -104,9 +104,7 @@ class _Rejection:
     def round(self, name: str) -> dict[str, Any]:
         """Draw and judge a round's answers, at its best temperature. Returns them in numbers."""
         recipe = self.recipe
-        options = recipe.runtime
-        runtime = Runtime(threads=options.threads, context=options.context, sequences=options.sequences)
-        with api.load(recipe.models[name], runtime) as model:
+        with api.load(recipe.models[name], runtime_of(recipe.runtime)) as model:
             report, given = PromptReport(), [*self.prompts.values()]
             requests = drawing.render(model, given, recipe.max_tokens, skip_bad=recipe.prompts.skip_bad, report=report)
             if not requests:
