@@ -57,10 +57,8 @@ def answers(
     """The recipe's answers of a model to each prompt; those that the store does not have are drawn."""
     digest = identity.digest(model.checkpoint)
     policy = Policy(digest, recipe.temperature or 1.0, recipe.top_p, recipe.max_tokens, recipe.seed)
-    requests = drawing.render(model, prompts, recipe.max_tokens, skip_bad=False, report=PromptReport())
-    todo = [*drawing.missing(store, requests, policy, recipe.samples)]
-    drawing.draw(model, store, requests, policy, todo, round=name, progress=Bar())
-    return [[store.drawn[prompt.id, policy, k] for k in range(recipe.samples)] for prompt in prompts]
+    drawn = drawing.answers(model, store, prompts, policy, recipe.samples, round=name, progress=Bar())
+    return [drawn[prompt.id] for prompt in prompts]
 
 
 def judged(

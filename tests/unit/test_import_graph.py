@@ -62,6 +62,7 @@ TORCH = (
     "llama2.align.experience",
     "llama2.align.handover",
     "llama2.align.watching",
+    "llama2.align.gatt_attention",
     "llama2.align.ppo",
 )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama2 import recipe as recipes
+from llama2.align.gatt_settings import GattRecipe
 from llama2.align.ppo_recipe import PpoRecipe
 from llama2.align.rejection_settings import RejectionRecipe
 from llama2.align.reward_recipe import RewardRecipe
@@ -21,10 +22,8 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 def kind(path: Path) -> type[Settings]:
     if path.parent.name == "data":
         return BuildRecipe
-    if path.stem == "ppo":
-        return PpoRecipe
-    if path.stem == "reject":
-        return RejectionRecipe
+    if path.stem in (kinds := {"ppo": PpoRecipe, "reject": RejectionRecipe, "gatt": GattRecipe}):
+        return kinds[path.stem]
     if path.stem.startswith("reward-"):
         return RewardRecipe
     return SftRecipe if path.stem.endswith("-sft") else PretrainRecipe
