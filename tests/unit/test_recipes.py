@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama2 import recipe as recipes
+from llama2.align.distillation_settings import DistilRecipe
 from llama2.align.gatt_settings import GattRecipe
 from llama2.align.ppo_recipe import PpoRecipe
 from llama2.align.rejection_settings import RejectionRecipe
@@ -22,7 +23,9 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 def kind(path: Path) -> type[Settings]:
     if path.parent.name == "data":
         return BuildRecipe
-    if path.stem in (kinds := {"ppo": PpoRecipe, "reject": RejectionRecipe, "gatt": GattRecipe}):
+    if path.stem in (
+        kinds := {"ppo": PpoRecipe, "reject": RejectionRecipe, "gatt": GattRecipe, "distil": DistilRecipe}
+    ):
         return kinds[path.stem]
     if path.stem.startswith("reward-"):
         return RewardRecipe
