@@ -14,7 +14,7 @@ import pytest
 import llama2
 from commands import typed
 from llama2 import checkpoint
-from llama2.align import distillation, gatt, ppo, rejection, rounds, selection
+from llama2.align import distillation, gatt, ppo, rejection, rounds
 from llama2.checkpoint import SCORE_HEAD, Tensor, hf_folder
 from llama2.cli.main import run
 from llama2.train import sft
@@ -39,9 +39,9 @@ ppo = true
     "reject.toml": 'samples = 2\ntemperature = 1.0\nmax_tokens = 6\n'
     'cut = "keep"\nplots = false\n[models]\nx = "other"\n'
     '[prompts]\nfiles = ["prompts.jsonl"]\nheld_out = 3\n[rewards]\nhelpful = "helpful"\nsafety = "safety"\n',
-    "gatt.toml": 'model = "other"\ndialogs = 3\nmax_turns = 2\nsamples = 2\nmax_tokens = 6\n[prompts]\n'
+    "gatt.toml": 'model = "other"\ndialogs = 3\nmax_turns = 2\nsamples = 2\nmax_tokens = 6\ncut = "keep"\n[prompts]\n'
     'files = ["prompts.jsonl"]\n[instructions]\nverifiable = ["no comma"]\nterse = 0.0\n',
-    "distil.toml": 'model = "other"\nsamples = 1\nmax_tokens = 6\ngate = false\n'
+    "distil.toml": 'model = "other"\nsamples = 1\nmax_tokens = 6\ncut = "keep"\ngate = false\n'
     'generic = ["Be {adjective}."]\nplace = "user"\n'
     '[prompts]\nsafety_files = ["risky.jsonl"]\n[rewards]\nsafety = "safety"\n',
     "ppo.toml": 'start = "other"\nprecision = "fp32"\niterations = 2\nrollouts = 4\nmax_tokens = 6\n[prompts]\n'
@@ -77,7 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Path:
-    """A working folder; answers that were cut may be chosen, since a tiny model does not end its own."""
+    """A working folder. Answers that were cut may be chosen, since a tiny model does not end its own."""
     monkeypatch.chdir(tmp_path)
     for path in models.iterdir():
         (tmp_path / path.name).symlink_to(path, target_is_directory=path.is_dir())
@@ -87,12 +87,6 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thr
     (tmp_path / "risky.jsonl").write_text("".join(json.dumps({"prompt": f"risk {i}"}) + "\n" for i in range(2)))
     dialogs = [{"prompt": f"say {word}", "completion": word} for word in ("bat", "tea", "oar")]
     (tmp_path / "dialogs.jsonl").write_text("".join(json.dumps(dialog) + "\n" for dialog in dialogs))
-    real = selection.candidates
-
-    def candidates(group: Any, *, keep_cut: bool, report: Any) -> Any:
-        return real(group, keep_cut=True, report=report)
-
-    monkeypatch.setattr(selection, "candidates", candidates)
     return tmp_path
 
 

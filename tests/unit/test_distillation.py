@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama2 import recipe as recipes
-from llama2.align import distillation, selection
+from llama2.align import distillation
 from llama2.align.distillation_settings import DistilRecipe
 from llama2.data.prompts import PromptReport
 from llama2.errors import DataError, RecipeError
@@ -45,14 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Prompts; and answers that were cut may be kept, since a tiny model does not end its own."""
     monkeypatch.chdir(tmp_path)
-    real = selection.candidates
-
-    def candidates(group: Any, *, keep_cut: bool, report: Any) -> Any:
-        return real(group, keep_cut=True, report=report)
-
-    monkeypatch.setattr(selection, "candidates", candidates)
     rows = [{"prompt": f"risk {i}"} for i in range(6)] + [
         {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]}
     ]
@@ -69,6 +62,7 @@ def recipe_of(model: Path, *settings: str) -> DistilRecipe:
         "templates": {"fraud": {"files": ["fraud.jsonl"], "risk": "theft", "steps": ["Stop.", "Help."]}},
         "rewards": {"safety": "a reward model"},
         "max_tokens": 8,
+        "cut": "keep",
         "runtime": {"threads": 1, "context": 1024},
     }
     return recipes.make(table, DistilRecipe, settings, where="test")

@@ -49,6 +49,7 @@ def recipe_of(model: Path, *settings: str) -> GattRecipe:
         "max_turns": 3,
         "samples": 3,
         "max_tokens": 6,
+        "cut": "keep",
         "instructions": {"verifiable": ["no comma"], "terse": 0.0},
         "probe": {"dialogs": 4, "turns": [2, 3], "instructions": ["no comma", "harbour"]},
         "runtime": {"threads": 1, "context": 512},
@@ -65,18 +66,6 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
-def whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny model does not end its answers; here one that was cut may be chosen."""
-    from llama2.align import selection
-
-    real = selection.candidates
-    monkeypatch.setattr(
-        selection, "candidates", lambda group, *, keep_cut, report: real(group, keep_cut=True, report=report)
-    )
-
-
-@pytest.mark.usefixtures("whole_answers")
 def test_the_instruction_is_at_every_turn_where_answers_are_drawn_and_once_in_the_data(
     place: Path, model: Path
 ) -> None:
@@ -103,7 +92,6 @@ def test_the_instruction_is_at_every_turn_where_answers_are_drawn_and_once_in_th
         assert record["messages"][0]["content"].startswith(f"{text}\n\nquestion ")
 
 
-@pytest.mark.usefixtures("whole_answers")
 def test_only_the_last_answer_has_a_loss(place: Path, model: Path) -> None:
     make(recipe_of(model))
     with checkpoint.open(model) as opened:
@@ -115,7 +103,6 @@ def test_only_the_last_answer_has_a_loss(place: Path, model: Path) -> None:
             assert opened.tokenizer.decode(example.tokens[start:end].tolist()).strip() == last
 
 
-@pytest.mark.usefixtures("whole_answers")
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(place: Path, model: Path) -> None:
     make(recipe_of(model))
     whole = [(place / name).read_bytes() for name in ("gatt-samples/samples.jsonl", "gatt/gatt.jsonl")]
@@ -256,10 +243,9 @@ def test_bad_settings_are_one_line(setting: str, message: str, model: Path) -> N
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.usefixtures("whole_answers")
 def test_the_commands(place: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "mine.toml").write_text(
-        f'model = "{model}"\ndialogs = 3\nmax_turns = 2\nsamples = 2\nmax_tokens = 5\n'
+        f'model = "{model}"\ndialogs = 3\nmax_turns = 2\nsamples = 2\nmax_tokens = 5\ncut = "keep"\n'
         '[prompts]\nfiles = ["prompts.jsonl"]\n'
         'held_out = 4\n[instructions]\nverifiable = ["no comma"]\n'
         "[probe]\ndialogs = 2\nturns = [2]\n[runtime]\ncontext = 512\n"

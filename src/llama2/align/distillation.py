@@ -178,7 +178,7 @@ def _write(
     kept, report, left_out = [], SelectionReport(), Counter[str]()
     for id, original in originals.items():
         group = [replace(each, reward=each.rewards["safety"]) for _, each in groups.get(id, [])]
-        ordered = selection.candidates(group, keep_cut=False, report=report)
+        ordered = selection.candidates(group, keep_cut=recipe.cut == "keep", report=report)
         if not ordered:
             left_out["every answer is empty or was cut"] += 1
             continue

@@ -52,6 +52,7 @@ class DistilRecipe(Settings):
     temperature: Temperature = Field(1.0, description="of the answers")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: the temperature alone decides")
     max_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
+    cut: Literal["leave out", "keep"] = Field("leave out", description="answers that `max_tokens` cut, among the best")
     seed: int = Field(0, ge=0, lt=1 << 32, description="of pre-prompts and answers")
     store: Path = Field(Path("distil-samples"), description="folder of all answers; a stopped run goes on there")
     output: Path = Field(Path("distilled"), description="folder of the dialogs and the report")

@@ -95,7 +95,7 @@ def gatt(
             asked = [dialog for dialog in dialogs if not dialog.reason and turn < len(dialog.users)]
             for dialog, prompt, samples in drawer.draw(asked, turn, "every", f"turn {turn + 1}"):
                 judged = _judged(recipe, store, prompt, samples, scorers, progress)
-                _answer(dialog, judged, last=turn + 1 == len(dialog.users))
+                _answer(dialog, judged, keep_cut=recipe.cut == "keep", last=turn + 1 == len(dialog.users))
     left_out = Counter(dialog.reason for dialog in dialogs if dialog.reason)
     whole = [dialog for dialog in dialogs if not dialog.reason]
     if not whole:
@@ -135,9 +135,9 @@ def _judged(
     return judge(store, samples, by_id, scorers, threshold=recipe.rewards.threshold, progress=progress)
 
 
-def _answer(dialog: GrowingDialog, judged: Sequence[Judged], *, last: bool) -> None:
+def _answer(dialog: GrowingDialog, judged: Sequence[Judged], *, keep_cut: bool, last: bool) -> None:
     """Add the best answer that follows the instruction; before the last turn, the best one does as well."""
-    ordered = selection.candidates(judged, keep_cut=False, report=SelectionReport())
+    ordered = selection.candidates(judged, keep_cut=keep_cut, report=SelectionReport())
     following = [each for each in ordered if dialog.instruction.is_followed(each.sample.answer.strip()) is not False]
     if chosen := following or ([] if last else ordered):
         dialog.answers.append(chosen[0].sample.answer.strip())

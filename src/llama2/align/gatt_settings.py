@@ -49,6 +49,7 @@ class GattRecipe(Settings):
     temperature: Temperature = Field(1.0, description="of the answers")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: the temperature alone decides")
     max_tokens: int = Field(128, ge=1, description="tokens of an answer at most")
+    cut: Literal["leave out", "keep"] = Field("leave out", description="answers that `max_tokens` cut, among the best")
     place: Literal["system", "user"] = Field(
         "system", description="where the instruction is in what is trained on: a system message, or the first user's"
     )

@@ -79,11 +79,11 @@ def ppo(
             recipe, source.length, width=c.dim, parameters=c.parameters(), dp_size=dist.dp_size, bf16=dist.bf16
         )
         surrogate = Surrogate(recipe.clip, recipe.value_clip, recipe.value_weight)
-        network = _network(start, value, recipe, dist)
+        network = network_of(start, value, recipe, dist)
         made: list[Experience] = []
 
         def batches(step: Step, loader: Loader[Any]) -> tuple[Experience, Sequence[Callback]]:
-            made.append(_experience(recipe, step, loader, start, scorers, ready))
+            made.append(experience_of(recipe, step, loader, start, scorers, ready))
             own: list[Callback] = [PolicyWatch(made[0], surrogate, recipe.collapse, folder)]
             if ready.held:
                 own.append(HeldOutMeasure(made[0], ready.held, recipe.evaluate))
@@ -158,7 +158,7 @@ def _refuse_other_judges(run: Run, about: Mapping[str, Any]) -> None:
             )
 
 
-def _network(start: Checkpoint, value: Checkpoint, recipe: PpoRecipe, dist: Processes) -> PolicyAndValue:
+def network_of(start: Checkpoint, value: Checkpoint, recipe: PpoRecipe, dist: Processes) -> PolicyAndValue:
     """Policy and value network: every weight of both trained, or adapters of both and the value head."""
     parts = []
     for model, seed in ((start, recipe.seed), (value, recipe.seed + 1)):
@@ -169,7 +169,7 @@ def _network(start: Checkpoint, value: Checkpoint, recipe: PpoRecipe, dist: Proc
     return PolicyAndValue.of(parts[0], RewardTransformer.of(parts[1], value, seed=recipe.seed))
 
 
-def _experience(
+def experience_of(
     recipe: PpoRecipe,
     step: Step,
     loader: Loader[Any],
@@ -196,7 +196,8 @@ def _experience(
         recipe.advantages.lam,
         recipe.advantages.whiten,
     )
-    feedback = Feedback(scorers, recipe.rewards.threshold, recipe.rewards.cut_reward)
+    cut_reward = recipe.rewards.cut_reward if recipe.rewards.cut == "cut_reward" else None
+    feedback = Feedback(scorers, recipe.rewards.threshold, cut_reward)
     return Experience(step, loader, handover.engine, feedback, settings, reference=reference, changed=handover)
 
 

@@ -15,7 +15,7 @@ answers, nor what an answer that the limit cuts is worth. Those are settings, ch
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,9 @@ class PpoRewardSettings(RewardModelSettings):
     """Reward models, and how their rewards become one."""
 
     watched: str = Field("", description="a reward model that rewards nothing: if it falls, the others are overfitted")
+    cut: Literal["cut_reward", "score"] = Field(
+        "cut_reward", description="what an answer that `max_tokens` cut is worth: that, or what reward models say of it"
+    )
     cut_reward: float = Field(
         0.05, ge=0, le=1, description="reward of an answer that `max_tokens` cut, or that is empty, whatever it says"
     )
@@ -177,9 +180,10 @@ def describe(recipe: PpoRecipe) -> list[str]:
     """The fitted settings, and what the paper does not publish, for a person."""
     r, o, a = recipe, recipe.optimizer, recipe.advantages
     what = "every weight" if r.lora is None else f"an adapter of rank {r.lora.rank}"
+    worth = f"{r.rewards.cut_reward:g}" if r.rewards.cut == "cut_reward" else "what reward models say"
     return [
         f"trains {what}, and a value network that begins with {r.value_model} and a head of 0: {r.iterations:,} "
         f"iterations of {r.rollouts:,} answers, {r.steps_an_iteration} steps on each; learning rate {o.lr:.3g}",
         f"β {r.beta:g} on each token's log-ratio, γ {a.gamma:g}, λ {a.lam:g}, value loss × {r.value_weight:g}; an "
-        f"answer without its end is worth {r.rewards.cut_reward:g}; the paper does not publish these but β",
+        f"answer without its end is worth {worth}; the paper does not publish these but β",
     ]
