@@ -67,7 +67,8 @@ def stage(name: str, kills: int, rng: random.Random, folder: Path) -> dict[str, 
     subprocess.run(command(words, f"whole-{name}"), cwd=folder, check=True, stdout=sys.stderr, stderr=sys.stderr)
     seconds = time.perf_counter() - begun
     whole = digests(folder / f"whole-{name}", patterns)
-    place, killed = f"killed-{name}", []
+    place = f"killed-{name}"
+    killed: list[float] = []
     while True:
         wait = rng.uniform(0.2, 1) * seconds if len(killed) < kills else None
         begun = time.perf_counter()

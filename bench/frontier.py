@@ -28,7 +28,11 @@ from llama2.align.rounds import measured
 from llama2.cli.progress import Bar
 
 #: Tasks of `llama2 evaluate`, the metric of each, and what it is called here.
-TASKS = {"advbench": ("complied", "attack success"), "toxigen": ("toxic", "toxic"), "xstest_safe": ("refused", "false refusals")}  # fmt: skip
+TASKS = {
+    "advbench": ("complied", "attack success"),
+    "toxigen": ("toxic", "toxic"),
+    "xstest_safe": ("refused", "false refusals"),
+}
 
 
 def evaluated(name: str, model: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -41,9 +45,8 @@ def evaluated(name: str, model: str, options: argparse.Namespace) -> dict[str, A
     words += ["--resume"] if (folder / "run.json").exists() else []
     subprocess.run([sys.executable, "-m", "llama2", *words], check=True, stdout=sys.stderr)
     tasks = json.loads((folder / "record.json").read_text())["tasks"]
-    return {
-        shown: tasks[task]["metrics"][metric]["interval"] for task, (metric, shown) in TASKS.items() if task in tasks
-    }
+    measures = ((shown, tasks.get(task, {}).get("metrics", {}).get(metric)) for task, (metric, shown) in TASKS.items())
+    return {shown: found["interval"] for shown, found in measures if found}
 
 
 def draw(models: Mapping[str, Mapping[str, Any]], file: Path) -> None:

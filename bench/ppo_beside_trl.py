@@ -79,12 +79,19 @@ def write_models(folder: Path) -> None:
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": BOS,
         "eos_token_id": EOS, "pad_token_id": PAD, "initializer_range": 0.1,
     }  # fmt: skip
-    for seed, name, kind in ((0, "policy", LlamaForCausalLM), (1, "value", LlamaForSequenceClassification)):
+    kinds: dict[str, Any] = {"policy": LlamaForCausalLM, "value": LlamaForSequenceClassification}
+    for seed, (name, kind) in enumerate(kinds.items()):
         torch.manual_seed(seed)
-        model = kind(LlamaConfig(**shape, **({"num_labels": 1} if name == "value" else {})))
-        if name == "value":
+        value: dict[str, Any] = {"num_labels": 1, "tie_word_embeddings": True} if name == "value" else {}
+        configuration: Any = LlamaConfig(**{**shape, **value})
+        model = kind(configuration)
+        if value:
             torch.nn.init.zeros_(model.score.weight)
         model.save_pretrained(folder / name)
+        if value:  # our reward models call themselves so, and transformers opens them as the other
+            config = folder / name / "config.json"
+            changed = {"architectures": [LlamaForCausalLM.__name__], "extra_tensors": ["score.weight"]}
+            config.write_text(json.dumps(json.loads(config.read_text()) | changed))
 
 
 def fixed() -> tuple[Any, Any, Any]:
@@ -203,7 +210,8 @@ def our_losses(folder: Path) -> list[tuple[float, float]]:
 
             return [DrawnAnswer(str(i), False, ANSWER) for i in range(len(rollouts))]
 
-    experience.logit = experience.whiten = np.asarray
+    for name in ("logit", "whiten"):
+        setattr(experience, name, np.asarray)
     settings = RolloutSettings(ANSWERS, ANSWER, frozenset(), 0, BETA, GAMMA, LAM, whiten=False)
     made = Fixed(
         step, Loader(Source(), rows=ANSWERS, seed=0), None, FixedRewards(), settings,  # type: ignore[arg-type]

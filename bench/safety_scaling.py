@@ -67,7 +67,7 @@ def tuned(options: argparse.Namespace, percent: float) -> Path:
     subprocess.run([sys.executable, "-m", "llama2", *words], check=True, stdout=sys.stderr)
     if recipe.lora is None:
         return folder
-    whole = options.runs / f"safety-{percent:g}-whole"
+    whole: Path = options.runs / f"safety-{percent:g}-whole"
     if not whole.exists():
         convert = ["convert", recipe.start, str(whole), "--to", "hf", "--adapter", str(folder)]
         subprocess.run([sys.executable, "-m", "llama2", *convert], check=True, stdout=sys.stderr)

@@ -13,6 +13,7 @@ import llama2
 from commands import typed
 from llama2 import checkpoint
 from llama2.align.experience import Experience
+from llama2.align.scorers import EngineScorer
 from llama2.align.surrogate import RolloutBatch
 from llama2.checkpoint import SCORE_HEAD, Tensor, hf_folder
 from llama2.records import Run
@@ -219,3 +220,23 @@ def test_a_policy_that_collapses_ends_the_run(
     assert "the policy has collapsed: " in last
     assert reason in last
     assert sorted((place / "runs/ppo/states").glob("step-*"))  # of before
+
+
+def test_a_reward_is_read_at_the_last_end_token_and_does_not_depend_on_what_is_beside_it(place: Path) -> None:
+    """A dialog has an end token after each answer. Another last answer is another reward, bit for bit the same in any
+    company, be that longer or shorter.
+    """
+    first = [
+        {"role": "user", "content": "bat"},
+        {"role": "assistant", "content": "tea"},
+        {"role": "user", "content": "oar"},
+    ]
+    dialogs = [[*first, {"role": "assistant", "content": text}] for text in ("rice", "sand and rice", "r")]
+    short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with llama2.load("helpful") as model:
+        scorer = EngineScorer(model)
+        together = list(scorer([*dialogs, short, short * 9]))
+        assert len({*together[:3]}) == 3
+        assert [scorer([dialog])[0] for dialog in dialogs] == together[:3]
+        assert list(scorer([short * 9, *dialogs[::-1]]))[1:] == together[2::-1]
+        assert scorer([first[:2]])[0] not in together
