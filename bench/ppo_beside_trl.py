@@ -253,7 +253,7 @@ def speed(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     ):
         ready = prepare(recipe, start, start.config.context_length)
         source = Prompts("prompts", ready.train, options.tokens)
-        recipe = fit(recipe, source.length, width=start.config.dim, parameters=start.config.parameters())
+        recipe = fit(recipe, source.length, start.config)
         network = our_ppo.network_of(start, value, recipe, Processes(torch.device("cpu")))
         surrogate = Surrogate(recipe.clip, recipe.value_clip, recipe.value_weight)
         step = Step(network, surrogate, optimizer=recipe.optimizer, precision=recipe.precision)
@@ -285,7 +285,7 @@ def speed(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     return found | {"seconds_per_1000_tokens": rates, "ratio": ratio}, ratio <= SPEED
 
 
-def their_speed(
+def their_speed(  # 66 lines: the set-up of TRL, which has one use
     options: argparse.Namespace, start: Checkpoint, prompts: Any, folder: Path, between: Any
 ) -> list[dict[str, float]]:
     """TRL's seconds of each update; `between` runs ours before each."""

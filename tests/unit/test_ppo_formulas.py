@@ -90,6 +90,14 @@ def test_the_value_loss_by_hand(value: float, before: float, returns: float, los
     assert found.item() == pytest.approx(loss, abs=1e-6)
 
 
+def test_values_of_another_shape_are_refused() -> None:
+    """(N,) − (N, 1) would be (N, N): losses of tokens that do not exist."""
+    with pytest.raises(ValueError, match=r"one shape, not \(3,\), \(3, 1\)"):
+        surrogate_losses(torch.zeros(3), torch.zeros(3, 1), 0.2)
+    with pytest.raises(ValueError, match=r"one shape, not \(3, 1\), \(3,\), \(3,\)"):
+        value_losses(torch.zeros(3, 1), torch.zeros(3), torch.zeros(3), 0.2)
+
+
 def test_divergence_as_a_loss_has_no_gradient_and_as_a_reward_it_has() -> None:
     """E[∇ log π/π₀] = 0 whatever π is, so that loss teaches nothing; the score function times that log-ratio does."""
     logits = torch.tensor([0.3, -0.8, 0.1], dtype=torch.float64, requires_grad=True)

@@ -108,7 +108,7 @@ def draw(
     return DrawingSpeed(len(todo), tokens, time.perf_counter() - start)
 
 
-def answers(
+def answers(  # 9 parameters: those of `render`, `missing` and `draw`, which it calls in turn
     model: Model,
     store: SampleStore,
     prompts: Sequence[TaggedPrompt],

@@ -1,7 +1,7 @@
 """The answers of a policy as batches to learn from: drawn, judged, and read again in torch (paper 3.2.3).
 
 The network's own rollouts are the loop's batches. An iteration draws one answer to each of its prompts, before its
-first step. What it draws follows from the weights and the seed alone, so a run that is resumed after an iteration goes
+first step. What it draws follows from the weights and the seed alone. So a run that is resumed after an iteration goes
 on to the same weights.
 
 n answers  N tokens of a batch's answers
@@ -246,8 +246,9 @@ def reference_logprobs(network: Network, batch: RolloutBatch) -> torch.Tensor:
 
 
 def _rows(prompts: Sequence[RenderedPrompt], rollouts: Sequence[Rollout]) -> RolloutBatch:
-    """Prompts with their answers in rows. Which tokens are the answers' follows from their places, never from ids:
-    an end token may be what others pad with, and a prompt may have one.
+    """Prompts with their answers in rows. Which tokens are the answers' follows from their places, never from ids.
+
+    An end token may be what others pad with, and a prompt may have one.
     """
     pairs = [(prompt.tokens, each.tokens) for prompt, each in zip(prompts, rollouts, strict=True)]
     tokens, documents, ends = in_rows([np.concatenate(pair).astype(np.int32) for pair in pairs])

@@ -46,8 +46,8 @@ class Judgement:
 class Feedback:
     """Reward models, "helpful", "safety" or both, and others that are watched and rewarded by no one.
 
-    An answer without an end token, or without text, gets `cut_reward` in place of what the reward models say: they
-    would read it as if it were whole. With `cut_reward` None, only the one without text does, and it is 0.
+    An answer without an end token, or without text, gets `cut_reward`: reward models would read it as if it were
+    whole. With `cut_reward` None, only the one without text does, and it is 0.
     """
 
     scorers: Mapping[str, Scorer]

@@ -1,7 +1,7 @@
 """`llama2 gatt`: Ghost Attention (paper 3.3). Dialogs in which an instruction of the first turn holds to the end.
 
-A model answers while the instruction precedes every user's message. What is trained on has it at the beginning alone,
-and a loss on the last answer alone: earlier answers do not match what the model now reads. Probes then run dialogs with
+A model answers while the instruction precedes every user's message. What is trained on has it at the beginning alone.
+Only the last answer has a loss, since earlier ones do not match what the model now reads. Probes then run dialogs with
 the instruction at their beginning, and check the answers of some turns.
 """
 

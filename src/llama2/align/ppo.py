@@ -70,14 +70,9 @@ def ppo(
         _refuse_others(recipe, start, value, scorers, dist)
         if recipe.lora and resume:
             adapters.refuse_another_base(Run.open(folder), start)
-        contexts = [start.config.context_length, value.config.context_length]
-        contexts += [scorer.model.engine.context for scorer in scorers.values()]
-        ready = prepare(recipe, start, min(contexts))
+        ready = prepare(recipe, start, _context(start, value, scorers))
         source = Prompts(", ".join(map(str, files_of(recipe))), ready.train, recipe.max_tokens)
-        c = start.config
-        recipe = fit(
-            recipe, source.length, width=c.dim, parameters=c.parameters(), dp_size=dist.dp_size, bf16=dist.bf16
-        )
+        recipe = fit(recipe, source.length, start.config, dp_size=dist.dp_size, bf16=dist.bf16)
         surrogate = Surrogate(recipe.clip, recipe.value_clip, recipe.value_weight)
         network = network_of(start, value, recipe, dist)
         made: list[Experience] = []
@@ -104,9 +99,15 @@ def ppo(
             _refuse_other_judges(Run.open(folder), about)
         if reporter:
             note = [start.assumes_format] if start.assumes_format else []
-            estimated = _estimate(recipe, made[0], source, training, ready)
-            reporter.begin([*ready.notes, *ppo_recipe.describe(recipe), *note, estimated])
+            note.append(_estimate(recipe, made[0], source, training, ready))
+            reporter.begin([*ready.notes, *ppo_recipe.describe(recipe), *note])
         return training.run(resume=resume, prompts=len(source), **about)
+
+
+def _context(start: Checkpoint, value: Checkpoint, scorers: Mapping[str, EngineScorer]) -> int:
+    """Tokens of a prompt with its answer that every model reads."""
+    judges = (scorer.model.engine.context for scorer in scorers.values())
+    return min(start.config.context_length, value.config.context_length, *judges)
 
 
 def _models(recipe: PpoRecipe) -> dict[str, str]:

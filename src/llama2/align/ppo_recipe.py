@@ -1,15 +1,18 @@
 """Settings of `llama2 ppo`, and what is fitted to the model where a recipe leaves it open (paper 3.2.3; spec 7.3).
 
-The paper states AdamW, a constant learning rate of 1e-6, 512 answers an iteration, 64 a step, one step on each,
-ε = 0.2, β = 0.01 up to 13B and 0.005 above. It does not publish the value network, GAE's γ and λ, the weight and the
-clipping of the value's loss, where the KL divergence is subtracted, whether advantages are whitened, the length of
-answers, nor what an answer that the limit cuts is worth. Those are settings, chosen by us. What a recipe leaves open:
+The paper states AdamW at a constant learning rate of 1e-6, and iterations of 512 answers with one step on each 64. It
+states ε = 0.2, and β = 0.01 up to 13B and 0.005 above. It does not publish:
+
+- the value network, the weight and the clipping of its loss, GAE's γ and λ, whether advantages are whitened;
+- where the KL divergence is subtracted, the length of answers, what an answer that the limit cuts is worth.
+
+Those are settings, chosen by us. What a recipe leaves open:
 
 - the learning rate is 1e-6 × 4096 / width for narrower models, and ten times that for an adapter;
 - β is 0.01, and 0.005 from 34 billion parameters on;
 - a process reads as many answers at once as have 4,096 tokens;
-- states and measurements on held-out prompts come at the end of an iteration, so that a resumed run draws the same
-  answers from the same weights: `save.every` and `evaluate` are rounded up to whole iterations;
+- states and measurements come at the end of an iteration: `save.every` and `evaluate` are rounded up to that. A resumed
+  run then draws the same answers from the same weights;
 - products are done in bfloat16 where the processor has instructions for them.
 """
 
@@ -20,6 +23,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from llama2.align.rejection_settings import RewardModelSettings, SamplingRuntimeSettings
+from llama2.config import ModelConfig
 from llama2.data.prompts import PromptSettings
 from llama2.recipe import Settings
 from llama2.train import settings
@@ -142,10 +146,8 @@ class PpoRecipe(settings.TuningSettings):
         return self.value or self.rewards.helpful or self.rewards.safety
 
 
-def fit(
-    recipe: PpoRecipe, tokens: int, *, width: int, parameters: int, dp_size: int = 1, bf16: bool = True
-) -> PpoRecipe:
-    """The recipe for rows of so many `tokens`, and a model of that width and size; what is given stays.
+def fit(recipe: PpoRecipe, tokens: int, config: ModelConfig, *, dp_size: int = 1, bf16: bool = True) -> PpoRecipe:
+    """The recipe for rows of so many `tokens`, and a model of that shape; what is given stays.
 
     `bf16`: the processor has instructions for bfloat16.
     """
@@ -153,7 +155,7 @@ def fit(
     micro_size = batch.micro_size
     if "micro_size" not in batch.model_fields_set and batch.size % dp_size == 0:
         micro_size = settings.rows_at_once(batch.size, dp_size, _AT_ONCE // tokens)
-    lr = LR * max(1.0, WIDTH / width) * (ADAPTER if recipe.lora else 1.0)
+    lr = LR * max(1.0, WIDTH / config.dim) * (ADAPTER if recipe.lora else 1.0)
     if "lr" in optimizer.model_fields_set:
         lr = optimizer.lr
     whole = {"every": _rounded_up(recipe.save.every, n)}
@@ -166,7 +168,7 @@ def fit(
         "precision": settings.precision_of(recipe, bf16),
     }
     if "beta" not in recipe.model_fields_set:
-        changed["beta"] = LARGE_BETA if parameters >= LARGE else BETA
+        changed["beta"] = LARGE_BETA if config.parameters() >= LARGE else BETA
     if recipe.lora and recipe.lora.dropout:
         changed["lora"] = recipe.lora.model_copy(update={"dropout": 0.0})
     return recipe.model_copy(update=changed)

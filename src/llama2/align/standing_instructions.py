@@ -138,8 +138,8 @@ def joined(instructions: Sequence[StandingInstruction], *, terse: bool) -> str:
     return "; ".join(each.terse for each in instructions) if terse else " ".join(each.text for each in instructions)
 
 
-#: Where the instruction is: at every user's message, as answers are sampled; at the dialog's beginning, in a system
-#: message or in the first user's; or in none.
+#: Where the instruction is: at every user's message, as answers are sampled; once, in a system message or in the first
+#: user's; or in none.
 Place = Literal["every", "system", "user", "nowhere"]
 
 

@@ -41,15 +41,28 @@ class RolloutBatch:
 
 
 def surrogate_losses(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) of each token: twice (N,) → (N,)."""
+    """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) of each token: twice (N,) → (N,).
+
+    Raises ValueError for shapes that differ, which would be broadcast to losses of tokens that do not exist.
+    """
+    _refuse_unlike(log_ratios, advantages)
     ratios = log_ratios.exp()
     return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
 
 
 def value_losses(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """½ max((V − R)², (V′ − R)²), with V′ at most `clip` from the value before: three times (N,) → (N,)."""
+    """½ max((V − R)², (V′ − R)²), with V′ at most `clip` from the value before: three times (N,) → (N,).
+
+    Raises ValueError for shapes that differ.
+    """
+    _refuse_unlike(values, before, returns)
     near = before + (values - before).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+
+
+def _refuse_unlike(*given: Tensor) -> None:
+    if len({each.shape for each in given}) > 1:
+        raise ValueError(f"losses need one shape, not {', '.join(str(tuple(each.shape)) for each in given)}")
 
 
 def token_scores(network: Network, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +79,8 @@ def token_scores(network: Network, batch: RolloutBatch) -> tuple[Tensor, Tensor,
 class Surrogate:
     """The objective: the sum over tokens of the policy's loss and `value_weight` times the value's.
 
-    `seen` has, of each call since it was emptied, sums over its tokens: of both losses, of the log-ratio, and of tokens
-    whose ratio was clipped; then the largest distance of a ratio from 1, and the number of tokens.
+    `seen` has a row for each call since it was emptied. These are sums over its tokens: of both losses, of the
+    log-ratio, and of clipped tokens. The largest distance of a ratio from 1 follows, and the number of tokens.
     """
 
     clip: float

@@ -12,8 +12,8 @@ from llama2.align.surrogate import Surrogate
 from llama2.errors import RunError
 from llama2.train.loop import Callback, Loop, StepReport
 
-#: Mean distance of the engine's log-probabilities from torch's, and distance of a ratio from 1 before any step, above
-#: which a person is warned: what draws is then another policy than what learns.
+#: A person is warned above these: the mean distance of the engine's log-probabilities from torch's, and that of a ratio
+#: from 1 before any step. What draws is then another policy than what learns.
 GAP, RATIO = 0.1, 1e-3
 
 _SHOWN = {"reward": "reward {:.3f}", "kl": "KL {:.2f}", "tokens": "{:.0f} tokens", "cut": "{:.0%} cut"}
@@ -63,9 +63,8 @@ class PolicyWatch(Callback):
         memory["beyond"] = memory.get("beyond", 0) + 1 if wrong else 0
         if memory["beyond"] >= rule.patience:
             raise RunError(
-                f"{self._run}: iteration {experience.iteration}: the policy has collapsed: {'; '.join(wrong)}; its "
-                "states are of before; begin another run with a larger beta or a lower optimizer.lr, or set a wider "
-                "limit of collapse"
+                f"{self._run}: iteration {experience.iteration}: the policy has collapsed: {'; '.join(wrong)}; begin "
+                "another run with a larger beta or a lower optimizer.lr"
             )
 
 
