@@ -163,6 +163,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_weights(
         (["top_p=0.9"], "top_p: unknown setting"),
         (["lora.dropout=0.1"], "lora.dropout: the policy that learns would not be the one that drew; set it to 0"),
         (["steps=9"], "steps: follows from iterations, rollouts and batch.size"),
+        (["patience=1", "prompts.measured=0"], "patience: needs prompts.measured"),
         (["prompts.measured=9"], "prompts.measured: is more than prompts.held_out"),
         (["mesh.tensor=2"], "mesh.tensor: PPO does not train by tensor parallelism"),
         (["rewards.helpful=", "rewards.safety="], "rewards: needs rewards.helpful, rewards.safety, or both"),
@@ -221,6 +222,19 @@ def test_a_policy_that_collapses_ends_the_run(
     assert "the policy has collapsed: " in last
     assert reason in last
     assert sorted((place / "runs/ppo/states").glob("step-*"))  # of before
+
+
+def test_a_run_ends_where_the_held_out_reward_does_not_rise(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a learning rate of almost nothing, the policy and its reward stay: two measurements, then the end."""
+    words = ["ppo", "ppo.toml", "optimizer.lr=1e-30", "patience=2", "evaluate=2", "iterations=9"]
+    code, _, error = typed(capsys, *words)
+    assert code == 0, error
+    assert "ends here: no better one in 2 measurements" in error
+    assert [line["step"] for line in Run.open(place / "runs/ppo").metrics()] == [1, 2, 3, 4]
+    assert weights(place / "runs/ppo")
+    code, _, error = typed(capsys, *words, "--resume")
+    assert code == 0, error
+    assert len(Run.open(place / "runs/ppo").metrics()) == 4
 
 
 def test_a_reward_is_read_at_the_last_end_token_and_does_not_depend_on_what_is_beside_it(place: Path) -> None:

@@ -81,7 +81,7 @@ def ppo(
             made.append(experience_of(recipe, step, loader, start, scorers, ready))
             own: list[Callback] = [PolicyWatch(made[0], surrogate, recipe.collapse, folder)]
             if ready.held:
-                own.append(HeldOutMeasure(made[0], ready.held, recipe.evaluate))
+                own.append(HeldOutMeasure(made[0], ready.held, recipe.evaluate, recipe.patience))
             return made[0], own
 
         task = Task(

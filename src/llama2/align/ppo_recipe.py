@@ -101,6 +101,11 @@ class PpoRecipe(settings.TuningSettings):
     iterations: int = Field(200, ge=1, le=settings.MOST, description="rounds of answers; the paper has 200 to 400")
     rollouts: settings.Width = Field(512, description="answers of an iteration, a multiple of batch.size")
     max_tokens: settings.Width = Field(256, description="tokens of an answer at most")
+    patience: int = Field(
+        0,
+        ge=0,
+        description="measurements on held-out prompts in a row without a better reward that end the run; 0: none",
+    )
     beta: float = Field(BETA, ge=0, description="β, the weight of the KL divergence; unless given, by the model's size")
     clip: float = Field(0.2, gt=0, lt=1, description="ε, how far a ratio may move before its gradient ends")
     value_clip: float = Field(0.2, gt=0, description="how far a value may move before its gradient ends")
@@ -126,6 +131,8 @@ class PpoRecipe(settings.TuningSettings):
             raise ValueError("lora.dropout: the policy that learns would not be the one that drew; set it to 0")
         if self.samples.prompts:
             raise ValueError("samples.prompts: prompts.measured has the policy answer held-out prompts; leave them out")
+        if self.patience and not self.prompts.measured:
+            raise ValueError("patience: needs prompts.measured, held-out prompts to measure on")
         if self.prompts.measured > self.prompts.held_out:
             raise ValueError("prompts.measured: is more than prompts.held_out; hold out as many")
         return self

@@ -69,21 +69,38 @@ class PolicyWatch(Callback):
 
 
 class HeldOutMeasure(Callback):
-    """Rewards, length and divergence of answers to held-out prompts, before the first step and now and then."""
+    """Rewards, length and divergence of answers to held-out prompts, before the first step and now and then.
 
-    def __init__(self, experience: Experience, prompts: Sequence[RenderedPrompt], every: int) -> None:
-        self._experience, self._prompts, self._every = experience, prompts, every
+    After `patience` measurements in a row without a better reward, the run ends, as the paper's did; 0: it does not.
+    """
+
+    def __init__(
+        self, experience: Experience, prompts: Sequence[RenderedPrompt], every: int, patience: int = 0
+    ) -> None:
+        self._experience, self._prompts, self._every, self._patience = experience, prompts, every, patience
 
     def begin(self, loop: Loop) -> None:
+        memory = self._experience.memory
         if loop.state.step == 0:
-            self._experience.memory["held_out"] = self._measure()
+            memory["held_out"] = self._measure()
+            memory["best"], memory["worse"] = memory["held_out"]["reward"], 0
+        elif self._ends():
+            loop.steps = loop.state.step
 
     def after_step(self, loop: Loop, report: StepReport) -> None:
         if report.step % self._every and report.step != loop.steps:
             return
-        found, before = self._measure(), self._experience.memory["held_out"]
+        memory, found = self._experience.memory, self._measure()
         report.measured = {**report.measured, **{f"held_out_{name}": value for name, value in found.items()}}
-        report.add_note(f"held-out reward {found['reward']:.3f}, {before['reward']:.3f} at the start")
+        report.add_note(f"held-out reward {found['reward']:.3f}, {memory['held_out']['reward']:.3f} at the start")
+        memory["worse"] = 0 if found["reward"] > memory["best"] else memory["worse"] + 1
+        memory["best"] = max(memory["best"], found["reward"])
+        if self._ends():
+            loop.steps = report.step
+            report.add_note(f"ends here: no better one in {memory['worse']} measurements")
+
+    def _ends(self) -> bool:
+        return 0 < self._patience <= self._experience.memory["worse"]
 
     def _measure(self) -> dict[str, float]:
         """The same random numbers each time, so that changes are of the policy."""
