@@ -34,10 +34,10 @@ from llama2.align import best_of_curves, drawing
 from llama2.align.combined_reward import combined
 from llama2.align.judging import Judged, judge
 from llama2.align.rejection_settings import RejectionRecipe
+from llama2.align.scorers import EngineScorer, open_scorers, runtime_of
 from llama2.align.store import Policy, SampleStore, StoredSample
 from llama2.api import Model
 from llama2.checkpoint import identity
-from llama2.cli.commands.reject import EngineScorer
 from llama2.cli.progress import Bar
 from llama2.data import prompts as prompt_files
 from llama2.data.prompts import PromptReport, TaggedPrompt
@@ -57,10 +57,8 @@ def answers(
     """The recipe's answers of a model to each prompt; those that the store does not have are drawn."""
     digest = identity.digest(model.checkpoint)
     policy = Policy(digest, recipe.temperature or 1.0, recipe.top_p, recipe.max_tokens, recipe.seed)
-    requests = drawing.render(model, prompts, recipe.max_tokens, skip_bad=False, report=PromptReport())
-    todo = [*drawing.missing(store, requests, policy, recipe.samples)]
-    drawing.draw(model, store, requests, policy, todo, round=name, progress=Bar())
-    return [[store.drawn[prompt.id, policy, k] for k in range(recipe.samples)] for prompt in prompts]
+    drawn = drawing.answers(model, store, prompts, policy, recipe.samples, round=name, progress=Bar())
+    return [drawn[prompt.id] for prompt in prompts]
 
 
 def judged(
@@ -176,19 +174,14 @@ def main() -> None:
     prompts = prompt_files.read_held_out(recipe.prompts, recipe.seed)
     if not prompts:
         raise SystemExit("prompts.held_out is 0; hold out some, such as prompts.held_out=200")
-    runtime = Runtime(
-        threads=recipe.runtime.threads, context=recipe.runtime.context, sequences=recipe.runtime.sequences
-    )
+    runtime = runtime_of(recipe.runtime)
     result: dict[str, Any] = {
         "provenance": provenance(),
         "prompts": len(prompts),
         "recipe": recipe.model_dump(mode="json"),
     }
     with ExitStack() as stack:
-        named = {"helpful": recipe.rewards.helpful, "safety": recipe.rewards.safety}
-        scorers = {
-            name: EngineScorer(stack.enter_context(api.load(model, runtime))) for name, model in named.items() if model
-        }
+        scorers = stack.enter_context(open_scorers(recipe.rewards.models, recipe.runtime))
         store = stack.enter_context(SampleStore.open(recipe.store))
         store.add_prompts(prompts)
         if options.tuned:

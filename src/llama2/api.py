@@ -208,19 +208,7 @@ class Model:
         `strict`, it is refused. Raises DialogError when the messages do not make a dialog, or contain a role
         marker that is not to be neutralised. Raises TemplateError when the model's chat template fails.
         """
-        flag("neutralise", neutralise)
-        if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(t, Mapping) for t in tools)):
-            raise RequestError(f"tools={shown(tools)} must be a list of declarations in OpenAI's form")
-        dialog = Dialog([Message("user", messages)] if isinstance(messages, str) else messages, strict=strict)
-        template = self.checkpoint.template_for(tools=bool(tools))
-        arranged = turns.arrange(dialog, template, self.tokenizer, tools, neutralise=neutralise)
-        last = arranged.dialog.messages[-1]
-        if last.tool_calls:
-            raise DialogError(f"message {len(dialog.messages) - 1}: its calls have no answer; add a tool's message")
-        tokens, _ = arranged.dialog.render(
-            self.tokenizer, template, neutralise=neutralise, tools=arranged.tools, continue_final=True
-        )
-        return Prompt(tokens, last.role == "assistant", template, arranged.notes)
+        return prompt_of(self.checkpoint, messages, neutralise=neutralise, tools=tools, strict=strict)
 
     def render(
         self, messages: Messages, *, neutralise: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
@@ -337,6 +325,30 @@ class Model:
     def _answer(self, request: Request) -> Answer:
         (answer,) = collect(self.engine.run(request), [request])
         return answer
+
+
+def prompt_of(
+    checkpoint: Checkpoint,
+    messages: Messages,
+    *,
+    neutralise: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    strict: bool = False,
+) -> Prompt:
+    """`Model.prompt` of a model that no engine runs yet."""
+    flag("neutralise", neutralise)
+    if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(t, Mapping) for t in tools)):
+        raise RequestError(f"tools={shown(tools)} must be a list of declarations in OpenAI's form")
+    dialog = Dialog([Message("user", messages)] if isinstance(messages, str) else messages, strict=strict)
+    template, tokenizer = checkpoint.template_for(tools=bool(tools)), checkpoint.tokenizer
+    arranged = turns.arrange(dialog, template, tokenizer, tools, neutralise=neutralise)
+    last = arranged.dialog.messages[-1]
+    if last.tool_calls:
+        raise DialogError(f"message {len(dialog.messages) - 1}: its calls have no answer; add a tool's message")
+    tokens, _ = arranged.dialog.render(
+        tokenizer, template, neutralise=neutralise, tools=arranged.tools, continue_final=True
+    )
+    return Prompt(tokens, last.role == "assistant", template, arranged.notes)
 
 
 def unknown(kind: str, name: str, names: Sequence[str]) -> str:

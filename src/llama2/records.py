@@ -236,6 +236,8 @@ def _line(text: bytes, where: str) -> dict[str, Any]:
         line["note"] = note
     if isinstance(sources := said.get("sources"), dict):
         line["sources"] = {name: _metric(value, f"{where}: sources") for name, value in sources.items()}
+    if isinstance(measured := said.get("measured"), dict):
+        line["measured"] = {name: _metric(value, f"{where}: measured") for name, value in measured.items()}
     return line
 
 

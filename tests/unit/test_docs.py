@@ -94,7 +94,8 @@ def file_names() -> set[str]:
 FOREIGN = {
     "tokenizer_config.json", "tokenizer.json", "config.json", "config-7b.json", "params.json", "reward.json",
     "llama2.tokenizer.prepend_scheme", "recipe.json", "origin.json", "card/README.md", "corpora/texts/card/README.md",
-    "peers/llama.cpp", "best/report.json", "record.json",
+    "peers/llama.cpp", "best/report.json", "record.json", "gatt/probes.json", "distilled/report.json",
+    "lineage.json", "ROUND/scores.json",
 }  # fmt: skip
 
 

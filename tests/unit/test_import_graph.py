@@ -57,6 +57,13 @@ TORCH = (
     "llama2.engine.runner_torch",
     "llama2.align.ranking",
     "llama2.align.reward_training",
+    "llama2.align.merging",
+    "llama2.align.surrogate",
+    "llama2.align.experience",
+    "llama2.align.handover",
+    "llama2.align.watching",
+    "llama2.align.gatt_attention",
+    "llama2.align.ppo",
 )
 
 

@@ -5,8 +5,13 @@ from pathlib import Path
 import pytest
 
 from llama2 import recipe as recipes
+from llama2.align.distillation_settings import DistilRecipe
+from llama2.align.gatt_settings import GattRecipe
+from llama2.align.ppo_recipe import PpoRecipe
 from llama2.align.rejection_settings import RejectionRecipe
 from llama2.align.reward_recipe import RewardRecipe
+from llama2.align.rounds import StageRecipes
+from llama2.align.rounds_settings import RoundsRecipe
 from llama2.config import ModelConfig
 from llama2.data.settings import BuildRecipe
 from llama2.errors import RecipeError
@@ -20,8 +25,16 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 def kind(path: Path) -> type[Settings]:
     if path.parent.name == "data":
         return BuildRecipe
-    if path.stem == "reject":
-        return RejectionRecipe
+    if path.stem in (
+        kinds := {
+            "ppo": PpoRecipe,
+            "reject": RejectionRecipe,
+            "gatt": GattRecipe,
+            "distil": DistilRecipe,
+            "rounds": RoundsRecipe,
+        }
+    ):
+        return kinds[path.stem]
     if path.stem.startswith("reward-"):
         return RewardRecipe
     return SftRecipe if path.stem.endswith("-sft") else PretrainRecipe
@@ -30,6 +43,8 @@ def kind(path: Path) -> type[Settings]:
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.toml")), ids=lambda path: str(path.relative_to(FOLDER)))
 def test_every_recipe_loads(path: Path) -> None:
     recipe = recipes.load(path, kind(path))
+    if isinstance(recipe, RoundsRecipe):
+        StageRecipes.load(recipe, path.parent)
     if isinstance(recipe, PretrainRecipe):
         recipe.model.config(8192, recipe.data.length)
         if recipe.data.recipe:

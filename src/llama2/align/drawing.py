@@ -108,6 +108,39 @@ def draw(
     return DrawingSpeed(len(todo), tokens, time.perf_counter() - start)
 
 
+def answers(  # 9 parameters: those of `render`, `missing` and `draw`, which it calls in turn
+    model: Model,
+    store: SampleStore,
+    prompts: Sequence[TaggedPrompt],
+    policy: Policy,
+    n: int,
+    *,
+    round: str,
+    skip_bad: bool = False,
+    report: PromptReport | None = None,
+    progress: Progress,
+) -> dict[str, list[StoredSample]]:
+    """`n` answers to each prompt, by its digest; those that the store does not have are drawn.
+
+    Raises as `render` and `draw`. A prompt that `report` counted has no answers.
+    """
+    store.add_prompts(prompts)
+    requests = render(model, prompts, policy.max_tokens, skip_bad=skip_bad, report=report or PromptReport())
+    todo = [*missing(store, requests, policy, n)]
+    draw(model, store, requests, policy, todo, round=round, progress=progress)
+    return {prompt: [store.drawn[prompt, policy, k] for k in range(n)] for prompt in requests}
+
+
+def estimate(speed: DrawingSpeed, answers: int) -> str:
+    """How long so many answers take, in a line, by the speed of the first ones."""
+    each = speed.seconds / max(1, speed.answers)
+    tokens = round(speed.tokens / max(1, speed.answers) * answers)
+    return (
+        f"estimate: {answers:,} answers, about {tokens:,} tokens, {each * answers / 3600:.2f} hours; Ctrl-C loses "
+        "nothing, and the same command goes on"
+    )
+
+
 @dataclass
 class _Running:
     """An answer that is being drawn."""

@@ -13,14 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from llama2 import api, files, records
+from llama2 import api, records
 from llama2.align import best_of_curves, drawing, selection
 from llama2.align.judging import Judged, Scorer, judge
 from llama2.align.order_statistics import kl_bound
+from llama2.align.outputs import write_lines
 from llama2.align.rejection_settings import RejectionRecipe
+from llama2.align.scorers import runtime_of
 from llama2.align.selection import SelectionReport
 from llama2.align.store import Policy, SampleStore, StoredSample
 from llama2.api import Model
@@ -28,7 +29,6 @@ from llama2.checkpoint import identity
 from llama2.data import prompts as prompt_files
 from llama2.data.prompts import PromptReport, TaggedPrompt
 from llama2.engine.request import Request
-from llama2.engine.runtime import Runtime
 from llama2.errors import DataError, RecipeError
 from llama2.hub.progress import Progress
 
@@ -66,7 +66,7 @@ def reject(
         "recipe": recipe.model_dump(mode="json"),
         "run": records.origin(),
     }
-    _write(recipe.output / REPORT, [json.dumps(result, indent=1)])
+    write_lines(recipe.output / REPORT, [json.dumps(result, indent=1)])
     if recipe.plots:
         best_of_curves.draw_rounds(
             {f"{name}, T = {each['temperature']:g}": each["curve"] for name, each in rounds.items()},
@@ -104,9 +104,7 @@ class _Rejection:
     def round(self, name: str) -> dict[str, Any]:
         """Draw and judge a round's answers, at its best temperature. Returns them in numbers."""
         recipe = self.recipe
-        options = recipe.runtime
-        runtime = Runtime(threads=options.threads, context=options.context, sequences=options.sequences)
-        with api.load(recipe.models[name], runtime) as model:
+        with api.load(recipe.models[name], runtime_of(recipe.runtime)) as model:
             report, given = PromptReport(), [*self.prompts.values()]
             requests = drawing.render(model, given, recipe.max_tokens, skip_bad=recipe.prompts.skip_bad, report=report)
             if not requests:
@@ -217,8 +215,8 @@ def _choose(
         raise DataError(f"{recipe.store}: no answer may be chosen ({dict(report.left_out)}); draw more, or longer ones")
     chosen = [each for _, each in best]
     tuning = (selection.tuning_record(prompt.messages, each) for prompt, each in best)
-    _write(recipe.output / BEST, map(json.dumps, tuning))
-    _write(recipe.output / PREFERENCES, map(json.dumps, pairs))
+    write_lines(recipe.output / BEST, map(json.dumps, tuning))
+    write_lines(recipe.output / PREFERENCES, map(json.dumps, pairs))
     everything = [each for group in pool for each in group]
     return {
         "dialogs": len(best),
@@ -234,9 +232,3 @@ def _choose(
 
 def _mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.create(path, error=DataError) as file:
-        file.writelines(f"{line}\n".encode() for line in lines)

@@ -30,6 +30,11 @@ class RewardModelSettings(Settings):
             raise ValueError("needs rewards.helpful, rewards.safety, or both")
         return self
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Those that are given, by name."""
+        return {name: model for name, model in (("helpful", self.helpful), ("safety", self.safety)) if model}
+
 
 class SweepSettings(Settings):
     """The temperature of each round's model, chosen by rewards of answers to some of the prompts."""

@@ -6,16 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from llama2 import checkpoint
 from llama2.align import reward_recipe
+from llama2.align.merging import merging
 from llama2.align.ranking import ranking
 from llama2.align.reward_recipe import RewardRecipe, fit
 from llama2.align.reward_report import HeldOut, Report, report_on
-from llama2.checkpoint import SCORE_HEAD, Checkpoint, Tensor, hf_folder
+from llama2.checkpoint import Checkpoint
 from llama2.checkpoint.lora import fingerprint
 from llama2.data import comparisons, pairs
 from llama2.data.comparisons import PairReport, PreferencePair
@@ -23,16 +21,13 @@ from llama2.data.loader import Loader
 from llama2.data.pairs import PairBatch, Pairs, TokenizedPair
 from llama2.errors import DataError, RecipeError
 from llama2.hub.progress import Progress
-from llama2.model import lora as low_rank
 from llama2.model.heads import RewardTransformer
-from llama2.model.transformer import Transformer, stored
+from llama2.model.transformer import Transformer
 from llama2.records import MODEL, Run
 from llama2.train import adapters
 from llama2.train.callbacks import Reporter
 from llama2.train.lock import hold
 from llama2.train.processes import Processes, processes
-from llama2.train.settings import LoraSettings
-from llama2.train.states import AdapterWriter
 from llama2.train.training import Task, Training
 
 #: Held-out pairs of each set whose loss is measured now and then.
@@ -93,7 +88,7 @@ def reward(
             *(source, start.tokenizer, template),
             validation=_validation(ready.held, recipe.batch.micro_size),
             objective=partial(ranking, safety_weight=recipe.safety_weight),
-            adapter=_merging(start, lora, template, recipe.precision) if lora else None,
+            adapter=merging(start, lora, template, recipe.precision) if lora else None,
             unit="a pair",
         )
         training = Training(recipe, folder, dist, task, reporter=reporter)
@@ -166,31 +161,3 @@ def _validation(held: dict[str, HeldOut], micro_size: int) -> list[PairBatch]:
         for name, each in held.items()
         for batch in Loader(Pairs(name, each.tokens), rows=micro_size, seed=0).first(_VALIDATION)
     ]
-
-
-def _merging(start: Checkpoint, lora: LoraSettings, template: str | None, precision: str) -> AdapterWriter:
-    """What writes the whole model of a state, W + alpha / rank · B A, with its head, so that the engine opens it."""
-    format, dtype = ("BF16", torch.bfloat16) if precision == "bf16" else ("F32", torch.float32)
-
-    def write(folder: Path, weights: Any) -> None:
-        updates = low_rank.updates(weights)
-
-        def merged(name: str) -> Tensor:
-            tensor = start.tensors[name]
-            if name.removesuffix(".weight") not in updates:
-                return tensor.in_float32().in_format(format)
-            b, a = (each.detach().cpu().float() for each in updates[name.removesuffix(".weight")])
-
-            def data() -> Any:
-                whole = torch.from_numpy(tensor.dequantize()) + lora.alpha / lora.rank * (b @ a)
-                return stored(name, whole.to(dtype)).data
-
-            return Tensor(name, format, tensor.shape, data)
-
-        head = stored(SCORE_HEAD, weights[SCORE_HEAD].float())
-        config = replace(start.config, tied_embeddings=True)
-        like = Checkpoint(folder, "huggingface", config, {}, {}, template, tokenizer_source=start.tokenizer)
-        tensors = {name: merged(name) for name in config.tensor_shapes()}
-        hf_folder.write(replace(like, tensors=tensors, extras={SCORE_HEAD: head}), folder.with_name(MODEL))
-
-    return write

@@ -68,11 +68,15 @@ def rejected(ordered: Sequence[Judged], kind: Rejected, min_gap: float, seed: in
     return worse[int.from_bytes(number) % len(worse)]
 
 
-def tuning_record(messages: Sequence[Mapping[str, str]], best: Judged) -> dict[str, Any]:
-    """A dialog that `llama2 sft` reads, with loss on the answer alone, and where the answer comes from."""
+def last_answer_record(messages: Sequence[Mapping[str, str]], answer: str) -> dict[str, Any]:
+    """A dialog that `llama2 sft` reads, with loss on its last answer alone."""
     earlier = [{**m, "weight": 0} if m["role"] == "assistant" else {**m} for m in messages]
-    return {
-        "messages": [*earlier, {"role": "assistant", "content": best.sample.answer.strip()}],
+    return {"messages": [*earlier, {"role": "assistant", "content": answer.strip()}]}
+
+
+def tuning_record(messages: Sequence[Mapping[str, str]], best: Judged) -> dict[str, Any]:
+    """A dialog with loss on the answer alone, and where the answer comes from."""
+    return last_answer_record(messages, best.sample.answer) | {
         "round": best.sample.round,
         "temperature": best.sample.policy.temperature,
         "tokens": best.sample.tokens,

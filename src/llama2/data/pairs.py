@@ -110,6 +110,31 @@ def tokenize(
     return found, kept
 
 
+def in_rows(
+    sequences: Sequence[NDArray[np.int32]], least: int = 1
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+    """Sequences in as few rows as hold them, each row of `least` tokens or more; what is left over is padding.
+
+    Returns tokens (R, T), numbers of a row's sequences (R, T), and where in R × T each sequence ends (n,).
+    """
+    sizes = [len(sequence) for sequence in sequences]
+    width = -(-max(least, *sizes) // _UNIT) * _UNIT
+    rows = pack(sizes, width)
+    tokens = np.zeros((len(rows), width), np.int64)
+    documents = np.empty((len(rows), width), np.int32)
+    ends = np.empty(len(sequences), np.int64)
+    for row, held in enumerate(rows):
+        documents[row] = len(held)  # what is left over
+        at = 0
+        for count, number in enumerate(held):
+            after = at + sizes[number]
+            tokens[row, at:after] = sequences[number]
+            documents[row, at:after] = count
+            ends[number] = row * width + after - 1
+            at = after
+    return tokens, documents, ends
+
+
 class Pairs:
     """Pairs as a loader's RowSource: a row is a pair, and `length` the mean of a pair's tokens.
 
@@ -141,21 +166,7 @@ class Pairs:
         """Pairs by number, in as few rows as hold them: (R, T)."""
         pairs = [self._pairs[number] for number in numbers]
         sequences = [sequence for pair in pairs for sequence in (pair.chosen, pair.rejected)]
-        sizes = [len(sequence) for sequence in sequences]
-        width = -(-max(self._least, *sizes) // _UNIT) * _UNIT
-        rows = pack(sizes, width)
-        tokens = np.zeros((len(rows), width), np.int64)
-        documents = np.empty((len(rows), width), np.int32)
-        ends = np.empty(len(sequences), np.int64)
-        for row, held in enumerate(rows):
-            documents[row] = len(held)  # what is left over
-            at = 0
-            for count, number in enumerate(held):
-                after = at + sizes[number]
-                tokens[row, at:after] = sequences[number]
-                documents[row, at:after] = count
-                ends[number] = row * width + after - 1
-                at = after
+        tokens, documents, ends = in_rows(sequences, self._least)
         margins = np.array([pair.margin for pair in pairs], np.float32)
         safe = np.array([pair.safe for pair in pairs], np.float32)
         return PairBatch(tokens, documents, ends.reshape(-1, 2), margins, safe)

@@ -1,6 +1,6 @@
-"""A scalar head in place of the next-token head: what makes a network a reward model (paper 3.2.2).
+"""A scalar head in place of the next-token head: a reward model (paper 3.2.2), or beside a policy its value network.
 
-D width
+B rows  T tokens of a row  D width
 """
 
 from __future__ import annotations
@@ -59,3 +59,28 @@ class RewardTransformer(Transformer):
             head.copy_(torch.from_numpy(checkpoint.extras[SCORE_HEAD].dequantize()))
         model.score.weight = nn.Parameter(head.to(network.norm.weight.device))
         return model
+
+
+class PolicyAndValue(Transformer):
+    """A policy, with its value network: a second network, whose scalar head estimates the return at each token.
+
+    The parameters of the policy have their own names, those of the value network begin with `value.`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.value = RewardTransformer(config)
+
+    @classmethod
+    def of(cls, policy: Transformer, value: RewardTransformer) -> PolicyAndValue:
+        """The two networks, whose parts it takes. The value head becomes 0, so that no value is large at first."""
+        with torch.device("meta"):
+            model = cls(policy.config)
+        model.tok_embeddings, model.layers, model.norm = policy.tok_embeddings, policy.layers, policy.norm
+        model.output, model.value = policy.output, value
+        nn.init.zeros_(value.score.weight)
+        return model
+
+    def values(self, tokens: Tensor, documents: Tensor) -> Tensor:
+        """Estimated returns, having read each token and those before it: (B, T) ids → (B, T) float32."""
+        return self.value.scores(self.value.hidden_states(tokens, None, documents))

@@ -6,7 +6,8 @@ B batch  T time  R rows  C columns  r rank  G groups of 32 weights
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from llama2.checkpoint import Checkpoint, hf_folder
 from llama2.checkpoint import Tensor as Stored
 from llama2.config import ModelConfig
 from llama2.formats import FORMATS
-from llama2.model.transformer import Transformer
+from llama2.model.transformer import Transformer, stored
 
 #: Number formats that a frozen matrix may have.
 QUANTIZED = ("Q4_1", "Q4_0")
@@ -44,8 +45,12 @@ class LoraLinear(nn.Module):
         self.lora_a = nn.Parameter(lora_a)  # (r, C)
         self.lora_b = nn.Parameter(lora_b)  # (R, r)
         self.scale, self.dropout = scale, dropout
+        self.active = True
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.active:
+            out: Tensor = self.base(x)
+            return out
         narrow = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a)  # (B, T, r)
         y: Tensor = self.base(x)  # (B, T, R)
         return y + F.linear(narrow * self.scale, self.lora_b)
@@ -127,25 +132,26 @@ def load_frozen(
     """
     with torch.device("meta"):
         network = Transformer(checkpoint.config)
-    for name, stored in checkpoint.tensors.items():
+    for name, tensor in checkpoint.tensors.items():
         path, _, kind = name.rpartition(".")
         module = network.get_submodule(path)
         product = isinstance(module, nn.Linear) and kind == "weight"
         if quantize and isinstance(module, nn.Linear) and kind == "weight" and path != "output":
-            _replace(network, path, QuantizedLinear(_in_format(stored, quantize), module.bias, device))
+            _replace(network, path, QuantizedLinear(in_format(tensor, quantize), module.bias, device))
         else:
-            weight = torch.from_numpy(stored.dequantize()).to(device, dtype if product else torch.float32)
+            weight = torch.from_numpy(tensor.dequantize()).to(device, dtype if product else torch.float32)
             setattr(module, kind, nn.Parameter(weight))
     return network.requires_grad_(False)
 
 
-def _in_format(stored: Stored, format: str) -> Stored:
+def in_format(tensor: Stored, format: str) -> Stored:
+    """A matrix in one of QUANTIZED, as `load_frozen` holds it."""
     from llama2.checkpoint import quantization
 
-    if stored.format == format:
-        return stored
-    importance = np.ones(stored.shape[-1], np.float32)
-    return replace(stored, format=format, source=quantization.quantize(stored.dequantize(), format, importance))
+    if tensor.format == format:
+        return tensor
+    importance = np.ones(tensor.shape[-1], np.float32)
+    return replace(tensor, format=format, source=quantization.quantize(tensor.dequantize(), format, importance))
 
 
 def attach(network: Transformer, lora: Lora, generator: torch.Generator) -> None:
@@ -196,6 +202,36 @@ def updates(weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         for name, lora_a in weights.items()
         if name.endswith(".lora_a")
     }
+
+
+@contextmanager
+def without_adapters(network: nn.Module) -> Iterator[None]:
+    """In this context the network computes what it did before `attach`: it is its own reference model."""
+    layers = [module for module in network.modules() if isinstance(module, LoraLinear)]
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
+
+
+def merged(network: Transformer) -> dict[str, Stored]:
+    """The weights as a checkpoint holds them, with the adapters merged into float32 copies of their matrices.
+
+    Other weights share the network's memory. Names are those of `config.tensor_shapes`; other tensors are left out.
+    """
+    found = {}
+    for name in network.config.tensor_shapes():
+        path, _, kind = name.rpartition(".")
+        module = network.get_submodule(path)
+        base = module.base if isinstance(module, LoraLinear) else module
+        weight = base.dequantize() if isinstance(base, QuantizedLinear) and kind == "weight" else getattr(base, kind)
+        if isinstance(module, LoraLinear) and kind == "weight":
+            weight = weight.float() + module.scale * (module.lora_b.float() @ module.lora_a.float())
+        found[name] = stored(name, weight)
+    return found
 
 
 def _replace(network: Transformer, name: str, module: nn.Module) -> None:

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from llama2.checkpoint import Checkpoint
 from llama2.errors import ConfigError, EngineError
-from llama2.model.transformer import Transformer
+from llama2.model.transformer import Block, Transformer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,16 +95,21 @@ def compiled(function: Callable[P, R], *, dynamic: bool | None = None) -> Callab
 # Training
 
 
+def blocks(model: Transformer) -> list[Block]:
+    """A model's blocks, and those of networks inside it."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 def compile_blocks(model: Transformer) -> None:
     """Make each block one graph. All blocks share its code, so compilation takes the time of one."""
-    for layer in model.layers:
-        layer.forward = compiled(layer.forward)
+    for layer in blocks(model):
+        layer.forward = compiled(layer.forward)  # type: ignore[method-assign]
 
 
 def recompute_blocks(model: Transformer) -> None:
     """Let blocks keep their inputs alone, and recompute the rest in the backward pass (Chen et al. 2016)."""
-    for layer in model.layers:
-        layer.forward = partial(recompute, layer.forward, use_reentrant=False)
+    for layer in blocks(model):
+        layer.forward = partial(recompute, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
@@ -153,7 +158,7 @@ def fully_shard(root: nn.Module, model: Transformer, mesh: DeviceMesh, dtype: to
     so for its whole pass. Gradients are float32 sums over the processes, not means.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*model.layers, root):
+    for module in (*blocks(model), root):
         sharded = fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no average

@@ -45,11 +45,11 @@ def is_spike(loss: float, before: Sequence[float], rule: SpikeSettings) -> bool:
     return loss > statistics.fmean(before) + max(rule.min_increase, rule.deviations * statistics.pstdev(before))
 
 
-class SpikeGuard(Callback):
-    """Rewinds a run whose loss is out of the ordinary, and ends one whose losses are not finite."""
+class FiniteGuard(Callback):
+    """Ends a run whose losses are not finite."""
 
-    def __init__(self, rule: SpikeSettings, saver: StateSaver, loader: Loader[Any]) -> None:
-        self._rule, self._saver, self._loader = rule, saver, loader
+    def __init__(self, rule: SpikeSettings, saver: StateSaver) -> None:
+        self._rule, self._saver = rule, saver
 
     def after_step(self, loop: Loop, report: StepReport) -> None:
         s, rule = loop.state, self._rule
@@ -64,7 +64,19 @@ class SpikeGuard(Callback):
             report.add_note("skipped: loss or gradient is not finite")
             return
         s.nonfinite = 0
-        if is_spike(report.loss, s.losses, rule) and self._rewind(loop, report):
+
+
+class SpikeGuard(FiniteGuard):
+    """Also rewinds a run whose loss is out of the ordinary."""
+
+    def __init__(self, rule: SpikeSettings, saver: StateSaver, loader: Loader[Any]) -> None:
+        super().__init__(rule, saver)
+        self._loader = loader
+
+    def after_step(self, loop: Loop, report: StepReport) -> None:
+        super().after_step(loop, report)
+        s, rule = loop.state, self._rule
+        if report.skipped or (is_spike(report.loss, s.losses, rule) and self._rewind(loop, report)):
             return
         s.losses = [*s.losses, report.loss][-rule.window :]
 
@@ -179,7 +191,7 @@ class TensorBoard(Callback):
 
     def after_step(self, loop: Loop, report: StepReport) -> None:
         if self._writer:
-            for name, value in report.metrics().items():
+            for name, value in (report.metrics() | dict(report.measured)).items():
                 if isinstance(value, int | float) and math.isfinite(value) and name != "step":
                     self._writer.add_scalar(name, value, report.step)
 

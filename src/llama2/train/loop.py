@@ -64,6 +64,7 @@ class StepReport:
     validation: float | None = None
     sources: Mapping[str, float] = field(default_factory=dict)  # validation of each, where there are several
     energy: tuple[float, float] | None = None  # MWh, tCO2eq
+    measured: Mapping[str, float] = field(default_factory=dict)  # what else callbacks measured, by name
     notes: list[str] = field(default_factory=list)  # what else happened
 
     @property
@@ -85,6 +86,8 @@ class StepReport:
             metrics["validation"] = self.validation
         if self.sources:
             metrics["sources"] = dict(self.sources)
+        if self.measured:
+            metrics["measured"] = dict(self.measured)
         if self.energy:
             metrics["MWh"], metrics["tCO2eq"] = self.energy
         if self.note:

@@ -9,9 +9,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint as recompute
 
 from llama2 import plan
 from llama2.data.loader import TokenBatch, TrainBatch
@@ -71,6 +73,23 @@ class Network(nn.Module):
             group=self.group,
             softmax=self.softmax,
         )
+
+    def log_probabilities(self, hidden_states: Tensor, targets: Tensor, *, chunk: int = plan.CHUNK) -> Tensor:
+        """log p(target) of N tokens, in nats: (N, D), (N,) → (N,) float32.
+
+        Logits of `chunk` tokens are held at a time, and computed again in the backward pass.
+        """
+        parts = zip(torch.split(hidden_states, chunk), torch.split(targets, chunk), strict=True)
+        return torch.cat([recompute(self._log_probabilities, *part, use_reentrant=False) for part in parts])
+
+    def _log_probabilities(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(self.transformer.logits(hidden_states), targets, reduction="none")
+
+    @torch.no_grad()
+    def entropies(self, hidden_states: Tensor, *, chunk: int = plan.CHUNK) -> Tensor:
+        """Entropy of the next token's distribution, in nats: (N, D) → (N,) float32."""
+        logs = (F.log_softmax(self.transformer.logits(part), -1) for part in torch.split(hidden_states, chunk))
+        return torch.cat([-(each.exp() * each).sum(-1) for each in logs])
 
 
 def next_token(network: Network, batch: TokenBatch, *, chunk: int = plan.CHUNK) -> Tensor:

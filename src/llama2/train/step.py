@@ -161,7 +161,7 @@ class Step:
             reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
             if dist.is_initialized():  # others may be waiting in the middle of a step
                 raise RunError(f"compile: failed ({reason}); install a C++ compiler, or set compile=false") from error
-            for layer in self.network.layers:
+            for layer in parallel.blocks(self.network):
                 vars(layer).pop("forward")
             if self._recomputes:
                 parallel.recompute_blocks(self.network)
@@ -186,9 +186,13 @@ class Step:
             yield
 
     def _loss(self, batch: TrainBatch) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self.autocast():
             loss: Tensor = self.running(batch)
         return loss
+
+    def autocast(self) -> torch.autocast:
+        """The context of the step's products, for passes beside it whose numbers must be the same."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _count(self, batches: Sequence[TrainBatch]) -> int:
         count = sum(batch.count for batch in batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from llama2.text.tokenizer import Tokenizer
 from llama2.train import card
 from llama2.train.callbacks import (
     Evaluator,
+    FiniteGuard,
     MetricsLog,
     Reported,
     Reporter,
@@ -30,13 +31,16 @@ from llama2.train.callbacks import (
     Throughput,
 )
 from llama2.train.continuation import Continuation, refuse_rewarm, schedule_of
-from llama2.train.loop import Callback, Loop
+from llama2.train.loop import Batches, Callback, Loop
 from llama2.train.objective import Objective, next_token
 from llama2.train.processes import Processes
 from llama2.train.settings import MOST, LoopSettings, long_warmup
 from llama2.train.states import AdapterWriter, States
 from llama2.train.step import Step
 from llama2.train.throughput import estimate, flops_per_token, peak_flops
+
+#: Makes batches of a network's own, such as rollouts, from its step and the source's rows, and what goes with them.
+MakeBatches = Callable[[Step, Loader[Any]], tuple[Batches, Sequence[Callback]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class Task:
     objective: Objective[Any] = next_token
     adapter: AdapterWriter | None = None
     unit: str = card.LANGUAGE  # what has a loss
+    batches: MakeBatches | None = None  # None: the source's rows
+    passes: float = 1.0  # operations of a token, in passes forward and backward of the network
 
 
 class Training:
@@ -88,17 +94,21 @@ class Training:
         self.step = step_of(recipe, task.network, task.objective, mesh=dist.mesh, device=dist.device if new else None)
         if new:
             parallel.initialise(self.step.network, torch.Generator(dist.device).manual_seed(recipe.seed))
+        self.batches: Batches = self.loader
+        self.own: Sequence[Callback] = ()  # what goes with batches of the network's own
+        if task.batches:
+            self.batches, self.own = task.batches(self.step, self.loader)
         self.states = States(
             *(folder, self.step, self.config, task.tokenizer, task.template),
             keep_last=recipe.save.keep_last,
             adapter=task.adapter,
         )
         self.batch_tokens = batch.size * task.source.length  # that a step reads; with a loss mask fewer have losses
-        self.trained: int | None = None  # parameters of an adapter; None: all are trained
+        self.trained: int | None = None  # parameters of those beside frozen ones; None: all are trained
         self.frozen = 0  # bytes of the others
-        if task.adapter:
+        if not all(p.requires_grad for p in task.network.parameters()):
             self.trained, self.frozen = _trained(task.network)
-        self.flops = flops_per_token(self.config, task.source.length, self.trained)
+        self.flops = task.passes * flops_per_token(self.config, task.source.length, self.trained)
         self.peak = peak_flops(dist.device, recipe.precision)
 
     def run(self, *, resume: bool, **about: Any) -> Run:
@@ -109,7 +119,7 @@ class Training:
         saver = StateSaver(self.states, self.recipe.save.every)
         loop = Loop(
             self.step,
-            self.loader,
+            self.batches,
             steps=self.recipe.steps,
             schedule=schedule,
             accumulate=self.recipe.batch.size // (self.recipe.batch.micro_size * self.dist.dp_size),
@@ -156,8 +166,11 @@ class Training:
     def _callbacks(self, run: Run, saver: StateSaver) -> list[Callback]:
         """What happens after a step, in this order. The main process alone writes and reports."""
         recipe, dist = self.recipe, self.dist
+        rule = recipe.spikes
+        guard = FiniteGuard(rule, saver) if self.task.batches else SpikeGuard(rule, saver, self.loader)
         callbacks: list[Callback] = [
-            SpikeGuard(recipe.spikes, saver, self.loader),
+            guard,
+            *self.own,
             Evaluator(self.task.validation, recipe.evaluate),
             saver,
             Throughput(
@@ -183,10 +196,15 @@ class Training:
         on = f"{devices} × {device}" if devices > 1 else device
         epochs = r.steps * r.batch.size / len(self.task.source)
         some = "" if self.trained is None else f", frozen, and {self.trained:,} that are trained"
+        first = (
+            f"{self.config.parameters() / 1e6:.1f} M parameters{some}, {r.precision}, on {on}; "
+            f"{r.steps:,} steps of {self.batch_tokens:,} tokens, {epochs:.2f} epochs"
+        )
+        if self.task.batches:
+            return [first]  # those who make the batches estimate their time
         products = "6 × parameters" if self.trained is None else "(4 × frozen + 6 × trained parameters)"
         return [
-            f"{self.config.parameters() / 1e6:.1f} M parameters{some}, {r.precision}, on {on}; "
-            f"{r.steps:,} steps of {self.batch_tokens:,} tokens, {epochs:.2f} epochs",
+            first,
             f"MFU = ({products} in products + 3 × attention's operations) × tokens/s ÷ peak "
             f"= {self.flops / 1e6:.1f} MFLOP × tokens/s ÷ {self.peak * devices / 1e9:,.0f} GFLOP/s",
             estimate(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +14,7 @@ from llama2.cli.progress import Bar
 from llama2.console import data, say
 
 if TYPE_CHECKING:
-    from llama2.align.rejection_settings import RejectionRecipe, SamplingRuntimeSettings
-    from llama2.api import Model
+    from llama2.align.rejection_settings import RejectionRecipe
 
 EXAMPLE = "Example: llama2 reject recipes/reject.toml samples=8 --json"
 RECIPES = {"llama2 reject": "llama2.align.rejection_settings:RejectionRecipe"}
@@ -42,46 +39,15 @@ def command(
     from llama2 import recipe as recipes
     from llama2.align.rejection import reject
     from llama2.align.rejection_settings import RejectionRecipe
+    from llama2.align.scorers import open_scorers
 
     chosen = recipes.load(recipe, RejectionRecipe, settings or ())
-    with _scorers(chosen) as scorers:
+    with open_scorers(chosen.rewards.models, chosen.runtime) as scorers:
         report = reject(chosen, scorers, note=warn, progress=Bar())
     if as_json:
         data(json.dumps(report))
     else:
         _summary(chosen, report)
-
-
-class EngineScorer:
-    """A reward model that the engine runs."""
-
-    def __init__(self, model: Model) -> None:
-        """Raises CheckpointError for a model that is not one."""
-        from llama2.align.reward import score_head
-        from llama2.checkpoint import identity
-
-        score_head(model.checkpoint)
-        self.model = model
-        self.digest = identity.digest(model.checkpoint)
-
-    def __call__(self, dialogs: Sequence[Sequence[Mapping[str, Any]]]) -> Sequence[float]:
-        from llama2.align.reward import score
-
-        rewards: list[float] = score(self.model, dialogs, sigmoid=True, neutralise=True).tolist()
-        return rewards
-
-
-@contextmanager
-def _scorers(recipe: RejectionRecipe) -> Iterator[dict[str, EngineScorer]]:
-    """The recipe's reward models, open."""
-    from llama2 import api
-    from llama2.engine.runtime import Runtime
-
-    options: SamplingRuntimeSettings = recipe.runtime
-    runtime = Runtime(threads=options.threads, context=options.context, sequences=options.sequences)
-    named = {"helpful": recipe.rewards.helpful, "safety": recipe.rewards.safety}
-    with ExitStack() as stack:
-        yield {name: EngineScorer(stack.enter_context(api.load(m, runtime))) for name, m in named.items() if m}
 
 
 def _summary(recipe: RejectionRecipe, report: dict[str, Any]) -> None:
