@@ -23,6 +23,7 @@ from llama2.errors import Llama2Error, RequestError
 
 if TYPE_CHECKING:
     from llama2.api import Model
+    from llama2.safety.moderation import Moderator
 
 _DEFAULT = Sampling()
 _LONGEST = 1 << 26  # bytes of a prompt
@@ -68,6 +69,31 @@ Template = Annotated[
 RecipeSettings = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings in place of the recipe's.")
 ]
+
+
+PolicyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy",
+        metavar="FILE",
+        help="A policy in TOML: what is judged, and what is done about it.",
+        show_default="harassment from 0.9 on is refused",
+    ),
+]
+
+
+def moderator(policy: Path | None, guard: str | None = None, threads: int | None = None) -> Moderator:
+    """The moderator of a policy's file, by its judge or a guard. Raises RecipeError, SafetyError, or as `api.load`."""
+    from llama2.safety import policy as policies
+    from llama2.safety.moderation import Moderator
+
+    found = policies.default() if policy is None else policies.load(policy)
+    name = guard or found.judge
+    if name == "classifiers":
+        return Moderator(found)
+    from llama2.safety import guard as guards
+
+    return Moderator(found, guards.load(name, Runtime(threads=threads)))
 
 
 def _show_settings(context: typer.Context, requested: bool) -> None:

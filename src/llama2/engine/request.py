@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+#: Why an answer ended. `content_filter` is a moderator's, and never the engine's own.
+FinishReason = Literal["stop", "length", "cancelled", "error", "content_filter"]
 
 #: Which hidden states make an embedding: the last token's, or the mean of all.
 Pooling = Literal["last", "mean"]

@@ -10,13 +10,17 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llama2.cli.options import Adapter, Context, Template, Threads, TokenizerMode, read_text
+from llama2.cli.options import Adapter, Context, Template, Threads, TokenizerMode, moderator, read_text
+from llama2.cli.output import warn
 from llama2.engine.runtime import Runtime
 from llama2.errors import Llama2Error
+
+if TYPE_CHECKING:
+    from llama2.safety.moderation import Moderator
 
 EXAMPLE = "Example: llama2 serve -m smollm2-135m-instruct --port 8080"
 
@@ -229,6 +233,27 @@ class LimitOptions:
     drain: Annotated[float, typer.Option(min=0.0, help="Seconds that answers may take to finish at the end.")] = 30.0
 
 
+@dataclass(frozen=True)
+class SafeguardOptions:
+    """What holds for every answer."""
+
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Moderate prompts and answers by this policy, in TOML.", show_default="no moderation"
+        ),
+    ] = None
+
+    def moderator(self, threads: int | None) -> Moderator | None:
+        """What moderates; None where nothing does. Says which of the policy's categories nobody judges."""
+        if self.policy is None:
+            return None
+        found = moderator(self.policy, threads=threads)
+        if found.unjudgeable:
+            warn(f"{self.policy}: not judged by {found.judge.name}: {', '.join(found.unjudgeable)}")
+        return found
+
+
 def command(
     *,
     models: ModelsOptions,
@@ -236,6 +261,7 @@ def command(
     runtime: RuntimeOptions,
     requests: RequestOptions,
     limits: LimitOptions,
+    safeguards: SafeguardOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Log one JSON object a line.")] = False,
 ) -> None:
     """Serve models to programs and people.
@@ -254,6 +280,7 @@ def command(
     load: dict[str, Callable[[], Any]] = {
         public: partial(api.load, name, loaded, **files) for public, name in names.items()
     }
+    judging = safeguards.moderator(runtime.threads)
     listener = listen(settings)
     first = next(iter(load))
     load[first] = _loading(load[first])
@@ -266,7 +293,7 @@ def command(
 
     sources = {public: ModelSource(load[public], opener(name)) for public, name in names.items()}
     access_log.configure_logging(as_json=as_json)
-    raise typer.Exit(server.serve(Models(sources, settings), listener))
+    raise typer.Exit(server.serve(Models(sources, settings, judging), listener))
 
 
 def _share_free_memory() -> None:

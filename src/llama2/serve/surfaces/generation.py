@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request as HttpRequest
@@ -12,7 +14,10 @@ from fastapi import Request as HttpRequest
 from llama2.engine.processors import forbid_ends
 from llama2.engine.request import Processor, Request
 from llama2.errors import RequestError
+from llama2.safety.moderation import Moderator, Verdict
+from llama2.safety.policy import Side
 from llama2.serve.errors import Refusal
+from llama2.serve.moderated import AnswerModeration
 from llama2.serve.service import Service, Stream
 from llama2.serve.surfaces.context import models_of, warn
 from llama2.serve.surfaces.encoding import quote
@@ -20,6 +25,8 @@ from llama2.serve.surfaces.encoding import quote
 if TYPE_CHECKING:
     from llama2.serve.constrain.constraints import Constraint
     from llama2.serve.constrain.tools import CallReader
+
+log = logging.getLogger("llama2.serve")
 
 #: Choices that one request may have, over all its prompts.
 MAX_CHOICES = 128
@@ -134,12 +141,71 @@ def constraints_of(http: HttpRequest, constraint: Constraint | None) -> list[Con
     return [constraint]
 
 
-async def submit(http: HttpRequest, service: Service, requests: Sequence[Request], *, refuse: bool = True) -> Stream:
-    """Start answers for an HTTP request; its log line then has their numbers. Raises as `Service.submit` does."""
+async def submit(
+    http: HttpRequest,
+    service: Service,
+    requests: Sequence[Request],
+    *,
+    dialog: Sequence[dict[str, Any]] | None = None,
+    refuse: bool = True,
+) -> Stream:
+    """Start answers for an HTTP request; its log line then has their numbers. Raises as `Service.submit` does.
+
+    Where the server has a policy, the prompt is moderated here, and the answers on their way. `dialog` has the messages
+    of a chat; without, the texts of the prompts are what a user said.
+    """
     check_choices(len(requests))
     requests = [_within_context(http, service, request) for request in requests]
-    stream = await service.submit(requests, refuse=refuse)
+    moderator = models_of(http).moderator
+    if moderator is None or all(request.max_tokens == 0 for request in requests):
+        stream = await service.submit(requests, refuse=refuse)
+    else:
+        stream = await _moderated(http, service, requests, dialog, moderator)
     http.scope["state"].setdefault("streams", []).append(stream)
+    return stream
+
+
+async def _moderated(
+    http: HttpRequest,
+    service: Service,
+    requests: Sequence[Request],
+    dialog: Sequence[dict[str, Any]] | None,
+    moderator: Moderator,
+) -> Stream:
+    """Answers under a policy. Raises Refusal where it stops the prompt."""
+
+    def report(side: Side, verdict: Verdict) -> None:
+        action, category = str(verdict.action), verdict.category or "not judged"
+        service.metrics.moderated.labels(service.name, side, action).inc()
+        facts = {"model": service.name, "side": side, "action": action, "category": category}
+        log.info("moderated", extra={"facts": facts})
+        if verdict.action == "warn":
+            warn(http, f"moderation: the {side} is of the category {category}")
+
+    def text(request: Request) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": service.model.tokenizer.decode(request.prompt)}]
+
+    def judge() -> tuple[list[Sequence[dict[str, Any]]], list[Verdict]]:
+        dialogs = [text(request) if dialog is None else dialog for request in requests]
+        verdicts = []
+        for said in [dialog] if dialog is not None else dialogs:
+            for end, message in enumerate(said, 1):
+                if message["role"] in ("user", "tool") and message["content"]:
+                    verdicts.append(moderator.moderate(said[:end], "input"))
+        return dialogs, verdicts
+
+    dialogs, verdicts = await asyncio.to_thread(judge)
+    for verdict in verdicts:
+        if verdict.action is not None:
+            report("input", verdict)
+    actions = {verdict.action for verdict in verdicts}
+    if "stop" in actions:
+        category = next(v.category for v in verdicts if v.action == "stop") or "which cannot be judged"
+        raise Refusal(400, f"the prompt is stopped by the policy: {category}", code="content_filter")
+    if "refuse" in actions:
+        return service.answered(requests, moderator.policy.refusal)
+    stream = await service.submit(requests)
+    stream.moderation = AnswerModeration(moderator, dialogs, partial(report, "output"))
     return stream
 
 
