@@ -50,6 +50,28 @@ Adapter = Annotated[
         help="A LoRA adapter (peft's folder, or GGUF) to merge into the model; DIR:0.5 halves it; may be repeated.",
     ),
 ]
+SignedBy = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Refuse weights that are not signed by this public key or certificate (`llama2 sign`), adapters too.",
+        show_default="no signature is needed",
+    ),
+]
+SignAs = Annotated[
+    str,
+    typer.Option(
+        "--sign", metavar="NAME", help="Sign with NAME.pem and NAME.crt, which `llama2 sign key --out NAME` makes."
+    ),
+]
+Sign = Annotated[
+    str | None,
+    typer.Option(
+        "--sign",
+        metavar="NAME",
+        help="Sign the answer with NAME.pem and NAME.crt of `llama2 sign key`: a C2PA manifest that nobody sees.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help=Runtime.meaning("threads"), show_default="every core")
@@ -80,6 +102,39 @@ PolicyFile = Annotated[
         show_default="harassment from 0.9 on is refused",
     ),
 ]
+
+
+def signing_files(name: str) -> tuple[Path, Path]:
+    """The private key and the certificates of `--sign NAME`."""
+    return Path(f"{name}.pem"), Path(f"{name}.crt")
+
+
+def signer(name: str | None, model: ModelOptions, request: Request) -> Callable[[str], str] | None:
+    """What signs an answer of a model, if it is to be signed: text → text with its manifest. Raises SafetyError."""
+    if name is None:
+        return None
+    from llama2 import hub
+    from llama2.safety import keys, manifest, signing
+
+    key, chain = signing_files(name)
+    signing.private_key(key)
+    signing.certificates(chain)
+    marked = request.watermark is not None and request.sampling.temperature > 0
+    scheme = keys.scheme_of(request.watermark) if marked and request.watermark else None
+    weights = hub.locate(model.name)
+    return lambda text: manifest.embed(text, manifest.describe(model.name, weights, scheme), key, chain)
+
+
+def demand_signature(key: Path | None, *models: str) -> None:
+    """Check models and adapters against the key that must have signed them, if any. Raises SafetyError, HubError."""
+    if key is None:
+        return
+    from llama2 import hub
+    from llama2.checkpoint.adapter import split
+    from llama2.safety import signing
+
+    for name in models:
+        signing.verify(hub.locate(split(name)[0]), key)
 
 
 def moderator(policy: Path | None, guard: str | None = None, threads: int | None = None) -> Moderator:
@@ -125,6 +180,7 @@ class ModelOptions:
     runner: Annotated[Literal["native", "numpy", "torch"], typer.Option(help=Runtime.meaning("runner"))] = "native"
     compile: Annotated[bool, typer.Option("--compile", help=Runtime.meaning("compile"))] = False
     context: Context = None
+    signed_by: SignedBy = None
 
     @property
     def name(self) -> str:
@@ -139,6 +195,7 @@ class ModelOptions:
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from llama2 import api
 
+        demand_signature(self.signed_by, self.name, *(self.adapter or ()))
         loaded = api.load(
             self.name,
             Runtime(
@@ -177,6 +234,10 @@ class AnswerOptions:
             metavar="N", help="Draft up to N tokens a step from earlier text: the same answer, faster if it repeats."
         ),
     ] = 0
+    watermark: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Mark the answer by this key of `llama2 watermark key`."),
+    ] = None
     temperature: Annotated[float | None, _sampling("temperature", "Temperature; 0 takes the likeliest token.")] = None
     top_p: Annotated[
         float | None, _sampling("top_p", "Nucleus sampling: keep the likeliest tokens up to this probability.")
@@ -210,8 +271,13 @@ class AnswerOptions:
             raise typer.BadParameter(str(error)) from error
 
     def limits(self) -> dict[str, Any]:
-        """What ends an answer and how far it is drafted, as arguments of `Model.chat` and `Model.generate`."""
-        return {"max_tokens": self.max_tokens, "stop": tuple(self.stop or ()), "lookup": self.lookup}
+        """What ends an answer, how far it is drafted, and what marks it, as arguments of `Model.chat`."""
+        given = {"max_tokens": self.max_tokens, "stop": tuple(self.stop or ()), "lookup": self.lookup}
+        if self.watermark is None:
+            return given
+        from llama2.safety import keys
+
+        return {**given, "watermark": keys.load(self.watermark)}
 
     def sampling(self) -> dict[str, Any]:
         """The settings of `Sampling` that are given, by name."""

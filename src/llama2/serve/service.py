@@ -16,6 +16,7 @@ from llama2 import native
 from llama2.api import Model
 from llama2.engine.request import EngineStats, Event, FinishReason, Request, Sampling
 from llama2.engine.scheduler import MAX_SEQUENCES
+from llama2.engine.watermark import Watermark
 from llama2.errors import RequestError
 from llama2.serve.admission import AdmissionController, PendingRequest
 from llama2.serve.constrain.constrainer import Constrainer
@@ -141,7 +142,7 @@ class Service:
         self.texts = TokenTexts(model.tokenizer)
         self.limit = TextLimit(model.tokenizer, model.engine.context)
         self.constrainer = Constrainer(model.tokenizer)
-        self.fingerprint = _fingerprint(model)
+        self.fingerprint = _fingerprint(model, settings.watermarks.get(name))
         self.sampling = _sampling(model, settings)  # the defaults of requests
         self.admission = AdmissionController(settings.max_queue, settings.max_wait, MAX_SEQUENCES)
         self.admission.prefill.add(prefill, 1.0)
@@ -289,10 +290,11 @@ def _sampling(model: Model, settings: ServeSettings) -> Sampling:
     return replace(sampling, **settings.sampling)
 
 
-def _fingerprint(model: Model) -> str:
+def _fingerprint(model: Model, watermark: Watermark | None) -> str:
     """A text that changes whenever equal requests may get different answers."""
     path = model.checkpoint.path
     engine = type(model.engine).__name__
     what = f"{package_version()} {engine} {native.module().__name__} {path.resolve()} {path.stat().st_mtime_ns}"
     what += "".join(f" {adapter.digest()}" for adapter in model.checkpoint.adapters)
+    what += "" if watermark is None else f" {watermark}"
     return "fp_" + hashlib.sha256(what.encode()).hexdigest()[:12]

@@ -25,6 +25,7 @@ from llama2.serve.surfaces import (
     ollama,
     openai,
     responses,
+    watermark,
 )
 from llama2.version import package_version
 
@@ -55,7 +56,7 @@ def application(models: Models) -> ASGIApp:
     )
     app.state.models = models
     app.state.parsers = asyncio.Semaphore(_PARSERS)
-    surfaces = (openai, responses, embeddings, moderations, anthropic, completion, llamacpp, ollama, azure)
+    surfaces = (openai, responses, embeddings, moderations, watermark, anthropic, completion, llamacpp, ollama, azure)
     routers = [anthropic.versioned, *(surface.router for surface in surfaces)]
     for router in routers:
         app.include_router(router)

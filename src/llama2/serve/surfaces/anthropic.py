@@ -146,7 +146,7 @@ class CountTokensRequest(Wire):
 
 
 class MessagesRequest(CountTokensRequest):
-    """`POST /v1/messages`. `seed` is an extra."""
+    """`POST /v1/messages`. `seed` and `watermark` are extras."""
 
     max_tokens: int = Field(ge=1, lt=1 << 62)
     stop_sequences: Annotated[list[StopText], Field(max_length=64)] | None = None
@@ -155,6 +155,7 @@ class MessagesRequest(CountTokensRequest):
     top_k: int | None = Field(None, ge=0, le=1 << 30)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stream: bool | None = None
+    watermark: bool | None = None
     metadata: dict[str, Any] | None = None  # nothing is stored
 
 
@@ -173,7 +174,7 @@ async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
     dialog = _dialog(body, http)
     asked = Request((), body.max_tokens, sampling, stop, lookup=lookup)
     request, reader = await _request(body, http, service, dialog, asked)
-    stream = await submit(http, service, [request], dialog=dialog)
+    stream = await submit(http, service, [request], dialog=dialog, watermark=body.watermark)
     writer = _MessageWriter(body, stream.requests[0], reader)
     if body.stream:
         return StreamingResponse(writer.events(stream), stream.close, headers=warning_header(body, http))

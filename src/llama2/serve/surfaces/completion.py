@@ -80,6 +80,7 @@ class CompletionOptions(LlamaCppSampling):
     cache_prompt: bool | None = None
     return_tokens: bool | None = None
     timings_per_token: bool | None = None
+    watermark: bool | None = None  # an extra
     response_fields: list[str] | None = None
 
 
@@ -154,7 +155,8 @@ async def _respond(
         requests = (replace(request, prompt=tuple(prompt)) for prompt in prompts)
         return [choice for each in requests for choice in expand_choices(service, each, n, constraints, min_tokens)]
 
-    stream = await submit(http, service, await asyncio.to_thread(build))
+    requests = await asyncio.to_thread(build)
+    stream = await submit(http, service, requests, watermark=body.watermark)
     writers = [_LlamaCppWriter(i, body, request, service) for i, request in enumerate(stream.requests)]
     if body.stream:
         return StreamingResponse(_events(stream, writers), stream.close, headers=warning_header(body, http))

@@ -147,15 +147,16 @@ async def submit(
     requests: Sequence[Request],
     *,
     dialog: Sequence[dict[str, Any]] | None = None,
+    watermark: bool | None = None,
     refuse: bool = True,
 ) -> Stream:
     """Start answers for an HTTP request; its log line then has their numbers. Raises as `Service.submit` does.
 
     Where the server has a policy, the prompt is moderated here, and the answers on their way. `dialog` has the messages
-    of a chat; without, the texts of the prompts are what a user said.
+    of a chat; without, the texts of the prompts are what a user said. `watermark` is what the request asks for.
     """
     check_choices(len(requests))
-    requests = [_within_context(http, service, request) for request in requests]
+    requests = _marked(http, service, [_within_context(http, service, request) for request in requests], watermark)
     moderator = models_of(http).moderator
     if moderator is None or all(request.max_tokens == 0 for request in requests):
         stream = await service.submit(requests, refuse=refuse)
@@ -163,6 +164,21 @@ async def submit(
         stream = await _moderated(http, service, requests, dialog, moderator)
     http.scope["state"].setdefault("streams", []).append(stream)
     return stream
+
+
+def _marked(http: HttpRequest, service: Service, requests: list[Request], wanted: bool | None) -> list[Request]:
+    """The requests with the model's watermark. Raises Refusal for what the operator does not allow."""
+    settings = models_of(http).settings
+    watermark = settings.watermarks.get(service.name)
+    if watermark is None and wanted:
+        raise Refusal(400, "watermark: this server has no key for the model; leave it out", param="watermark")
+    if watermark is not None and wanted is False and not settings.watermark_on_request:
+        raise Refusal(400, "watermark: every answer of this model is marked; leave it out", param="watermark")
+    if watermark is None or (settings.watermark_on_request and not wanted):
+        return requests
+    if any(request.sampling.temperature == 0 and request.max_tokens != 0 for request in requests):
+        warn(http, "watermark: at temperature 0 nothing is drawn, so nothing is marked")
+    return [replace(request, watermark=watermark) for request in requests]
 
 
 async def _moderated(

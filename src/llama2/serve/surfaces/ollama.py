@@ -76,6 +76,7 @@ class OllamaGeneration(Wire):
     format: Literal["", "json"] | dict[str, Any] | None = None  # a JSON schema
     keep_alive: KeepAlive = None
     think: bool | str | None = None
+    watermark: bool | None = None  # an extra
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -341,7 +342,7 @@ def _raw_prompt(service: Service, body: OllamaGenerateRequest) -> list[int]:
 async def _respond(
     writer: _OllamaWriter, requests: list[Request], http: HttpRequest, dialog: list[dict[str, Any]] | None
 ) -> Response:
-    stream = await submit(http, writer.service, requests, dialog=dialog)
+    stream = await submit(http, writer.service, requests, dialog=dialog, watermark=writer.body.watermark)
     if writer.body.stream is not False:
         headers = warning_header(writer.body, http)
         return StreamingResponse(writer.lines(stream), stream.close, headers=headers, media_type="application/x-ndjson")

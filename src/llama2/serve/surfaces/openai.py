@@ -64,7 +64,7 @@ async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         response=body.constraint,
         min_tokens=min_tokens_of(body),
     )
-    stream = await submit(http, service, requests, dialog=messages)
+    stream = await submit(http, service, requests, dialog=messages, watermark=body.watermark)
     return await _respond(_ChatWriter(body, service, readers, requests[0].prompt), body, stream, http)
 
 
@@ -107,7 +107,7 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         return prompts, requests
 
     prompts, requests = await asyncio.to_thread(build)
-    stream = await submit(http, service, requests)
+    stream = await submit(http, service, requests, watermark=body.watermark)
     return await _respond(_CompletionWriter(body, service, prompts), body, stream, http)
 
 

@@ -142,7 +142,7 @@ async def responses(body: ResponsesRequest, http: HttpRequest) -> Response:
         response=format.constraint if format else None,
         min_tokens=min_tokens_of(body),
     )
-    stream = await submit(http, service, [request], dialog=messages)
+    stream = await submit(http, service, [request], dialog=messages, watermark=body.watermark)
     writer = _ResponsesWriter(body, request, reader, service.texts)
     if body.stream:
         return StreamingResponse(writer.events(stream), stream.close, headers=warning_header(body, http))
