@@ -88,7 +88,7 @@ def test_the_detectors_route_finds_the_default_models_text(server: Server, model
     found = server.post("/v1/watermark/detect", asked)[2]["data"]
     assert found[0]["verdict"] == "marked"
     assert found[0]["p_value"] < 1e-4
-    assert found[2]["verdict"] == "cannot tell"
+    assert found[2]["verdict"] == "cannot say"
     assert found[2]["p_value"] is None
 
 

@@ -56,9 +56,9 @@ def test_what_is_marked_is_found_by_its_key_alone(watermark: Any) -> None:
 
 def test_too_little_text_is_no_evidence() -> None:
     found = detect(SYNTHID, drawn(SYNTHID, LEAST + 3), V)
-    assert (found.verdict, found.scored, found.p_value) == ("cannot tell", LEAST - 1, None)
-    assert detect(SYNTHID, drawn(SYNTHID, LEAST + 4), V).verdict != "cannot tell"
-    assert detect(SYNTHID, np.array([], np.int32), V).verdict == "cannot tell"
+    assert (found.verdict, found.scored, found.p_value) == ("cannot say", LEAST - 1, None)
+    assert detect(SYNTHID, drawn(SYNTHID, LEAST + 4), V).verdict != "cannot say"
+    assert detect(SYNTHID, np.array([], np.int32), V).verdict == "cannot say"
     repeated = np.tile(drawn(SYNTHID, 20), 40)  # one text again and again is no more evidence than once
     assert detect(SYNTHID, repeated, V).scored < LEAST
 
@@ -177,4 +177,4 @@ def test_the_commands_make_a_key_mark_an_answer_and_find_it(
     found = json.loads(run("watermark", "detect", marked, "-m", model, "--key", key, "--json"))
     assert (found["verdict"], found["level"]) == ("marked", 0.01)
     assert "not marked" in run("watermark", "detect", plain, "-m", model, "--key", key)
-    assert "cannot tell" in run("watermark", "detect", "short", "-m", model, "--key", key)
+    assert "cannot say" in run("watermark", "detect", "short", "-m", model, "--key", key)

@@ -27,7 +27,7 @@ LEVEL = 0.01
 class Detection:
     """What a text shows: how many tokens were scored, how many of their bits are set, how likely that is by chance."""
 
-    verdict: Literal["marked", "not marked", "cannot tell"]
+    verdict: Literal["marked", "not marked", "cannot say"]
     tokens: int
     scored: int
     set_bits: int
@@ -47,7 +47,7 @@ def detect(watermark: Watermark, tokens: NDArray[np.int32], vocabulary: int, *, 
     ones, trials = int(np.unpackbits(found.view(np.uint8)).sum()), len(found) * watermark.layers
     expected = chance(watermark, vocabulary)
     if len(found) < LEAST:
-        return Detection("cannot tell", len(tokens), len(found), ones, trials, expected, None)
+        return Detection("cannot say", len(tokens), len(found), ones, trials, expected, None)
     p = binomial_tail(ones, trials, expected)
     return Detection("marked" if p <= level else "not marked", len(tokens), len(found), ones, trials, expected, p)
 
