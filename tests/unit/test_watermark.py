@@ -69,9 +69,12 @@ def test_nothing_is_marked_at_temperature_0() -> None:
 
 @pytest.mark.parametrize("watermark", [SYNTHID, KGW])
 def test_p_values_of_unmarked_text_are_uniform(watermark: Any) -> None:
-    """1,000 texts of 100 random tokens; p-values of sums are a little above uniform ones, never below."""
-    p = [detect(watermark, rng.integers(0, V, 100).astype(np.int32), V).p_value or 0 for _ in range(1000)]
-    assert kstest(p, "uniform").pvalue > 0.001 or watermark is KGW
+    """1,000 texts of 100 random tokens. A sum has few values, so ties are broken at random for the test."""
+    found = [detect(watermark, rng.integers(0, V, 100).astype(np.int32), V) for _ in range(1000)]
+    p = [each.p_value or 0.0 for each in found]
+    above = [binomial_tail(each.set_bits + 1, each.bits, each.expected) for each in found]
+    broken = [low + rng.random() * (high - low) for low, high in zip(above, p, strict=True)]
+    assert kstest(broken, "uniform").pvalue > 0.001
     for level in (0.01, 0.05, 0.2):
         assert np.mean(np.array(p) <= level) <= level + 3 * np.sqrt(level / 1000)
 
