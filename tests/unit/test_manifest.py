@@ -35,7 +35,7 @@ def test_a_signed_text_reads_as_before_and_survives_copying(signed: str, keys: P
     assert signed.startswith(TEXT)
     invisible = signed.removeprefix(TEXT)
     assert all(unicodedata.category(letter) in ("Mn", "Cf") for letter in invisible)
-    for copied in (signed, unicodedata.normalize("NFD", signed), signed.encode().decode()):
+    for copied in (signed, f"{signed}\r\n", unicodedata.normalize("NFD", signed), signed.encode().decode()):
         found = manifest.check(copied, keys / "ours.crt")
         assert found == Generation(SAID.model, SAID.weights, SAID.watermark, SAID.time, "Example Ltd")
 
@@ -115,7 +115,7 @@ def test_the_commands_sign_an_answer_and_check_it(
     model = str(write_model(tmp_path))
     answer = done("generate", "-m", model, "to be", "--max-tokens", "9", "--seed", "1", "--sign", str(keys / "ours"))
     file = tmp_path / "answer.txt"
-    file.write_text(answer.removesuffix("\n"), encoding="utf-8")
+    file.write_text(answer, encoding="utf-8")
     found = json.loads(done("verify", "text", str(file), "--key", str(keys / "ours.crt"), "--json"))
     assert (found["signer"], found["model"]) == ("Example Ltd", model)
     assert found["weights"] == manifest.weights_digest(Path(model))

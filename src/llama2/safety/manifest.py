@@ -85,14 +85,16 @@ def beside(text: str, said: Generation, key: Path, chain: Path) -> bytes:
 def check(text: str, chain: Path, manifest: bytes | None = None) -> Generation:
     """What the manifest of a text says, if it was signed by the owner of a certificate and nothing changed since.
 
-    Without `manifest`, it is inside the text. Raises SafetyError, in one line, for a text without one, a text that is
-    not the signed one, a signature by somebody else, and a certificate that is not valid now.
+    Without `manifest`, it is inside the text, at its end but for a line end. Raises SafetyError, in one line, for
+    a text without one, a text that is not the signed one, a signature by somebody else, and a certificate that is not
+    valid now.
     """
     c2pa, c2pa_text = _libraries()
     signing.certificates(chain)
     clean = unicodedata.normalize("NFC", text)
     place: tuple[int, int] | None = None
     if manifest is None:
+        clean = clean.rstrip("\r\n")  # a line end behind the manifest is a program's, and not the text's
         try:
             found = c2pa_text.find_wrapper_info(clean)
         except ValueError:
