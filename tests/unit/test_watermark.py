@@ -68,6 +68,21 @@ def test_nothing_is_marked_at_temperature_0() -> None:
 
 
 @pytest.mark.parametrize("watermark", [SYNTHID, KGW])
+def test_what_is_far_below_the_likeliest_keeps_its_share(watermark: Any) -> None:
+    """Two likely tokens, and 40,000 whose logits are 9 lower: these are drawn in 40000 e⁻⁹ / (2 + 40000 e⁻⁹) of all."""
+    logits = np.full(40_002, -9, np.float32)
+    logits[:2] = 0
+    sampler = Sampler(Request((1,), sampling=Sampling(1.0, 1.0, seed=2), watermark=watermark))
+    tokens = [1]
+    for _ in range(600):
+        tokens.append(sampler.draw(logits.copy(), np.array(tokens, np.int32)))
+    tail = 40_000 * np.exp(-9)
+    bias = np.exp(KGW.bias) if watermark is KGW else 1  # a green list may lift the likely ones
+    share = np.mean(np.array(tokens[1:]) > 1)
+    assert tail / (2 * bias + tail) - 0.06 < share < tail / (2 + tail) + 0.06
+
+
+@pytest.mark.parametrize("watermark", [SYNTHID, KGW])
 def test_p_values_of_unmarked_text_are_uniform(watermark: Any) -> None:
     """1,000 texts of 100 random tokens. A sum has few values, so ties are broken at random for the test."""
     found = [detect(watermark, rng.integers(0, V, 100).astype(np.int32), V) for _ in range(1000)]

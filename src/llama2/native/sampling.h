@@ -160,6 +160,12 @@ public:
         return order_[size_t(i)];
     }
 
+    // Whether there is an i-th token that is at most `depth` widths below the maximum, or was asked for before.
+    bool within(int64_t i, float depth) {
+        while (int64_t(order_.size()) <= i && depth_ < depth) gather();
+        return i < int64_t(order_.size());
+    }
+
 private:
     void gather() {
         const float above = least_;
@@ -180,19 +186,21 @@ private:
     std::vector<int32_t>& order_;
 };
 
-// How many of the likeliest candidates a watermark changes; the others keep their weights. Few tokens are beyond, and
-// with a whole vocabulary, marking would take longer than the model.
+// How many of the likeliest candidates a watermark changes, and how many temperatures below the likeliest's their
+// logits are at most: their weight is at least exp(-8) of its. The others keep their weights. They are seldom drawn,
+// and with a whole vocabulary, marking would take longer than the model.
 constexpr int64_t kMarked = 1024;
+constexpr float kMarkedDepth = 8;
 
-// Draws the index of a candidate among `kept`, whose weights, the largest first, have the sum `mass`, after the
-// watermark has changed those of the likeliest.
-template <class TokenAt, class WeightAt>
-inline int64_t draw_marked(int64_t kept, double mass, const TokenAt& token_at, const WeightAt& weight_at, int64_t V,
+// Draws one of the first `kept` tokens of `ranking`, whose weights have the sum `mass`, after the watermark has changed
+// those of the likeliest.
+template <class WeightAt>
+inline int64_t draw_marked(Ranking& ranking, int64_t kept, double mass, const WeightAt& weight_at, int64_t V,
                            double random, Scratch& scratch, const Watermark& watermark, const int32_t* before) {
     scratch.tokens.clear(), scratch.marked.clear();
     double head = 0;
-    for (int64_t i = 0; i < std::min(kept, kMarked); ++i) {
-        scratch.tokens.push_back(token_at(i)), scratch.marked.push_back(weight_at(i));
+    for (int64_t i = 0; i < std::min(kept, kMarked) && ranking.within(i, kMarkedDepth); ++i) {
+        scratch.tokens.push_back(ranking[i]), scratch.marked.push_back(weight_at(i));
         head += scratch.marked.back();
     }
     const int64_t count = int64_t(scratch.tokens.size());
@@ -209,7 +217,7 @@ inline int64_t draw_marked(int64_t kept, double mass, const TokenAt& token_at, c
         if (weight > 0) cumulative += weight, last = i;
         if (cumulative > target) break;
     }
-    return last;
+    return ranking[last];
 }
 
 // The next token from `logits` (V) after temperature, top-k, top-p, min-p. Candidates are ordered by logit, equal ones
@@ -243,8 +251,7 @@ inline int64_t draw(const float* logits, int64_t n, const SamplingOptions& o, Sc
     }
     const double random = uniform(o.seed, o.choice, o.position);
     if (watermark) {
-        const auto token_at = [&](int64_t i) { return ranking[i]; };
-        return ranking[draw_marked(kept, mass, token_at, weight_at, n, random, scratch, *watermark, before)];
+        return draw_marked(ranking, kept, mass, weight_at, n, random, scratch, *watermark, before);
     }
     const double target = random * mass;
     double cumulative = 0;

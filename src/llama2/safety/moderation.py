@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,8 +116,3 @@ def _worse(a: Verdict, b: Verdict) -> Verdict:
 
 def _highest(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     return {name: max(scores[name] for scores in (a, b) if name in scores) for name in {**a, **b}}
-
-
-def users(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those messages of a conversation that come from outside: a user's and a tool's, with text."""
-    return [m for m in messages if m["role"] in ("user", "tool") and m.get("content")]

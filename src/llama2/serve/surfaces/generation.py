@@ -198,17 +198,17 @@ async def _moderated(
         if verdict.action == "warn":
             warn(http, f"moderation: the {side} is of the category {category}")
 
-    def text(request: Request) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": service.model.tokenizer.decode(request.prompt)}]
-
     def judge() -> tuple[list[Sequence[dict[str, Any]]], list[Verdict]]:
-        dialogs = [text(request) if dialog is None else dialog for request in requests]
-        verdicts = []
-        for said in [dialog] if dialog is not None else dialogs:
-            for end, message in enumerate(said, 1):
-                if message["role"] in ("user", "tool") and message["content"]:
-                    verdicts.append(moderator.moderate(said[:end], "input"))
-        return dialogs, verdicts
+        said: dict[tuple[int, ...], Sequence[dict[str, Any]]] = {}  # each prompt once, whatever its choices are
+        for prompt in dict.fromkeys(request.prompt for request in requests):
+            said[prompt] = dialog or [{"role": "user", "content": service.model.tokenizer.decode(prompt)}]
+        verdicts = [
+            moderator.moderate(messages[:end], "input")
+            for messages in said.values()
+            for end, message in enumerate(messages, 1)
+            if message["role"] in ("user", "tool") and message["content"]
+        ]
+        return [said[request.prompt] for request in requests], verdicts
 
     dialogs, verdicts = await asyncio.to_thread(judge)
     for verdict in verdicts:
