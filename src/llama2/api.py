@@ -30,6 +30,7 @@ from llama2.engine.request import (
     shown,
 )
 from llama2.engine.runtime import Runtime, RuntimeSettings, start
+from llama2.engine.watermark import Watermark
 from llama2.errors import ContextError, DialogError, EngineError, RequestError
 from llama2.hub import store
 from llama2.text import template as templates
@@ -62,6 +63,7 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     seed: int | None
+    watermark: Watermark | None
 
 
 def load(
@@ -377,4 +379,5 @@ def _request(prompt: Sequence[int], options: Options, *, raw_completion: bool = 
         logprobs=options.get("logprobs"),
         raw_completion=raw_completion,
         lookup=options.get("lookup", 0),
+        watermark=options.get("watermark"),
     )

@@ -71,3 +71,7 @@ class EvaluationError(Llama2Error):
 
 class ClassifierError(Llama2Error):
     """A classifier of texts is not there, damaged, or cannot be trained."""
+
+
+class SafetyError(Llama2Error):
+    """A guard, a key, a watermark or a signature is missing, of the wrong kind, or does not hold."""

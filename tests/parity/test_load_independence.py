@@ -20,11 +20,13 @@ from llama2.engine.answer import collect
 from llama2.engine.engine import Engine
 from llama2.engine.request import Event, Request, Sampling
 from llama2.engine.runner_native import NativeRunner
+from llama2.engine.watermark import Kgw, SynthId
 from models import tiny_config, write_tiny_gguf
 
 CONTEXT = 256  # eight blocks
 #: Few tokens, so that n-grams come again and drafts are right now and then.
 LETTERS = tuple(range(282, 290))
+SYNTHID, KGW = SynthId((7, 11, 13, 17), ngram=3), Kgw(42)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,7 @@ def requests(rng: random.Random, count: int) -> list[Request]:
                 score_from=rng.choice([1, len(prompt), rng.randint(1, len(prompt))]) if scored else None,
                 choice=rng.randrange(2),
                 lookup=rng.choice([0, 0, 1, 8]),
+                watermark=rng.choice([None, None, SYNTHID, KGW]),
             )
         )
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -86,26 +87,50 @@ def follow(engine: EngineProtocol, request: Request, show: Callable[[str], None]
     return reply
 
 
-def print_answer(engine: EngineProtocol, request: Request, model: str, *, before: str = "", as_json: bool) -> None:
+def print_answer(
+    engine: EngineProtocol,
+    request: Request,
+    model: str,
+    *,
+    before: str = "",
+    as_json: bool,
+    sign: Callable[[str], str] | None = None,
+) -> None:
     """Print the answer to a request, after `before`: piece by piece, or as one JSON object.
+
+    What `sign` adds to the whole text comes at its end.
 
     Raises typer.Exit with code 130 when Ctrl-C ended it, after printing what was drawn.
     """
+    if note := unmarked(request):
+        warn(note)
     if as_json:
         reply = follow(engine, request, lambda _: None)
-        record = asdict(reply) | {"text": before + reply.text, "model": model, "seed": request.sampling.seed}
+        text = before + reply.text
+        text = text if sign is None else sign(text)
+        record = asdict(reply) | {"text": text, "model": model, "seed": request.sampling.seed}
         if request.logprobs is None:
             del record["logprobs"]
         data(json.dumps(record))
     else:
         stream(before)
         reply = follow(engine, request, stream)
+        if sign is not None:
+            text = unicodedata.normalize("NFC", before + reply.text)
+            stream(sign(text).removeprefix(text))
         stream("\n")
         aside(reply.summary())
         if reply.finish_reason == "length" and request.max_tokens is None:
             warn(f"the answer ends here, since the context of {engine.context} tokens is full")
     if reply.finish_reason == "cancelled":
         raise typer.Exit(130)
+
+
+def unmarked(request: Request) -> str | None:
+    """What to say where an answer is to be marked and cannot be."""
+    if request.watermark is not None and request.sampling.temperature == 0:
+        return "at temperature 0 nothing is drawn, so nothing is marked"
+    return None
 
 
 def seeded(settings: Mapping[str, Any]) -> Sampling:

@@ -24,6 +24,7 @@ from llama2.native import CacheType
 
 if TYPE_CHECKING:
     from llama2.api import Model
+    from llama2.safety.moderation import Moderator
 
 _DEFAULT = Sampling()
 _LONGEST = 1 << 26  # bytes of a prompt
@@ -50,6 +51,28 @@ Adapter = Annotated[
         help="A LoRA adapter (peft's folder, or GGUF) to merge into the model; DIR:0.5 halves it; may be repeated.",
     ),
 ]
+SignedBy = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Refuse weights that are not signed by this public key or certificate (`llama2 sign`), adapters too.",
+        show_default="no signature is needed",
+    ),
+]
+SignAs = Annotated[
+    str,
+    typer.Option(
+        "--sign", metavar="NAME", help="Sign with NAME.pem and NAME.crt, which `llama2 sign key --out NAME` makes."
+    ),
+]
+Sign = Annotated[
+    str | None,
+    typer.Option(
+        "--sign",
+        metavar="NAME",
+        help="Sign the answer with NAME.pem and NAME.crt of `llama2 sign key`: a C2PA manifest that nobody sees.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help=Runtime.meaning("threads"), show_default="every core")
@@ -69,6 +92,64 @@ Template = Annotated[
 RecipeSettings = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings in place of the recipe's.")
 ]
+
+
+PolicyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy",
+        metavar="FILE",
+        help="A policy in TOML: what is judged, and what is done about it.",
+        show_default="harassment from 0.9 on is refused",
+    ),
+]
+
+
+def signing_files(name: str) -> tuple[Path, Path]:
+    """The private key and the certificates of `--sign NAME`."""
+    return Path(f"{name}.pem"), Path(f"{name}.crt")
+
+
+def signer(name: str | None, model: ModelOptions, request: Request) -> Callable[[str], str] | None:
+    """What signs an answer of a model, if it is to be signed: text → text with its manifest. Raises SafetyError."""
+    if name is None:
+        return None
+    from llama2 import hub
+    from llama2.safety import keys, manifest, signing
+
+    key, chain = signing_files(name)
+    signing.private_key(key)
+    signing.certificates(chain)
+    marked = request.watermark is not None and request.sampling.temperature > 0
+    scheme = keys.scheme_of(request.watermark) if marked and request.watermark else None
+    weights = hub.locate(model.name)
+    return lambda text: manifest.embed(text, manifest.describe(model.name, weights, scheme), key, chain)
+
+
+def demand_signature(key: Path | None, *models: str) -> None:
+    """Check models and adapters against the key that must have signed them, if any. Raises SafetyError, HubError."""
+    if key is None:
+        return
+    from llama2 import hub
+    from llama2.checkpoint.adapter import split
+    from llama2.safety import signing
+
+    for name in models:
+        signing.verify(hub.locate(split(name)[0]), key)
+
+
+def moderator(policy: Path | None, guard: str | None = None, threads: int | None = None) -> Moderator:
+    """The moderator of a policy's file, by its judge or a guard. Raises RecipeError, SafetyError, or as `api.load`."""
+    from llama2.safety import policy as policies
+    from llama2.safety.moderation import Moderator
+
+    found = policies.default() if policy is None else policies.load(policy)
+    name = guard or found.judge
+    if name == "classifiers":
+        return Moderator(found)
+    from llama2.safety import guard as guards
+
+    return Moderator(found, guards.load(name, Runtime(threads=threads)))
 
 
 def _show_settings(context: typer.Context, requested: bool) -> None:
@@ -100,6 +181,7 @@ class ModelOptions:
     runner: Annotated[Literal["native", "numpy", "torch"], typer.Option(help=Runtime.meaning("runner"))] = "native"
     compile: Annotated[bool, typer.Option("--compile", help=Runtime.meaning("compile"))] = False
     context: Context = None
+    signed_by: SignedBy = None
 
     @property
     def name(self) -> str:
@@ -114,6 +196,7 @@ class ModelOptions:
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from llama2 import api
 
+        demand_signature(self.signed_by, self.name, *(self.adapter or ()))
         loaded = api.load(
             self.name,
             Runtime(
@@ -153,6 +236,10 @@ class AnswerOptions:
             metavar="N", help="Draft up to N tokens a step from earlier text: the same answer, faster if it repeats."
         ),
     ] = 0
+    watermark: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Mark the answer by this key of `llama2 watermark key`."),
+    ] = None
     temperature: Annotated[float | None, _sampling("temperature", "Temperature; 0 takes the likeliest token.")] = None
     top_p: Annotated[
         float | None, _sampling("top_p", "Nucleus sampling: keep the likeliest tokens up to this probability.")
@@ -186,8 +273,13 @@ class AnswerOptions:
             raise typer.BadParameter(str(error)) from error
 
     def limits(self) -> dict[str, Any]:
-        """What ends an answer and how far it is drafted, as arguments of `Model.chat` and `Model.generate`."""
-        return {"max_tokens": self.max_tokens, "stop": tuple(self.stop or ()), "lookup": self.lookup}
+        """What ends an answer, how far it is drafted, and what marks it, as arguments of `Model.chat`."""
+        given = {"max_tokens": self.max_tokens, "stop": tuple(self.stop or ()), "lookup": self.lookup}
+        if self.watermark is None:
+            return given
+        from llama2.safety import keys
+
+        return {**given, "watermark": keys.load(self.watermark)}
 
     def sampling(self) -> dict[str, Any]:
         """The settings of `Sampling` that are given, by name."""

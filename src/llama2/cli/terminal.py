@@ -18,7 +18,7 @@ from prompt_toolkit.filters import is_searching
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from llama2.cli.answer import follow, seeded
+from llama2.cli.answer import follow, seeded, unmarked
 from llama2.cli.conversation import Conversation
 from llama2.cli.output import one_line
 from llama2.console import aside, say, stream
@@ -84,6 +84,8 @@ class TerminalChat:
         for note in prompt.notes:
             aside(note)
         request = self.model.answering(request, prompt)
+        if (unmarkable := unmarked(request)) is not None:
+            aside(unmarkable)
         with _hidden_keys():
             reply = follow(self.model.engine, request, stream)
         say()

@@ -363,6 +363,8 @@ def sampling_params(request: Request, limit: int) -> dict[str, Any]:
     Raises RequestError for what vLLM cannot do.
     """
     s = request.sampling
+    if request.watermark is not None:
+        raise RequestError("watermark: vLLM draws its own tokens, which this program cannot mark; leave it out")
     if request.processors:
         raise RequestError("processors: vLLM runs none of this program's")
     if request.continuations:

@@ -9,13 +9,15 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+from llama2.engine.watermark import Watermark
 from llama2.errors import ContextError, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+#: Why an answer ended. `content_filter` is a moderator's, and never the engine's own.
+FinishReason = Literal["stop", "length", "cancelled", "error", "content_filter"]
 
 #: Which hidden states make an embedding: the last token's, or the mean of all.
 Pooling = Literal["last", "mean"]
@@ -173,6 +175,7 @@ class Request:
     cache_prompt: bool = True
     pooling: Pooling | None = None
     continuations: tuple[tuple[int, ...], ...] = ()
+    watermark: Watermark | None = None  # at temperature 0 nothing is drawn, and nothing is marked
 
     def __post_init__(self) -> None:
         if self.pooling not in (None, *get_args(Pooling)):
@@ -206,6 +209,8 @@ class Request:
             flag(name, getattr(self, name))
         if not isinstance(self.processors, (tuple, list)) or not all(map(callable, self.processors)):
             raise RequestError(f"processors={shown(self.processors)} must be a list of functions")
+        if self.watermark is not None and not isinstance(self.watermark, Watermark):
+            raise RequestError(f"watermark={shown(self.watermark)} must be a SynthId or a Kgw")
         if not isinstance(self.sampling, Sampling):
             raise RequestError(f"sampling={shown(self.sampling)} must be a Sampling")
 

@@ -9,11 +9,14 @@ from numpy.typing import NDArray
 
 from llama2 import native
 from llama2.engine.request import Logprob, Request
+from llama2.engine.watermark import Marking
 from llama2.errors import EngineError
 
 
 class Sampler:
     """Draws the tokens of one request, in the order that Sampling states, after the request's own processors.
+
+    A watermark comes last, over what temperature and truncation left.
 
     The uniform number of a draw is a function of (seed, choice, index of the drawn token in the sequence). It is the
     first output of Philox4x64-10 with key (seed, choice) and counter (index, 0, 0, 0): its upper 53 bits over 2 ** 53.
@@ -23,7 +26,8 @@ class Sampler:
         s = request.sampling
         self._processors = request.processors
         self._prompt_length = len(request.prompt)
-        self._sample = native.module().sample
+        self._sample, self._sample_marked = native.module().sample, native.module().sample_marked
+        self._marking = Marking(request.watermark, len(request.prompt)) if request.watermark and s.temperature else None
         self._settings = (
             *(self._prompt_length, s.temperature, s.top_k, s.top_p, s.min_p),
             *(s.repetition_penalty, s.presence_penalty, s.frequency_penalty),
@@ -39,7 +43,11 @@ class Sampler:
         """
         for process in self._processors:
             process(logits, history, self._prompt_length)
-        token: int = self._sample(logits, history, *self._settings, len(history))
+        watermark = None if self._marking is None else self._marking.at(history)
+        if watermark is None:
+            token: int = self._sample(logits, history, *self._settings, len(history))
+        else:
+            token = self._sample_marked(watermark, logits, history, *self._settings, len(history))
         if token >= 0:
             return token
         raise EngineError(

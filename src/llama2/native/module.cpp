@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <memory>
 #include <thread>
 #include <unordered_map>
 
@@ -15,6 +16,7 @@
 #include "model.h"
 #include "quantize.h"
 #include "sampling.h"
+#include "watermark.h"
 
 namespace nb = nanobind;
 using namespace llama2;
@@ -170,11 +172,48 @@ Scratch& scratch_of_thread() {
     return scratch;
 }
 
-// 15 parameters: Sampling's fields, a tuple that the caller makes once a request, because this runs once a token.
-int64_t sample(const Out<float, 1>& logits, const In<int32_t, 1>& history, int64_t prompt_length, float temperature,
-               int64_t top_k, double top_p, double min_p, float repetition_penalty, float presence_penalty,
-               float frequency_penalty, const In<int32_t, 1>& bias_ids, const In<float, 1>& bias_values, uint64_t seed,
-               uint64_t choice, uint64_t position) {
+// A watermark, of either scheme. Its type is of this module alone, as each instruction set has one.
+class PyWatermark {
+public:
+    explicit PyWatermark(std::unique_ptr<Watermark> scheme) : scheme_(std::move(scheme)) {}
+
+    // tokens: (T,); out: (T − context,), the bits of each token that has a context before it.
+    void bits(const In<int32_t, 1>& tokens, int64_t vocab, const Out<uint32_t, 1>& out) const {
+        const int64_t context = scheme_->context();
+        check(tokens, vocab);
+        expect(int64_t(tokens.size()) == int64_t(out.size()) + context, "one output for each token with a context");
+        for (int64_t i = 0; i < int64_t(out.size()); ++i)
+            scheme_->bits(tokens.data() + i, tokens.data() + i + context, 1, vocab, out.data() + i);
+    }
+
+    // before: (context,); tokens and weights: (count,), of which the weights are changed in place.
+    void reweigh(const In<int32_t, 1>& before, const In<int32_t, 1>& tokens, int64_t vocab,
+                 const Out<double, 1>& weights) const {
+        const int64_t count = int64_t(tokens.size());
+        check(before, vocab), check(tokens, vocab);
+        expect(int64_t(before.size()) == scheme_->context() && int64_t(weights.size()) == count, "sizes differ");
+        std::vector<uint32_t> bits(static_cast<size_t>(count));
+        scheme_->bits(before.data(), tokens.data(), count, vocab, bits.data());
+        scheme_->reweigh(bits.data(), weights.data(), count);
+    }
+
+    const Watermark& scheme() const { return *scheme_; }
+
+private:
+    static void check(const In<int32_t, 1>& tokens, int64_t vocab) {
+        for (size_t i = 0; i < tokens.size(); ++i)
+            expect(tokens.data()[i] >= 0 && tokens.data()[i] < vocab, "a token is not in the vocabulary");
+    }
+
+    std::unique_ptr<Watermark> scheme_;
+};
+
+// 16 parameters: Sampling's fields, a tuple that the caller makes once a request, because this runs once a token.
+int64_t sample_marked(const PyWatermark* watermark, const Out<float, 1>& logits, const In<int32_t, 1>& history,
+                      int64_t prompt_length, float temperature, int64_t top_k, double top_p, double min_p,
+                      float repetition_penalty, float presence_penalty, float frequency_penalty,
+                      const In<int32_t, 1>& bias_ids, const In<float, 1>& bias_values, uint64_t seed, uint64_t choice,
+                      uint64_t position) {
     const int64_t n = int64_t(logits.size()), length = int64_t(history.size());
     expect(n > 0 && prompt_length >= 0 && prompt_length <= length, "empty logits, or a prompt longer than its history");
     expect(bias_ids.size() == bias_values.size(), "bias ids and values differ in length");
@@ -191,7 +230,19 @@ int64_t sample(const Out<float, 1>& logits, const In<int32_t, 1>& history, int64
         expect(id >= 0 && id < n, "logit_bias names a token that is not in the vocabulary");
         edits.set(id, edits[id] + bias_values.data()[i]);
     }
-    return draw(logits.data(), n, o, scratch_of_thread());  // sooner done than the lock would be back, if given away
+    const Watermark* scheme = watermark ? &watermark->scheme() : nullptr;
+    const int64_t context = scheme ? scheme->context() : 0;
+    expect(context <= length, "the history is shorter than the watermark's context");
+    // Sooner done than the lock would be back, if given away.
+    return draw(logits.data(), n, o, scratch_of_thread(), scheme, history.data() + length - context);
+}
+
+int64_t sample(const Out<float, 1>& logits, const In<int32_t, 1>& history, int64_t prompt_length, float temperature,
+               int64_t top_k, double top_p, double min_p, float repetition_penalty, float presence_penalty,
+               float frequency_penalty, const In<int32_t, 1>& bias_ids, const In<float, 1>& bias_values, uint64_t seed,
+               uint64_t choice, uint64_t position) {
+    return sample_marked(nullptr, logits, history, prompt_length, temperature, top_k, top_p, min_p, repetition_penalty,
+                         presence_penalty, frequency_penalty, bias_ids, bias_values, seed, choice, position);
 }
 
 float logprobs(const In<float, 1>& logits, int64_t token, const Out<int32_t, 1>& top, const Out<float, 1>& values) {
@@ -241,6 +292,14 @@ NB_MODULE(LLAMA2_MODULE, m) {
     m.def("product", &stored_product);
     m.def("quantize", &requantize);
     m.def("sample", &sample);
+    m.def("sample_marked", &sample_marked);
+    m.def("tournament", [](const std::vector<int64_t>& keys, int64_t ngram) {
+        return PyWatermark(std::make_unique<Tournament>(keys, ngram));
+    });
+    m.def("green_list", [](int64_t key, double share, double bias) {
+        return PyWatermark(std::make_unique<GreenList>(key, share, bias));
+    });
+    nb::class_<PyWatermark>(m, "Watermark").def("bits", &PyWatermark::bits).def("reweigh", &PyWatermark::reweigh);
     m.def("logprobs", &logprobs);
     m.def("uniform", &uniform);
     m.def("read_bandwidth", &measured<read_bandwidth>);

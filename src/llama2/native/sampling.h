@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "watermark.h"
 
 namespace llama2 {
 
@@ -131,7 +132,9 @@ inline double exponentials(const float* x, int64_t n, float maximum, float tempe
 // What drawing needs beside the logits, kept from one token to the next.
 struct Scratch {
     std::vector<float> largest, weights;
-    std::vector<int32_t> order;
+    std::vector<int32_t> order, tokens;
+    std::vector<double> marked;
+    std::vector<uint32_t> bits;
 };
 
 // Tokens by logit, the largest first and equal ones by id. Only as many are sorted as are needed, and only those
@@ -157,6 +160,12 @@ public:
         return order_[size_t(i)];
     }
 
+    // Whether there is an i-th token that is at most `depth` widths below the maximum, or was asked for before.
+    bool within(int64_t i, float depth) {
+        while (int64_t(order_.size()) <= i && depth_ < depth) gather();
+        return i < int64_t(order_.size());
+    }
+
 private:
     void gather() {
         const float above = least_;
@@ -177,10 +186,46 @@ private:
     std::vector<int32_t>& order_;
 };
 
+// How many of the likeliest candidates a watermark changes, and how many temperatures below the likeliest's their
+// logits are at most: their weight is at least exp(-8) of its. The others keep their weights. They are seldom drawn,
+// and with a whole vocabulary, marking would take longer than the model.
+constexpr int64_t kMarked = 1024;
+constexpr float kMarkedDepth = 8;
+
+// Draws one of the first `kept` tokens of `ranking`, whose weights have the sum `mass`, after the watermark has changed
+// those of the likeliest.
+template <class WeightAt>
+inline int64_t draw_marked(Ranking& ranking, int64_t kept, double mass, const WeightAt& weight_at, int64_t V,
+                           double random, Scratch& scratch, const Watermark& watermark, const int32_t* before) {
+    scratch.tokens.clear(), scratch.marked.clear();
+    double head = 0;
+    for (int64_t i = 0; i < std::min(kept, kMarked) && ranking.within(i, kMarkedDepth); ++i) {
+        scratch.tokens.push_back(ranking[i]), scratch.marked.push_back(weight_at(i));
+        head += scratch.marked.back();
+    }
+    const int64_t count = int64_t(scratch.tokens.size());
+    scratch.bits.resize(size_t(count));
+    watermark.bits(before, scratch.tokens.data(), count, V, scratch.bits.data());
+    watermark.reweigh(scratch.bits.data(), scratch.marked.data(), count);
+    const double changed = std::accumulate(scratch.marked.begin(), scratch.marked.end(), 0.0);
+    const double target = random * (changed + std::max(0.0, mass - head));
+    double cumulative = 0;
+    int64_t last = 0;  // of those that can be drawn
+    for (int64_t i = 0; i < kept; ++i) {
+        const double weight = i < count ? scratch.marked[size_t(i)] : weight_at(i);
+        if (weight == 0 && i >= count) break;
+        if (weight > 0) cumulative += weight, last = i;
+        if (cumulative > target) break;
+    }
+    return ranking[last];
+}
+
 // The next token from `logits` (V) after temperature, top-k, top-p, min-p. Candidates are ordered by logit, equal ones
 // by id. top-p keeps a token while the mass before it is at most top_p (spec 10.6). −1 when there is none, because a
-// logit is not a number or the largest is not finite.
-inline int64_t draw(const float* logits, int64_t n, const SamplingOptions& o, Scratch& scratch) {
+// logit is not a number or the largest is not finite. A watermark changes the weights of those that are left; `before`
+// has its context. At temperature 0 nothing is drawn, and so nothing is marked.
+inline int64_t draw(const float* logits, int64_t n, const SamplingOptions& o, Scratch& scratch,
+                    const Watermark* watermark = nullptr, const int32_t* before = nullptr) {
     const int64_t best = argmax(logits, n, scratch.largest);
     if (o.temperature == 0 || best < 0) return best;
     scratch.weights.resize(size_t(n));
@@ -204,7 +249,11 @@ inline int64_t draw(const float* logits, int64_t n, const SamplingOptions& o, Sc
             mass += weight;
         }
     }
-    const double target = uniform(o.seed, o.choice, o.position) * mass;
+    const double random = uniform(o.seed, o.choice, o.position);
+    if (watermark) {
+        return draw_marked(ranking, kept, mass, weight_at, n, random, scratch, *watermark, before);
+    }
+    const double target = random * mass;
     double cumulative = 0;
     for (int64_t i = 0; i < kept; ++i) {
         const double weight = weight_at(i);

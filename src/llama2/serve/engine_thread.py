@@ -52,7 +52,7 @@ class EngineThread(Generic[S]):
         publish: Publish[S],
     ) -> None:
         self._engine = engine
-        self._inbox: deque[tuple[str, S]] = deque()
+        self._inbox: deque[tuple[str, S, int | None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
         self._choices: dict[int, tuple[S, int]] = {}  # by the engine's id
@@ -71,9 +71,9 @@ class EngineThread(Generic[S]):
         """Start its requests, all or none; `accepted` reports which."""
         self._post("submit", submission)
 
-    def cancel(self, submission: S) -> None:
-        """Cancel its running requests. Their cache is freed after the current step."""
-        self._post("cancel", submission)
+    def cancel(self, submission: S, index: int | None = None) -> None:
+        """Cancel its running requests, or one of them. Their cache is freed after the current step."""
+        self._post("cancel", submission, index)
 
     def stop(self) -> None:
         """End the thread. Running requests are published as cancelled."""
@@ -81,8 +81,8 @@ class EngineThread(Generic[S]):
         self._wake.set()
         self._thread.join()
 
-    def _post(self, what: str, submission: S) -> None:
-        self._inbox.append((what, submission))
+    def _post(self, what: str, submission: S, index: int | None = None) -> None:
+        self._inbox.append((what, submission, index))
         self._wake.set()
 
     # What follows runs in the thread.
@@ -91,12 +91,13 @@ class EngineThread(Generic[S]):
         while not self._stopping:
             self._wake.clear()
             while self._inbox:
-                what, submission = self._inbox.popleft()
+                what, submission, index = self._inbox.popleft()
                 if what == "submit":
                     accepted(submission, self._add(submission))
                 else:
                     for id in self._ids.get(submission, ()):
-                        self._engine.cancel(id)
+                        if index in (None, self._choices[id][1]):
+                            self._engine.cancel(id)
             if self._engine.busy:
                 self._step(publish)
             else:

@@ -72,6 +72,12 @@ class Metrics:
         self.embedded = Counter("llama2_embeddings", "Inputs that were embedded.", model, registry=r)
         self.finished = Counter("llama2_answers", "Answers that ended, by reason.", ["model", "finish"], registry=r)
         self.refused = Counter("llama2_refused", "Requests that admission refused.", model, registry=r)
+        self.moderated = Counter(
+            "llama2_moderated",
+            "Prompts and parts of answers on which the policy acted.",
+            ["model", "side", "action"],
+            registry=r,
+        )
         self.http = Counter("llama2_http_requests", "HTTP requests.", ["route", "status"], registry=r)
         self.running = Gauge("llama2_running", "Running answers.", model, registry=r)
         self.waiting = Gauge("llama2_waiting", "Answers that wait for a slot.", model, registry=r)

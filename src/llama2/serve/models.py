@@ -15,6 +15,8 @@ from llama2.api import Model
 from llama2.checkpoint import Checkpoint
 from llama2.engine.request import EngineStats
 from llama2.engine.runner import BLOCK
+from llama2.safety import policy
+from llama2.safety.moderation import Moderator
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
 from llama2.serve.service import Service, Stream, measure
@@ -53,10 +55,14 @@ class Entry:
 class Models:
     """The models of `-m`, the first of them the default."""
 
-    def __init__(self, sources: Mapping[str, ModelSource], settings: ServeSettings) -> None:
+    def __init__(
+        self, sources: Mapping[str, ModelSource], settings: ServeSettings, moderator: Moderator | None = None
+    ) -> None:
         self.settings = settings
+        self.moderator = moderator  # of all prompts and answers
         self.metrics = Metrics()
         self.entries = {name: Entry(name, source) for name, source in sources.items()}
+        self._default_moderator: Moderator | None = None
         self.ready = False  # whether the first model is loaded
         self.draining = False  # whether the server is stopping
         self._normalised = {_normalised(name): entry for name, entry in reversed(self.entries.items())}
@@ -110,6 +116,12 @@ class Models:
             self._user_ended.set()
 
         task.add_done_callback(end)
+
+    def default_moderator(self) -> Moderator:
+        """What judges where the operator has no policy."""
+        if self._default_moderator is None:
+            self._default_moderator = Moderator(policy.default())
+        return self._default_moderator
 
     @property
     def loads(self) -> dict[str, EngineStats | None]:

@@ -14,14 +14,16 @@ from dataclasses import replace
 
 from llama2 import native
 from llama2.api import Model
-from llama2.engine.request import EngineStats, Event, Request, Sampling
+from llama2.engine.request import EngineStats, Event, FinishReason, Request, Sampling
 from llama2.engine.scheduler import MAX_SEQUENCES
+from llama2.engine.watermark import Watermark
 from llama2.errors import RequestError
 from llama2.serve.admission import AdmissionController, PendingRequest
 from llama2.serve.constrain.constrainer import Constrainer
 from llama2.serve.engine_thread import EngineThread, TimedEvent
 from llama2.serve.errors import Refusal
 from llama2.serve.metrics import Metrics
+from llama2.serve.moderated import AnswerModeration, ChoiceEvent
 from llama2.serve.settings import ServeSettings
 from llama2.serve.text_limit import TextLimit
 from llama2.serve.token_text import TokenTexts
@@ -29,9 +31,6 @@ from llama2.version import package_version
 
 #: Tokens of the prompt that measures a model's prefill rate.
 _TRIAL = 64
-
-#: The index of a choice among the stream's requests, and its event.
-ChoiceEvent = tuple[int, Event]
 
 
 class Stream:
@@ -47,7 +46,9 @@ class Stream:
         self.prompt_tokens = sum(len(request.prompt) for request in requests if request.choice == 0)
         self.cached_tokens = 0  # prefix-hit tokens of the prompts
         self.completion_tokens = 0
-        self.finishes: list[str] = []  # reasons of the choices that have ended
+        self.finishes: list[str] = []  # the engine's reasons of the choices that have ended
+        self.ends: dict[int, FinishReason] = {}  # by choice, as the client sees them
+        self.moderation: AnswerModeration | None = None
         self.arrived = pending.arrived
         self.started: float | None = None  # when the first step began
         self.first: float | None = None  # when the first token came
@@ -57,6 +58,11 @@ class Stream:
         self._accepted = False
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why choices ended: for their clients, or in the engine where nobody saw the end."""
+        return [*self.ends.values()] or self.finishes
 
     @property
     def open(self) -> int:
@@ -71,12 +77,24 @@ class Stream:
             raise self._failure
 
     async def batches(self, interval: float | None = None) -> AsyncIterator[list[ChoiceEvent]]:
-        """The events in batches, until every choice has finished; an empty batch after `interval` seconds without."""
+        """The events in batches, until every choice has finished; an empty batch after `interval` seconds without.
+
+        Where answers are moderated, these are the events that may pass.
+        """
         while self.open or self._events:
             if not self._events:
                 await self._wait(interval)
             batch, self._events = self._events, []
+            if batch and self.moderation is not None:
+                batch = await self.moderation.passing(batch, self.cancel)
+                if not batch:
+                    continue
+            self.ends |= {index: event.finish for index, event in batch if event.finish is not None}
             yield batch
+
+    def cancel(self, index: int) -> None:
+        """Cancel one choice."""
+        self.service.cancel(self, index)
 
     def close(self) -> None:
         """Cancel the choices that still run. A second call does nothing."""
@@ -124,7 +142,7 @@ class Service:
         self.texts = TokenTexts(model.tokenizer)
         self.limit = TextLimit(model.tokenizer, model.engine.context)
         self.constrainer = Constrainer(model.tokenizer)
-        self.fingerprint = _fingerprint(model)
+        self.fingerprint = _fingerprint(model, settings.watermarks.get(name))
         self.sampling = _sampling(model, settings)  # the defaults of requests
         self.admission = AdmissionController(settings.max_queue, settings.max_wait, MAX_SEQUENCES)
         self.admission.prefill.add(prefill, 1.0)
@@ -166,9 +184,19 @@ class Service:
         self.metrics.prompt.labels(self.name).inc(stream.prompt_tokens)
         return stream
 
-    def cancel(self, stream: Stream) -> None:
-        """Cancel the choices of a stream that still run; their cache is freed after the current step."""
-        self._thread.cancel(stream)
+    def cancel(self, stream: Stream, index: int | None = None) -> None:
+        """Cancel the choices of a stream that still run, or one; their cache is freed after the current step."""
+        self._thread.cancel(stream, index)
+
+    def answered(self, requests: Sequence[Request], text: str) -> Stream:
+        """A stream in which each choice is `text`, in place of an answer that the policy refuses."""
+        now = time.perf_counter()
+        stream = Stream(self, requests, PendingRequest(0, len(requests), now, began=now))
+        stream.finishes = ["content_filter"] * len(requests)
+        stream.started = stream.first = stream.ended = now
+        stream.accept(None)
+        stream.publish([(i, Event(i, None, text, "content_filter")) for i in range(len(requests))])
+        return stream
 
     def stop(self) -> None:
         """End the thread; running answers are cancelled."""
@@ -262,10 +290,11 @@ def _sampling(model: Model, settings: ServeSettings) -> Sampling:
     return replace(sampling, **settings.sampling)
 
 
-def _fingerprint(model: Model) -> str:
+def _fingerprint(model: Model, watermark: Watermark | None) -> str:
     """A text that changes whenever equal requests may get different answers."""
     path = model.checkpoint.path
     engine = type(model.engine).__name__
     what = f"{package_version()} {engine} {native.module().__name__} {path.resolve()} {path.stat().st_mtime_ns}"
     what += "".join(f" {adapter.digest()}" for adapter in model.checkpoint.adapters)
+    what += "" if watermark is None else f" {watermark}"
     return "fp_" + hashlib.sha256(what.encode()).hexdigest()[:12]

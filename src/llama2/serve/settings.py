@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llama2.engine.watermark import Watermark
+
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
@@ -31,6 +33,8 @@ class ServeSettings:
     lookup: int = 0  # draft tokens by default
     neutralise: bool = False  # break role markers in messages instead of refusing them
     turns: Literal["join", "strict"] = "join"  # messages in an order that the chat format cannot write
+    watermarks: Mapping[str, Watermark] = field(default_factory=dict)  # what marks answers, by model
+    watermark_on_request: bool = False  # whether only those answers are marked whose request asks for it
     tools: Literal["generic", "ignore", "refuse"] = "generic"  # tools with a template that has none
 
 

@@ -11,7 +11,7 @@ import typer
 
 from llama2.cli.answer import print_answer, seeded
 from llama2.cli.conversation import Conversation
-from llama2.cli.options import AnswerOptions, Json, ModelOptions, Template, Words, prompt
+from llama2.cli.options import AnswerOptions, Json, ModelOptions, Sign, Template, Words, prompt, signer
 from llama2.cli.output import warn
 from llama2.console import visible
 from llama2.engine.request import Request
@@ -36,6 +36,7 @@ def command(
     neutralise: Annotated[
         bool, typer.Option("--neutralise", help="Break role markers in messages instead of refusing them.")
     ] = False,
+    sign: Sign = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question, or converse at a terminal.
@@ -59,6 +60,9 @@ def command(
     if not words and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
         from llama2.cli.terminal import TerminalChat
 
+        if sign is not None:
+            raise typer.BadParameter("--sign signs one answer; give a question")
+
         with model.load(template=template) as loaded:
             _note(loaded)
             TerminalChat(loaded, conversation, options.limits(), neutralise).run()
@@ -74,7 +78,7 @@ def command(
         for note in rendered.notes:
             warn(note)
         request = loaded.answering(request, rendered)
-        print_answer(loaded.engine, request, model.name, as_json=as_json)
+        print_answer(loaded.engine, request, model.name, as_json=as_json, sign=signer(sign, model, request))
 
 
 def _note(model: Model) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llama2.cli.answer import print_answer, seeded
-from llama2.cli.options import AnswerOptions, Json, ModelOptions, Words, prompt
+from llama2.cli.options import AnswerOptions, Json, ModelOptions, Sign, Words, prompt, signer
 from llama2.engine.request import Request
 
 EXAMPLE = "Example: llama2 generate 'Once upon a time' --max-tokens 64 --temperature 0 --json"
@@ -22,6 +22,7 @@ def command(
         int | None, typer.Option(min=0, metavar="N", help="With --json: log-probabilities, and N alternatives each.")
     ] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Begin the text with the prompt.")] = False,
+    sign: Sign = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text, without a chat format.
@@ -39,4 +40,6 @@ def command(
             logprobs=logprobs,
             raw_completion=True,
         )
-        print_answer(loaded.engine, request, model.name, before=text if echo else "", as_json=as_json)
+        signing = signer(sign, model, request)
+        before = text if echo else ""
+        print_answer(loaded.engine, request, model.name, before=before, as_json=as_json, sign=signing)

@@ -5,18 +5,33 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llama2.cli.options import Adapter, Context, Template, Threads, TokenizerMode, read_text
+from llama2.cli.options import (
+    Adapter,
+    Context,
+    SignedBy,
+    Template,
+    Threads,
+    TokenizerMode,
+    demand_signature,
+    moderator,
+    read_text,
+)
+from llama2.cli.output import warn
 from llama2.engine.runtime import Runtime
 from llama2.errors import Llama2Error
+
+if TYPE_CHECKING:
+    from llama2.engine.watermark import Watermark
+    from llama2.safety.moderation import Moderator
 
 EXAMPLE = "Example: llama2 serve -m smollm2-135m-instruct --port 8080"
 
@@ -40,6 +55,7 @@ class ModelsOptions:
     adapter: Adapter = None
     template: Template = None
     tokenizer_mode: TokenizerMode = "auto"
+    signed_by: SignedBy = None
 
     def __post_init__(self) -> None:
         if self.adapter and len(self.model or ()) > 1:
@@ -55,6 +71,13 @@ class ModelsOptions:
         if len(names) < len(given):
             raise typer.BadParameter("two models would have one name; rename a file")
         return names
+
+    def load(self, name: str, runtime: Runtime) -> Any:
+        """A model, once its signature was checked where one is needed."""
+        from llama2 import api
+
+        demand_signature(self.signed_by, name, *(self.adapter or ()))
+        return api.load(name, runtime, **self.files())
 
     def files(self) -> dict[str, Any]:
         """What goes with the models' files, as arguments of `api.load`."""
@@ -229,6 +252,58 @@ class LimitOptions:
     drain: Annotated[float, typer.Option(min=0.0, help="Seconds that answers may take to finish at the end.")] = 30.0
 
 
+@dataclass(frozen=True)
+class SafeguardOptions:
+    """What holds for every answer."""
+
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Moderate prompts and answers by this policy, in TOML.", show_default="no moderation"
+        ),
+    ] = None
+
+    watermark: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[MODEL=]FILE",
+            help="Mark what is drawn by this key, which `llama2 watermark key` makes; of one model, or of all.",
+        ),
+    ] = None
+    watermark_on_request: Annotated[
+        bool, typer.Option("--watermark-on-request", help='Mark only answers whose request has "watermark": true.')
+    ] = False
+
+    def settings(self, models: Iterable[str]) -> dict[str, Any]:
+        """Watermarks of the models, by the names of `ServeSettings`. Raises SafetyError, BadParameter."""
+        if self.watermark_on_request and not self.watermark:
+            raise typer.BadParameter("--watermark-on-request needs --watermark")
+        return {"watermarks": self._watermarks([*models]), "watermark_on_request": self.watermark_on_request}
+
+    def _watermarks(self, models: list[str]) -> dict[str, Watermark]:
+        from llama2.safety import keys
+
+        found: dict[str, Watermark] = {}
+        for given in self.watermark or ():
+            model, equals, file = given.rpartition("=")
+            if equals and model not in models:
+                raise typer.BadParameter(f"--watermark {given}: no such model; there are {', '.join(models)}")
+            for name in [model] if equals else models:
+                if name in found:
+                    raise typer.BadParameter(f"--watermark {given}: {name} has a key already")
+                found[name] = keys.load(Path(file))
+        return found
+
+    def moderator(self, threads: int | None) -> Moderator | None:
+        """What moderates; None where nothing does. Says which of the policy's categories nobody judges."""
+        if self.policy is None:
+            return None
+        found = moderator(self.policy, threads=threads)
+        if found.unjudgeable:
+            warn(f"{self.policy}: not judged by {found.judge.name}: {', '.join(found.unjudgeable)}")
+        return found
+
+
 def command(
     *,
     models: ModelsOptions,
@@ -236,6 +311,7 @@ def command(
     runtime: RuntimeOptions,
     requests: RequestOptions,
     limits: LimitOptions,
+    safeguards: SafeguardOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Log one JSON object a line.")] = False,
 ) -> None:
     """Serve models to programs and people.
@@ -249,11 +325,13 @@ def command(
     from llama2.serve.http.address import listen
     from llama2.serve.settings import ServeSettings
 
-    settings = ServeSettings(**access.settings(), **requests.settings(), **asdict(limits))
     names, files, loaded = models.names(), models.files(), runtime.runtime()
-    load: dict[str, Callable[[], Any]] = {
-        public: partial(api.load, name, loaded, **files) for public, name in names.items()
-    }
+    marks = safeguards.settings(names)
+    if marks["watermarks"] and loaded.engine == "vllm":
+        raise typer.BadParameter("--watermark is for our own engine; vLLM draws its own tokens")
+    settings = ServeSettings(**access.settings(), **requests.settings(), **asdict(limits), **marks)
+    load: dict[str, Callable[[], Any]] = {public: partial(models.load, name, loaded) for public, name in names.items()}
+    judging = safeguards.moderator(runtime.threads)
     listener = listen(settings)
     first = next(iter(load))
     load[first] = _loading(load[first])
@@ -266,7 +344,7 @@ def command(
 
     sources = {public: ModelSource(load[public], opener(name)) for public, name in names.items()}
     access_log.configure_logging(as_json=as_json)
-    raise typer.Exit(server.serve(Models(sources, settings), listener))
+    raise typer.Exit(server.serve(Models(sources, settings, judging), listener))
 
 
 def _share_free_memory() -> None:

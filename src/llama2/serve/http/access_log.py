@@ -102,7 +102,7 @@ class AccessLog:
                 "gen_ai.response.model": begin.service.name,
                 "gen_ai.usage.input_tokens": sum(stream.prompt_tokens for stream in streams),
                 "gen_ai.usage.output_tokens": sum(stream.completion_tokens for stream in streams),
-                "gen_ai.response.finish_reasons": [finish for stream in streams for finish in stream.finishes],
+                "gen_ai.response.finish_reasons": [reason for stream in streams for reason in stream.reasons],
             },
         )
         if not span.is_recording():  # there is no tracing SDK, or it does not sample this one
@@ -121,7 +121,7 @@ def _facts(streams: Sequence[Stream]) -> dict[str, Any]:
         "model": first.service.name,
         "prompt_tokens": sum(stream.prompt_tokens for stream in streams),
         "completion_tokens": sum(stream.completion_tokens for stream in streams),
-        "finish": ",".join(sorted({finish for stream in streams for finish in stream.finishes})) or "open",
+        "finish": ",".join(sorted({reason for stream in streams for reason in stream.reasons})) or "open",
     }
     if first.first is not None and first.completion_tokens:
         facts["first_token_seconds"] = round(first.first - first.arrived, 4)

@@ -15,7 +15,18 @@ from llama2.serve.http.page_files import PageOrRoutes, page_paths
 from llama2.serve.http.paths import CanonicalPaths
 from llama2.serve.http.refusals import ERRORS, error_response
 from llama2.serve.models import Models
-from llama2.serve.surfaces import anthropic, azure, completion, embeddings, llamacpp, ollama, openai, responses
+from llama2.serve.surfaces import (
+    anthropic,
+    azure,
+    completion,
+    embeddings,
+    llamacpp,
+    moderations,
+    ollama,
+    openai,
+    responses,
+    watermark,
+)
 from llama2.version import package_version
 
 #: Large bodies that are parsed at once: each takes many times its size meanwhile.
@@ -45,7 +56,7 @@ def application(models: Models) -> ASGIApp:
     )
     app.state.models = models
     app.state.parsers = asyncio.Semaphore(_PARSERS)
-    surfaces = (openai, responses, embeddings, anthropic, completion, llamacpp, ollama, azure)
+    surfaces = (openai, responses, embeddings, moderations, watermark, anthropic, completion, llamacpp, ollama, azure)
     routers = [anthropic.versioned, *(surface.router for surface in surfaces)]
     for router in routers:
         app.include_router(router)

@@ -311,9 +311,9 @@ async function answer(parent, request, { beside = null, prefix = "", exactly = f
   if (whole && !model()?.max_model_len) connect(); // how much a model reads is known once it is loaded
 }
 
-/** Whether the model, or a limit, has ended an answer. */
+/** Whether the model, a limit or a policy has ended an answer. */
 function isWhole({ finish }) {
-  return finish === "stop" || finish === "length";
+  return ["stop", "length", "content_filter"].includes(finish);
 }
 
 /** Draws with the next frame; in a window that nobody sees there are none, and a timer does. */

@@ -55,7 +55,7 @@ export function assistantMessage(conversation, parent, request, prefix = "") {
     request, // {model, system, temperature, …, max_tokens, seed}; null: another program's answer
     origin: null, // the other program's name of its model
     tokens: [], // [token, log-probability, [[token, log-probability] of the most probable]], if requested
-    finish: null, // stop, length; stopped: by the user; error; null: it was never finished
+    finish: null, // stop, length, content_filter; stopped: by the user; error; null: it was never finished
     error: null, // one line
     fingerprint: null, // the server's: equal requests get equal answers while it stays
     usage: null, // {prompt_tokens, completion_tokens}

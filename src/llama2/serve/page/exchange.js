@@ -209,7 +209,7 @@ const ASSISTANT = {
   request: optional(object({ model: line, system: text, ...SAMPLING, seed: whole })),
   origin: newer(optional(line)),
   tokens: newer(array(tuple(...SCORED, array(tuple(...SCORED))))),
-  finish: optional(oneOf("stop", "length", "stopped", "error")),
+  finish: optional(oneOf("stop", "length", "content_filter", "stopped", "error")),
   error: optional(text),
   fingerprint: optional(line),
   usage: optional(object({ prompt_tokens: whole, completion_tokens: whole })),

@@ -423,6 +423,7 @@ class Reply extends Article {
           ? `Cut off after ${format.format(request.max_tokens)} tokens, as the settings say.`
           : "The context is full. Begin a new conversation, or edit an earlier message to go on from there."),
       stopped: () => say("Stopped."),
+      content_filter: () => say("Ended by the policy of this server."),
       stop: () => (content.trim() === "" ? say("The model answered nothing.") : null),
       null: () => say("Broken off when the page was closed."),
     };

@@ -19,7 +19,8 @@ from llama2.engine.request import Event, Request
 from llama2.serve.constrain.tools import CallArguments, CallReader, CallStart, Piece, Text
 from llama2.serve.errors import Refusal, unsupported
 from llama2.serve.models import Entry
-from llama2.serve.service import ChoiceEvent, Service, Stream
+from llama2.serve.moderated import ChoiceEvent
+from llama2.serve.service import Service, Stream
 from llama2.serve.surfaces.choices import check
 from llama2.serve.surfaces.context import models_of, warn, warning_header
 from llama2.serve.surfaces.encoding import dump, json_response
@@ -145,7 +146,7 @@ class CountTokensRequest(Wire):
 
 
 class MessagesRequest(CountTokensRequest):
-    """`POST /v1/messages`. `seed` is an extra."""
+    """`POST /v1/messages`. `seed` and `watermark` are extras."""
 
     max_tokens: int = Field(ge=1, lt=1 << 62)
     stop_sequences: Annotated[list[StopText], Field(max_length=64)] | None = None
@@ -154,6 +155,7 @@ class MessagesRequest(CountTokensRequest):
     top_k: int | None = Field(None, ge=0, le=1 << 30)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stream: bool | None = None
+    watermark: bool | None = None
     metadata: dict[str, Any] | None = None  # nothing is stored
 
 
@@ -169,23 +171,24 @@ async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
     )
     stop = stop_strings(http, body.stop_sequences, "stop_sequences: empty texts end nothing")
     lookup = models_of(http).settings.lookup
-    request, reader = await _request(body, http, service, Request((), body.max_tokens, sampling, stop, lookup=lookup))
-    stream = await submit(http, service, [request])
+    dialog = _dialog(body, http)
+    asked = Request((), body.max_tokens, sampling, stop, lookup=lookup)
+    request, reader = await _request(body, http, service, dialog, asked)
+    stream = await submit(http, service, [request], dialog=dialog, watermark=body.watermark)
     writer = _MessageWriter(body, stream.requests[0], reader)
-    headers = warning_header(body, http)
     if body.stream:
-        return StreamingResponse(writer.events(stream), stream.close, headers=headers)
+        return StreamingResponse(writer.events(stream), stream.close, headers=warning_header(body, http))
     async with CancelOnDisconnect(http, stream.close):
         async for batch in stream.batches():
             writer.read(batch)
-    return json_response(writer.whole(stream), headers)
+    return json_response(writer.whole(stream), warning_header(body, http))
 
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountTokensRequest, http: HttpRequest) -> Response:
     """The number of tokens of a conversation, with its tools and the start of the answer."""
     service = await models_of(http).service(body.model)
-    request, _ = await _request(body, http, service, Request(()))
+    request, _ = await _request(body, http, service, _dialog(body, http), Request(()))
     return json_response({"input_tokens": len(request.prompt)}, warning_header(body, http))
 
 
@@ -231,16 +234,16 @@ def _card(entry: Entry) -> dict[str, Any]:
 
 
 async def _request(
-    body: CountTokensRequest, http: HttpRequest, service: Service, request: Request
+    body: CountTokensRequest, http: HttpRequest, service: Service, dialog: Sequence[dict[str, Any]], request: Request
 ) -> tuple[Request, CallReader]:
-    """`request` for the answer to a conversation, and its reader."""
+    """`request` for the answer to a dialog, and its reader."""
     thinking = body.thinking.type if body.thinking else "disabled"
     if thinking == "adaptive":
         warn(http, "thinking: this model does not think before it answers")
     elif thinking != "disabled":
         raise unsupported("thinking.type", f"{thinking!r} is not supported, only 'disabled' and 'adaptive' are")
     (request,), (reader,) = await build_requests(
-        http, service, _dialog(body, http), request, tools=_tools(body), response=_constraint(body)
+        http, service, dialog, request, tools=_tools(body), response=_constraint(body)
     )
     return request, reader
 
@@ -413,6 +416,8 @@ class _MessageWriter:
         """Why the message ended."""
         if event.stop in self._sequences:  # other stop strings belong to the chat format
             return {"stop_reason": "stop_sequence", "stop_sequence": event.stop}
+        if event.finish == "content_filter":
+            return {"stop_reason": "refusal", "stop_sequence": None}
         if event.finish == "length":
             return {"stop_reason": self._cut, "stop_sequence": None}
         calls = any(block["type"] == "tool_use" for block in self._content)

@@ -80,6 +80,7 @@ class CompletionOptions(LlamaCppSampling):
     cache_prompt: bool | None = None
     return_tokens: bool | None = None
     timings_per_token: bool | None = None
+    watermark: bool | None = None  # an extra
     response_fields: list[str] | None = None
 
 
@@ -154,17 +155,17 @@ async def _respond(
         requests = (replace(request, prompt=tuple(prompt)) for prompt in prompts)
         return [choice for each in requests for choice in expand_choices(service, each, n, constraints, min_tokens)]
 
-    stream = await submit(http, service, await asyncio.to_thread(build))
+    requests = await asyncio.to_thread(build)
+    stream = await submit(http, service, requests, watermark=body.watermark)
     writers = [_LlamaCppWriter(i, body, request, service) for i, request in enumerate(stream.requests)]
-    headers = warning_header(body, http)
     if body.stream:
-        return StreamingResponse(_events(stream, writers), stream.close, headers=headers)
+        return StreamingResponse(_events(stream, writers), stream.close, headers=warning_header(body, http))
     async with CancelOnDisconnect(http, stream.close):
         async for batch in stream.batches():
             for index, event in batch:
                 writers[index].choice.add(event)
     rows = [writer.whole(stream) for writer in writers]
-    return json_response(rows if is_list or n > 1 else rows[0], headers)
+    return json_response(rows if is_list or n > 1 else rows[0], warning_header(body, http))
 
 
 async def _events(stream: Stream, writers: Sequence[_LlamaCppWriter]) -> AsyncIterator[bytes]:
@@ -173,7 +174,7 @@ async def _events(stream: Stream, writers: Sequence[_LlamaCppWriter]) -> AsyncIt
             parts = [] if batch else [PING]
             for index, event in batch:
                 part = writers[index].part(event, stream)
-                if event.token is not None:
+                if event.token is not None or event.text:
                     parts.append(sse(part))
                 if event.finish is not None:
                     parts.append(sse(writers[index].end(stream)))
@@ -239,7 +240,8 @@ class _LlamaCppWriter:
             "prompt": prompt_text(self._service, request.prompt),
             "has_new_line": "\n" in choice.text,
             "truncated": cut and (request.max_tokens is None or request.max_tokens < limit),
-            "stop_type": "limit" if cut else "eos" if choice.stop is None else "word",
+            "stop_type": _stop_type(choice),
+            **({"finish_reason": choice.finish} if choice.finish == "content_filter" else {}),
             "stopping_word": choice.stop or "",
             "tokens_cached": choice.cached_tokens,
             "timings": self._timings(stream),
@@ -272,6 +274,13 @@ class _LlamaCppWriter:
         data = texts.bytes(token)
         data = list(texts(token).encode()) if data is None else data  # a control token's name
         return {"id": token, "token": bytes(data).decode(errors="ignore"), "bytes": data, "logprob": finite(logprob)}
+
+
+def _stop_type(choice: Choice) -> str:
+    """Why a completion ended, in llama.cpp's words, which have none for a moderator's end."""
+    if choice.finish in ("length", "content_filter"):
+        return "limit" if choice.finish == "length" else "none"
+    return "eos" if choice.stop is None else "word"
 
 
 def _rate(name: str, count: int, steps: int, seconds: float) -> dict[str, float]:

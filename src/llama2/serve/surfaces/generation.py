@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request as HttpRequest
@@ -12,7 +14,10 @@ from fastapi import Request as HttpRequest
 from llama2.engine.processors import forbid_ends
 from llama2.engine.request import Processor, Request
 from llama2.errors import RequestError
+from llama2.safety.moderation import Moderator, Verdict
+from llama2.safety.policy import Side
 from llama2.serve.errors import Refusal
+from llama2.serve.moderated import AnswerModeration
 from llama2.serve.service import Service, Stream
 from llama2.serve.surfaces.context import models_of, warn
 from llama2.serve.surfaces.encoding import quote
@@ -20,6 +25,8 @@ from llama2.serve.surfaces.encoding import quote
 if TYPE_CHECKING:
     from llama2.serve.constrain.constraints import Constraint
     from llama2.serve.constrain.tools import CallReader
+
+log = logging.getLogger("llama2.serve")
 
 #: Choices that one request may have, over all its prompts.
 MAX_CHOICES = 128
@@ -134,12 +141,87 @@ def constraints_of(http: HttpRequest, constraint: Constraint | None) -> list[Con
     return [constraint]
 
 
-async def submit(http: HttpRequest, service: Service, requests: Sequence[Request], *, refuse: bool = True) -> Stream:
-    """Start answers for an HTTP request; its log line then has their numbers. Raises as `Service.submit` does."""
+async def submit(
+    http: HttpRequest,
+    service: Service,
+    requests: Sequence[Request],
+    *,
+    dialog: Sequence[dict[str, Any]] | None = None,
+    watermark: bool | None = None,
+    refuse: bool = True,
+) -> Stream:
+    """Start answers for an HTTP request; its log line then has their numbers. Raises as `Service.submit` does.
+
+    Where the server has a policy, the prompt is moderated here, and the answers on their way. `dialog` has the messages
+    of a chat; without, the texts of the prompts are what a user said. `watermark` is what the request asks for.
+    """
     check_choices(len(requests))
-    requests = [_within_context(http, service, request) for request in requests]
-    stream = await service.submit(requests, refuse=refuse)
+    requests = _marked(http, service, [_within_context(http, service, request) for request in requests], watermark)
+    moderator = models_of(http).moderator
+    if moderator is None or all(request.max_tokens == 0 for request in requests):
+        stream = await service.submit(requests, refuse=refuse)
+    else:
+        stream = await _moderated(http, service, requests, dialog, moderator)
     http.scope["state"].setdefault("streams", []).append(stream)
+    return stream
+
+
+def _marked(http: HttpRequest, service: Service, requests: list[Request], wanted: bool | None) -> list[Request]:
+    """The requests with the model's watermark. Raises Refusal for what the operator does not allow."""
+    settings = models_of(http).settings
+    watermark = settings.watermarks.get(service.name)
+    if watermark is None and wanted:
+        raise Refusal(400, "watermark: this server has no key for the model; leave it out", param="watermark")
+    if watermark is not None and wanted is False and not settings.watermark_on_request:
+        raise Refusal(400, "watermark: every answer of this model is marked; leave it out", param="watermark")
+    if watermark is None or (settings.watermark_on_request and not wanted):
+        return requests
+    if any(request.sampling.temperature == 0 and request.max_tokens != 0 for request in requests):
+        warn(http, "watermark: at temperature 0 nothing is drawn, so nothing is marked")
+    return [replace(request, watermark=watermark) for request in requests]
+
+
+async def _moderated(
+    http: HttpRequest,
+    service: Service,
+    requests: Sequence[Request],
+    dialog: Sequence[dict[str, Any]] | None,
+    moderator: Moderator,
+) -> Stream:
+    """Answers under a policy. Raises Refusal where it stops the prompt."""
+
+    def report(side: Side, verdict: Verdict) -> None:
+        action, category = str(verdict.action), verdict.category or "not judged"
+        service.metrics.moderated.labels(service.name, side, action).inc()
+        facts = {"model": service.name, "side": side, "action": action, "category": category}
+        log.info("moderated", extra={"facts": facts})
+        if verdict.action == "warn":
+            warn(http, f"moderation: the {side} is of the category {category}")
+
+    def judge() -> tuple[list[Sequence[dict[str, Any]]], list[Verdict]]:
+        said: dict[tuple[int, ...], Sequence[dict[str, Any]]] = {}  # each prompt once, whatever its choices are
+        for prompt in dict.fromkeys(request.prompt for request in requests):
+            said[prompt] = dialog or [{"role": "user", "content": service.model.tokenizer.decode(prompt)}]
+        verdicts = [
+            moderator.moderate(messages[:end], "input")
+            for messages in said.values()
+            for end, message in enumerate(messages, 1)
+            if message["role"] in ("user", "tool") and message["content"]
+        ]
+        return [said[request.prompt] for request in requests], verdicts
+
+    dialogs, verdicts = await asyncio.to_thread(judge)
+    for verdict in verdicts:
+        if verdict.action is not None:
+            report("input", verdict)
+    actions = {verdict.action for verdict in verdicts}
+    if "stop" in actions:
+        category = next(v.category for v in verdicts if v.action == "stop") or "which cannot be judged"
+        raise Refusal(400, f"the prompt is stopped by the policy: {category}", code="content_filter")
+    if "refuse" in actions:
+        return service.answered(requests, moderator.policy.refusal)
+    stream = await service.submit(requests)
+    stream.moderation = AnswerModeration(moderator, dialogs, partial(report, "output"))
     return stream
 
 

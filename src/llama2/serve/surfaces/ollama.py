@@ -76,6 +76,7 @@ class OllamaGeneration(Wire):
     format: Literal["", "json"] | dict[str, Any] | None = None  # a JSON schema
     keep_alive: KeepAlive = None
     think: bool | str | None = None
+    watermark: bool | None = None  # an extra
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -163,7 +164,7 @@ async def chat(body: OllamaChatRequest, http: HttpRequest) -> Response:
     requests, (reader,) = await build_requests(
         http, service, messages, request, tools=Tools(tools), response=body.constraint
     )
-    return await _respond(_OllamaWriter(body, service, reader, begun, loaded), requests, http)
+    return await _respond(_OllamaWriter(body, service, reader, begun, loaded), requests, http, messages)
 
 
 @router.post("/api/generate")
@@ -181,6 +182,7 @@ async def generate(body: OllamaGenerateRequest, http: HttpRequest) -> Response:
     loaded = time.perf_counter()
     request = _request(body, service, http)
     tokenizer = service.model.tokenizer
+    messages: list[dict[str, Any]] | None = None
     if body.raw or body.suffix:
         tokens = await asyncio.to_thread(_raw_prompt, service, body)
         request = replace(request, prompt=tuple(tokens), raw_completion=True)
@@ -195,7 +197,8 @@ async def generate(body: OllamaGenerateRequest, http: HttpRequest) -> Response:
         # Llama 2's own format, which is not a template, begins every turn with BOS; others begin only a text with it.
         begins = service.model.checkpoint.template is not None and requests[0].prompt[:1] == (tokenizer.bos_id,)
         requests = [replace(r, prompt=(*body.context, *r.prompt[int(begins) :])) for r in requests]
-    return await _respond(_OllamaWriter(body, service, reader, begun, loaded), requests, http)
+        messages = None  # they are not all that the client gave
+    return await _respond(_OllamaWriter(body, service, reader, begun, loaded), requests, http, messages)
 
 
 @router.get("/api/tags")
@@ -336,13 +339,16 @@ def _raw_prompt(service: Service, body: OllamaGenerateRequest) -> list[int]:
     return prompt_tokens(service, body.prompt)
 
 
-async def _respond(writer: _OllamaWriter, requests: list[Request], http: HttpRequest) -> Response:
-    stream = await submit(http, writer.service, requests)
-    headers = warning_header(writer.body, http)
+async def _respond(
+    writer: _OllamaWriter, requests: list[Request], http: HttpRequest, dialog: list[dict[str, Any]] | None
+) -> Response:
+    stream = await submit(http, writer.service, requests, dialog=dialog, watermark=writer.body.watermark)
     if writer.body.stream is not False:
+        headers = warning_header(writer.body, http)
         return StreamingResponse(writer.lines(stream), stream.close, headers=headers, media_type="application/x-ndjson")
     async with CancelOnDisconnect(http, stream.close):
-        return json_response(await writer.whole(stream), headers)
+        whole = await writer.whole(stream)
+    return json_response(whole, warning_header(writer.body, http))
 
 
 @dataclass(slots=True)
@@ -420,7 +426,7 @@ class _OllamaWriter:
             context = {"context": [*stream.requests[0].prompt, *self.tokens]}
         return {
             "done": True,
-            "done_reason": stream.finishes[0],
+            "done_reason": stream.ends[0],
             **context,
             "total_duration": _nanoseconds(ended - self.begun),
             "load_duration": _nanoseconds(self.loaded - self.begun),

@@ -53,17 +53,18 @@ async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
     _check_end(body)
     limits = (body.max_completion_tokens, body.max_tokens, body.n_predict)
     limit = next((limit for limit in limits if limit is not None), None)
+    messages = [to_message(f"messages.{i}", message) for i, message in enumerate(body.messages)]
     requests, readers = await build_requests(
         http,
         service,
-        [to_message(f"messages.{i}", message) for i, message in enumerate(body.messages)],
+        messages,
         base_request(body, service, http, limit, (body.top_logprobs or 0) if body.logprobs else None),
         body.n or 1,
         tools=Tools(body.tools, body.tool_choice, body.parallel_tool_calls),
         response=body.constraint,
         min_tokens=min_tokens_of(body),
     )
-    stream = await submit(http, service, requests)
+    stream = await submit(http, service, requests, dialog=messages, watermark=body.watermark)
     return await _respond(_ChatWriter(body, service, readers, requests[0].prompt), body, stream, http)
 
 
@@ -106,7 +107,7 @@ async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         return prompts, requests
 
     prompts, requests = await asyncio.to_thread(build)
-    stream = await submit(http, service, requests)
+    stream = await submit(http, service, requests, watermark=body.watermark)
     return await _respond(_CompletionWriter(body, service, prompts), body, stream, http)
 
 
@@ -124,12 +125,12 @@ async def model(model: str, http: HttpRequest) -> Response:
 
 
 async def _respond(writer: _ResponseWriter, body: SamplingRequest, stream: Stream, http: HttpRequest) -> Response:
-    headers = warning_header(body, http)
     if body.stream:
-        return StreamingResponse(writer.stream(stream), stream.close, headers=headers)
+        return StreamingResponse(writer.stream(stream), stream.close, headers=warning_header(body, http))
     async with CancelOnDisconnect(http, stream.close):
         choices = await gather(stream, writer.readers)
-    return json_response({**writer.head, "choices": writer.rows(choices), "usage": _usage(stream)}, headers)
+    whole = {**writer.head, "choices": writer.rows(choices), "usage": _usage(stream)}
+    return json_response(whole, warning_header(body, http))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from pydantic import Field
 from llama2.engine.request import Logprob, Request
 from llama2.serve.constrain.tools import CallArguments, CallReader, CallStart, Piece, Text
 from llama2.serve.errors import Refusal, unsupported
-from llama2.serve.service import ChoiceEvent, Stream
+from llama2.serve.moderated import ChoiceEvent
+from llama2.serve.service import Stream
 from llama2.serve.surfaces.choices import check
 from llama2.serve.surfaces.context import models_of, warn, warning_header
 from llama2.serve.surfaces.encoding import PING, dump, json_response
@@ -131,16 +132,17 @@ async def responses(body: ResponsesRequest, http: HttpRequest) -> Response:
         raise Refusal(400, f"top_logprobs: needs {LOGPROBS!r} in include", param="top_logprobs", code="invalid_value")
     service = await models_of(http).service(body.model)
     format = body.text.format if body.text else None
+    messages = _messages(body)
     (request,), (reader,) = await build_requests(
         http,
         service,
-        _messages(body),
+        messages,
         base_request(body, service, http, body.max_output_tokens, (body.top_logprobs or 0) if scored else None),
         tools=Tools(body.tools, body.tool_choice, body.parallel_tool_calls, flat=True),
         response=format.constraint if format else None,
         min_tokens=min_tokens_of(body),
     )
-    stream = await submit(http, service, [request])
+    stream = await submit(http, service, [request], dialog=messages, watermark=body.watermark)
     writer = _ResponsesWriter(body, request, reader, service.texts)
     if body.stream:
         return StreamingResponse(writer.events(stream), stream.close, headers=warning_header(body, http))
@@ -190,11 +192,11 @@ class _ResponsesWriter:
 
     def whole(self, stream: Stream) -> dict[str, Any]:
         """The response, ended."""
-        cut = stream.finishes[0] == "length"
+        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(stream.ends[0])
         return {
             **self._body,
-            "status": "incomplete" if cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "status": "incomplete" if reason else "completed",
+            "incomplete_details": {"reason": reason} if reason else None,
             "output": self._items,
             "usage": {
                 "input_tokens": stream.prompt_tokens,
@@ -230,7 +232,7 @@ class _ResponsesWriter:
                 sent += self._add(piece)
             if event.finish is not None:
                 sent += [] if self._items else self._open_message()
-                sent += self._close("incomplete" if event.finish == "length" else "completed")
+                sent += self._close("completed" if event.finish == "stop" else "incomplete")
         return sent
 
     def _add(self, piece: Piece) -> list[bytes]:

@@ -114,7 +114,7 @@ class StreamOptions(Wire):
 class SamplingRequest(Wire):
     """How tokens are sampled, as OpenAI's routes share it. An omitted or null field has the server's default.
 
-    `top_k`, `min_p`, `repetition_penalty` and `lookup` are extras.
+    `top_k`, `min_p`, `repetition_penalty`, `lookup` and `watermark` are extras.
     """
 
     UNSUPPORTED: ClassVar[Values] = {
@@ -143,6 +143,7 @@ class SamplingRequest(Wire):
     min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
     ignore_eos: bool | None = None
     lookup: int | None = Field(None, ge=0, le=1024)
+    watermark: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

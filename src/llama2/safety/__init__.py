@@ -1,0 +1,1 @@
+"""Safeguards of a deployment: policy, moderation, watermark, provenance."""
