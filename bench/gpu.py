@@ -147,9 +147,9 @@ def in_transformers(model: Transformer) -> Any:
 
     names, weights = tensor_names(model.config), {}
     for name, weight in model.state_dict().items():
-        if heads := heads_of(name, model.config):
-            weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
-        weights[names[name]] = weight
+        heads = heads_of(name, model.config)
+        halves = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous() if heads else weight
+        weights[names[name]] = halves
     with torch.device("meta"):
         theirs = LlamaForCausalLM(transformers_config(model.config))
     theirs.load_state_dict(weights, assign=True)

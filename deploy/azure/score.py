@@ -45,8 +45,10 @@ def run(body: str) -> Any:
         return _refused(str(error))
 
 
-def completion(model: llama2.Model, request: dict[str, Any]) -> dict[str, Any]:
+def completion(model: llama2.Model, request: Any) -> dict[str, Any]:
     """A chat completion in OpenAI's form. Raises ValueError for a field that is not known."""
+    if not isinstance(request, dict):
+        raise ValueError(f"the body must be an object with messages, not a {type(request).__name__}")
     messages = request.pop("messages", None)
     if not isinstance(messages, list):
         raise ValueError("messages: must be a list of messages with a role and a content")

@@ -8,7 +8,7 @@ the stable ABI of 3.12 and later.
     make wheels                                  # all six, in dist/
     python deploy/wheels/build.py --only linux-x86_64 --abi abi3
 
-Needs the extra `wheels`, the folder that headers.sh makes, and for Windows the package g++-mingw-w64-x86-64-posix.
+`make wheels` installs what this needs; for Windows it takes Debian's package g++-mingw-w64-x86-64-posix besides.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def compile_modules(folder: Path, system: System, abi: Abi, pythons: Path) -> li
     suffix = abi.windows_suffix if system.windows else abi.suffix.format(system.processor)
     include = pythons / ("windows" if system.windows else "linux")
     include = include / abi.headers / "include" if system.windows else include / "include" / f"python{abi.headers}"
-    # The headers of the stable ABI leave <stdio.h> out, and nanobind's rely on it; Debian's pyconfig.h includes another.
+    # The stable ABI's headers leave <stdio.h> out, and nanobind's rely on it; Debian's pyconfig.h includes another.
     flags = f"-include stdio.h -isystem {include.parent}"
     settings: dict[str, object] = {f"CMAKE_{name}": path for name, path in compiler(folder, system).items()}
     settings |= {
@@ -131,7 +131,22 @@ def compile_modules(folder: Path, system: System, abi: Abi, pythons: Path) -> li
 
 def python_files(folder: Path) -> Path:
     """The wheel of the Python files alone, unpacked: what the build backend makes without CMake."""
-    run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-C", "wheel.cmake=false", "-C", "wheel.py-api=py3", "-w", folder, ROOT])
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-deps",
+            "-C",
+            "wheel.cmake=false",
+            "-C",
+            "wheel.py-api=py3",
+            "-w",
+            folder,
+            ROOT,
+        ]
+    )
     (wheel,) = folder.glob("*.whl")
     run([sys.executable, "-m", "wheel", "unpack", "-d", folder, wheel])
     (unpacked,) = (path for path in folder.iterdir() if path.is_dir())

@@ -33,9 +33,13 @@ def test_without_a_gpu_it_says_what_it_would_measure(tmp_path: Path) -> None:
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_a_part_that_is_stopped_keeps_its_figures(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_part_that_is_stopped_keeps_its_figures(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     slow = tmp_path / "slow.py"
-    slow.write_text("import time\nprint('{\"rate\": 2}', flush=True)\nprint('{\"cut', end='', flush=True)\ntime.sleep(60)")
+    slow.write_text(
+        "import time\nprint('{\"rate\": 2}', flush=True)\nprint('{\"cut', end='', flush=True)\ntime.sleep(60)"
+    )
     monkeypatch.setattr(gpu, "__file__", str(slow))
     part = gpu.run_part("inference", 1.0, dry=True)
     assert (part["status"], part["figures"]) == ("stopped after 1 s", [{"rate": 2}])

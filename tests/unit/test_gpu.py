@@ -112,7 +112,9 @@ def test_rollouts_follow_the_weights(device: str) -> None:
     assert answers[device][0] != answers[device][2]
 
 
-@pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"compile": True}], ids=["plain", "recompute", "compile"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"recompute": True}, {"compile": True}], ids=["plain", "recompute", "compile"]
+)
 def test_a_step_in_float32(device: str, settings: dict[str, Any]) -> None:
     expected = losses(network(n_layers=1), precision="fp32")
     close(losses(network(n_layers=1).to(device), precision="fp32", **settings), expected, 1e-4)

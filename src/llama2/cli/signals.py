@@ -20,7 +20,7 @@ def on_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """SIGTERM, SIGHUP and Windows' Ctrl-Break raise SystemExit within the block, so that unfinished files are removed."""
+    """SIGTERM, SIGHUP and Ctrl-Break raise SystemExit within the block, so that unfinished files are removed."""
 
     def leave(number: int, _: object) -> None:
         sys.exit(128 + number)

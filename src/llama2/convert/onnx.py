@@ -116,8 +116,8 @@ def export(
                 compared = compare(reference, place, report)
             _judge(compared, precision, target)
         _write_foundry(target.name, place, model)
-        for folder in (folder, stage / "cache"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for made in (folder, stage / "cache"):
+            shutil.rmtree(made, ignore_errors=True)
         facts = {
             "tool": proof["tool"],
             "precision": precision,

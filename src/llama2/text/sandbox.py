@@ -170,7 +170,7 @@ class JobLimits(ctypes.Structure):
     )
 
 
-#: JOB_OBJECT_LIMIT_PROCESS_MEMORY and JOB_OBJECT_LIMIT_ACTIVE_PROCESS: a process of its own would have memory of its own.
+#: JOB_OBJECT_LIMIT_PROCESS_MEMORY, and JOB_OBJECT_LIMIT_ACTIVE_PROCESS, as another process would have as much again.
 JOB_FLAGS = 0x100 | 0x8
 #: JobObjectExtendedLimitInformation
 _EXTENDED = 9
