@@ -94,3 +94,13 @@ def test_no_file_of_another_system_is_read_on_windows(monkeypatch: pytest.Monkey
     assert machine.available_memory(tmp_path / "meminfo") == 100 << 10
     monkeypatch.setattr(sys, "platform", "win32")
     assert machine.peak_memory(tmp_path) is None or machine._words(tmp_path / "meminfo") == []
+
+
+def test_powershell_completes_commands() -> None:
+    """Typer's script for PowerShell calls the program with these variables; the answer is a word and its help."""
+    asked = {"_TYPER_COMPLETE_ARGS": "llama2 se", "_TYPER_COMPLETE_WORD_TO_COMPLETE": "se"}
+    environment = {**os.environ, **asked, "_LLAMA2_COMPLETE": "complete_powershell"}
+    script = "from llama2.cli.main import run; run([])"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["serve:::Serve models to programs and people."]

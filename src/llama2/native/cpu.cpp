@@ -10,7 +10,7 @@
 #if defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
-#if defined(_M_X64)
+#if defined(_MSC_VER)
 #include <intrin.h>
 #elif defined(__x86_64__)
 #include <cpuid.h>
@@ -25,7 +25,7 @@ namespace {
 // The processor is asked itself: not every compiler's runtime library answers __builtin_cpu_supports.
 bool bit(unsigned leaf, int part, int index, unsigned subleaf = 0) {
     unsigned r[4] = {};
-#if defined(_M_X64)
+#if defined(_MSC_VER)
     __cpuid(reinterpret_cast<int*>(r), 0);
     if (r[0] < leaf) return false;
     __cpuidex(reinterpret_cast<int*>(r), static_cast<int>(leaf), static_cast<int>(subleaf));
@@ -38,7 +38,7 @@ bool bit(unsigned leaf, int part, int index, unsigned subleaf = 0) {
 // Whether the system saves these registers when it changes threads.
 bool saved_by_system(unsigned long long mask) {
     if (!bit(1, 2, 27)) return false;
-#if defined(_M_X64)
+#if defined(_MSC_VER)
     return (_xgetbv(0) & mask) == mask;
 #else
     unsigned low, high;
