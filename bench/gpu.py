@@ -156,7 +156,8 @@ def in_transformers(model: Transformer) -> Any:
     with torch.device(model.norm.weight.device):  # the meta device left it without numbers
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
     theirs.generation_config.eos_token_id = None
-    return theirs.eval()
+    theirs.requires_grad_(False)
+    return theirs.train(False)
 
 
 def checkpoint_of(config: ModelConfig) -> Checkpoint:

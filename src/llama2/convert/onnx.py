@@ -225,7 +225,7 @@ def _template(theirs: Any, ours: Checkpoint) -> bool | None:
         {"role": "assistant", "content": "Rome."},
         {"role": "user", "content": "And of France?"},
     ]
-    expected, _ = Dialog(messages).render(ours.tokenizer, ours.template)  # type: ignore[arg-type]
+    expected, _ = Dialog(messages).render(ours.tokenizer, ours.template)
     text = theirs.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
     found = list(map(int, theirs.encode(text)))
     twice = ours.tokenizer.bos_id is not None and found[:2] == 2 * [ours.tokenizer.bos_id]
