@@ -19,7 +19,7 @@ LLAMA2 = --editable .
 NATIVE = src/llama2/native/*.h src/llama2/native/*.cpp
 CPP_FILES = $(NATIVE) tests/native/*.cpp bench/*.c
 
-.PHONY: chat test lint docs format build clean
+.PHONY: chat test lint docs format build wheels clean
 
 chat: .venv/installed
 	@$(BIN)/llama2 chat $(CHAT)
@@ -44,6 +44,13 @@ format: .venv/testing
 
 build: .venv/created
 	@$(PIP) wheel --no-deps --wheel-dir dist . </dev/null
+
+# Six wheels for three systems, on Debian; what that takes is in deploy/wheels/build.py.
+wheels: .venv/building build/pythons
+	@$(BIN)/python deploy/wheels/build.py
+
+build/pythons:
+	@deploy/wheels/headers.sh $@ >&2
 
 clean:
 	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -71,6 +78,10 @@ clean:
 	@echo "Installing what the tests need, PyTorch among it, which takes some minutes" >&2
 	@$(INSTALL) 'torch==2.13.0' </dev/null >&2
 	@$(INSTALL) 'whole-llama[test]' </dev/null >&2
+	@touch $@
+
+.venv/building: .venv/created pyproject.toml
+	@$(INSTALL) 'auditwheel>=6.4' 'cmake>=3.30' 'nanobind>=2.9' 'ninja>=1.11' 'wheel>=0.45' 'ziglang>=0.15' </dev/null >&2
 	@touch $@
 
 .venv/documenting: .venv/installed

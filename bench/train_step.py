@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,7 +61,16 @@ Take = Callable[[NDArray[np.int64], NDArray[np.int64]], float]
 Precision = Literal["bf16", "fp32"]
 
 
-def ours(precision: Precision) -> Take:
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all contenders train, and how."""
+
+    precision: Precision
+    config: ModelConfig = CONFIG
+    device: str = "cpu"
+
+
+def ours(setting: Setting) -> Take:
     """llama2's own step."""
     from llama2.data.loader import TokenBatch
     from llama2.model.transformer import Transformer
@@ -70,46 +79,54 @@ def ours(precision: Precision) -> Take:
     from llama2.train.step import Step
 
     keep_memory()
-    network = Transformer(CONFIG)
+    with torch.device(setting.device):
+        network = Transformer(setting.config)
     adam = OptimizerSettings(betas=BETAS, eps=EPS, weight_decay=DECAY, clip=CLIP)
-    step = Step(network, optimizer=adam, precision=precision, compile=True)
+    step = Step(network, optimizer=adam, precision=setting.precision, compile=True)
     return lambda tokens, targets: step.step([TokenBatch(tokens, targets)], RATE).loss
 
 
-def transformers(precision: Precision) -> Take:
-    """LlamaForCausalLM under torch.compile."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def transformers_config(c: ModelConfig) -> Any:
+    """A LlamaConfig of the same shape, for configurations without scaling of the rotary embedding, bias or window."""
+    from transformers import LlamaConfig
 
-    c = CONFIG
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=c.dim,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads,
-            intermediate_size=c.hidden_dim,
-            vocab_size=c.vocab_size,
-            max_position_embeddings=c.context_length,
-            tie_word_embeddings=True,
-            use_cache=False,
-        )
+    return LlamaConfig(
+        hidden_size=c.dim,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads,
+        head_dim=c.head_dim,
+        intermediate_size=c.hidden_dim,
+        vocab_size=c.vocab_size,
+        max_position_embeddings=c.context_length,
+        rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tied_embeddings,
     )
+
+
+def transformers(setting: Setting) -> Take:
+    """LlamaForCausalLM under torch.compile."""
+    from transformers import LlamaForCausalLM
+
+    with torch.device(setting.device):
+        model = LlamaForCausalLM(transformers_config(setting.config))
+    model.config.use_cache = False
     compiled = torch.compile(model)
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = compiled(input_ids=tokens, shift_labels=targets, labels=targets).loss
         return loss
 
-    return loop(model, loss_of, precision)
+    return loop(model, loss_of, setting)
 
 
-def nanogpt(precision: Precision) -> Take:
+def nanogpt(setting: Setting) -> Take:
     """A small model in one file, compiled whole, in the manner of nanoGPT."""
-    model = Small(CONFIG)
-    return loop(model, torch.compile(model), precision)
+    model = Small(setting.config)
+    return loop(model, torch.compile(model), setting)
 
 
-def loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], precision: Precision) -> Take:
+def loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], setting: Setting) -> Take:
     """The usual step: autocast, backward, clip, fused AdamW that decays matrices alone."""
     parameters = list(model.parameters())
     groups = [
@@ -119,8 +136,8 @@ def loop(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], precisio
     adam = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, eps=EPS, fused=True)
 
     def take(tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of(torch.from_numpy(tokens), torch.from_numpy(targets))
+        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16"):
+            loss = loss_of(*(torch.from_numpy(ids).to(setting.device) for ids in (tokens, targets)))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         adam.step()
@@ -182,14 +199,14 @@ class Small(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
-CONTENDERS: dict[str, Callable[[Precision], Take]] = {"llama2": ours, "transformers": transformers, "nanogpt": nanogpt}
+CONTENDERS: dict[str, Callable[[Setting], Take]] = {"llama2": ours, "transformers": transformers, "nanogpt": nanogpt}
 
 
 def child(name: str, threads: int, precision: Precision) -> None:
     """Take a first step, then STEPS for each line on stdin, and each time say the median's seconds and the losses."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    rng, take = np.random.default_rng(0), CONTENDERS[name](precision)
+    rng, take = np.random.default_rng(0), CONTENDERS[name](Setting(precision))
     first = True
     while first or sys.stdin.readline():
         seconds, losses = [], []

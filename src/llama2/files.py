@@ -6,11 +6,13 @@ reader gets its bytes here. `error` is the class that the caller raises.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +38,10 @@ _WRITE = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "
 _NEW, _END = _WRITE | os.O_EXCL, _WRITE | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
 
 
+#: Names that are devices on Windows in every folder, also with an ending, and names that it changes or cuts.
+_RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[1-9¹²³]|lpt[1-9¹²³])\s*(\..*)?", re.IGNORECASE)
+
+
 class Repeated(dict[str, Any]):
     """A JSON object with keys that are there twice and differ, `twice`. The last value counts, as in Python's json."""
 
@@ -45,6 +51,8 @@ class Repeated(dict[str, Any]):
 
 def open_file(path: Path, *, error: type[Llama2Error] = CheckpointError) -> BinaryIO:
     """A regular file, open to be read. Raises `error` for anything else, and for a pointer of Git LFS."""
+    if sys.platform == "win32" and reserved(path.name):
+        raise error(f"{path}: is the name of a device on Windows, or ends in what Windows cuts; rename it")
     try:
         descriptor = os.open(path, _FLAGS)  # without O_NONBLOCK, a FIFO would wait for its writer
     except (OSError, ValueError) as reason:
@@ -110,6 +118,11 @@ def exists(path: Path) -> bool:
         return os.path.lexists(path)
     except ValueError:  # a NUL in the path
         return False
+
+
+def reserved(name: str) -> bool:
+    """Whether Windows takes a file's name for a device, cuts its end, or writes a stream of another file."""
+    return bool(_RESERVED.fullmatch(name)) or name != name.rstrip(". ") or ":" in name
 
 
 def named(path: Path) -> Path:
@@ -267,6 +280,8 @@ def replaced(path: Path, *, shared: bool = False, mode: int = 0o666) -> Iterator
     the same time. What an earlier process left at that name is removed, and a link not followed.
     Who has mapped an older file keeps that one, because `path` itself is never written. Raises OSError.
     """
+    if sys.platform == "win32" and reserved(path.name):
+        raise OSError(errno.EINVAL, "on Windows this is the name of a device, or ends in what is cut", str(path))
     part = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp" if shared else f"{path.name}.part")
     try:
         part.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
@@ -46,14 +47,16 @@ def quota(proc: Path = _PROC, root: Path = _CGROUPS) -> float | None:
 
 
 def total_memory() -> int | None:
-    """Bytes of the machine's memory; None on Windows."""
-    if not hasattr(os, "sysconf"):
-        return None
+    """Bytes of the machine's memory; None where the system does not say."""
+    if sys.platform == "win32":
+        return _windows_memory("total")
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_memory(meminfo: Path = _MEMINFO) -> int:
-    """Bytes that Linux could give to this process without swapping; 0 on other systems."""
+    """Bytes that the system could give to this process without swapping; 0 where it does not say, as macOS."""
+    if sys.platform == "win32":
+        return _windows_memory("available") or 0
     return _kilobytes(meminfo, "MemAvailable:") or 0
 
 
@@ -96,7 +99,28 @@ def _limit(folder: Path) -> float | None:
     return time / period if time > 0 and period > 0 else None  # version 1 says -1 for no limit
 
 
+class _MemoryStatus(ctypes.Structure):
+    """Windows' MEMORYSTATUSEX: 64 bytes."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 5),
+    )
+
+
+def _windows_memory(kind: str) -> int | None:
+    """The machine's "total" or "available" memory, in bytes."""
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    known = ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return int(getattr(status, kind)) if known else None
+
+
 def _words(path: Path, separator: str | None = None) -> list[str]:
+    if sys.platform == "win32":  # under wine, /proc would be the system's below it
+        return []
     try:
         return path.read_text(encoding="utf-8", errors="replace").split(separator)
     except OSError:

@@ -22,6 +22,11 @@
 #include <sstream>
 #include <vector>
 
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
+
 #include "model.h"
 #include "sampling.h"
 
@@ -183,6 +188,10 @@ void serve() {
 }  // namespace
 
 int main() {
+#ifdef _WIN32  // whose text mode would change the bytes of arrays
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
     std::ios::sync_with_stdio(false);
     try {
         serve();

@@ -82,7 +82,7 @@ def file_names() -> set[str]:
     """Every file of the repository by each end of its path: c.py, b/c.py, a/b/c.py."""
     files = [
         path.relative_to(ROOT).parts
-        for folder in ("src", "tests", "bench", "docs", "recipes", ".ci")
+        for folder in ("src", "tests", "bench", "docs", "recipes", "deploy", ".ci", ".github")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     ]

@@ -63,8 +63,8 @@ def write_stream(
 def read(path: Path, model: Path, facts: Mapping[str, Any], *, resident: bool = False) -> dict[str, Bytes] | None:
     """The arrays cached for this `model` and exactly these `facts`; None when there are none.
 
-    They are mapped; with `resident` they are read into memory of their own if there is plenty. Linux gives that huge
-    pages, and a file's mapping seldom, so that it is faster to use.
+    They are mapped; with `resident` they are read into memory of their own if there is plenty, but not on Windows.
+    Linux gives that huge pages, and a file's mapping seldom, so that it is faster to use.
     """
     try:
         data = np.memmap(path, np.uint8, "r").view(np.ndarray)
@@ -76,7 +76,7 @@ def read(path: Path, model: Path, facts: Mapping[str, Any], *, resident: bool = 
         places, total = _places(_START.size + length, header["sizes"])
         if header["facts"] != {**_identity(model), **facts} or len(data) != total:
             return None
-        if resident and total <= available_memory() * 3 // 4:
+        if resident and hasattr(os, "preadv") and total <= available_memory() * 3 // 4:
             data = _load(path, total)
         arrays = {name: data[at : at + header["sizes"][name]] for name, at in places.items()}
         if header["crc32"] is not None and header["crc32"] != _crc32(arrays):

@@ -73,9 +73,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if debug:
         words.remove("--debug")
     _open_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a narrow encoding must not end an answer
+    choose_encodings()
     try:
         command = next((word for word in words if not word.startswith("-")), None)
         with warnings.catch_warnings():
@@ -106,6 +104,20 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it fails again when the interpreter flushes at exit
     sys.exit(status)
+
+
+def choose_encodings() -> None:
+    """Let no narrow encoding end an answer; on Windows, pipes and files are UTF-8, which PYTHONIOENCODING changes.
+
+    There, Python would take the code page that the system's language had before Unicode.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if sys.platform == "win32" and not os.environ.get("PYTHONIOENCODING"):
+            stream.reconfigure(encoding="utf-8")
+        if stream is not sys.stdin:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _short(error: Exception) -> str:

@@ -20,12 +20,13 @@ def on_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit within the block, so that unfinished files are removed."""
+    """SIGTERM, SIGHUP and Ctrl-Break raise SystemExit within the block, so that unfinished files are removed."""
 
     def leave(number: int, _: object) -> None:
         sys.exit(128 + number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+    names = ("SIGTERM", "SIGHUP", "SIGBREAK")  # of which no system has all
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield

@@ -48,8 +48,8 @@ def compare(source: Checkpoint, output: Checkpoint, lossy: Collection[str], repo
     prompt = tokenizer.encode(PROMPT, bos=tokenizer.add_bos)[: min(PROMPT_TOKENS, context - 1)] or [0]
     count = min(TOKENS, context - len(prompt))
     as_run = replace(source, tensors={name: _as_run(t, output.tensors[name]) for name, t in source.tensors.items()})
-    first = _Answer(as_run, prompt, count, partial(report, "running the source"))
-    second = _Answer(output, prompt, count, partial(report, "running the output"), first.tokens)
+    first = GreedyAnswer(as_run, prompt, count, partial(report, "running the source"))
+    second = GreedyAnswer(output, prompt, count, partial(report, "running the output"), first.tokens)
 
     pairs = list(zip(first.logits, second.logits, strict=True))
     same = [np.array_equal(a.view(np.uint32), b.view(np.uint32)) for a, b in pairs]
@@ -80,7 +80,7 @@ def _as_run(tensor: Tensor, output: Tensor) -> Tensor:
     return tensor.in_float32() if FORMATS[tensor.format].block > 1 and output.format == "F32" else tensor
 
 
-class _Answer:
+class GreedyAnswer:
     """`count` greedy tokens of a model, none of which ends the answer, or the given `tokens` instead.
 
     `logits` are those that each token was drawn from, and `preferred` the likeliest tokens by them.

@@ -10,8 +10,10 @@
 #if defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
-#if defined(_M_X64)
+#if defined(_MSC_VER)
 #include <intrin.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
 #endif
 #if defined(_M_ARM64)
 #include <windows.h>
@@ -19,29 +21,37 @@
 
 namespace {
 
-#if defined(_M_X64)
-bool bit(int leaf, int part, int index, int subleaf = 0) {
-    int r[4];
-    __cpuidex(r, leaf, subleaf);
+#if defined(_M_X64) || defined(__x86_64__)
+// The processor is asked itself: not every compiler's runtime library answers __builtin_cpu_supports.
+bool bit(unsigned leaf, int part, int index, unsigned subleaf = 0) {
+    unsigned r[4] = {};
+#if defined(_MSC_VER)
+    __cpuid(reinterpret_cast<int*>(r), 0);
+    if (r[0] < leaf) return false;
+    __cpuidex(reinterpret_cast<int*>(r), static_cast<int>(leaf), static_cast<int>(subleaf));
+#else
+    if (!__get_cpuid_count(leaf, subleaf, &r[0], &r[1], &r[2], &r[3])) return false;
+#endif
     return (r[part] >> index) & 1;
 }
-bool saved_by_system(unsigned long long mask) { return bit(1, 2, 27) && (_xgetbv(0) & mask) == mask; }
+
+// Whether the system saves these registers when it changes threads.
+bool saved_by_system(unsigned long long mask) {
+    if (!bit(1, 2, 27)) return false;
+#if defined(_MSC_VER)
+    return (_xgetbv(0) & mask) == mask;
+#else
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (((static_cast<unsigned long long>(high) << 32) | low) & mask) == mask;
+#endif
+}
 #endif
 
 // Best first; "plain" always last.
 std::vector<std::string> supported() {
     std::vector<std::string> names;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni")) {
-        if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
-        names.push_back("avx512_vnni");
-    }
-    if (avx2) names.push_back("avx2");
-#elif defined(_M_X64)
+#if defined(_M_X64) || defined(__x86_64__)
     const bool avx2 = saved_by_system(6) && bit(1, 2, 12) && bit(1, 2, 29) && bit(7, 1, 5);
     if (avx2 && saved_by_system(0xe6) && bit(7, 1, 16) && bit(7, 1, 17) && bit(7, 1, 30) && bit(7, 1, 31) &&
         bit(7, 2, 11)) {

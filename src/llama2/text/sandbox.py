@@ -8,14 +8,18 @@ imports nothing of the package, to start quickly.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-#: Address space of the process, where the system can bound it. It needs a fifth of that to start.
+#: Memory of the process, where the system can bound it. It needs a fifth of that to start.
 MEMORY = 256 << 20
 #: A process ends itself after so many seconds of one request, should its parent be gone.
 ALARM = 5
@@ -104,13 +108,8 @@ def serve(answer: Callable[[Any], Any], memory: int, seconds: int = ALARM) -> No
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    alarm = getattr(signal, "alarm", lambda seconds: 0)
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    except (ImportError, ValueError, OSError):
-        pass
+    alarm = getattr(signal, "alarm", _Alarm().set)
+    limit_memory(memory)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
@@ -118,6 +117,77 @@ def serve(answer: Callable[[Any], Any], memory: int, seconds: int = ALARM) -> No
         sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
         sys.stdout.flush()
         alarm(0)
+
+
+class _Alarm:
+    """Ends the process where the system has no alarm. It needs Python's lock, which all but a library's loop gives."""
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+
+    def set(self, seconds: int) -> None:
+        """End the process in so many seconds; 0: do not."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(seconds, os._exit, [1]) if seconds else None
+        if self._timer is not None:
+            self._timer.daemon = True
+            self._timer.start()
+
+
+def limit_memory(memory: int) -> None:
+    """Let this process have `memory` bytes at most: of address space, on Windows of memory that it commits.
+
+    Raises OSError where Windows refuses. macOS has no such limit.
+    """
+    if sys.platform == "win32":
+        _limit_by_job(memory)
+        return
+    import resource
+
+    with suppress(ValueError, OSError):  # macOS
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+
+class JobLimits(ctypes.Structure):
+    """Windows' JOBOBJECT_EXTENDED_LIMIT_INFORMATION, with its parts in a row: 144 bytes."""
+
+    _fields_ = (
+        ("process_time", ctypes.c_int64),
+        ("job_time", ctypes.c_int64),
+        ("flags", ctypes.c_uint32),
+        ("least_working_set", ctypes.c_size_t),
+        ("most_working_set", ctypes.c_size_t),
+        ("processes", ctypes.c_uint32),
+        ("affinity", ctypes.c_size_t),
+        ("priority", ctypes.c_uint32),
+        ("scheduling", ctypes.c_uint32),
+        ("io_counters", ctypes.c_uint64 * 6),
+        ("process_memory", ctypes.c_size_t),
+        ("job_memory", ctypes.c_size_t),
+        ("peak_process_memory", ctypes.c_size_t),
+        ("peak_job_memory", ctypes.c_size_t),
+    )
+
+
+#: JOB_OBJECT_LIMIT_PROCESS_MEMORY, and JOB_OBJECT_LIMIT_ACTIVE_PROCESS, as another process would have as much again.
+JOB_FLAGS = 0x100 | 0x8
+#: JobObjectExtendedLimitInformation
+_EXTENDED = 9
+
+
+def _limit_by_job(memory: int) -> None:
+    """Put this process into a Job Object. Its handle stays open, and so the job lasts as long as the process."""
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
+    kernel.CreateJobObjectW.restype = kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    job = ctypes.c_void_p(kernel.CreateJobObjectW(None, None))
+    limits = JobLimits(flags=JOB_FLAGS, processes=1, process_memory=memory)
+    here = ctypes.c_void_p(kernel.GetCurrentProcess())
+    if not (
+        kernel.SetInformationJobObject(job, _EXTENDED, ctypes.byref(limits), ctypes.sizeof(limits))
+        and kernel.AssignProcessToJobObject(job, here)
+    ):
+        raise ctypes.WinError(ctypes.get_last_error())  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def _self() -> dict[str, str]:
     """This machine: its name, and an id of this start of its system."""
     name = socket.gethostname()
     try:
-        return {"host": name, "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+        return {"host": name, "boot": Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()}
     except OSError:
         return {"host": name, "boot": name}
 

@@ -12,7 +12,7 @@ from pkgutil import iter_modules
 
 #: The order of `llama2 --help`; others follow by name.
 _ORDER = (
-    *("chat", "generate", "embed", "serve", "bench", "plan", "convert", "quantize", "pretrain", "evaluate"),
+    *("chat", "generate", "embed", "serve", "bench", "plan", "convert", "quantize", "export", "pretrain", "evaluate"),
     *("pull", "list", "show", "rm", "data", "tokenizer", "sft", "runs"),
 )
 
