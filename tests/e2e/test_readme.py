@@ -82,5 +82,8 @@ def test_nothing_else_is_left_untested() -> None:
     assert PYTHON
     for line in SET_UP:
         assert line.startswith(
-            ("make ", "python3 -m venv ", ".venv/bin/pip install ", ".venv/bin/llama2 chat", "llama2 serve")
+            (
+                *("make ", "python3 -m venv ", ".venv/bin/pip install ", "pip install whole_llama-"),
+                *(".venv/bin/llama2 chat", "llama2 serve"),
+            )
         )

@@ -35,6 +35,7 @@ class OneByOne:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.config, self.n_blocks = runner, runner.config, runner.n_blocks
+        self.arithmetic = runner.arithmetic
 
     def forward(self, batch: Batch, hidden: None = None) -> NDArray[np.float32]:
         rows = []

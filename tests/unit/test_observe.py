@@ -26,7 +26,7 @@ def test_a_request_is_a_span_with_its_phases(caplog: pytest.LogCaptureFixture) -
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     now = time.perf_counter()
     stream: Any = SimpleNamespace(
-        **{"arrived": now - 10, "started": now - 9, "first": now - 6, "ended": now - 1, "finishes": ["length", "stop"]},
+        **{"arrived": now - 10, "started": now - 9, "first": now - 6, "ended": now - 1, "reasons": ["length", "stop"]},
         **{"prompt_tokens": 7, "completion_tokens": 5, "service": SimpleNamespace(name="tiny")},
     )
 
