@@ -44,10 +44,10 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-def command(words: Sequence[str], place: str) -> list[str]:
-    """What is run; a run that was begun goes on."""
+def command(words: Sequence[str], place: str, folder: Path) -> list[str]:
+    """What is run in a folder; a run that was begun goes on."""
     given = [word.replace("{place}", place) for word in words]
-    begun = "--runs" in given and Path(place, "run/run.json").exists()
+    begun = "--runs" in given and (folder / place / "run/run.json").exists()
     return [sys.executable, "-m", "llama2", *given, *(["--resume"] if begun else [])]
 
 
@@ -64,31 +64,46 @@ def stage(name: str, kills: int, rng: random.Random, folder: Path) -> dict[str, 
     """One stage: what it leaves, and after which kills it leaves the same."""
     words, patterns = STAGES[name]
     begun = time.perf_counter()
-    subprocess.run(command(words, f"whole-{name}"), cwd=folder, check=True, stdout=sys.stderr, stderr=sys.stderr)
+    subprocess.run(
+        command(words, f"whole-{name}", folder), cwd=folder, check=True, stdout=sys.stderr, stderr=sys.stderr
+    )
     seconds = time.perf_counter() - begun
     whole = digests(folder / f"whole-{name}", patterns)
-    place = f"killed-{name}"
     killed: list[float] = []
+    same, attempts = bool(whole), 0
+    while same and len(killed) < kills:  # an attempt that ends before it is killed is followed by another
+        attempts += 1
+        place = f"killed-{name}-{attempts}"
+        attempt((words, place), seconds, kills, killed, rng, folder)
+        same = digests(folder / place, patterns) == whole
+    verdict = "are the same" if same else "DIFFER"
+    print(f"{name}: {len(killed)} kills, {len(whole)} files {verdict}", file=sys.stderr)
+    return {"seconds": seconds, "killed_after": killed, "attempts": attempts, "files": len(whole), "same": same}
+
+
+def attempt(
+    given: tuple[list[str], str],
+    seconds: float,
+    kills: int,
+    killed: list[float],
+    rng: random.Random,
+    folder: Path,
+) -> None:
+    """Run a stage until it ends, killed at random moments; `killed` gets how long each process lived."""
     while True:
         wait = rng.uniform(0.2, 1) * seconds if len(killed) < kills else None
         begun = time.perf_counter()
-        with subprocess.Popen(command(words, place), cwd=folder, stdout=sys.stderr, stderr=sys.stderr) as process:
+        with subprocess.Popen(command(*given, folder), cwd=folder, stdout=sys.stderr, stderr=sys.stderr) as process:
             try:
                 code = process.wait(wait)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 code = process.wait()
-        killed.append(round(time.perf_counter() - begun, 2))
         if code == 0:
-            break
+            return
         if code != -signal.SIGKILL:
-            raise SystemExit(f"{name}: ended with exit code {code} after {len(killed)} kills")
-    again = digests(folder / place, patterns)
-    same = whole == again and bool(whole)
-    print(
-        f"{name}: {len(killed) - 1} kills, {len(whole)} files {'are the same' if same else 'DIFFER'}", file=sys.stderr
-    )
-    return {"seconds": seconds, "killed_after": killed[:-1], "files": len(whole), "same": same}
+            raise SystemExit(f"{given[1]}: ended with exit code {code} after {len(killed)} kills")
+        killed.append(round(time.perf_counter() - begun, 2))
 
 
 def main() -> int:

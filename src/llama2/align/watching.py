@@ -100,7 +100,8 @@ class HeldOutMeasure(Callback):
             report.add_note(f"ends here: no better one in {memory['worse']} measurements")
 
     def _ends(self) -> bool:
-        return 0 < self._patience <= self._experience.memory["worse"]
+        worse: int = self._experience.memory["worse"]
+        return 0 < self._patience <= worse
 
     def _measure(self) -> dict[str, float]:
         """The same random numbers each time, so that changes are of the policy."""
