@@ -175,7 +175,7 @@ def inside(options: argparse.Namespace) -> None:
 
         with (folder / "log").open("wb") as log:
             started = command(options.root, folder, variables, *words)
-            server = subprocess.Popen(started, stdout=log, stderr=log, preexec_fn=group and group.enter)  # noqa: PLW1509
+            server = subprocess.Popen(started, stdout=log, stderr=log, preexec_fn=group.enter if group else None)  # noqa: PLW1509
             try:
                 found |= drained(server, 300)
             finally:
