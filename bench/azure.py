@@ -107,7 +107,7 @@ def main() -> None:
     mlflow = through_mlflow(model)
     right = (good, bad) == (200, 400) and text == mlflow == expected and "stream" in refusal["error"]["message"]
     versions = {name: installed(name) for name in ("azureml-inference-server-http", "mlflow", "azure-ai-ml")}
-    answers = {"score": text, "mlflow": mlflow, "ours": expected, "refused": refusal}
+    answers = {"score.py says": text, "ChatModel says": mlflow, "llama2 says": expected, "refused": refusal}
     json.dump({**provenance(), **versions, **answers, "right": right}, sys.stdout, indent=1)
     print()
     sys.exit(0 if right else 1)

@@ -6,7 +6,7 @@ volume and a missing key, each in one line; at SIGTERM, eight streams that are o
 
     python bench/container.py ROOT MODEL.gguf --memory 2 > container.json
 
-Needs Linux, root, bubblewrap, `unshare`, and control groups of version 2 for the limit.
+Needs Linux, root, bubblewrap, `unshare`, and control groups for the limit.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from provenance import provenance
 
 PORT = 8080
-STREAMS, TOKENS = 8, 24
+STREAMS, TOKENS = 8, 300
 URL = f"http://127.0.0.1:{PORT}"
 
 
@@ -55,17 +56,44 @@ def command(root: Path, folder: Path, variables: dict[str, str], *words: str) ->
     return ["bwrap", *user, *mounts, "--clearenv", *named, "/usr/local/bin/start", *words]
 
 
-def limited(memory: float) -> Path | None:
-    """A control group with so many GB of memory; None where there is none to be had."""
-    group = Path("/sys/fs/cgroup") / f"llama2-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.max").write_text(str(int(memory * 1e9)))
-    except OSError:
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A control group of memory, of version 2 or 1."""
+
+    folder: Path
+    limit: str
+    peak: str
+
+    @classmethod
+    def create(cls, memory: float) -> Group | None:
+        """One with so many GB; None where there is none to be had."""
+        root, name = Path("/sys/fs/cgroup"), f"llama2-{os.getpid()}"
+        if (root / "cgroup.controllers").exists():
+            group = cls(root / name, "memory.max", "memory.peak")
+        elif (root / "memory/memory.limit_in_bytes").exists():
+            group = cls(root / "memory" / name, "memory.limit_in_bytes", "memory.max_usage_in_bytes")
+        else:
+            return None
+        try:
+            group.folder.mkdir()
+            (group.folder / group.limit).write_text(str(int(memory * 1e9)), encoding="ascii")
+        except OSError:
+            group.remove()
+            return None
+        return group
+
+    def enter(self) -> None:
+        """Put this process into it."""
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+
+    def most(self) -> int:
+        """Bytes that it had at most, pages of files included."""
+        return int((self.folder / self.peak).read_text(encoding="ascii"))
+
+    def remove(self) -> None:
+        """Take it away, if it is there."""
         with suppress(OSError):
-            group.rmdir()
-        return None
-    return group
+            self.folder.rmdir()
 
 
 def healthy() -> int:
@@ -81,7 +109,11 @@ def healthy() -> int:
 
 def stream(number: int) -> dict[str, Any]:
     """An answer as a stream: how many pieces, and whether it ended as it should."""
-    body = {"messages": [{"role": "user", "content": f"Count from {number}."}], "stream": True, "max_tokens": TOKENS}
+    body = {
+        "messages": [{"role": "user", "content": f"Write a long story about {number} friends."}],
+        "stream": True,
+        "max_tokens": TOKENS,
+    }
     request = urllib.request.Request(f"{URL}/v1/chat/completions", json.dumps(body | {"temperature": 0}).encode())
     request.add_header("Content-Type", "application/json")
     request.add_header("Authorization", "Bearer key")
@@ -137,17 +169,13 @@ def inside(options: argparse.Namespace) -> None:
         digest = hashlib.sha256(model.read_bytes()).hexdigest()
         found["wrong hash"] = refused(MODEL_SHA256="0" * 64)
         found["no key"] = refused(LLAMA2_API_KEY="")
-        group = limited(options.memory)
+        group = Group.create(options.memory)
         variables = {"LLAMA2_API_KEY": "key", "MODEL_SHA256": digest}
         words = ["--parallel", "8", "--cache-gb", "0.3", "--context", "512", "--drain", "300"]
 
-        def enter() -> None:
-            if group is not None:
-                (group / "cgroup.procs").write_text(str(os.getpid()))
-
         with (folder / "log").open("wb") as log:
             started = command(options.root, folder, variables, *words)
-            server = subprocess.Popen(started, stdout=log, stderr=log, preexec_fn=enter)  # noqa: PLW1509
+            server = subprocess.Popen(started, stdout=log, stderr=log, preexec_fn=group.enter if group else None)  # noqa: PLW1509
             try:
                 found |= drained(server, 300)
             finally:
@@ -155,10 +183,9 @@ def inside(options: argparse.Namespace) -> None:
                 server.wait()
         found["log"] = (folder / "log").read_text(encoding="utf-8").splitlines()[-20:]
         if group is not None:
-            found["peak bytes"] = int((group / "memory.peak").read_text()) if (group / "memory.peak").exists() else None
-            with suppress(OSError):
-                group.rmdir()
-    print(json.dumps(found | {"memory limit": group is not None}))
+            found["peak bytes"] = group.most()
+            group.remove()
+    print(json.dumps(found | {"memory limit GB": group and options.memory}))
 
 
 def main() -> None:

@@ -109,6 +109,7 @@ def compile_modules(folder: Path, system: System, abi: Abi, pythons: Path) -> li
         "CMAKE_CXX_FLAGS": flags,
         "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
         "LLAMA2_CROSS": "ON",
+        "LLAMA2_DOTPROD": "-mcpu=generic+v8_2a+dotprod",  # zig has names of its own for processors
         "NB_SUFFIX": suffix,
         "NB_SUFFIX_S": suffix,
         "Python_EXECUTABLE": sys.executable,
