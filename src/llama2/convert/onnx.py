@@ -1,6 +1,6 @@
 """A model as ONNX, for onnxruntime-genai and what is built on it: Windows' Foundry Local among others.
 
-The model is first written in Hugging Face's form, with the receipt of any conversion. onnxruntime-genai's own builder
+The model is first written in Hugging Face's form, with the receipt of any conversion. The builder of onnxruntime-genai
 makes the graph of that, in a process of its own. Then the ONNX model is run beside ours: tokens of texts, the chat
 template, and the logits of 200 tokens.
 

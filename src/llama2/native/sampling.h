@@ -186,8 +186,8 @@ private:
     std::vector<int32_t>& order_;
 };
 
-// How many of the likeliest candidates a watermark changes, and how many temperatures below the likeliest's their
-// logits are at most: their weight is at least exp(-8) of its. The others keep their weights. They are seldom drawn,
+// How many of the likeliest candidates a watermark changes, and how far their logits are below the largest at most, in
+// temperatures. So their weights are at least exp(-8) of the likeliest's. The others keep their weights. They are seldom drawn,
 // and with a whole vocabulary, marking would take longer than the model.
 constexpr int64_t kMarked = 1024;
 constexpr float kMarkedDepth = 8;

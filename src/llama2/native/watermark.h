@@ -19,7 +19,7 @@ public:
     // Tokens before the marked one on which the mark depends.
     virtual int64_t context() const = 0;
 
-    // For each of `count` candidates that may follow `before`, whose last `context()` tokens count: bits that are set
+    // Bits of each of `count` candidates that may follow `before`, whose last `context()` tokens count. They are set
     // more often in marked text than in any other. V is the size of the vocabulary.
     virtual void bits(const int32_t* before, const int32_t* tokens, int64_t count, int64_t V, uint32_t* out) const = 0;
 
@@ -27,11 +27,11 @@ public:
     virtual void reweigh(const uint32_t* bits, double* weights, int64_t count) const = 0;
 };
 
-// SynthID's tournament (Dathathri et al. 2024, Nature 634). Of each layer's bit g and weights p, of sum 1:
-// p[i] *= 1 + g[i] − Σ g p, which is what winning a match of two drawn candidates gives.
+// SynthID's tournament (Dathathri et al. 2024, Nature 634). For each layer's bits g and weights p, of sum 1:
+// p[i] *= 1 + g[i] − Σ g p. That is the probability of winning a match of two drawn candidates.
 //
-// A layer's bit is s[h mod 2^16], for a table s of random bits and h = f(f(f(… f(1, t0) …, t), key)) with
-// f(h, x) = (h + x) · M + 1. So its low 16 bits depend on those of h alone: one table of 2^16 rows has all layers'
+// A layer's bit is s[h mod 2^16], for a table s of random bits and h = f(f(f(… f(1, t0) …, t), key)).
+// Here f(h, x) = (h + x) · M + 1. So its low 16 bits depend on those of h alone: one table of 2^16 rows has all layers'
 // bits.
 class Tournament : public Watermark {
 public:

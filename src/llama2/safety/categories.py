@@ -1,7 +1,7 @@
 """What is judged: the acceptable-use categories of Llama 2's release, and how those of others map to them.
 
-Sources: the Llama 2 Acceptable Use Policy (spec 10.3); Llama 2's risk categories (paper 4.2); Llama Guard's model card
-(O1 to O6); MLCommons' taxonomy as Llama Guard 2 and 3 list it (S1 to S14); OpenAI's moderation API.
+Sources: the Llama 2 Acceptable Use Policy (spec 10.3), and Llama 2's risk categories (paper 4.2). Llama Guard's model
+card (O1 to O6), and MLCommons' taxonomy as Llama Guard 2 and 3 list it (S1 to S14). OpenAI's moderation API.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def check(text: str, chain: Path, manifest: bytes | None = None) -> Generation:
     """What the manifest of a text says, if it was signed by the owner of a certificate and nothing changed since.
 
     Without `manifest`, it is inside the text, at its end but for a line end. Raises SafetyError, in one line, for
-    a text without one, a text that is not the signed one, a signature by somebody else, and a certificate that is not
-    valid now.
+    a text without one, or that is not the signed one. Raises it for a signature by somebody else, and for a certificate
+    that is not valid now.
     """
     c2pa, c2pa_text = _libraries()
     signing.certificates(chain)
