@@ -187,8 +187,8 @@ private:
 };
 
 // How many of the likeliest candidates a watermark changes, and how far their logits are below the largest at most, in
-// temperatures. So their weights are at least exp(-8) of the likeliest's. The others keep their weights. They are seldom drawn,
-// and with a whole vocabulary, marking would take longer than the model.
+// temperatures. So their weights are at least exp(-8) of the likeliest's. The others keep their weights. They are
+// seldom drawn, and with a whole vocabulary, marking would take longer than the model.
 constexpr int64_t kMarked = 1024;
 constexpr float kMarkedDepth = 8;
 
