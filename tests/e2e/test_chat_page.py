@@ -18,6 +18,10 @@ def brief(chat: Chat) -> Chat:
     return chat
 
 
+#: So long that an answer without end takes half a minute: on a quick machine, 16,384 tokens are over in two seconds.
+CONTEXT = 65536
+
+
 def endless(chat: Chat) -> None:
     """Answers end only where a limit is: the token that ends them is never drawn."""
 
@@ -35,7 +39,7 @@ def test_a_conversation_is_there_again_after_a_reload(brief: Chat) -> None:
     said = brief.texts()
     assert [said[0], said[2]] == ["Tell me a story\nof two lines", "And another"]
     assert brief.page.title() == "Tell me a story · llama2"
-    expect(brief.page.locator("#context-text")).to_have_text(re.compile(r"^\d+ of 16,384 tokens$"))
+    expect(brief.page.locator("#context-text")).to_have_text(re.compile(r"^\d+ of 65,536 tokens$"))
     facts = brief.replies.last.locator(".facts").inner_text()
     assert re.fullmatch(r"([\d.]+ tokens/s · )?\d+ tokens? · seed \d+", facts)
     brief.page.reload()
@@ -383,7 +387,7 @@ def test_a_busy_server_is_waited_for(chat: Chat) -> None:
 
 def test_a_conversation_that_is_too_long_says_what_to_do(chat: Chat) -> None:
     chat.allowed = "status of 400"
-    chat.say("Too long. " * 6000)
+    chat.say("Too long. " * (CONTEXT // 2))
     expect(chat.page.locator(".trouble")).to_contain_text("too long")
     expect(chat.page.locator(".trouble")).to_contain_text("Begin a new conversation, or edit an earlier message")
     chat.set(max_tokens="5")

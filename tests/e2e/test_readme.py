@@ -84,6 +84,6 @@ def test_nothing_else_is_left_untested() -> None:
         assert line.startswith(
             (
                 *("make ", "python3 -m venv ", ".venv/bin/pip install ", "pip install whole_llama-"),
-                *(".venv/bin/llama2 chat", "llama2 serve"),
+                *(".venv/bin/llama2 chat", "llama2 chat", "llama2 serve"),
             )
         )
