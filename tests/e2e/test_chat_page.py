@@ -602,6 +602,7 @@ def test_forced_colours_leave_nothing_unseen(brief: Chat) -> None:
 
 def test_everything_can_be_done_with_the_keyboard(brief: Chat) -> None:
     page = brief.page
+    endless(brief)  # then an answer has as many tokens as the setting says
 
     def focused() -> str:
         name: str = page.evaluate(
