@@ -19,9 +19,9 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def url(browser: Browser, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[str]:
+def url(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = tmp_path_factory.mktemp("page") / "tiny.gguf"
-    write_tiny_gguf(path, config=tiny_config(context_length=getattr(request.module, "CONTEXT", 16384)))
+    write_tiny_gguf(path, config=tiny_config(context_length=16384))
     with serving([path]) as server:
         yield server.url + "/"
 
