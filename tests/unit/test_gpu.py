@@ -73,6 +73,8 @@ def test_runner(device: str, dtype: torch.dtype, largest: float, tmp_path: Path)
 
 
 def test_compiled_runner(device: str, tmp_path: Path) -> None:
+    if device == "cpu":
+        pytest.skip("tests/unit/test_runner_torch.py compiles on the CPU")
     model = tiny(tmp_path, config=tiny_config(n_layers=1))
     plain, compiled = (
         TorchRunner(model, 16, device=device, dtype=torch.float32, compile=compile) for compile in (False, True)
