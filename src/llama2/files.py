@@ -7,6 +7,7 @@ reader gets its bytes here. `error` is the class that the caller raises.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import mmap
 import os
@@ -101,6 +102,12 @@ def read(path: Path, *, limit: int = MAX_TEXT, error: type[Llama2Error] = Checkp
     if not text:
         raise damaged(path, "is empty", error)
     return text
+
+
+def sha256(path: Path, *, error: type[Llama2Error] = CheckpointError) -> str:
+    """SHA-256 of a regular file, in hexadecimal. Raises `error` as `open_file`."""
+    with open_file(path, error=error) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it reads into buffers
 
 
 def first_bytes(path: Path, size: int) -> bytes:

@@ -32,7 +32,6 @@ from llama2.evaluate.harm import NotJudgedError, refused
 from llama2.hub.progress import Progress
 
 DISTILLED, REPORT = "distilled.jsonl", "report.json"
-_TRIAL = 16  # answers by which the time is estimated
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +123,8 @@ def distil(
         )
         everything = [*(each.prompt for each in risky), *(each.asked for each in asked)]
         skipped = PromptReport()
-        _estimate(model, store, everything, policy, note, progress)
+        if trial := drawing.first_missing(model, store, everything, policy, 1, round="distil", progress=progress):
+            note(drawing.estimate(*trial))
         drawn = drawing.answers(
             *(model, store, everything, policy, 1), round="distil", skip_bad=True, report=skipped, progress=progress
         )
@@ -146,23 +146,6 @@ def distil(
     originals = {each.sample.prompt: each for each in judged[: len(base)]}
     sorts = [(sort, each) for (sort, _), each in zip(behind, judged[len(base) :], strict=True)]
     return _write(recipe, by_id, originals, sorts)
-
-
-def _estimate(
-    model: api.Model,
-    store: SampleStore,
-    prompts: Sequence[TaggedPrompt],
-    policy: Policy,
-    note: Callable[[str], None],
-    progress: Progress,
-) -> None:
-    """Draw the first answers that are missing, and say how long the others take."""
-    store.add_prompts(prompts)
-    requests = drawing.render(model, prompts, policy.max_tokens, skip_bad=True, report=PromptReport())
-    todo = [*drawing.missing(store, requests, policy, 1)]
-    if todo:
-        speed = drawing.draw(model, store, requests, policy, todo[:_TRIAL], round="distil", progress=progress)
-        note(drawing.estimate(speed, len(todo)))
 
 
 def _write(

@@ -17,6 +17,7 @@ from llama2.engine.request import Event, Request, Sampling, answer_limit
 from llama2.errors import DataError, DialogError, RequestError, TemplateError
 from llama2.hub.progress import Progress
 
+_TRIAL = 16  # answers by which the time is estimated
 _WINDOW = 1024  # answers that are begun or wait; the engine runs as many of them as its cache holds
 
 
@@ -129,6 +130,28 @@ def answers(  # 9 parameters: those of `render`, `missing` and `draw`, which it 
     todo = [*missing(store, requests, policy, n)]
     draw(model, store, requests, policy, todo, round=round, progress=progress)
     return {prompt: [store.drawn[prompt, policy, k] for k in range(n)] for prompt in requests}
+
+
+def first_missing(
+    model: Model,
+    store: SampleStore,
+    prompts: Sequence[TaggedPrompt],
+    policy: Policy,
+    n: int,
+    *,
+    round: str,
+    progress: Progress,
+) -> tuple[DrawingSpeed, int] | None:
+    """Draw the first answers that are missing, whose speed says how long the others take; None where none is missing.
+
+    Returns that speed, and how many were missing. Prompts that cannot be used are left to `answers`.
+    """
+    store.add_prompts(prompts)
+    requests = render(model, prompts, policy.max_tokens, skip_bad=True, report=PromptReport())
+    todo = [*missing(store, requests, policy, n)]
+    if not todo:
+        return None
+    return draw(model, store, requests, policy, todo[:_TRIAL], round=round, progress=progress), len(todo)
 
 
 def estimate(speed: DrawingSpeed, answers: int) -> str:

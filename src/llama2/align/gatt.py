@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -35,8 +34,6 @@ from llama2.evaluate.intervals import mean_interval
 from llama2.hub.progress import Progress
 
 DIALOGS, REPORT, PROBES = "gatt.jsonl", "report.json", "probes.json"
-
-_TRIAL = 16  # answers by which the time is estimated
 
 
 @dataclass
@@ -181,15 +178,11 @@ class TurnDrawer:
         return found
 
     def _estimate(self, prompts: Sequence[TaggedPrompt]) -> None:
-        """Draw the first answers that are missing, and say how long the others take."""
-        self.store.add_prompts(prompts)
-        requests = drawing.render(self.model, prompts, self.policy.max_tokens, skip_bad=True, report=PromptReport())
-        some = [*islice(drawing.missing(self.store, requests, self.policy, self.samples), _TRIAL)]
-        if some:
-            there = sum(sample.policy == self.policy for sample in self.store.samples)
-            model, store, policy = self.model, self.store, self.policy
-            speed = drawing.draw(model, store, requests, policy, some, round="turn 1", progress=self.progress)
-            self.note(drawing.estimate(speed, max(0, self.expected - there)))
+        """Draw the first answers that are missing, and say how long those of all turns take."""
+        there = sum(sample.policy == self.policy for sample in self.store.samples)
+        of = (self.model, self.store, prompts, self.policy, self.samples)
+        if trial := drawing.first_missing(*of, round="turn 1", progress=self.progress):
+            self.note(drawing.estimate(trial[0], max(0, self.expected - there)))
         self.expected = 0
 
 

@@ -59,6 +59,11 @@ class GattRecipe(Settings):
     probe: ProbeSettings = ProbeSettings()
     runtime: SamplingRuntimeSettings = SamplingRuntimeSettings()
 
+    @property
+    def reward_models(self) -> dict[str, str]:
+        """Reward models by name, if there are any."""
+        return self.rewards.models if self.rewards else {}
+
     @model_validator(mode="after")
     def _turns(self) -> GattRecipe:
         if self.max_turns < self.min_turns:

@@ -64,7 +64,7 @@ class Lineage:
                 path = self.folder / name
                 if not path.is_file():
                     raise RunError(f"{path}: stage {stage['name']} left it, and it is missing; restore it")
-                if file_digest(path) != digest:
+                if files.sha256(path, error=RunError) != digest:
                     raise RunError(
                         f"{path}: was changed after stage {stage['name']} left it; restore it, or begin again"
                     )
@@ -91,7 +91,9 @@ class Lineage:
         scores: Mapping[str, Any],
     ) -> None:
         """A stage is done: its outputs are files in the folder."""
-        left = {path.relative_to(self.folder).as_posix(): file_digest(path) for path in sorted(outputs)}
+        left = {
+            path.relative_to(self.folder).as_posix(): files.sha256(path, error=RunError) for path in sorted(outputs)
+        }
         previous = digest_of(self.stages[-1]) if self.stages else ""
         stage = {"name": name, "inputs": dict(inputs), "settings": dict(settings), "outputs": left}
         self.stages.append(stage | {"scores": dict(scores), "previous": previous})
@@ -101,9 +103,3 @@ class Lineage:
 def digest_of(stage: Mapping[str, Any]) -> str:
     """SHA-256 of a stage."""
     return hashlib.sha256(json.dumps(stage, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with files.open_file(path, error=RunError) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it reads into buffers

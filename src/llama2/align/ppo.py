@@ -14,7 +14,7 @@ from llama2.align.experience import Experience, RolloutSettings
 from llama2.align.feedback import Feedback
 from llama2.align.handover import Handover
 from llama2.align.merging import merging
-from llama2.align.ppo_prompts import PreparedPrompts, Prompts, files_of, prepare
+from llama2.align.ppo_prompts import PreparedPrompts, Prompts, prepare
 from llama2.align.ppo_recipe import PpoRecipe, fit
 from llama2.align.reward import score_head
 from llama2.align.reward_training import refuse_tokenizer
@@ -71,7 +71,7 @@ def ppo(
         if recipe.lora and resume:
             adapters.refuse_another_base(Run.open(folder), start)
         ready = prepare(recipe, start, _context(start, value, scorers))
-        source = Prompts(", ".join(map(str, files_of(recipe))), ready.train, recipe.max_tokens)
+        source = Prompts(", ".join(map(str, recipe.prompts.every_file)), ready.train, recipe.max_tokens)
         recipe = fit(recipe, source.length, start.config, dp_size=dist.dp_size, bf16=dist.bf16)
         surrogate = Surrogate(recipe.clip, recipe.value_clip, recipe.value_weight)
         network = network_of(start, value, recipe, dist)

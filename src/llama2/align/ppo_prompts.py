@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -53,11 +52,6 @@ class PreparedPrompts:
     notes: list[str]
 
 
-def files_of(recipe: PpoRecipe) -> list[Path]:
-    """The files of prompts."""
-    return [*recipe.prompts.files, *recipe.prompts.safety_files]
-
-
 def prepare(recipe: PpoRecipe, start: Checkpoint, context: int) -> PreparedPrompts:
     """Read and render the prompts of a recipe, which with their answers have at most `context` tokens.
 
@@ -77,7 +71,7 @@ def prepare(recipe: PpoRecipe, start: Checkpoint, context: int) -> PreparedPromp
     render = _Renderer(start, context - recipe.max_tokens, recipe.prompts.skip_bad, report)
     ready = PreparedPrompts([*render(given)], [*render(held)], stop_tokens, [])
     if not ready.train:
-        raise DataError(f"{files_of(recipe)[0]}: no prompts are left; the first left out: {report.first_bad}")
+        raise DataError(f"{recipe.prompts.every_file[0]}: no prompts are left; the first left out: {report.first_bad}")
     tagged = sum(each.prompt.safety for each in ready.train)
     ready.notes.extend([*report.lines(), f"{len(ready.train):,} prompts, {tagged:,} of them tagged as risky"])
     return ready

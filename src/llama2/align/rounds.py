@@ -15,25 +15,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama2 import api, checkpoint
+from llama2 import api, checkpoint, files
 from llama2 import recipe as recipes
 from llama2.align import distillation, drawing, gatt, rejection
 from llama2.align.distillation_settings import DistilRecipe
 from llama2.align.gatt_settings import GattRecipe
 from llama2.align.judging import judge
-from llama2.align.lineage import Lineage, file_digest
+from llama2.align.lineage import Lineage
 from llama2.align.outputs import write_lines
 from llama2.align.ppo_recipe import PpoRecipe
-from llama2.align.rejection_settings import RejectionRecipe, RewardModelSettings, SamplingRuntimeSettings
+from llama2.align.rejection_settings import RejectionRecipe
 from llama2.align.rounds_settings import RoundSettings, RoundsRecipe
-from llama2.align.scorers import EngineScorer, open_scorers, runtime_of
+from llama2.align.scorers import open_scorers, runtime_of
 from llama2.align.store import Policy, SampleStore
 from llama2.checkpoint import Checkpoint, hf_folder, identity
 from llama2.data import dialog_files
@@ -122,13 +121,14 @@ class Rounds:
         """One round; returns its model."""
         place = self.folder / name
         data = [self._reject(name, policy, place / "best")]
-        if settings.gatt:
-            data.append(self._gatt(name, policy, place / "gatt"))
-        if settings.distil:
-            data.append(self._distil(name, policy, place / "distilled"))
+        stages = self.stages  # RoundsRecipe refuses a stage without its recipe
+        if settings.gatt and stages.gatt:
+            data.append(self._gatt(name, stages.gatt, policy, place / "gatt"))
+        if settings.distil and stages.distil:
+            data.append(self._distil(name, stages.distil, policy, place / "distilled"))
         model = self._tune(f"{name}/tune", data, place)
-        if settings.ppo:
-            model = self._ppo(name, model, place / "ppo")
+        if settings.ppo and stages.ppo:
+            model = self._ppo(name, stages.ppo, model, place / "ppo")
         self._measure(name, model, place)
         return model
 
@@ -148,48 +148,42 @@ class Rounds:
         chosen = given.model_copy(update=changed)
         inputs = {
             "policy": self._digest(policy),
-            **self._rewards(given.rewards),
-            **_files(_prompt_files(given.prompts)),
+            **self._rewards(given.rewards.models),
+            **_files(given.prompts.every_file),
         }
 
         def work() -> Left:
             with open_scorers(chosen.rewards.models, chosen.runtime) as scorers:
                 report = rejection.reject(chosen, scorers, note=self.note, progress=self.progress)
-            files = [output / rejection.BEST, output / rejection.PREFERENCES]
-            return files, {key: report["best"][key] for key in ("dialogs", "pairs", "rounds", "reward", "tokens")}
+            left = [output / rejection.BEST, output / rejection.PREFERENCES]
+            return left, {key: report["best"][key] for key in ("dialogs", "pairs", "rounds", "reward", "tokens")}
 
         self._stage(f"{name}/reject", inputs, given, work)
         return output / rejection.BEST
 
-    def _gatt(self, name: str, policy: str, output: Path) -> Path:
-        given = self.stages.gatt
-        if given is None:
-            raise RecipeError(f"rounds.{name}.gatt: needs gatt, the recipe of that stage")
+    def _gatt(self, name: str, given: GattRecipe, policy: str, output: Path) -> Path:
         changed = {"model": policy, "store": self.folder / "gatt-samples", "output": output}
         chosen = given.model_copy(update=changed)
-        rewards = self._rewards(given.rewards) if given.rewards else {}
-        inputs = {"policy": self._digest(policy), **rewards, **_files(_prompt_files(given.prompts))}
+        rewards, read = self._rewards(given.reward_models), _files(given.prompts.every_file)
+        inputs = {"policy": self._digest(policy), **rewards, **read}
 
         def work() -> Left:
-            with self._scorers(chosen.rewards, chosen.runtime) as scorers:
+            with open_scorers(chosen.reward_models, chosen.runtime) as scorers:
                 report = gatt.gatt(chosen, scorers, note=self.note, progress=self.progress)
             return [output / gatt.DIALOGS], {key: report[key] for key in ("dialogs", "left_out")}
 
         self._stage(f"{name}/gatt", inputs, given, work)
         return output / gatt.DIALOGS
 
-    def _distil(self, name: str, policy: str, output: Path) -> Path:
-        given = self.stages.distil
-        if given is None:
-            raise RecipeError(f"rounds.{name}.distil: needs distil, the recipe of that stage")
+    def _distil(self, name: str, given: DistilRecipe, policy: str, output: Path) -> Path:
         changed = {"model": policy, "store": self.folder / "distil-samples", "output": output}
         chosen = given.model_copy(update=changed)
         labelled = [file for template in given.templates.values() for file in template.files]
-        files = _files([*_prompt_files(given.prompts), *labelled])
-        inputs = {"policy": self._digest(policy), **self._rewards(given.rewards), **files}
+        read = _files([*given.prompts.every_file, *labelled])
+        inputs = {"policy": self._digest(policy), **self._rewards(given.rewards.models), **read}
 
         def work() -> Left:
-            with self._scorers(chosen.rewards, chosen.runtime) as scorers:
+            with open_scorers(chosen.rewards.models, chosen.runtime) as scorers:
                 report = distillation.distil(chosen, scorers, note=self.note, progress=self.progress)
             return [output / distillation.DISTILLED], {key: report[key] for key in ("kept", "left_out", "rewards")}
 
@@ -208,7 +202,9 @@ class Rounds:
         chosen = given.model_copy(update=changed)
         model = place / MODEL
         inputs = {"base": self._digest(self.recipe.start), **_files(given.data.files)}
-        inputs |= {f"data {file.relative_to(self.folder).as_posix()}": file_digest(file) for file in data}
+        inputs |= {
+            f"data {file.relative_to(self.folder).as_posix()}": files.sha256(file, error=RunError) for file in data
+        }
 
         def work() -> Left:
             tuned = self._train(sft, chosen, place / "run")
@@ -219,14 +215,12 @@ class Rounds:
         self._stage(name, inputs, given, work)
         return str(model)
 
-    def _ppo(self, name: str, start: str, place: Path) -> str:
+    def _ppo(self, name: str, given: PpoRecipe, start: str, place: Path) -> str:
         from llama2.align.ppo import ppo
 
-        given = self.stages.ppo
-        if given is None:
-            raise RecipeError(f"rounds.{name}.ppo: needs ppo, the recipe of that stage")
         chosen = given.model_copy(update={"start": start})
-        inputs = {"start": self._digest(start), **self._rewards(given.rewards), **_files(_prompt_files(given.prompts))}
+        rewards, read = self._rewards(given.rewards.models), _files(given.prompts.every_file)
+        inputs = {"start": self._digest(start), **rewards, **read}
 
         def work() -> Left:
             run = self._train(ppo, chosen, place)
@@ -240,7 +234,8 @@ class Rounds:
     def _measure(self, name: str, model: str, place: Path) -> None:
         """Rewards, length and unsafe answers of a round's model on held-out prompts, with intervals."""
         given = self.stages.reject
-        inputs = {"model": self._digest(model), **self._rewards(given.rewards), **_files(_prompt_files(given.prompts))}
+        rewards, read = self._rewards(given.rewards.models), _files(given.prompts.every_file)
+        inputs = {"model": self._digest(model), **rewards, **read}
 
         def work() -> Left:
             scores = measured(given, model, self.folder / "measured", self.recipe.measure.samples, name, self.progress)
@@ -256,13 +251,8 @@ class Rounds:
         resume = (folder / "run.json").is_file()
         return train(recipe, folder, locate=self.locate, resume=resume, reporter=self.reporter)
 
-    def _scorers(
-        self, rewards: RewardModelSettings | None, runtime: SamplingRuntimeSettings
-    ) -> AbstractContextManager[dict[str, EngineScorer]]:
-        return open_scorers(rewards.models, runtime) if rewards else nullcontext({})
-
-    def _rewards(self, rewards: RewardModelSettings) -> dict[str, str]:
-        return {f"rewards.{name}": self._digest(model) for name, model in rewards.models.items()}
+    def _rewards(self, models: Mapping[str, str]) -> dict[str, str]:
+        return {f"rewards.{name}": self._digest(model) for name, model in models.items()}
 
     def _digest(self, model: str) -> str:
         if model not in self.digests:
@@ -335,16 +325,12 @@ def _refuse_unlinked(lineage: Lineage) -> None:
         left |= stage["outputs"]
 
 
-def _prompt_files(settings: prompt_files.PromptSettings) -> list[Path]:
-    return [*settings.files, *settings.safety_files]
-
-
 def _files(paths: Sequence[Path]) -> dict[str, str]:
-    """Digests of data files, by name; of a folder, those of all its files. A name that Python's library has is kept."""
+    """Digests of data files, by name; of a folder, those of all its files."""
     found = {}
     for path in paths:
         for file in dialog_files.find([path]) if path.exists() else []:
-            found[f"file {file.as_posix()}"] = file_digest(file)
+            found[f"file {file.as_posix()}"] = files.sha256(file, error=RunError)
     return found
 
 

@@ -35,7 +35,7 @@ def runtime_of(settings: SamplingRuntimeSettings) -> Runtime:
 
 @contextmanager
 def open_scorers(models: Mapping[str, str], settings: SamplingRuntimeSettings) -> Iterator[dict[str, EngineScorer]]:
-    """Reward models, open, by the names that they have in a recipe."""
+    """Reward models, open, by the names that they have in a recipe; none where there are none."""
     with ExitStack() as stack:
         yield {
             name: EngineScorer(stack.enter_context(api.load(model, runtime_of(settings))))

@@ -36,6 +36,11 @@ class PromptSettings(Settings):
     count: int = Field(0, ge=0, description="so many of the others, chosen by `seed`; 0: all")
     skip_bad: bool = Field(False, description="leave out and count bad prompts instead of refusing them")
 
+    @property
+    def every_file(self) -> list[Path]:
+        """Both lists."""
+        return [*self.files, *self.safety_files]
+
 
 @dataclass(frozen=True, slots=True)
 class TaggedPrompt:
@@ -110,7 +115,7 @@ def _split(settings: PromptSettings, seed: int, report: PromptReport) -> tuple[l
     groups = {prompt.group for prompt in held}
     prompts = [prompt for prompt in found.values() if prompt.group not in groups]
     if not prompts:
-        names = ", ".join(map(str, (*settings.files, *settings.safety_files))) or "prompts.files"
+        names = ", ".join(map(str, settings.every_file)) or "prompts.files"
         less = ", or hold out fewer" if held else ""
         raise DataError(f"{names}: no prompts are there to use; give files that have some{less}")
     return prompts, held

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llama2 import files
 from llama2.errors import SafetyError
 from llama2.safety import signing
 from llama2.version import package_version
@@ -46,18 +47,13 @@ class Generation:
 def weights_digest(path: Path) -> str:
     """`sha256:` and the digest of a model's file; of a folder, that of its files' names and digests, but signatures."""
     if path.is_file():
-        return f"sha256:{_digest(path)}"
+        return f"sha256:{files.sha256(path, error=SafetyError)}"
     lines = [
-        f"{_digest(file)}  {file.relative_to(path).as_posix()}\n"
+        f"{files.sha256(file, error=SafetyError)}  {file.relative_to(path).as_posix()}\n"
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.name != signing.SIGNATURE
     ]
     return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe(model: str, weights: Path, watermark: str | None) -> Generation:

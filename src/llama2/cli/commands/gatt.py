@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -51,8 +50,7 @@ def make(
     from llama2.align.scorers import open_scorers
 
     recipe = recipes.load(file, GattRecipe, settings or ())
-    opened: Any = open_scorers(recipe.rewards.models, recipe.runtime) if recipe.rewards else nullcontext({})
-    with opened as scorers:
+    with open_scorers(recipe.reward_models, recipe.runtime) as scorers:
         report = gatt.gatt(recipe, scorers, note=warn, progress=Bar())
     if as_json:
         data(json.dumps(report))
