@@ -13,3 +13,10 @@ def typed(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str,
         run([str(word) for word in words])
     said = capsys.readouterr()
     return int(ended.value.code or 0), said.out, said.err
+
+
+def done(capture: pytest.CaptureFixture[str], *words: object) -> str:
+    """Standard output of a command that must succeed."""
+    code, out, error = typed(capture, *words)
+    assert code == 0, error
+    return out

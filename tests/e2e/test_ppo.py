@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ from llama2 import checkpoint
 from llama2.align.experience import Experience
 from llama2.align.scorers import EngineScorer
 from llama2.align.surrogate import RolloutBatch
-from llama2.checkpoint import SCORE_HEAD, Tensor, hf_folder
 from llama2.records import Run
 from models import tiny_config, write_tiny_gguf
+from reward_models import write_reward_model
 
 WORDS = ("bat", "coin", "water", "boat", "rice", "tea", "sand", "oar")
 
@@ -45,22 +44,14 @@ every = 1
 """
 
 
-def reward_model(policy: Path, folder: Path, seed: int) -> None:
-    """The policy's network with a random scalar head."""
-    with checkpoint.open(policy) as model:
-        head = np.random.default_rng(seed).normal(0, 0.3, (1, model.config.dim)).astype("<f4")
-        extras = {SCORE_HEAD: Tensor(SCORE_HEAD, "F32", head.shape, head.view(np.uint8).reshape(-1))}
-        hf_folder.write(replace(model, extras=extras), folder)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_tiny_gguf(folder / "tiny.gguf", config=tiny_config())
     write_tiny_gguf(folder / "bpe.gguf", config=tiny_config(), tokenizer="bpe")
     for seed, name in enumerate(("helpful", "safety", "watched")):
-        reward_model(folder / "tiny.gguf", folder / name, seed)
-    reward_model(folder / "bpe.gguf", folder / "foreign", 4)
+        write_reward_model(folder / "tiny.gguf", folder / name, seed)
+    write_reward_model(folder / "bpe.gguf", folder / "foreign", 4)
     return folder
 
 

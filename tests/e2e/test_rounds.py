@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import llama2
 from commands import typed
-from llama2 import checkpoint
 from llama2.align import distillation, gatt, ppo, rejection, rounds
-from llama2.checkpoint import SCORE_HEAD, Tensor, hf_folder
 from llama2.cli.main import run
 from llama2.train import sft
 from models import tiny_config, write_tiny_gguf
+from reward_models import write_reward_model
 
 FILES = {
     "rounds.toml": """
@@ -67,11 +64,8 @@ STAGES = [
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_tiny_gguf(folder / "tiny.gguf", config=tiny_config())
-    with checkpoint.open(folder / "tiny.gguf") as model:
-        for seed, name in enumerate(("helpful", "safety")):
-            head = np.random.default_rng(seed).normal(0, 0.3, (1, model.config.dim)).astype("<f4")
-            extras = {SCORE_HEAD: Tensor(SCORE_HEAD, "F32", head.shape, head.view(np.uint8).reshape(-1))}
-            hf_folder.write(replace(model, extras=extras), folder / name)
+    for seed, name in enumerate(("helpful", "safety")):
+        write_reward_model(folder / "tiny.gguf", folder / name, seed)
     return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import done
 from llama2.cli.main import run
 from llama2.errors import SafetyError
 from llama2.safety import manifest, signing
@@ -105,25 +106,20 @@ def test_weights_have_a_digest(tmp_path: Path) -> None:
 def test_the_commands_sign_an_answer_and_check_it(
     keys: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def done(*words: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            run(words)
-        out, err = capfd.readouterr()
-        assert not ended.value.code, err
-        return out
-
     model = str(write_model(tmp_path))
-    answer = done("generate", "-m", model, "to be", "--max-tokens", "9", "--seed", "1", "--sign", str(keys / "ours"))
+    answer = done(
+        capfd, "generate", "-m", model, "to be", "--max-tokens", "9", "--seed", "1", "--sign", str(keys / "ours")
+    )
     file = tmp_path / "answer.txt"
     file.write_text(answer, encoding="utf-8")
-    found = json.loads(done("verify", "text", str(file), "--key", str(keys / "ours.crt"), "--json"))
+    found = json.loads(done(capfd, "verify", "text", str(file), "--key", str(keys / "ours.crt"), "--json"))
     assert (found["signer"], found["model"]) == ("Example Ltd", model)
     assert found["weights"] == manifest.weights_digest(Path(model))
     plain, beside = tmp_path / "plain.txt", tmp_path / "plain.c2pa"
     plain.write_text(TEXT, encoding="utf-8")
-    done("sign", "text", str(plain), "-m", model, "--sign", str(keys / "ours"), "--beside", str(beside))
+    done(capfd, "sign", "text", str(plain), "-m", model, "--sign", str(keys / "ours"), "--beside", str(beside))
     words = ("verify", "text", str(plain), "--key", str(keys / "ours.crt"))
-    assert "Example Ltd" in done(*words, "--manifest", str(beside))
+    assert "Example Ltd" in done(capfd, *words, "--manifest", str(beside))
     with pytest.raises(SystemExit) as ended:
         run(words)
     assert ended.value.code == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import done
 from folders import Folder
 from llama2.cli.main import run
 from llama2.errors import SafetyError
@@ -121,16 +122,9 @@ def test_weights_without_the_demanded_signature_are_refused(
 
 
 def test_the_commands(model: Path, keys: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def done(*words: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            run(words)
-        out, err = capfd.readouterr()
-        assert not ended.value.code, err
-        return out
-
-    done("sign", "key", "--out", str(keys / "new"), "--days", "3")
+    done(capfd, "sign", "key", "--out", str(keys / "new"), "--days", "3")
     file = keys / "tiny.gguf"
     shutil.copy(model / "model.safetensors", file)
-    done("sign", str(file), "--key", str(keys / "new.pem"))
-    assert "unchanged" in done("verify", str(file), "--key", str(keys / "new.crt"))
+    done(capfd, "sign", str(file), "--key", str(keys / "new.pem"))
+    assert "unchanged" in done(capfd, "verify", str(file), "--key", str(keys / "new.crt"))
     assert (keys / "tiny.gguf.sig").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 
 import llama2
 from commands import typed
-from llama2 import checkpoint
 from llama2 import recipe as recipes
 from llama2.align import best_of_curves, rejection, selection
 from llama2.align.combined_reward import combined
@@ -22,12 +21,12 @@ from llama2.align.rejection_settings import RejectionRecipe
 from llama2.align.reward import score
 from llama2.align.selection import SelectionReport
 from llama2.align.store import Policy, SampleStore, StoredSample
-from llama2.checkpoint import SCORE_HEAD, Tensor, hf_folder
 from llama2.data import comparisons, dialogs
 from llama2.data import prompts as prompt_files
 from llama2.data.prompts import PromptReport, PromptSettings
 from llama2.errors import DataError, RecipeError, RequestError
 from models import tiny_config, write_tiny_gguf
+from reward_models import write_reward_model
 
 PROMPTS = [{"prompt": "one"}, {"prompt": "two", "safety": True}, {"messages": [{"role": "user", "content": "three"}]}]
 
@@ -362,11 +361,8 @@ def test_figures_are_drawn(place: Path, models: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def reward_model(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward model: the first round's, with a scalar head."""
-    with checkpoint.open(models["v0"]) as policy:
-        head = np.random.default_rng(0).normal(0, 0.5, (1, policy.config.dim)).astype("<f4")
-        extras = {SCORE_HEAD: Tensor(SCORE_HEAD, "F32", head.shape, head.view(np.uint8).reshape(-1))}
-        folder = tmp_path_factory.mktemp("reward") / "model"
-        hf_folder.write(replace(policy, extras=extras), folder)
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    write_reward_model(Path(models["v0"]), folder, 0, deviation=0.5)
     return folder
 
 

@@ -27,16 +27,21 @@ def create(path: Path, scheme: Literal["synthid", "kgw"], layers: int = LAYERS) 
     else:
         made = Kgw(1 + secrets.randbelow((1 << 40) - 1))
         text = f"key = {made.key}\nshare = {made.share}\nbias = {made.bias}\n"
+    head = "# A watermark's key: who has it can detect the mark, and remove it. Keep it secret.\n"
+    write_secret(path, f'{head}scheme = "{scheme}"\n{text}'.encode())
+    return made
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a new file that its owner alone reads. Raises SafetyError where there is one, or the system refuses."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(handle, "wb") as file:
+            file.write(data)
     except FileExistsError:
         raise SafetyError(f"{path}: is there already; a key is never overwritten, since its texts need it") from None
     except OSError as error:
         raise SafetyError(f"{path}: cannot be written ({error.strerror})") from None
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write("# A watermark's key: who has it can detect the mark, and remove it. Keep it secret.\n")
-        file.write(f'scheme = "{scheme}"\n{text}')
-    return made
 
 
 def load(path: Path) -> Watermark:

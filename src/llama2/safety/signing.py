@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama2.errors import SafetyError
+from llama2.safety import keys
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -167,16 +167,14 @@ def create_key(private: Path, chain: Path, name: str, days: int) -> None:
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
         raise SafetyError(_MISSING) from None
-    for path in (private, chain):
-        if path.exists():
-            raise SafetyError(f"{path}: is there already; a key is never overwritten")
+    if chain.exists():
+        raise SafetyError(f"{chain}: is there already; a certificate is never overwritten")
     root, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority = _builder(f"{name}, authority", f"{name}, authority", root, root, days, authority=True)
     leaf = _builder(name, f"{name}, authority", key, root, days, authority=False)
     signed = [each.sign(root, hashes.SHA256()) for each in (leaf, authority)]
     encodings = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    with open(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(key.private_bytes(*encodings))
+    keys.write_secret(private, key.private_bytes(*encodings))
     chain.write_bytes(b"".join(each.public_bytes(serialization.Encoding.PEM) for each in signed))
 
 

@@ -15,14 +15,10 @@ from llama2.serve.errors import Refusal, unsupported
 from llama2.serve.surfaces.context import models_of, warning_header
 from llama2.serve.surfaces.encoding import json_response
 from llama2.serve.surfaces.json_body import JsonRoute
+from llama2.serve.surfaces.prompts import MOST_TEXTS, refuse_long
 from llama2.serve.surfaces.wire import Wire
 
 router = APIRouter(route_class=JsonRoute)
-
-#: Characters of all inputs of one request: some seconds of the small classifiers' work.
-_LONGEST = 200_000
-#: Texts of one request.
-_MOST = 256
 
 
 class InputPart(Wire):
@@ -37,8 +33,8 @@ class ModerationRequest(Wire):
 
     input: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=_MOST)]
-        | Annotated[list[InputPart], Field(min_length=1, max_length=_MOST)]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
+        | Annotated[list[InputPart], Field(min_length=1, max_length=MOST_TEXTS)]
     )
     model: str | None = None
 
@@ -71,7 +67,5 @@ def _texts(body: ModerationRequest) -> list[str]:
         texts = ["\n".join(str(part.text) for part in texts)]
     if not all(text.strip() for text in texts):
         raise Refusal(400, "input: is empty; give a text", param="input", code="invalid_value")
-    if (count := sum(map(len, texts))) > _LONGEST:
-        what = f"input: has {count} characters, and the limit is {_LONGEST}; divide it"
-        raise Refusal(400, what, param="input", code="invalid_value")
+    refuse_long(texts)
     return texts

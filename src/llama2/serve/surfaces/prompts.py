@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from llama2.serve.errors import Refusal
 from llama2.serve.service import Service
 from llama2.text.tokenizer import Tokenizer
 
@@ -16,6 +17,17 @@ INFILL = (
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )
+
+
+#: Texts that one request may have judged, and characters of all of them: some seconds of work.
+MOST_TEXTS, MOST_CHARACTERS = 256, 200_000
+
+
+def refuse_long(texts: Sequence[str]) -> None:
+    """Raise Refusal for more characters than are judged at once."""
+    if (count := sum(map(len, texts))) > MOST_CHARACTERS:
+        what = f"input: has {count} characters, and the limit is {MOST_CHARACTERS}; divide it"
+        raise Refusal(400, what, param="input", code="invalid_value")
 
 
 def prompt_tokens(service: Service, prompt: str | list[str | int]) -> list[int]:

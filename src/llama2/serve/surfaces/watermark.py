@@ -16,19 +16,17 @@ from llama2.serve.service import Service
 from llama2.serve.surfaces.context import models_of, warning_header
 from llama2.serve.surfaces.encoding import json_response
 from llama2.serve.surfaces.json_body import JsonRoute
+from llama2.serve.surfaces.prompts import MOST_TEXTS, refuse_long
 from llama2.serve.surfaces.wire import Wire
 
 router = APIRouter(route_class=JsonRoute)
-
-#: Characters of all texts of one request, and its texts.
-_LONGEST, _MOST = 200_000, 256
 
 
 class DetectRequest(Wire):
     """`POST /v1/watermark/detect`."""
 
     model: str
-    input: str | Annotated[list[str], Field(min_length=1, max_length=_MOST)]
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
     level: float = Field(detection.LEVEL, gt=0, le=0.5)
 
 
@@ -36,9 +34,7 @@ class DetectRequest(Wire):
 async def detect(body: DetectRequest, http: HttpRequest) -> Response:
     """Whether each text has the mark of the model's key."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    if (count := sum(map(len, texts))) > _LONGEST:
-        what = f"input: has {count} characters, and the limit is {_LONGEST}; divide it"
-        raise Refusal(400, what, param="input", code="invalid_value")
+    refuse_long(texts)
     models = models_of(http)
     service = await models.service(body.model)
     watermark = models.settings.watermarks.get(service.name)
