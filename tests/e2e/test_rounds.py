@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import llama2
 from commands import typed
 from llama2.align import distillation, gatt, ppo, rejection, rounds
+from llama2.align.lineage import Lineage
 from llama2.cli.main import run
+from llama2.errors import RunError
 from llama2.train import sft
 from models import tiny_config, write_tiny_gguf
 from reward_models import write_reward_model
@@ -87,6 +90,21 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thr
 def lineage(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((folder / "lineage.json").read_text())["stages"]
     return found
+
+
+def test_data_that_no_stage_left_so_are_refused(tmp_path: Path) -> None:
+    """Also where every hash was computed again."""
+    best = tmp_path / "v1/best.jsonl"
+    best.parent.mkdir()
+    best.write_text("{}\n")
+    for read in (sha256(b"{}\n").hexdigest(), sha256(b"other\n").hexdigest()):
+        lineage = Lineage(tmp_path)
+        lineage.add("v1/reject", {}, {}, [best], {})
+        lineage.add("v1/tune", {"data v1/best.jsonl": read}, {}, [], {})
+        if read == lineage.stages[0]["outputs"]["v1/best.jsonl"]:
+            assert rounds.verify(tmp_path) == ["v1/reject: 0 inputs, 1 outputs", "v1/tune: 1 inputs, 0 outputs"]
+    with pytest.raises(RunError, match=r"stage v1/tune read v1/best\.jsonl, which no stage left so"):
+        rounds.verify(tmp_path)
 
 
 def test_rounds_from_the_base_with_a_lineage(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,6 +149,32 @@ def test_another_run_is_not_continued(model: api.Model, data: Path, tmp_path: Pa
         evaluate(other, [arc_task()], tmp_path, EvaluationSettings(data=data), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("isa", "words", "cache_type"),
+    [(None, (), "float16"), ("plain", (), "auto"), (None, ("--runner", "numpy"), "auto")],
+)
+def test_the_command_caches_in_float16_unless_the_instruction_set_is_given(
+    isa: str | None,
+    words: tuple[str, ...],
+    cache_type: str,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = []
+
+    def load(name: str, runtime: llama2.Runtime, **_: object) -> None:
+        asked.append(runtime.cache_type)
+        raise EvaluationError("enough")
+
+    monkeypatch.setattr("llama2.api.load", load)
+    monkeypatch.delenv("LLAMA2_ISA", raising=False)
+    if isa:
+        monkeypatch.setenv("LLAMA2_ISA", isa)
+    found, _, error = typed(capsys, "evaluate", "some", "--tasks", "arc_easy", "--data", data, *words)
+    assert (found, error, asked) == (1, "llama2: error: enough\n", [cache_type])
+
+
 BAD = [
     (["--tasks", "arc_eazy"], 1, "arc_eazy: unknown task; did you mean arc_easy?"),
     (["--tasks", "arc_easy", "--data", "DATA/nowhere"], 2, "DATA/nowhere: is not a folder"),

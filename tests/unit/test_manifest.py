@@ -62,6 +62,18 @@ def test_what_changed_is_refused_in_one_line(signed: str, keys: Path, change: ob
     assert "\n" not in str(found.value)
 
 
+def test_words_in_the_manifests_own_place_are_refused(signed: str, keys: Path) -> None:
+    """The hash leaves that place out. A shorter wrapper would make room in it for words that nobody signed."""
+    import c2pa_text
+
+    inside, _, length = c2pa_text.find_wrapper_info(signed)
+    words = " I never said so."
+    forged = TEXT + words + c2pa_text.encode_wrapper_padded(inside, length - len(words.encode()))
+    assert len(forged.encode()) == len(signed.encode())
+    with pytest.raises(SafetyError, match="is not the one that was signed"):
+        manifest.check(forged, keys / "ours.crt")
+
+
 def test_somebody_elses_signature_is_refused(signed: str, keys: Path) -> None:
     with pytest.raises(SafetyError, match="is not signed by the owner of this certificate"):
         manifest.check(signed, keys / "theirs.crt")
